@@ -1,0 +1,180 @@
+"""What a run found, as frozen values; nothing here computes, loads or prints.
+
+Perplexities are per token (base e inside, as usual), intervals are 95 %, relative changes are fractions (-0.25 = 25 % lower).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """The label-free scores of one layer."""
+
+    layer: str
+    dispersion: float
+    """Pooled over keys of the whole sample: the score that chooses."""
+    interval: Interval
+    """Of `dispersion`, by a jackknife over runs of text."""
+    dispersion_within: float
+    """Mean over segments of the dispersion inside a segment: what the paper's released code computes."""
+    dispersion_segments: float
+    """Between the last vectors of segments: what the paper's text defines."""
+    dispersion_standardized: float
+    """Pooled, each dimension divided by its standard deviation first, so that no rogue dimension decides."""
+    effective_rank: float
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007)."""
+    probe: float
+    """Share of a sampled key's nearest keys from other documents that have the same next token."""
+    probe_interval: Interval
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layer that is indexed, and why."""
+
+    layer: str
+    select: str
+    """What chose: `dispersion`, `probe`, or `named`."""
+    candidates: tuple[str, ...]
+    reason: str
+    """One sentence for people."""
+    disagreement: str | None = None
+    """One sentence when dispersion and the probe differ by more than their intervals allow."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """All layers' scores on a sample of text, and the choice."""
+
+    layers: tuple[LayerScore, ...]
+    choice: Choice
+    tokens: int
+    segments: int
+    documents: int
+    stopped_early: bool
+    settings: Mapping[str, object]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One distribution's perplexity on the reporting part of the evaluation text."""
+
+    perplexity: float
+    bits_per_byte: float
+    word_perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """The kNN-LM whose keys come from one layer."""
+
+    layer: str
+    perplexity: float
+    interval: Interval
+    """Of `change`, by a paired bootstrap over documents or runs of windows."""
+    change: float
+    """Perplexity relative to the plain LM's, minus 1."""
+    versus_best: float
+    """Perplexity relative to the best layer's, minus 1; 0 for the best."""
+    versus_best_interval: Interval
+    k: int
+    lam: float
+    temperature: float
+    """Absolute, in the layer's squared distances."""
+    bits_per_byte: float
+    word_perplexity: float
+    lambda_curve: tuple[tuple[float, float], ...]
+    """(lambda, perplexity on the reporting part) at the fitted k and temperature."""
+    score: LayerScore | None = None
+
+
+@dataclass(frozen=True)
+class Regret:
+    """Perplexity of the selected layer relative to the layer that was best on the tuning part, minus 1, cross-fitted."""
+
+    value: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of a score with perplexity over layers; negative = a higher score goes with lower perplexity."""
+
+    score: str
+    spearman: float
+    layers: int
+
+
+@dataclass(frozen=True)
+class NeighborText:
+    """A neighbour with the text that it came from."""
+
+    before: str
+    token: str
+    """The neighbour's value: the token that followed."""
+    source: str
+    distance: float
+    weight: float
+    """Its share of p_kNN."""
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """A token of the evaluation text that retrieval helped or hurt much."""
+
+    before: str
+    token: str
+    after: str
+    lm_probability: float
+    knn_probability: float
+    mixed_probability: float
+    neighbors: tuple[NeighborText, ...]
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """The index of one layer, measured against exact search after it was built."""
+
+    layer: str
+    spec: str
+    """`exact` or a FAISS factory string."""
+    recall: float
+    recall_k: int
+    size_bytes: int
+    perplexity: float | None = None
+    """With the index instead of exact search, same k, lambda and temperature."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Perplexity of the plain LM and of the kNN-LM for every layer."""
+
+    lm: Perplexity
+    layers: tuple[LayerResult, ...]
+    best: str
+    selected: str | None = None
+    choice: Choice | None = None
+    regret: Regret | None = None
+    correlations: tuple[Correlation, ...] = ()
+    helped: tuple[TokenExample, ...] = ()
+    hurt: tuple[TokenExample, ...] = ()
+    index: IndexReport | None = None
+    keys: int = 0
+    tuning_tokens: int = 0
+    warnings: tuple[str, ...] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
