@@ -116,6 +116,8 @@ class Correlation:
     score: str
     spearman: float
     layers: int
+    among: str = "all"
+    """`all` layers looked at, or the `candidates`."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Settings: small, keyword-only, checked when they are made. `None` means: fitted or found out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from knnlm.errors import InputError
+
+METRICS = ("l2", "cosine", "ip")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise InputError(f"--{name} is {value}, but must be a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How text becomes windows of tokens (design.md, section 6)."""
+
+    context: int | None = None
+    """Tokens that the model sees at once; None: the model's limit, at most 1024."""
+    stride: int | None = None
+    """New tokens of each further window; None: half of the context."""
+    max_tokens: int | None = None
+    """Of the datastore's text; None: all of it."""
+    text_field: str = "text"
+    batch_tokens: int = 4096
+    """Padded tokens in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("context", self.context), ("stride", self.stride), ("max-tokens", self.max_tokens)):
+            _positive(name, value)
+        _positive("batch-size", self.batch_tokens)
+        if self.context and self.stride and self.stride > self.context:
+            raise InputError(
+                f"--stride {self.stride} is over --context {self.context}: tokens between windows would never be "
+                "scored; take a stride of at most the context"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Which layers are looked at, which of them may be chosen, and what chooses."""
+
+    layers: str | None = None
+    """Patterns of layers to look at; None: every block and part."""
+    candidates: str = "candidates"
+    """Patterns of layers that may be chosen; the default is `ffn_input` of the upper half of the blocks."""
+    select: str = "dispersion"
+    """`dispersion`, `probe`, or the name of a layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNConfig:
+    """The kNN distribution and its weight; what is None is fitted on the tuning part of the evaluation text."""
+
+    k: int | None = None
+    temperature: float | None = None
+    lam: float | None = None
+    metric: str = "l2"
+    index: str = "auto"
+    """`auto`, `exact`, or a FAISS factory string."""
+    max_k: int = 1024
+    """The largest k that fitting tries."""
+
+    def __post_init__(self) -> None:
+        _positive("k", self.k)
+        _positive("temperature", self.temperature)
+        if self.lam is not None and not 0 <= self.lam <= 1:
+            raise InputError(f"--lambda is {self.lam}, but is the weight of the kNN distribution, from 0 to 1")
+        if self.metric not in METRICS:
+            raise InputError(f"--metric is {self.metric!r}, but must be one of {', '.join(METRICS)}")
+
+    @property
+    def search_k(self) -> int:
+        """Neighbours that one search has to bring."""
+        return self.k or self.max_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How the evaluation text is cut, and what is reported of it."""
+
+    eval_tokens: int | None = 20_000
+    """A budget, spread over the documents; None: all of the evaluation text."""
+    examples: int = 12
+    """Tokens shown with their neighbours, of those helped most and of those hurt most."""
+    bootstrap: int = 1000
+
+    def __post_init__(self) -> None:
+        _positive("eval-tokens", self.eval_tokens)
