@@ -1,0 +1,85 @@
+"""The join of datastore and index: which index serves a layer, and the cached search that evaluation works from.
+
+Legend: Q queries, K neighbours, D dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.base import VectorIndex
+from index.exact import ExactIndex
+from index.metric import Metric
+from index.neighbors import Neighbors
+from index.storage import open_index
+from knnlm.datastore import Datastore
+from knnlm.errors import InputError
+from knnlm.probability import Search
+from knnlm.progress import Advance
+
+# Queries searched together: bounds the memory of ids and distances (12 bytes x K each) before they become hits.
+QUERY_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class LayerSearcher:
+    """A layer's keys with the index that searches them, under one metric."""
+
+    store: Datastore
+    layer: str
+    metric: str
+    index: VectorIndex
+
+    def neighbors(self, vectors_QD: NDArray[np.float32], k: int) -> Neighbors:
+        """The k nearest keys of raw (not centred) vectors of the layer."""
+        queries_QD = self.store.keys(self.layer).prepare_queries(vectors_QD, self.metric)
+        return self.index.search(queries_QD, k)
+
+    def cached(
+        self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance
+    ) -> Search:
+        """One search for all queries, kept as (distance, does the value equal the target?)."""
+        count = len(targets_Q)
+        distances_QK = np.empty((count, k), np.float32)
+        hits_QK = np.empty((count, k), np.bool_)
+        values = self.store.values
+        for start in range(0, count, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, count))
+            found = self.neighbors(vectors_QD[rows], k)
+            distances_QK[rows] = found.distances_QK
+            hits_QK[rows] = (values[found.ids_QK] == targets_Q[rows, None]) & (found.ids_QK >= 0)
+            advance(rows.stop, count)
+        return Search(distances_QK, hits_QK)
+
+
+def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = False) -> LayerSearcher:
+    """The layer with the index that the datastore holds for it, or with exact search.
+
+    :param exact: search exactly even where there is an index.
+    :raises InputError: the index was built for another metric.
+    """
+    source = store.keys(layer).for_metric(metric)
+    folder = store.index_folder(layer)
+    if exact or not folder.exists():
+        return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
+    built_for = store.manifest.index_metric(layer)
+    if built_for != metric:
+        raise InputError(
+            f"the index of {layer} was built for --metric {built_for}, not {metric}; "
+            f"take --metric {built_for}, or --index exact"
+        )
+    return LayerSearcher(store, layer, metric, open_index(folder, source))
+
+
+def index_metric(metric: str) -> Metric:
+    """The index's metric: cosine is squared L2 on unit vectors (2 - 2 cos), which the datastore makes."""
+    return Metric.IP if metric == "ip" else Metric.L2
+
+
+def check_k(k: int | None, count: int) -> None:
+    """:raises InputError: more neighbours are asked for than there are keys."""
+    if k is not None and k > count:
+        raise InputError(f"--k is {k}, but the datastore has only {count} keys; take a smaller k or more text")
