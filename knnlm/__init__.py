@@ -1,0 +1,132 @@
+"""kNN-LM on any causal language model: choose the key layer by its dispersion, build, evaluate.
+
+    import knnlm
+
+    lm = knnlm.load_model("my-model")
+    store = knnlm.build(lm, ["domain.txt"], out="domain.knn")
+    result = knnlm.evaluate(store, ["held-out.txt"])
+    print(result.lm.perplexity, result.layers[0].perplexity)
+
+Every public name is here, and is loaded from its own module when it is first asked for: `import knnlm` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from knnlm.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, TextConfig
+    from knnlm.datastore import Datastore, open_datastore
+    from knnlm.errors import (
+        DatastoreCorrupt,
+        DatastoreError,
+        DatastoreExists,
+        DatastoreMismatch,
+        InputError,
+        KNNLMError,
+        LayerError,
+        ModelError,
+    )
+    from knnlm.lm import LanguageModel, load_model
+    from knnlm.pipeline import build, evaluate, run, score
+    from knnlm.results import (
+        Choice,
+        Correlation,
+        EvalResult,
+        IndexReport,
+        Interval,
+        LayerResult,
+        LayerScore,
+        NeighborText,
+        Perplexity,
+        Regret,
+        ScoreResult,
+        TokenExample,
+    )
+
+# The same names again for the running program; tests/test_public_names.py holds the two together.
+# A public name must not be a module's name too: importing the module would put it in the place of the function.
+_NAMES = {
+    "config": ("EvalConfig", "KNNConfig", "LayerConfig", "TextConfig"),
+    "datastore": ("Datastore", "open_datastore"),
+    "errors": (
+        "DatastoreCorrupt",
+        "DatastoreError",
+        "DatastoreExists",
+        "DatastoreMismatch",
+        "InputError",
+        "KNNLMError",
+        "LayerError",
+        "ModelError",
+    ),
+    "lm": ("LanguageModel", "load_model"),
+    "pipeline": ("build", "evaluate", "run", "score"),
+    "results": (
+        "Choice",
+        "Correlation",
+        "EvalResult",
+        "IndexReport",
+        "Interval",
+        "LayerResult",
+        "LayerScore",
+        "NeighborText",
+        "Perplexity",
+        "Regret",
+        "ScoreResult",
+        "TokenExample",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "Choice",
+    "Correlation",
+    "Datastore",
+    "DatastoreCorrupt",
+    "DatastoreError",
+    "DatastoreExists",
+    "DatastoreMismatch",
+    "EvalConfig",
+    "EvalResult",
+    "IndexReport",
+    "InputError",
+    "Interval",
+    "KNNConfig",
+    "KNNLMError",
+    "LanguageModel",
+    "LayerConfig",
+    "LayerError",
+    "LayerResult",
+    "LayerScore",
+    "ModelError",
+    "NeighborText",
+    "Perplexity",
+    "Regret",
+    "ScoreResult",
+    "TextConfig",
+    "TokenExample",
+    "__version__",
+    "build",
+    "evaluate",
+    "load_model",
+    "open_datastore",
+    "run",
+    "score",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would believe every misspelt name
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'knnlm' has no attribute {name!r}")
+        value = getattr(import_module(f"knnlm.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
