@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from knnlm.errors import InputError
 
 METRICS = ("l2", "cosine", "ip")
+# Padded tokens in one forward pass: enough to fill the cores, small enough that activations stay near the caches.
+BATCH_TOKENS = 4096
 
 
 def _positive(name: str, value: float | None) -> None:
@@ -26,18 +28,22 @@ class TextConfig:
     max_tokens: int | None = None
     """Of the datastore's text; None: all of it."""
     text_field: str = "text"
-    batch_tokens: int = 4096
-    """Padded tokens in one forward pass."""
+    windows: int | None = None
+    """Windows in one forward pass; None: as many as `BATCH_TOKENS` hold."""
 
     def __post_init__(self) -> None:
         for name, value in (("context", self.context), ("stride", self.stride), ("max-tokens", self.max_tokens)):
             _positive(name, value)
-        _positive("batch-size", self.batch_tokens)
+        _positive("batch-size", self.windows)
         if self.context and self.stride and self.stride > self.context:
             raise InputError(
                 f"--stride {self.stride} is over --context {self.context}: tokens between windows would never be "
                 "scored; take a stride of at most the context"
             )
+
+    def batch_tokens(self, context: int) -> int:
+        """Padded tokens in one forward pass of windows of `context` tokens."""
+        return self.windows * context if self.windows else BATCH_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +97,19 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _positive("eval-tokens", self.eval_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that the verbs of `knnlm.pipeline` can be told."""
+
+    text: TextConfig = TextConfig()
+    layers: LayerConfig = LayerConfig()
+    knn: KNNConfig = KNNConfig()
+    evaluation: EvalConfig = EvalConfig()
+    disk_budget: int | None = None
+    """Bytes that keys may take; None: half of the free disk."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("disk-budget", self.disk_budget)

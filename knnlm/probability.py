@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-LAMBDA_CURVE = tuple(round(i / 20, 2) for i in range(20)) + (0.98,)
+LAMBDA_CURVE = (*(round(i / 20, 2) for i in range(20)), 0.98)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.dispersion import DispersionScorer, Span
+from knnlm.progress import Advance
 from knnlm.results import Interval, LayerScore
 from knnlm.scores import SamplePlan, effective_rank, retrieval_probe, standardized_dispersion
 
@@ -71,9 +72,13 @@ class LayerScorer:
         result = self._dispersion[name].result()
         return result.pooled, result.interval
 
-    def scores(self, names: Sequence[str] | None = None) -> tuple[LayerScore, ...]:
-        """All scores of the layers, in the order in which they were given."""
-        return tuple(self._score(name) for name in names or self._dispersion)
+    def scores(self, advance: Advance = lambda done, total: None) -> tuple[LayerScore, ...]:
+        """All scores of every layer, in the order in which the layers were given."""
+        scores = []
+        for name in self._dispersion:
+            scores.append(self._score(name))
+            advance(len(scores), len(self._dispersion))
+        return tuple(scores)
 
     def _score(self, name: str) -> LayerScore:
         result = self._dispersion[name].result()

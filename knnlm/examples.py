@@ -1,0 +1,87 @@
+"""The tokens that retrieval helped and hurt most, with the neighbours' source text.
+
+Legend: Q query tokens, D dimension, K neighbours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.datastore import Datastore
+from knnlm.evaluate import LayerOutcome, Queries
+from knnlm.lm import LanguageModel
+from knnlm.results import NeighborText, TokenExample
+from knnlm.search import open_searcher
+
+CONTEXT_TOKENS = 24
+NEIGHBOR_TOKENS = 12
+NEIGHBORS_SHOWN = 5
+
+
+def find_examples(
+    lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str, count: int
+) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
+    """`count` tokens of the reporting part that gained most, and as many that lost most, under one layer's keys."""
+    gain_Q = queries.lm_Q + shown.losses_Q
+    reporting = np.flatnonzero(queries.parts.reporting_Q)
+    order = reporting[np.argsort(gain_Q[reporting], kind="stable")]
+    lost, gained = order[:count], order[::-1][:count]
+    explain = _Explainer(lm, store, queries, shown, metric)
+    return (
+        tuple(explain(row) for row in gained if gain_Q[row] < 0),
+        tuple(explain(row) for row in lost if gain_Q[row] > 0),
+    )
+
+
+class _Explainer:
+    """Searches again for single tokens, this time keeping who the neighbours are."""
+
+    def __init__(
+        self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str
+    ) -> None:
+        self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
+        self._losses_Q = shown.losses_Q
+        self._vectors_QD = queries.vectors(shown.layer)
+        self._searcher = open_searcher(store, shown.layer, metric)
+
+    def __call__(self, row: int) -> TokenExample:
+        found = self._searcher.neighbors(self._vectors_QD[row : row + 1], self._mix.k)
+        ids_K, distances_K = found.ids_QK[0], found.distances_QK[0]
+        weights_K = np.exp((distances_K[0] - distances_K) / self._mix.temperature)
+        weights_K /= weights_K.sum()
+        target = self._queries.targets_Q[row]
+        same_K = (self._store.values[ids_K] == target) & (ids_K >= 0)
+        before, after = self._around(row)
+        return TokenExample(
+            before=before,
+            token=self._lm.decode([target]),
+            after=after,
+            lm_probability=float(np.exp(self._queries.lm_Q[row])),
+            knn_probability=float(weights_K[same_K].sum()),
+            mixed_probability=float(np.exp(-self._losses_Q[row])),
+            neighbors=tuple(
+                self._neighbor(int(key), float(distance), float(weight))
+                for key, distance, weight in zip(ids_K, distances_K, weights_K, strict=True)
+                if key >= 0
+            )[:NEIGHBORS_SHOWN],
+        )
+
+    def _around(self, row: int) -> tuple[str, str]:
+        """Text before and after the target, inside its document."""
+        store, targets_Q = self._queries.store, self._queries.targets_Q
+        documents_Q = self._queries.collected.documents_N
+        assert documents_Q is not None
+        ahead = slice(row + 1, row + 1 + CONTEXT_TOKENS)
+        after: NDArray[np.int32] = targets_Q[ahead][documents_Q[ahead] == documents_Q[row]]
+        return self._lm.decode(store.context(row, CONTEXT_TOKENS)), self._lm.decode(after)
+
+    def _neighbor(self, key: int, distance: float, weight: float) -> NeighborText:
+        source, number = self._store.document_of(key)
+        return NeighborText(
+            before=self._lm.decode(self._store.context(key, NEIGHBOR_TOKENS)),
+            token=self._lm.decode([self._store.values[key]]),
+            source=f"{source}:{number}",
+            distance=distance,
+            weight=weight,
+        )

@@ -1,0 +1,32 @@
+"""Build the index of one layer of a datastore, measure it against exact search, and keep it beside the keys."""
+
+from __future__ import annotations
+
+from index.build import build_index
+from index.recall import measure_recall
+from index.storage import save_index
+from knnlm.config import Settings
+from knnlm.datastore import Datastore
+from knnlm.progress import Progress
+from knnlm.results import IndexReport
+from knnlm.search import index_metric
+
+RECALL_QUERIES = 256
+
+
+def index_layer(store: Datastore, layer: str, settings: Settings, progress: Progress) -> IndexReport:
+    """Index the layer's keys as `settings.knn.index` says; recall@k is measured and stored with the index.
+
+    :raises index.errors.UnknownSpec: FAISS does not understand the factory string.
+    """
+    knn = settings.knn
+    metric = index_metric(knn.metric)
+    source = store.keys(layer).for_metric(knn.metric)
+    with progress.stage(f"indexing {layer}", "keys") as advance:
+        built = build_index(source, knn.index, metric=metric, seed=settings.seed, progress=advance)
+    k = min(knn.search_k, store.count - 1)
+    recall = measure_recall(built, source, k=k, queries=min(RECALL_QUERIES, store.count), seed=settings.seed)
+    save_index(built, store.index_folder(layer), recall=recall)
+    report = IndexReport(layer, built.spec, recall.recall, k, built.size_bytes)
+    store.update_manifest(indexes={layer: {"metric": knn.metric, "spec": built.spec, "recall": recall.recall, "k": k}})
+    return report

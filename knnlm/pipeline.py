@@ -1,0 +1,335 @@
+"""The verbs: score, build, evaluate, run. The command line is a thin skin over these.
+
+    lm = load_model("my-model")
+    store = build(lm, ["nursing.jsonl"], "nursing.knn")
+    result = evaluate(lm, store, ["held-out.jsonl"])
+    print(result.lm.perplexity, [(one.layer, one.perplexity) for one in result.layers])
+
+Each takes one `Settings`; what is not said there has a default, and `None` means fitted or found out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from knnlm.choose import candidate_layers, choose
+from knnlm.collect import Collected, collect
+from knnlm.config import Settings
+from knnlm.corpus import read_documents, tokenize
+from knnlm.datastore import Datastore, DatastoreWriter
+from knnlm.evaluate import check_evaluation, evaluate_layers, open_queries, summarize
+from knnlm.examples import find_examples
+from knnlm.indexing import index_layer
+from knnlm.layers import select_layers
+from knnlm.lm import LanguageModel
+from knnlm.overlap import overlap
+from knnlm.plan import make_plan, versions, window_config
+from knnlm.progress import Progress, Silent
+from knnlm.results import Choice, EvalResult, LayerScore, ScoreResult
+from knnlm.scoring import LayerScorer
+from knnlm.storage import new_folder
+from knnlm.windows import TokenDocument, WindowConfig, split_documents, take_slices
+
+Paths = Sequence[str | Path]
+DEFAULTS = Settings()
+
+# Tokens on which `build` chooses before the one pass that stores the chosen layer.
+SAMPLE_TOKENS = 200_000
+# Shared 13-grams in more than this share of the evaluation text are worth a warning.
+OVERLAP_SHARE = 0.02
+
+
+def score(
+    lm: LanguageModel,
+    text: Paths,
+    *,
+    settings: Settings = DEFAULTS,
+    stop_early: bool = False,
+    progress: Progress | None = None,
+) -> ScoreResult:
+    """Dispersion and the other label-free scores of every layer asked for, and the choice; writes nothing.
+
+    :param stop_early: stop when the most dispersed candidate's interval lies above all others'.
+    """
+    progress = progress or Silent()
+    layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
+    separated = _Separated(candidate_layers(settings.layers, layers, lm.layer_names))
+    window = window_config(lm, settings.text)
+    with progress.stage("scoring layers", "tokens") as advance:
+        collected = collect(
+            lm,
+            _documents(lm, text, settings),
+            window,
+            layers,
+            batch_tokens=settings.text.batch_tokens(window.context),
+            scorer=scorer,
+            advance=lambda done, _: advance(done, settings.text.max_tokens),
+            stop=separated if stop_early else None,
+        )
+    scores = _finish_scores(scorer, progress)
+    return ScoreResult(
+        layers=scores,
+        choice=choose(scores, settings.layers, lm.layer_names),
+        tokens=scorer.tokens,
+        segments=scorer.segments,
+        documents=collected.documents,
+        stopped_early=separated.met,
+        settings=_record(lm, window, settings),
+        versions=versions(),
+    )
+
+
+class _Separated:
+    """Asked after each batch: does the leading candidate's interval lie above every other's?"""
+
+    # The jackknife needs a fair number of tokens before its interval can be believed.
+    MINIMUM_TOKENS = 50_000
+    EVERY_BATCHES = 4
+
+    def __init__(self, candidates: Sequence[str]) -> None:
+        self._candidates = candidates
+        self._batches = 0
+        self.met = False
+
+    def __call__(self, scorer: LayerScorer) -> bool:
+        self._batches += 1
+        if scorer.tokens < self.MINIMUM_TOKENS or self._batches % self.EVERY_BATCHES or len(self._candidates) < 2:
+            return False
+        leader, *others = sorted((scorer.dispersion_interval(name) for name in self._candidates), key=lambda p: -p[0])
+        self.met = all(leader[1].low > interval.high for _, interval in others)
+        return self.met
+
+
+def build(
+    lm: LanguageModel,
+    text: Paths,
+    out: str | Path,
+    *,
+    settings: Settings = DEFAULTS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Datastore:
+    """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys, index them.
+
+    :raises DatastoreExists: `out` holds something already; nothing was done.
+    """
+    progress = progress or Silent()
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        layers = _layers_to_store(lm, text, settings, progress)
+        _, _, choice = _extract(lm, _documents(lm, text, settings), layers, folder, settings, progress)
+    store = Datastore.open(Path(out))
+    index_layer(store, choice.layer, settings, progress)
+    return store
+
+
+def _layers_to_store(lm: LanguageModel, text: Paths, settings: Settings, progress: Progress) -> tuple[str, ...]:
+    """The layers named, or the one chosen on a sample that ends when the choice is clear."""
+    if settings.layers.layers is not None:
+        return select_layers(settings.layers.layers, lm.layer_names)
+    tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
+    candidates = replace(settings.layers, layers=settings.layers.candidates)
+    sample = replace(settings, text=replace(settings.text, max_tokens=tokens), layers=candidates)
+    sampled = score(lm, text, settings=sample, stop_early=settings.layers.select == "dispersion", progress=progress)
+    progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
+    if sampled.choice.disagreement:
+        progress.note(sampled.choice.disagreement)
+    return (sampled.choice.layer,)
+
+
+def evaluate(
+    lm: LanguageModel,
+    store: Datastore,
+    eval_text: Paths,
+    *,
+    settings: Settings = DEFAULTS,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Perplexity of the plain LM and of the kNN-LM for every layer that the datastore holds.
+
+    A layer with an index is searched through it, unless `settings.knn.index` is `exact`.
+    :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
+    """
+    store.check_model(lm.fingerprint)
+    text = replace(
+        settings.text,
+        context=settings.text.context or store.manifest.context,
+        stride=settings.text.stride or store.manifest.stride,
+    )
+    settings = replace(settings, text=text)
+    documents = _read_evaluation(lm, eval_text, settings)
+    names = select_layers(settings.layers.layers or "all", store.layers)
+    return _evaluate(lm, store, documents, names, settings, settings.knn.index == "exact", progress or Silent())
+
+
+def run(
+    lm: LanguageModel,
+    text: Paths,
+    out: str | Path,
+    *,
+    eval_text: Paths | None = None,
+    settings: Settings = DEFAULTS,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """The whole way: keys of every layer in one pass, scores, the choice, perplexity per layer, the index.
+
+    Without `eval_text`, a tenth of the documents is held out. The folder `out` becomes a datastore. Layers are
+    compared under exact search; the chosen one is then indexed, and its perplexity measured again with the index.
+    :raises DatastoreExists: `out` holds something already; nothing was done.
+    """
+    progress = progress or Silent()
+    held_out = _read_evaluation(lm, eval_text, settings) if eval_text else []
+    clock = _Clock()
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        plan = make_plan(lm, text, folder, settings)
+        progress.note(plan.sentence)
+        documents = _documents(lm, text, settings)
+        training = documents if eval_text else _hold_out(documents, held_out, settings.seed)
+        with clock.time("extract and score"):
+            _, scores, choice = _extract(lm, training, plan.layers, folder, settings, progress, plan.tokens)
+        if not eval_text:
+            held_out = take_slices(held_out, settings.evaluation.eval_tokens, seed=settings.seed)
+        check_evaluation(held_out)
+    store = Datastore.open(Path(out))
+    with clock.time("evaluate every layer"):
+        result = _evaluate(lm, store, held_out, plan.layers, settings, True, progress, scores, choice)
+    with clock.time("index the chosen layer"):
+        report = index_layer(store, choice.layer, settings, progress)
+    return replace(result, index=report, seconds=clock.seconds)
+
+
+def _documents(lm: LanguageModel, text: Paths, settings: Settings) -> Iterator[TokenDocument]:
+    documents = read_documents(text, text_field=settings.text.text_field)
+    return tokenize(documents, lm.encode, max_tokens=settings.text.max_tokens)
+
+
+def _hold_out(
+    documents: Iterable[TokenDocument], held_out: list[TokenDocument], seed: int
+) -> Iterator[TokenDocument]:
+    """Pass the training documents on; put the others aside."""
+    for is_evaluation, document in split_documents(documents, seed=seed):
+        if is_evaluation:
+            held_out.append(document)
+        else:
+            yield document
+
+
+def _read_evaluation(lm: LanguageModel, eval_text: Paths, settings: Settings) -> list[TokenDocument]:
+    """The evaluation text, cut to its budget."""
+    documents = tokenize(read_documents(eval_text, text_field=settings.text.text_field), lm.encode)
+    sliced = take_slices(documents, settings.evaluation.eval_tokens, seed=settings.seed)
+    check_evaluation(sliced)
+    return sliced
+
+
+def _extract(
+    lm: LanguageModel,
+    documents: Iterable[TokenDocument],
+    layers: Sequence[str],
+    folder: Path,
+    settings: Settings,
+    progress: Progress,
+    total: int | None = None,
+) -> tuple[Collected, tuple[LayerScore, ...], Choice]:
+    """One pass: keys of the layers into the folder, their scores and the choice into its manifest."""
+    window = window_config(lm, settings.text)
+    dims = {name: lm.dims[name] for name in layers}
+    scorer = LayerScorer(dims, seed=settings.seed)
+    with DatastoreWriter(folder, dims) as writer:
+        with progress.stage("extracting keys", "tokens") as advance:
+            collected = collect(
+                lm,
+                documents,
+                window,
+                layers,
+                batch_tokens=settings.text.batch_tokens(window.context),
+                scorer=scorer,
+                writer=writer,
+                advance=lambda done, _: advance(done, max(total, done) if total else None),
+            )
+        scores = _finish_scores(scorer, progress)
+        choice = choose(scores, settings.layers, lm.layer_names)
+        writer.finish(
+            fingerprint=lm.fingerprint,
+            context=window.context,
+            stride=window.stride,
+            corpus=collected.fingerprint,
+            scores={"layers": [asdict(one) for one in scores], "choice": asdict(choice)},
+            versions=versions(),
+        )
+    return collected, scores, choice
+
+
+def _finish_scores(scorer: LayerScorer, progress: Progress) -> tuple[LayerScore, ...]:
+    with progress.stage("effective rank and retrieval probe", "layers") as advance:
+        return scorer.scores(advance=advance)
+
+
+def _evaluate(
+    lm: LanguageModel,
+    store: Datastore,
+    documents: Sequence[TokenDocument],
+    layers: Sequence[str],
+    settings: Settings,
+    exact: bool,
+    progress: Progress,
+    scores: Sequence[LayerScore] = (),
+    choice: Choice | None = None,
+) -> EvalResult:
+    window = window_config(lm, settings.text)
+    knn, config = settings.knn, settings.evaluation
+    fitted = None in (knn.k, knn.temperature, knn.lam)
+    warnings = _overlap_warning(documents, store)
+    batch_tokens = settings.text.batch_tokens(window.context)
+    with open_queries(
+        lm, documents, window, layers, batch_tokens=batch_tokens, fitted=fitted, progress=progress
+    ) as queries:
+        outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
+        result = summarize(lm, queries, outcomes, config, scores=scores, choice=choice, seed=settings.seed)
+        shown = next(one for one in outcomes if one.layer == (result.selected or result.best))
+        helped, hurt = find_examples(lm, store, queries, shown, knn.metric, config.examples)
+    return replace(
+        result,
+        helped=helped,
+        hurt=hurt,
+        keys=store.count,
+        warnings=(*result.warnings, *warnings),
+        settings=_record(lm, window, settings),
+        versions=versions(),
+    )
+
+
+def _overlap_warning(documents: Sequence[TokenDocument], store: Datastore) -> tuple[str, ...]:
+    share = overlap(documents, [store.values])
+    if share < OVERLAP_SHARE:
+        return ()
+    return (
+        f"{share:.1%} of the evaluation text's 13-grams also stand in the datastore: its perplexity is flattered; "
+        "take evaluation text that the datastore does not hold",
+    )
+
+
+def _record(lm: LanguageModel, window: WindowConfig, settings: Settings) -> Mapping[str, object]:
+    """The settings as they were used, for the report."""
+    record: dict[str, object] = {"model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device)}
+    for name, group in asdict(settings).items():
+        record |= group if isinstance(group, dict) else {name: group}
+    return record | {"context": window.context, "stride": window.stride}
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start

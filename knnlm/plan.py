@@ -1,0 +1,103 @@
+"""What a run will do before it does it: windows, bytes of keys, and the layers that fit on the disk."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from knnlm.choose import candidate_layers
+from knnlm.config import Settings, TextConfig
+from knnlm.corpus import read_documents, text_bytes
+from knnlm.errors import InputError
+from knnlm.layers import select_layers
+from knnlm.lm import LanguageModel
+from knnlm.windows import WindowConfig
+
+KEY_BYTES = 2
+"""Keys are float16."""
+# How much text is tokenised to learn how many bytes a token has.
+PROBE_CHARACTERS = 200_000
+DEFAULT_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers that are kept, and what they will cost."""
+
+    layers: tuple[str, ...]
+    tokens: int | None
+    """Estimated keys; None where the size of the text is unknown (a hub set)."""
+    key_bytes: int | None
+    sentence: str
+
+
+def window_config(lm: LanguageModel, text: TextConfig) -> WindowConfig:
+    """The windows: by default the model's context, at most 1024 tokens, half of it new in each further window.
+
+    :raises InputError: the context is over the model's limit.
+    """
+    context = text.context or min(lm.context_limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if lm.context_limit is not None and context > lm.context_limit:
+        raise InputError(f"--context is {context}, but {lm.name} sees at most {lm.context_limit} tokens; take that")
+    stride = text.stride or max(context // 2, 1)
+    if stride > context:
+        raise InputError(f"--stride {stride} is over the context of {context} tokens; take at most {context}")
+    return WindowConfig(context, stride)
+
+
+def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings: Settings) -> Plan:
+    """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much."""
+    layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    tokens = _estimate_tokens(lm, text, settings.text)
+    if tokens is None:
+        return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
+    needed = key_bytes(lm, layers, tokens)
+    allowed = settings.disk_budget or shutil.disk_usage(out.parent).free // 2
+    sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_gigabytes(needed)}"
+    if needed <= allowed:
+        return Plan(layers, tokens, needed, sentence)
+    fewer = candidate_layers(settings.layers, layers, lm.layer_names)
+    less = key_bytes(lm, fewer, tokens)
+    if less > allowed:
+        raise InputError(
+            f"{sentence}, and the {len(fewer)} candidates alone {_gigabytes(less)}, over the {_gigabytes(allowed)} "
+            "allowed (half of the free disk, or --disk-budget); take fewer --layers, --max-tokens, or knnlm build"
+        )
+    sentence += f", over the {_gigabytes(allowed)} allowed: keeping to the {len(fewer)} candidates ({_gigabytes(less)})"
+    return Plan(fewer, tokens, less, sentence)
+
+
+def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int) -> int:
+    """Bytes of the layers' keys on disk."""
+    return KEY_BYTES * tokens * sum(lm.dims[name] for name in layers)
+
+
+def _estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
+    """From the sizes of the files and the tokens of their beginning; the limit where that is smaller or all we know."""
+    total = text_bytes(text)
+    if total is None:
+        return config.max_tokens
+    bytes_seen, tokens_seen = 0, 0
+    for document in itertools.islice(read_documents(text, text_field=config.text_field), 100):
+        piece = document.text[:PROBE_CHARACTERS]
+        bytes_seen += len(piece.encode())
+        tokens_seen += len(lm.encode(piece))
+        if bytes_seen > PROBE_CHARACTERS:
+            break
+    estimate = int(total * tokens_seen / max(bytes_seen, 1))
+    return min(estimate, config.max_tokens or estimate)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose change can change a number."""
+    packages = ("knnlm", "torch", "transformers", "tokenizers", "faiss-cpu", "numpy", "datasets")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,92 @@
+"""Results as tables for people: rich renderables, nothing printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from knnlm.results import EvalResult, Interval, LayerResult, LayerScore, ScoreResult
+
+
+def score_table(result: ScoreResult) -> Table:
+    """Every layer's label-free scores; the chosen layer is marked."""
+    table = Table(title=f"Layers by dispersion, on {result.tokens:,} tokens of {result.documents:,} documents")
+    for name in ("layer", "dispersion", "95 % interval", "within", "segments", "standardised", "eff. rank", "probe"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for one in result.layers:
+        chosen = one.layer == result.choice.layer
+        table.add_row(*_score_cells(one, chosen), style="bold green" if chosen else None)
+    return table
+
+
+def _score_cells(one: LayerScore, chosen: bool) -> Iterator[str]:
+    yield f"{one.layer} ◀ chosen" if chosen else one.layer
+    yield f"{one.dispersion:.4f}"
+    yield interval(one.interval)
+    yield f"{one.dispersion_within:.4f}"
+    yield f"{one.dispersion_segments:.4f}"
+    yield f"{one.dispersion_standardized:.4f}"
+    yield f"{one.effective_rank:.1f}"
+    yield f"{one.probe:.4f}"
+
+
+def eval_table(result: EvalResult) -> Table:
+    """Perplexity of the LM and of the kNN-LM for every layer; the chosen and the best layer are marked."""
+    title = f"Perplexity on {result.lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {result.lm.perplexity:.3f}"
+    table = Table(title=title)
+    for name in ("layer", "dispersion", "probe", "perplexity", "against the LM", "95 % interval", "k", "λ", "T"):
+        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    for one in result.layers:
+        style = "bold green" if one.layer == result.selected else "bold" if one.layer == result.best else None
+        table.add_row(*_eval_cells(one, result), style=style)
+    return table
+
+
+def _eval_cells(one: LayerResult, result: EvalResult) -> Iterator[str]:
+    marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == one.layer]
+    yield f"{one.layer} ◀ {', '.join(marks)}" if marks else one.layer
+    yield f"{one.score.dispersion:.4f} ± {_half(one.score.interval):.4f}" if one.score else "–"
+    yield f"{one.score.probe:.3f}" if one.score else "–"
+    yield f"{one.perplexity:.3f}"
+    yield f"{one.change:+.1%}"
+    yield f"{one.interval.low:+.1%} … {one.interval.high:+.1%}"
+    yield f"{one.k}"
+    yield f"{one.lam:.3f}"
+    yield f"{one.temperature:.4g}"
+
+
+def interval(value: Interval) -> str:
+    """Low and high, with four decimals."""
+    return f"{value.low:.4f} … {value.high:.4f}"
+
+
+def _half(value: Interval) -> float:
+    return (value.high - value.low) / 2
+
+
+def choice_lines(result: ScoreResult | EvalResult) -> Iterator[Text]:
+    """The choice, whether it was right, and what deserves a warning, a sentence each."""
+    if result.choice:
+        yield Text(f"Chosen: {result.choice.reason}.", style="green")
+        if result.choice.disagreement:
+            yield Text(f"Note: {result.choice.disagreement}.", style="yellow")
+    if isinstance(result, EvalResult):
+        yield from _verdict_lines(result)
+
+
+def _verdict_lines(result: EvalResult) -> Iterator[Text]:
+    if result.regret:
+        low, high = result.regret.interval.low, result.regret.interval.high
+        yield Text(f"Regret of the choice: {result.regret.value:+.2%} (95 % interval {low:+.2%} … {high:+.2%}).")
+    found = [one for one in result.correlations if one.score in ("dispersion", "probe")]
+    if found:
+        told = ", ".join(f"{one.score} {one.spearman:+.2f} ({one.among}, {one.layers} layers)" for one in found)
+        yield Text(f"Rank correlation with perplexity: {told}.")
+    if result.index:
+        one = result.index
+        with_it = f", perplexity {one.perplexity:.3f} with it" if one.perplexity else ""
+        yield Text(f"Index of {one.layer}: {one.spec}, recall@{one.recall_k} {one.recall:.4f}{with_it}.")
+    for warning in result.warnings:
+        yield Text(f"Warning: {warning}.", style="yellow")
