@@ -1,0 +1,264 @@
+"""Views to plotly figures, as plain objects: colours are the page's CSS variables, which its script resolves for light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from knnlm.report import numbers
+from knnlm.report.data import ChartData, Curve, Point
+
+Figure = dict[str, Any]
+Trace = dict[str, Any]
+
+INK, MUTED, GRID = "var(--ink)", "var(--muted)", "var(--grid)"
+# Shape as well as colour tells the parts apart; outputs of sublayers are dotted, the residual stream is dashed.
+SYMBOLS = {
+    "attn_input": "circle",
+    "attn_output": "square",
+    "ffn_input": "diamond",
+    "ffn_output": "triangle-up",
+    "block_output": "cross",
+    "final_norm": "triangle-down",
+}
+DASHES = {"attn_output": "dot", "ffn_output": "dot", "block_output": "dash"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with its words."""
+
+    key: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def make_charts(data: ChartData) -> tuple[Chart, ...]:
+    """Every chart that has something to show: one layer makes no line, and no score makes no dispersion."""
+    scored = [point for point in data.points if point.dispersion is not None]
+    measured = [point for point in data.points if point.perplexity is not None]
+    both = [point for point in scored if point.perplexity is not None]
+    charts = []
+    if len(scored) > 1:
+        charts.append(_dispersion_chart(data, scored))
+    if len(measured) > 1:
+        charts.append(_perplexity_chart(data, measured))
+    if len(both) > 1:
+        charts.append(_scatter_chart(data, both))
+    if any(len(curve.points) > 1 for curve in data.curves):
+        charts.append(_lambda_chart(data))
+    return tuple(charts)
+
+
+def colour(part: str) -> str:
+    """The CSS variable of a part's colour."""
+    return f"var(--{part.replace('_', '-')})" if part in SYMBOLS else MUTED
+
+
+def _dispersion_chart(data: ChartData, points: Sequence[Point]) -> Chart:
+    traces = _part_lines(points, "dispersion")
+    marks = _marks(points, lambda point: (point.x, point.dispersion))
+    layout = _layout(_block_axis(data), {"title": {"text": "dispersion"}})
+    caption = "How differently a layer’s vectors point, by block, one line for each part. Bars are 95 % intervals."
+    return Chart("dispersion", "Dispersion by depth", caption, {"data": [*traces, *marks], "layout": layout})
+
+
+def _perplexity_chart(data: ChartData, points: Sequence[Point]) -> Chart:
+    traces = _part_lines(points, "perplexity")
+    marks = _marks(points, lambda point: (point.x, point.perplexity))
+    layout = _layout(_block_axis(data), _perplexity_axis(data, points)) | _lm_line(data)
+    caption = "Perplexity of the kNN-LM with keys from each layer, on the same blocks; lower is better. Dashed: the plain LM."
+    return Chart("perplexity", "Perplexity by layer", caption, {"data": [*traces, *marks], "layout": layout})
+
+
+def _scatter_chart(data: ChartData, points: Sequence[Point]) -> Chart:
+    traces = [_scatter_trace(part, group) for part, group in _by_part(points)]
+    marks = _marks(points, lambda point: (point.dispersion, point.perplexity))
+    layout = _layout({"title": {"text": "dispersion"}}, _perplexity_axis(data, points)) | _lm_line(data)
+    caption = "If dispersion chose well, points would fall from left to right. Filled: candidates for the choice; hollow: other layers."
+    return Chart("scatter", "Dispersion against perplexity", caption, {"data": [*traces, *marks], "layout": layout})
+
+
+def _lambda_chart(data: ChartData) -> Chart:
+    curves = [curve for curve in data.curves if len(curve.points) > 1]
+    traces = [trace for curve in curves for trace in _curve_traces(curve)]
+    axis = {"title": {"text": "λ, weight of the neighbours"}, "range": [-0.02, 1.02], "dtick": 0.2}
+    layout = _layout(axis, _curve_axis(data, curves)) | _lm_line(data)
+    layout |= {"showlegend": len(curves) > 1}
+    caption = "Perplexity as the neighbours’ weight grows, at the fitted k and temperature. The dot is the fitted λ."
+    return Chart("lambda", "Weight of retrieval", caption, {"data": traces, "layout": layout})
+
+
+def _by_part(points: Sequence[Point]) -> Iterable[tuple[str, list[Point]]]:
+    for part in dict.fromkeys(point.part for point in points):
+        yield part, [point for point in points if point.part == part]
+
+
+def _part_lines(points: Sequence[Point], what: str) -> list[Trace]:
+    return [_part_line(part, group, what) for part, group in _by_part(points)]
+
+
+def _part_line(part: str, points: Sequence[Point], what: str) -> Trace:
+    arms = [getattr(point, f"{what}_error") for point in points]
+    return _named(part) | {
+        "mode": "lines+markers",
+        "x": [point.x for point in points],
+        "y": [getattr(point, what) for point in points],
+        "error_y": {
+            "type": "data",
+            "array": [above for above, _ in arms],
+            "arrayminus": [below for _, below in arms],
+            "thickness": 1,
+            "width": 0,
+            "color": colour(part),
+        },
+        "line": {"color": colour(part), "width": 2, "dash": DASHES.get(part, "solid")},
+        "marker": {"color": colour(part), "symbol": SYMBOLS.get(part, "circle"), "size": 7 if len(points) < 20 else 5},
+        "customdata": _hover_texts(points),
+    }
+
+
+def _scatter_trace(part: str, points: Sequence[Point]) -> Trace:
+    symbol = SYMBOLS.get(part, "circle")
+    return _named(part) | {
+        "mode": "markers",
+        "x": [point.dispersion for point in points],
+        "y": [point.perplexity for point in points],
+        "marker": {
+            "color": colour(part),
+            "symbol": [symbol if point.candidate else f"{symbol}-open" for point in points],
+            "size": [11 if point.candidate else 8 for point in points],
+            "line": {"color": colour(part), "width": 1.5},
+        },
+        "customdata": _hover_texts(points),
+    }
+
+
+def _named(part: str) -> Trace:
+    """What every trace of a part shares; the page's script hides traces by `meta.part`."""
+    return {
+        "type": "scatter",
+        "name": escape(part),
+        "meta": {"part": part},
+        "showlegend": False,
+        "hovertemplate": "%{customdata}<extra></extra>",
+    }
+
+
+def _hover_texts(points: Sequence[Point]) -> list[str]:
+    return ["<br>".join(escape(line) for line in point.hover) for point in points]
+
+
+def _marks(points: Sequence[Point], place: Any) -> list[Trace]:  # noqa: ANN401 - a function of a point to (x, y)
+    """Rings around the chosen and the best layer, with their names."""
+    marked = [point for point in points if point.chosen or point.best]
+    middle = sum(place(point)[0] for point in points) / len(points)
+    return [_mark(point, *place(point), left=place(point)[0] > middle) for point in marked]
+
+
+def _mark(point: Point, x: float, y: float, *, left: bool) -> Trace:
+    words = [word for word, holds in (("chosen", point.chosen), ("best", point.best)) if holds]
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": [x],
+        "y": [y],
+        "text": [" and ".join(words)],
+        "textposition": f"{'top' if point.chosen else 'bottom'} {'left' if left else 'right'}",
+        "textfont": {"color": INK, "size": 12, "weight": 600},
+        "marker": {
+            "symbol": "circle-open" if point.chosen else "star-open",
+            "size": 18,
+            "color": INK,
+            "line": {"width": 2, "color": INK},
+        },
+        "cliponaxis": False,
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def _curve_traces(curve: Curve) -> list[Trace]:
+    line = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": escape(curve.label),
+        "x": [lam for lam, _ in curve.points],
+        "y": [value for _, value in curve.points],
+        "line": {"color": colour(curve.part), "width": 2.5, "dash": "solid" if curve.chosen else "dash", "shape": "spline"},
+        "customdata": [numbers.perplexity(value) for _, value in curve.points],
+        "hovertemplate": f"{escape(curve.label)}<br>λ %{{x:.2f}}: perplexity %{{customdata}}<extra></extra>",
+    }
+    lam, value = curve.fitted
+    if not (math.isfinite(lam) and math.isfinite(value)):
+        return [line]
+    dot = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [lam],
+        "y": [value],
+        "marker": {"color": colour(curve.part), "size": 11, "line": {"color": INK, "width": 2}},
+        "hovertemplate": f"fitted λ {lam:.2f}: perplexity {numbers.perplexity(value)}<extra></extra>",
+        "showlegend": False,
+    }
+    return [line, dot]
+
+
+def _block_axis(data: ChartData) -> Figure:
+    step = max(1, math.ceil(data.num_blocks / 9))
+    ticks = list(range(0, data.num_blocks, step))
+    labels = [str(tick) for tick in ticks]
+    if any(point.block is None for point in data.points):
+        ticks, labels = [*ticks, data.num_blocks], [*labels, "final"]
+    margin = 0.02 * data.num_blocks + 0.25
+    return {
+        "title": {"text": "block"},
+        "tickvals": ticks,
+        "ticktext": labels,
+        "range": [-margin, max(point.x for point in data.points) + margin],
+    }
+
+
+def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
+    values = [point.perplexity for point in points if point.perplexity is not None and point.perplexity > 0]
+    values += [data.lm_perplexity] if data.lm_perplexity else []
+    # A few hopeless layers must not press the good ones flat.
+    scale: Figure = {"type": "log", "dtick": "D2"} if values and max(values) > 8 * min(values) else {}
+    return {"title": {"text": "perplexity"}} | scale
+
+
+def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:
+    """Cut above a little over the plain LM: near λ = 1 a curve goes to infinity."""
+    values = [value for curve in curves for _, value in curve.points]
+    top = max([data.lm_perplexity or 0, *(curve.points[0][1] for curve in curves)])
+    low = min(values)
+    top = min(max(values), top + 0.15 * (top - low) if top > low else max(values))
+    return {"title": {"text": "perplexity"}, "range": [low - 0.08 * (top - low), top + 0.04 * (top - low)]}
+
+
+def _lm_line(data: ChartData) -> Figure:
+    if data.lm_perplexity is None:
+        return {}
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": data.lm_perplexity, "y1": data.lm_perplexity}
+    label = {"text": f"plain LM {numbers.perplexity(data.lm_perplexity)}", "textposition": "top left", "font": {"color": MUTED}}
+    return {"shapes": [line | {"line": {"color": MUTED, "width": 1.5, "dash": "dash"}, "label": label}]}
+
+
+def _layout(xaxis: Figure, yaxis: Figure) -> Figure:
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "ticks": "", "automargin": True}
+    return {
+        "autosize": True,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": MUTED, "size": 12.5, "family": "var(--font)"},
+        "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": GRID, "font": {"color": INK}, "align": "left"},
+        "margin": {"l": 8, "r": 16, "t": 16, "b": 8},
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": INK}},
+        "xaxis": axis | {"showgrid": False} | xaxis,
+        "yaxis": axis | yaxis,
+    }

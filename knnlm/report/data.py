@@ -1,0 +1,227 @@
+"""An evaluation's result as views: every number already formatted, nothing yet drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from knnlm.report import numbers
+from knnlm.report.examples import ExampleView, example_view
+from knnlm.report.headline import Headline, make_headline
+from knnlm.report.names import network_order, split
+from knnlm.report.table import COLUMNS, Column, Row, layer_rows
+from knnlm.results import EvalResult, LayerResult, Perplexity
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure worth a large print."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layer in the charts: raw numbers, with its hover text."""
+
+    layer: str
+    block: int | None
+    part: str
+    x: float
+    """The block; the number of blocks for a layer behind all of them."""
+    dispersion: float | None
+    dispersion_error: tuple[float, float]
+    """Lengths of the interval's arms, above and below."""
+    perplexity: float | None
+    perplexity_error: tuple[float, float]
+    candidate: bool
+    chosen: bool
+    best: bool
+    hover: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Perplexity by λ of one layer."""
+
+    label: str
+    part: str
+    chosen: bool
+    points: tuple[tuple[float, float], ...]
+    fitted: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ChartData:
+    """What the charts draw."""
+
+    points: tuple[Point, ...]
+    lm_perplexity: float | None
+    curves: tuple[Curve, ...]
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A name and its value."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """Everything that the page shows."""
+
+    title: str
+    headline: Headline | None
+    tiles: tuple[Tile, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    parts: tuple[str, ...]
+    charts: ChartData
+    correlations: tuple[Fact, ...]
+    helped: tuple[ExampleView, ...]
+    hurt: tuple[ExampleView, ...]
+    warnings: tuple[str, ...]
+    index: tuple[Fact, ...]
+    settings: tuple[Fact, ...]
+    versions: tuple[Fact, ...]
+    seconds: tuple[Fact, ...]
+
+
+def make_view(result: EvalResult, *, title: str) -> ReportView:
+    """The views of a result."""
+    ordered = sorted(result.layers, key=lambda layer: network_order(layer.layer))
+    return ReportView(
+        title=title,
+        headline=make_headline(result),
+        tiles=tuple(_tiles(result)),
+        columns=COLUMNS,
+        rows=layer_rows(result),
+        parts=tuple(dict.fromkeys(split(layer.layer)[1] for layer in ordered)),
+        charts=_chart_data(result, ordered),
+        correlations=tuple(
+            Fact(item.score, f"{numbers.decimal(item.spearman, 2, signed=True)} over {item.layers} layers")
+            for item in result.correlations
+        ),
+        helped=tuple(example_view(example) for example in result.helped),
+        hurt=tuple(example_view(example) for example in result.hurt),
+        warnings=result.warnings,
+        index=tuple(_index_facts(result)),
+        settings=_facts(result.settings),
+        versions=_facts(result.versions),
+        seconds=tuple(Fact(name, numbers.duration(value)) for name, value in result.seconds.items()),
+    )
+
+
+def _tiles(result: EvalResult) -> Iterable[Tile]:
+    yield Tile("Plain LM", numbers.perplexity(result.lm.perplexity), _other_units(result.lm))
+    layers = {layer.layer: layer for layer in result.layers}
+    shown = layers.get(result.selected or "") or layers.get(result.best)
+    if shown is not None:
+        name = "chosen" if shown.layer == result.selected else "best"
+        yield Tile(f"kNN-LM, {name} layer", numbers.perplexity(shown.perplexity), _other_units(shown))
+        interval = numbers.percent_interval(shown.interval)
+        yield Tile("Change", numbers.percent(shown.change, signed=True), interval and f"95 % interval {interval}")
+    if result.regret is not None:
+        interval = numbers.percent_interval(result.regret.interval)
+        yield Tile("Regret", numbers.percent(result.regret.value, signed=True), interval and f"95 % interval {interval}")
+    yield Tile("Keys", f"{result.keys:,}", f"reported on {result.lm.tokens:,} tokens, tuned on {result.tuning_tokens:,}")
+
+
+def _other_units(measured: Perplexity | LayerResult) -> str:
+    bits, word = numbers.decimal(measured.bits_per_byte, 3), numbers.perplexity(measured.word_perplexity)
+    return f"{bits} bits per byte, {word} per word"
+
+
+def _chart_data(result: EvalResult, ordered: list[LayerResult]) -> ChartData:
+    blocks = [block for block, _ in (split(layer.layer) for layer in ordered) if block is not None]
+    num_blocks = max(blocks, default=-1) + 1
+    return ChartData(
+        points=tuple(_point(layer, result, num_blocks) for layer in ordered),
+        lm_perplexity=_finite(result.lm.perplexity),
+        curves=tuple(_curves(result)),
+        num_blocks=num_blocks,
+    )
+
+
+def _point(layer: LayerResult, result: EvalResult, num_blocks: int) -> Point:
+    block, part = split(layer.layer)
+    score, lm = layer.score, result.lm.perplexity
+    dispersion = math.nan if score is None else score.dispersion
+    arms = (math.nan, math.nan) if score is None else (score.interval.low, score.interval.high)
+    return Point(
+        layer=layer.layer,
+        block=block,
+        part=part,
+        x=num_blocks if block is None else block,
+        dispersion=_finite(dispersion),
+        dispersion_error=_arms(dispersion, *arms),
+        perplexity=_finite(layer.perplexity),
+        perplexity_error=_arms(layer.perplexity, lm * (1 + layer.interval.low), lm * (1 + layer.interval.high)),
+        candidate=result.choice is not None and layer.layer in result.choice.candidates,
+        chosen=layer.layer == result.selected,
+        best=layer.layer == result.best,
+        hover=_hover(layer),
+    )
+
+
+def _hover(layer: LayerResult) -> tuple[str, ...]:
+    lines = [layer.layer, f"perplexity {numbers.perplexity(layer.perplexity)} ({numbers.percent(layer.change, signed=True)})"]
+    if layer.score is not None:
+        width = numbers.decimal(numbers.half_width(layer.score.interval), 3)
+        lines.append(f"dispersion {numbers.decimal(layer.score.dispersion, 3)} ± {width}")
+        lines.append(f"probe {numbers.decimal(layer.score.probe, 3)}")
+    return tuple(lines)
+
+
+def _curves(result: EvalResult) -> Iterable[Curve]:
+    for layer in result.layers:
+        if layer.layer not in (result.selected, result.best):
+            continue
+        points = tuple((lam, value) for lam, value in layer.lambda_curve if math.isfinite(lam) and math.isfinite(value))
+        marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == layer.layer]
+        label, part = f"{layer.layer} ({' and '.join(marks)})", split(layer.layer)[1]
+        yield Curve(label, part, layer.layer == result.selected, points, (layer.lam, layer.perplexity))
+
+
+def _arms(value: float, low: float, high: float) -> tuple[float, float]:
+    above, below = high - value, value - low
+    known = math.isfinite(above) and math.isfinite(below)
+    return (max(above, 0.0), max(below, 0.0)) if known else (0.0, 0.0)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _index_facts(result: EvalResult) -> Iterable[Fact]:
+    index = result.index
+    if index is None:
+        return
+    yield Fact("layer", index.layer)
+    yield Fact("kind", index.spec)
+    yield Fact(f"recall@{index.recall_k}", numbers.percent(index.recall))
+    yield Fact("size", numbers.size(index.size_bytes))
+    if index.perplexity is not None:
+        yield Fact("perplexity with this index", numbers.perplexity(index.perplexity))
+
+
+def _facts(values: Mapping[str, object]) -> tuple[Fact, ...]:
+    return tuple(Fact(name, _setting(value)) for name, value in values.items())
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_setting(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(item) for item in value)
+    return str(value)

@@ -1,0 +1,117 @@
+"""Tokens that retrieval helped or hurt most, as text that can be shown: white space visible, controls replaced."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from dataclasses import dataclass
+
+from knnlm.report import numbers
+from knnlm.results import NeighborText, TokenExample
+
+CONTEXT_CHARACTERS = 240
+NEIGHBOR_CHARACTERS = 120
+_VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A probability as text and as a bar."""
+
+    label: str
+    text: str
+    share: float
+    """0 to 1."""
+
+
+@dataclass(frozen=True)
+class NeighborView:
+    """One neighbour."""
+
+    before: str
+    token: str
+    agrees: bool
+    """Its token is the one that came."""
+    source: str
+    distance: str
+    weight: Bar
+
+
+@dataclass(frozen=True)
+class ExampleView:
+    """One token in its context."""
+
+    before: str
+    token: str
+    after: str
+    effect: str
+    bars: tuple[Bar, ...]
+    neighbors: tuple[NeighborView, ...]
+
+
+def example_view(example: TokenExample) -> ExampleView:
+    """A token with its probabilities and neighbours, the heaviest neighbour first."""
+    neighbors = sorted(example.neighbors, key=lambda neighbor: -neighbor.weight)
+    return ExampleView(
+        before=flow_end(example.before, CONTEXT_CHARACTERS),
+        token=visible(example.token),
+        after=flow_start(example.after, CONTEXT_CHARACTERS // 2),
+        effect=_effect(example),
+        bars=(
+            _bar("LM", example.lm_probability),
+            _bar("kNN", example.knn_probability),
+            _bar("mixed", example.mixed_probability),
+        ),
+        neighbors=tuple(_neighbor_view(neighbor, example.token) for neighbor in neighbors),
+    )
+
+
+def visible(token: str) -> str:
+    """A token with its white space shown: `" the"` -> `"␣the"`, a line break -> `"↵"`, nothing -> `"(empty)"`."""
+    return "".join(_VISIBLE.get(character, _printable(character)) for character in token) or "(empty)"
+
+
+def flow_end(text: str, limit: int) -> str:
+    """The end of a text for the place before a token."""
+    text = _flow(text)
+    return text if len(text) <= limit else f"…{text[-limit:]}"
+
+
+def flow_start(text: str, limit: int) -> str:
+    """The start of a text for the place after a token."""
+    text = _flow(text)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _flow(text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\n", "↵ ").replace("\t", "⇥ ")
+    return "".join(_printable(character) for character in text)
+
+
+def _printable(character: str) -> str:
+    """Control, direction-changing and lone surrogate characters become U+FFFD: they could disturb the text around."""
+    return "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in {"Cc", "Cf", "Cs"} else character
+
+
+def _effect(example: TokenExample) -> str:
+    before, after = example.lm_probability, example.mixed_probability
+    if not (before > 0 and after > 0 and math.isfinite(before) and math.isfinite(after)):
+        return ""
+    ratio, word = (after / before, "likelier") if after >= before else (before / after, "less likely")
+    return f"{numbers.significant(ratio, 2)} times {word}"
+
+
+def _bar(label: str, value: float) -> Bar:
+    share = min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
+    return Bar(label, numbers.probability(value), share)
+
+
+def _neighbor_view(neighbor: NeighborText, target: str) -> NeighborView:
+    return NeighborView(
+        before=flow_end(neighbor.before, NEIGHBOR_CHARACTERS),
+        token=visible(neighbor.token),
+        agrees=neighbor.token == target,
+        source=_flow(neighbor.source),
+        distance=numbers.significant(neighbor.distance),
+        weight=_bar("weight", neighbor.weight),
+    )

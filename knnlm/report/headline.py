@@ -1,0 +1,74 @@
+"""What a run found, in two sentences: what retrieval did to perplexity, and whether the choice of layer was right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from knnlm.report import numbers
+from knnlm.results import EvalResult, Interval, LayerResult
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The parts of the first sentence, and the verdict on the choice."""
+
+    layer: str
+    verb: str
+    """`lower`, `raise`, or `hardly change`."""
+    before: str
+    after: str
+    change: str
+    interval: str
+    verdict: str
+    tone: str
+    """`good`, `open` (nothing can be said) or `poor`."""
+    reason: str
+    disagreement: str
+
+
+def make_headline(result: EvalResult) -> Headline | None:
+    """The sentences about the chosen layer, or about the best one where none was chosen; None without any layer."""
+    layers = {layer.layer: layer for layer in result.layers}
+    shown = layers.get(result.selected or "") or layers.get(result.best)
+    if shown is None:
+        return None
+    verdict, tone = _verdict(result, layers)
+    return Headline(
+        layer=shown.layer,
+        verb=_verb(shown),
+        before=numbers.perplexity(result.lm.perplexity),
+        after=numbers.perplexity(shown.perplexity),
+        change=numbers.percent(shown.change, signed=True),
+        interval=numbers.percent_interval(shown.interval),
+        verdict=verdict,
+        tone=tone,
+        reason=result.choice.reason if result.choice else "",
+        disagreement=(result.choice.disagreement or "") if result.choice else "",
+    )
+
+
+def _verb(layer: LayerResult) -> str:
+    if layer.interval.high < 0:
+        return "lower"
+    return "raise" if layer.interval.low > 0 else "hardly change"
+
+
+def _verdict(result: EvalResult, layers: dict[str, LayerResult]) -> tuple[str, str]:
+    count, best = len(layers), layers.get(result.best)
+    if count == 1:
+        return "Only this layer was evaluated, so nothing says whether another would do better.", "open"
+    if result.selected not in layers or best is None:
+        return f"No choice was made; this is the best of {count} layers.", "open"
+    if result.selected == result.best:
+        return f"The choice was right: none of the other {count - 1} layers does better.", "good"
+    chosen = layers[result.selected]
+    rival = f"{best.layer} ({numbers.perplexity(best.perplexity)})"
+    if _within_error(result, chosen):
+        return f"The choice was right within the measurement’s error: the best layer is {rival}.", "good"
+    cost = result.regret.value if result.regret else chosen.versus_best
+    return f"The choice was not the best: it costs {numbers.percent(cost)} against {rival}.", "poor"
+
+
+def _within_error(result: EvalResult, chosen: LayerResult) -> bool:
+    interval: Interval = result.regret.interval if result.regret else chosen.versus_best_interval
+    return interval.low <= 0

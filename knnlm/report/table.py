@@ -1,0 +1,140 @@
+"""The table of layers: columns and rows of formatted cells, best perplexity first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from knnlm.report import numbers
+from knnlm.report.names import network_order, split
+from knnlm.results import EvalResult, Interval, LayerResult, LayerScore
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's head."""
+
+    key: str
+    label: str
+    help: str
+    extra: bool = False
+    """Shown only on demand."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value as text, with what follows it in small print, and the number to sort by (None: unknown, sorted last)."""
+
+    text: str
+    note: str = ""
+    order: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer."""
+
+    layer: str
+    part: str
+    chosen: bool
+    best: bool
+    candidate: bool
+    bar: float
+    """Perplexity as a share of the worst shown, 0 to 1."""
+    cells: dict[str, Cell]
+
+
+COLUMNS = (
+    Column("layer", "Layer", "Block and part of the network whose vectors are the keys"),
+    Column("dispersion", "Dispersion", "Mean of 1 − cosine over pairs of keys, ± half of its 95 % interval"),
+    Column("probe", "Probe", "Share of nearest keys from other documents with the same next token, ± half of its 95 % interval"),
+    Column("perplexity", "Perplexity", "Of the kNN-LM whose keys come from this layer"),
+    Column("change", "Against the LM", "Change of perplexity relative to the plain LM, with its 95 % interval"),
+    Column("k", "k", "Neighbours retrieved for each token"),
+    Column("lam", "λ", "Weight of the neighbours' distribution in the mixture"),
+    Column("temperature", "T", "Temperature, in this layer's squared distances"),
+    Column("versus_best", "Against the best", "Perplexity relative to the best layer's, with its 95 % interval", extra=True),
+    Column("bits", "Bits per byte", "Of the kNN-LM; comparable across tokenizers", extra=True),
+    Column("word", "Word perplexity", "Of the kNN-LM, for each word of the text", extra=True),
+    Column("within", "Dispersion within", "Inside each segment of text, then averaged", extra=True),
+    Column("segments", "Dispersion of segments", "Between the last vectors of segments", extra=True),
+    Column("standardized", "Standardised", "Dispersion after each dimension is divided by its standard deviation", extra=True),
+    Column("rank", "Effective rank", "exp of the entropy of the normalised singular values", extra=True),
+)
+
+
+def layer_rows(result: EvalResult) -> tuple[Row, ...]:
+    """Rows for every layer, the lowest perplexity first, unknown perplexities last."""
+    candidates = set(result.choice.candidates) if result.choice else set()
+    finite = [layer.perplexity for layer in result.layers if math.isfinite(layer.perplexity)]
+    places = _score_places(result)
+    rows = [
+        Row(
+            layer=layer.layer,
+            part=split(layer.layer)[1],
+            chosen=layer.layer == result.selected,
+            best=layer.layer == result.best,
+            candidate=layer.layer in candidates,
+            bar=layer.perplexity / max(finite) if math.isfinite(layer.perplexity) else 0.0,
+            cells=_cells(layer, places),
+        )
+        for layer in sorted(result.layers, key=lambda layer: network_order(layer.layer))
+    ]
+    for position, row in enumerate(rows):
+        row.cells["layer"] = Cell(row.layer, order=position)
+    return tuple(sorted(rows, key=lambda row: _last_if_unknown(row.cells["perplexity"].order)))
+
+
+def _last_if_unknown(order: float | None) -> float:
+    return math.inf if order is None else order
+
+
+def _score_places(result: EvalResult) -> int:
+    """Decimals for dispersion and probe, the same down the column: enough for the intervals to be seen."""
+    widths = sorted(numbers.half_width(layer.score.interval) for layer in result.layers if layer.score)
+    widths = [width for width in widths if width > 0]
+    return 4 if widths and widths[len(widths) // 2] < 0.001 else 3
+
+
+def _cells(layer: LayerResult, places: int) -> dict[str, Cell]:
+    return {
+        "perplexity": _cell(layer.perplexity, numbers.perplexity),
+        "change": _change(layer.change, layer.interval),
+        "k": Cell(f"{layer.k:,}", order=layer.k),
+        "lam": _cell(layer.lam, lambda value: numbers.decimal(value, 2 if 0.01 <= value <= 0.99 else 3)),
+        "temperature": _cell(layer.temperature, numbers.significant),
+        "versus_best": _change(layer.versus_best, layer.versus_best_interval),
+        "bits": _cell(layer.bits_per_byte, lambda value: numbers.decimal(value, 3)),
+        "word": _cell(layer.word_perplexity, numbers.perplexity),
+    } | _score_cells(layer.score, places)
+
+
+def _score_cells(score: LayerScore | None, places: int) -> dict[str, Cell]:
+    if score is None:
+        return dict.fromkeys(("dispersion", "probe", "within", "segments", "standardized", "rank"), Cell(numbers.MISSING))
+
+    def share(value: float) -> str:
+        return numbers.decimal(value, places)
+
+    return {
+        "dispersion": _cell(score.dispersion, share, note=_plus_minus(score.interval, places)),
+        "probe": _cell(score.probe, share, note=_plus_minus(score.probe_interval, places)),
+        "within": _cell(score.dispersion_within, share),
+        "segments": _cell(score.dispersion_segments, share),
+        "standardized": _cell(score.dispersion_standardized, share),
+        "rank": _cell(score.effective_rank, lambda value: numbers.decimal(value, 1)),
+    }
+
+
+def _cell(value: float, show: Callable[[float], str], note: str = "") -> Cell:
+    return Cell(show(value), note, value if math.isfinite(value) else None)
+
+
+def _change(value: float, interval: Interval) -> Cell:
+    return _cell(value, lambda fraction: numbers.percent(fraction, signed=True), numbers.percent_interval(interval))
+
+
+def _plus_minus(interval: Interval, places: int) -> str:
+    width = numbers.half_width(interval)
+    return f"±{numbers.SPACE}{numbers.decimal(width, places)}" if math.isfinite(width) else ""
