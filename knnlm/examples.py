@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.datastore import Datastore
-from knnlm.evaluate import LayerOutcome, Queries
+from knnlm.evaluation import LayerOutcome, Queries
 from knnlm.lm import LanguageModel
 from knnlm.results import NeighborText, TokenExample
 from knnlm.search import open_searcher

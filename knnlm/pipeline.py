@@ -21,7 +21,7 @@ from knnlm.collect import Collected, collect
 from knnlm.config import Settings
 from knnlm.corpus import read_documents, tokenize
 from knnlm.datastore import Datastore, DatastoreWriter
-from knnlm.evaluate import check_evaluation, evaluate_layers, open_queries, summarize
+from knnlm.evaluation import check_evaluation, evaluate_layers, open_queries, summarize
 from knnlm.examples import find_examples
 from knnlm.indexing import index_layer
 from knnlm.layers import select_layers
