@@ -1,4 +1,4 @@
-"""A made-up but realistic evaluation, with text that tries to break a page: markup, script ends, control and direction characters."""
+"""A made-up but realistic evaluation, with text that tries to break a page: markup, script ends, control characters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from knnlm.results import (
 )
 
 LM_PERPLEXITY = 77.70
-NASTY = "</script><script>window.broken = true</script><!-- <img src=x onerror=\"window.broken=true\"> {{ 7 * 7 }} & 'quoted'"
+NASTY = (
+    "</script><script>window.broken = true</script><!-- "
+    "<img src=x onerror=\"window.broken = true\"> {{ 7 * 7 }} & 'quoted'"
+)
 SETTINGS = {
     "model": "./llama-8m",
     "text": ["nursing.txt"],
@@ -99,7 +102,8 @@ def sample_curve(perplexity: float, lam: float) -> tuple[tuple[float, float], ..
 
     def at(weight: float) -> float:
         side = (weight - lam) / (lam if weight < lam else 1 - lam)
-        return math.inf if weight == 1 else perplexity * math.exp(depth * side**2 / (1 if weight < lam else 1.0001 - abs(side)))
+        stretch = 1 if weight < lam else 1.0001 - abs(side)
+        return math.inf if weight == 1 else perplexity * math.exp(depth * side**2 / stretch)
 
     return tuple((step / 40, at(step / 40)) for step in range(41))
 
@@ -108,7 +112,9 @@ def sample_layers(num_blocks: int, seed: int) -> tuple[LayerResult, ...]:
     """All layers, with `versus_best` set."""
     rng = random.Random(seed)
     names = sample_names(num_blocks)
-    layers = [sample_layer(name, index // len(PARTS) / max(num_blocks - 1, 1), rng) for index, name in enumerate(names[:-1])]
+    layers = [
+        sample_layer(name, index // len(PARTS) / max(num_blocks - 1, 1), rng) for index, name in enumerate(names[:-1])
+    ]
     layers.append(sample_layer(FINAL, 1.0, rng))
     best = min(layer.perplexity for layer in layers)
     return tuple(versus(layer, layer.perplexity / best - 1) for layer in layers)
@@ -125,7 +131,7 @@ def sample_examples(kind: str) -> tuple[TokenExample, ...]:
     """Tokens that retrieval helped or hurt; one is made of nasty text."""
     helped = kind == "helped"
     nursing = TokenExample(
-        before="A patient who takes warfarin is told to keep the intake of green leafy vegetables steady, because they are rich in",
+        before="A patient who takes warfarin is told to keep the intake of leafy vegetables steady: they are rich in",
         token=" vitamin",
         after=" K, which works against the drug.\nThe nurse checks the INR",
         lm_probability=0.0041 if helped else 0.62,
@@ -142,7 +148,9 @@ def sample_examples(kind: str) -> tuple[TokenExample, ...]:
             for index in range(8)
         ),
     )
-    line_break = TokenExample("let mut guess = String::new();", "\n\n", "    io::stdin()", 0.08, 0.71, 0.39, nursing.neighbors[:1])
+    line_break = TokenExample(
+        "let mut guess = String::new();", "\n\n", "    io::stdin()", 0.08, 0.71, 0.39, nursing.neighbors[:1]
+    )
     nasty = TokenExample(
         before=f"{NASTY} \u202ereversed\u202c \x00\x1b[31m {'unbroken' * 40}",
         token=" </script>",
@@ -170,7 +178,7 @@ def sample_result(num_blocks: int = 8, *, seed: int = 3) -> EvalResult:
             layer=selected,
             select="dispersion",
             candidates=candidates,
-            reason=f"{selected} has the highest dispersion among the {len(candidates)} candidates (ffn_input of the upper half).",
+            reason=f"{selected} is the most dispersed of {len(candidates)} candidates (ffn_input of the upper half).",
             disagreement=None,
         ),
         regret=Regret(0.0042, Interval(-0.003, 0.011)),

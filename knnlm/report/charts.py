@@ -1,4 +1,4 @@
-"""Views to plotly figures, as plain objects: colours are the page's CSS variables, which its script resolves for light and dark."""
+"""Views to plotly figures, as plain objects; colours are CSS variables that the page's script resolves, light or dark."""
 
 from __future__ import annotations
 
@@ -70,16 +70,18 @@ def _dispersion_chart(data: ChartData, points: Sequence[Point]) -> Chart:
 def _perplexity_chart(data: ChartData, points: Sequence[Point]) -> Chart:
     traces = _part_lines(points, "perplexity")
     marks = _marks(points, lambda point: (point.x, point.perplexity))
-    layout = _layout(_block_axis(data), _perplexity_axis(data, points)) | _lm_line(data)
-    caption = "Perplexity of the kNN-LM with keys from each layer, on the same blocks; lower is better. Dashed: the plain LM."
+    layout = _layout(_block_axis(data), _perplexity_axis(data, points)) | _lm_line(data, "end")
+    caption = "Perplexity of the kNN-LM with keys from each layer, by block; lower is better. Dashed: the plain LM."
     return Chart("perplexity", "Perplexity by layer", caption, {"data": [*traces, *marks], "layout": layout})
 
 
 def _scatter_chart(data: ChartData, points: Sequence[Point]) -> Chart:
     traces = [_scatter_trace(part, group) for part, group in _by_part(points)]
     marks = _marks(points, lambda point: (point.dispersion, point.perplexity))
-    layout = _layout({"title": {"text": "dispersion"}}, _perplexity_axis(data, points)) | _lm_line(data)
-    caption = "If dispersion chose well, points would fall from left to right. Filled: candidates for the choice; hollow: other layers."
+    layout = _layout({"title": {"text": "dispersion"}}, _perplexity_axis(data, points)) | _lm_line(data, "end")
+    caption = (
+        "Where dispersion orders layers well, points fall from left to right. Filled: candidates; hollow: the rest."
+    )
     return Chart("scatter", "Dispersion against perplexity", caption, {"data": [*traces, *marks], "layout": layout})
 
 
@@ -87,7 +89,7 @@ def _lambda_chart(data: ChartData) -> Chart:
     curves = [curve for curve in data.curves if len(curve.points) > 1]
     traces = [trace for curve in curves for trace in _curve_traces(curve)]
     axis = {"title": {"text": "λ, weight of the neighbours"}, "range": [-0.02, 1.02], "dtick": 0.2}
-    layout = _layout(axis, _curve_axis(data, curves)) | _lm_line(data)
+    layout = _layout(axis, _curve_axis(data, curves)) | _lm_line(data, "middle")
     layout |= {"showlegend": len(curves) > 1}
     caption = "Perplexity as the neighbours’ weight grows, at the fitted k and temperature. The dot is the fitted λ."
     return Chart("lambda", "Weight of retrieval", caption, {"data": traces, "layout": layout})
@@ -132,6 +134,7 @@ def _scatter_trace(part: str, points: Sequence[Point]) -> Trace:
             "color": colour(part),
             "symbol": [symbol if point.candidate else f"{symbol}-open" for point in points],
             "size": [11 if point.candidate else 8 for point in points],
+            "opacity": 1,
             "line": {"color": colour(part), "width": 1.5},
         },
         "customdata": _hover_texts(points),
@@ -154,28 +157,19 @@ def _hover_texts(points: Sequence[Point]) -> list[str]:
 
 
 def _marks(points: Sequence[Point], place: Any) -> list[Trace]:  # noqa: ANN401 - a function of a point to (x, y)
-    """Rings around the chosen and the best layer, with their names."""
-    marked = [point for point in points if point.chosen or point.best]
-    middle = sum(place(point)[0] for point in points) / len(points)
-    return [_mark(point, *place(point), left=place(point)[0] > middle) for point in marked]
+    """A ring around the chosen layer and a square around the best; the page's key names them."""
+    rings = [(point, "circle-open", 20) for point in points if point.chosen]
+    squares = [(point, "square-open", 15) for point in points if point.best]
+    return [_mark(symbol, size, *place(point)) for point, symbol, size in rings + squares]
 
 
-def _mark(point: Point, x: float, y: float, *, left: bool) -> Trace:
-    words = [word for word, holds in (("chosen", point.chosen), ("best", point.best)) if holds]
+def _mark(symbol: str, size: int, x: float, y: float) -> Trace:
     return {
         "type": "scatter",
-        "mode": "markers+text",
+        "mode": "markers",
         "x": [x],
         "y": [y],
-        "text": [" and ".join(words)],
-        "textposition": f"{'top' if point.chosen else 'bottom'} {'left' if left else 'right'}",
-        "textfont": {"color": INK, "size": 12, "weight": 600},
-        "marker": {
-            "symbol": "circle-open" if point.chosen else "star-open",
-            "size": 18,
-            "color": INK,
-            "line": {"width": 2, "color": INK},
-        },
+        "marker": {"symbol": symbol, "size": size, "color": INK, "line": {"width": 2, "color": INK}},
         "cliponaxis": False,
         "hoverinfo": "skip",
         "showlegend": False,
@@ -189,7 +183,7 @@ def _curve_traces(curve: Curve) -> list[Trace]:
         "name": escape(curve.label),
         "x": [lam for lam, _ in curve.points],
         "y": [value for _, value in curve.points],
-        "line": {"color": colour(curve.part), "width": 2.5, "dash": "solid" if curve.chosen else "dash", "shape": "spline"},
+        "line": {"color": colour(curve.part), "width": 2.5, "dash": "solid" if curve.chosen else "dash"},
         "customdata": [numbers.perplexity(value) for _, value in curve.points],
         "hovertemplate": f"{escape(curve.label)}<br>λ %{{x:.2f}}: perplexity %{{customdata}}<extra></extra>",
     }
@@ -224,11 +218,15 @@ def _block_axis(data: ChartData) -> Figure:
 
 
 def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
-    values = [point.perplexity for point in points if point.perplexity is not None and point.perplexity > 0]
+    values = [point.perplexity for point in points if point.perplexity is not None]
     values += [data.lm_perplexity] if data.lm_perplexity else []
+    low, high = min(values), max(values)
     # A few hopeless layers must not press the good ones flat.
-    scale: Figure = {"type": "log", "dtick": "D2"} if values and max(values) > 8 * min(values) else {}
-    return {"title": {"text": "perplexity"}} | scale
+    scale: Figure = {"type": "log", "dtick": "D2"} if high > 8 * low > 0 else {}
+    if scale:
+        low, high = math.log10(low), math.log10(high)
+    room = (high - low) or 1.0
+    return {"title": {"text": "perplexity"}, "range": [low - 0.1 * room, high + 0.14 * room]} | scale
 
 
 def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:
@@ -240,11 +238,12 @@ def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:
     return {"title": {"text": "perplexity"}, "range": [low - 0.08 * (top - low), top + 0.04 * (top - low)]}
 
 
-def _lm_line(data: ChartData) -> Figure:
+def _lm_line(data: ChartData, side: str) -> Figure:
     if data.lm_perplexity is None:
         return {}
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": data.lm_perplexity, "y1": data.lm_perplexity}
-    label = {"text": f"plain LM {numbers.perplexity(data.lm_perplexity)}", "textposition": "top left", "font": {"color": MUTED}}
+    text = f"plain LM {numbers.perplexity(data.lm_perplexity)}"
+    label = {"text": text, "textposition": side, "font": {"color": MUTED}}
     return {"shapes": [line | {"line": {"color": MUTED, "width": 1.5, "dash": "dash"}, "label": label}]}
 
 

@@ -11,7 +11,7 @@ from knnlm.report.examples import ExampleView, example_view
 from knnlm.report.headline import Headline, make_headline
 from knnlm.report.names import network_order, split
 from knnlm.report.table import COLUMNS, Column, Row, layer_rows
-from knnlm.results import EvalResult, LayerResult, Perplexity
+from knnlm.results import EvalResult, Interval, LayerResult, Perplexity
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_view(result: EvalResult, *, title: str) -> ReportView:
         parts=tuple(dict.fromkeys(split(layer.layer)[1] for layer in ordered)),
         charts=_chart_data(result, ordered),
         correlations=tuple(
-            Fact(item.score, f"{numbers.decimal(item.spearman, 2, signed=True)} over {item.layers} layers")
+            Fact(f"{item.score} ({item.layers} layers)", numbers.decimal(item.spearman, 2, signed=True))
             for item in result.correlations
         ),
         helped=tuple(example_view(example) for example in result.helped),
@@ -125,12 +125,18 @@ def _tiles(result: EvalResult) -> Iterable[Tile]:
     if shown is not None:
         name = "chosen" if shown.layer == result.selected else "best"
         yield Tile(f"kNN-LM, {name} layer", numbers.perplexity(shown.perplexity), _other_units(shown))
-        interval = numbers.percent_interval(shown.interval)
-        yield Tile("Change", numbers.percent(shown.change, signed=True), interval and f"95 % interval {interval}")
+        interval = _interval_note(shown.interval)
+        yield Tile("Change", numbers.percent(shown.change, signed=True), interval)
     if result.regret is not None:
-        interval = numbers.percent_interval(result.regret.interval)
-        yield Tile("Regret", numbers.percent(result.regret.value, signed=True), interval and f"95 % interval {interval}")
-    yield Tile("Keys", f"{result.keys:,}", f"reported on {result.lm.tokens:,} tokens, tuned on {result.tuning_tokens:,}")
+        interval = _interval_note(result.regret.interval)
+        yield Tile("Regret", numbers.percent(result.regret.value, signed=True), interval)
+    tokens = f"reported on {result.lm.tokens:,} tokens, tuned on {result.tuning_tokens:,}"
+    yield Tile("Keys", f"{result.keys:,}", tokens)
+
+
+def _interval_note(interval: Interval) -> str:
+    text = numbers.percent_interval(interval)
+    return text and f"95 % interval {text}"
 
 
 def _other_units(measured: Perplexity | LayerResult) -> str:
@@ -171,7 +177,8 @@ def _point(layer: LayerResult, result: EvalResult, num_blocks: int) -> Point:
 
 
 def _hover(layer: LayerResult) -> tuple[str, ...]:
-    lines = [layer.layer, f"perplexity {numbers.perplexity(layer.perplexity)} ({numbers.percent(layer.change, signed=True)})"]
+    change = numbers.percent(layer.change, signed=True)
+    lines = [layer.layer, f"perplexity {numbers.perplexity(layer.perplexity)} ({change})"]
     if layer.score is not None:
         width = numbers.decimal(numbers.half_width(layer.score.interval), 3)
         lines.append(f"dispersion {numbers.decimal(layer.score.dispersion, 3)} ± {width}")

@@ -19,7 +19,7 @@ FORMAT = "knnlm-report"
 VERSION = 1
 Result = TypeVar("Result")
 
-# A layer's row is flat: its own `interval` is the dispersion's, so the interval of `change` is written as `change_interval`.
+# A layer's row is flat: its `interval` is the dispersion's, so that of `change` is written as `change_interval`.
 RENAMED = {"lam": "lambda", "interval": "change_interval"}
 SCORE_FIELDS = tuple(field.name for field in fields(LayerScore) if field.name != "layer")
 
@@ -32,7 +32,7 @@ def to_document(result: EvalResult) -> dict[str, Any]:
 
 
 def from_document(document: Mapping[str, Any]) -> EvalResult:
-    """The evaluation that `to_document` wrote; null becomes NaN where a number is due, so an infinity comes back as NaN.
+    """The evaluation that `to_document` wrote; null becomes NaN where a number is due (also for an infinity).
 
     :raises InputError: the object is no evaluation of this format and version, or lacks a field
     """
@@ -75,7 +75,8 @@ def _head(kind: str) -> dict[str, Any]:
 def _check_head(document: Mapping[str, Any], kind: str) -> None:
     got = tuple(document.get(key) for key in ("format", "version", "kind"))
     if got != (FORMAT, VERSION, kind):
-        raise InputError(f"not a {kind} report: format, version and kind are {got!r}, expected {(FORMAT, VERSION, kind)!r}")
+        due = (FORMAT, VERSION, kind)
+        raise InputError(f"not a {kind} report: format, version and kind are {got!r}, expected {due!r}")
 
 
 def _names(layer: str) -> dict[str, Any]:

@@ -74,7 +74,11 @@ def visible(token: str) -> str:
 def flow_end(text: str, limit: int) -> str:
     """The end of a text for the place before a token."""
     text = _flow(text)
-    return text if len(text) <= limit else f"…{text[-limit:]}"
+    if len(text) <= limit:
+        return text
+    end = text[-limit:]
+    first_space = end.find(" ", 0, 20)  # no half word in front, where words are short
+    return f"…{end if first_space < 0 else end[first_space:]}"
 
 
 def flow_start(text: str, limit: int) -> str:

@@ -15,7 +15,7 @@ def split(name: str) -> tuple[int | None, str]:
 
 
 def network_order(name: str) -> tuple[float, int, str]:
-    """A sort key that puts layers in the order in which the network computes them; unknown parts last in their block."""
+    """A sort key for layers in the order in which the network computes them; unknown parts come last in their block."""
     block, part = split(name)
     position = PARTS.index(part) if part in PARTS else len(PARTS)
     return (float("inf") if block is None else block, position, name)

@@ -1,4 +1,4 @@
-"""Numbers as people read them. Every function answers `MISSING` for NaN and uses the true minus sign and narrow spaces."""
+"""Numbers as people read them: `MISSING` for NaN, the true minus sign, narrow spaces before units."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from knnlm.results import Interval
 MISSING = "–"
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NARROW NO-BREAK SPACE}"
+TIE = "\N{NO-BREAK SPACE}"
 
 
 def decimal(value: float, places: int = 2, *, signed: bool = False) -> str:
@@ -43,16 +44,20 @@ def percent(fraction: float, *, signed: bool = False) -> str:
     """A fraction in percent, finer where it is small: `+53.1 %`, `0.04 %`."""
     if not math.isfinite(fraction):
         return decimal(fraction)
-    places = 1 if abs(fraction) >= 0.01 else 2
-    return f"{decimal(100 * fraction, places, signed=signed)}{SPACE}%"
+    return f"{decimal(100 * fraction, _percent_places(fraction), signed=signed)}{SPACE}%"
+
+
+def _percent_places(fraction: float) -> int:
+    return 1 if abs(fraction) >= 0.01 else 2
 
 
 def percent_interval(interval: Interval) -> str:
     """Both ends of an interval of fractions: `−55.0 to −51.2 %`; nothing for an unknown interval."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         return ""
-    low, high = percent(interval.low, signed=True), percent(interval.high, signed=True)
-    return f"{low.removesuffix(f'{SPACE}%')} to {high}"
+    places = _percent_places(max(interval.low, interval.high, key=abs))
+    low, high = (decimal(100 * end, places, signed=True) for end in (interval.low, interval.high))
+    return f"{low}{TIE}to{TIE}{high}{SPACE}%"
 
 
 def probability(value: float) -> str:

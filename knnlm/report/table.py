@@ -24,7 +24,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as text, with what follows it in small print, and the number to sort by (None: unknown, sorted last)."""
+    """One value as text, what follows it in small print, and the number to sort by (None: unknown, sorted last)."""
 
     text: str
     note: str = ""
@@ -48,18 +48,18 @@ class Row:
 COLUMNS = (
     Column("layer", "Layer", "Block and part of the network whose vectors are the keys"),
     Column("dispersion", "Dispersion", "Mean of 1 − cosine over pairs of keys, ± half of its 95 % interval"),
-    Column("probe", "Probe", "Share of nearest keys from other documents with the same next token, ± half of its 95 % interval"),
+    Column("probe", "Probe", "Share of nearest keys from other documents that have the same next token"),
     Column("perplexity", "Perplexity", "Of the kNN-LM whose keys come from this layer"),
     Column("change", "Against the LM", "Change of perplexity relative to the plain LM, with its 95 % interval"),
     Column("k", "k", "Neighbours retrieved for each token"),
     Column("lam", "λ", "Weight of the neighbours' distribution in the mixture"),
     Column("temperature", "T", "Temperature, in this layer's squared distances"),
-    Column("versus_best", "Against the best", "Perplexity relative to the best layer's, with its 95 % interval", extra=True),
+    Column("versus_best", "Against the best", "Perplexity relative to the best layer's", extra=True),
     Column("bits", "Bits per byte", "Of the kNN-LM; comparable across tokenizers", extra=True),
     Column("word", "Word perplexity", "Of the kNN-LM, for each word of the text", extra=True),
     Column("within", "Dispersion within", "Inside each segment of text, then averaged", extra=True),
     Column("segments", "Dispersion of segments", "Between the last vectors of segments", extra=True),
-    Column("standardized", "Standardised", "Dispersion after each dimension is divided by its standard deviation", extra=True),
+    Column("standardized", "Standardised", "Dispersion, each dimension divided by its deviation", extra=True),
     Column("rank", "Effective rank", "exp of the entropy of the normalised singular values", extra=True),
 )
 
@@ -112,7 +112,8 @@ def _cells(layer: LayerResult, places: int) -> dict[str, Cell]:
 
 def _score_cells(score: LayerScore | None, places: int) -> dict[str, Cell]:
     if score is None:
-        return dict.fromkeys(("dispersion", "probe", "within", "segments", "standardized", "rank"), Cell(numbers.MISSING))
+        names = ("dispersion", "probe", "within", "segments", "standardized", "rank")
+        return dict.fromkeys(names, Cell(numbers.MISSING))
 
     def share(value: float) -> str:
         return numbers.decimal(value, places)
