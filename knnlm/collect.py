@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.datastore import DatastoreWriter
-from knnlm.dispersion import NonFinite, Span
+from knnlm.dispersion import BadVector, NonFinite, Span, first_nonfinite
 from knnlm.errors import InputError, ModelError
 from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel
-from knnlm.progress import Advance
+from knnlm.progress import Advance, ignore
 from knnlm.scoring import LayerScorer
 from knnlm.windows import Batch, Fingerprint, TokenDocument, Window, WindowConfig, batches, windows
 
@@ -85,7 +85,7 @@ def collect(
     scorer: LayerScorer | None = None,
     writer: DatastoreWriter | None = None,
     log_probs: bool = False,
-    advance: Advance = lambda done, total: None,
+    advance: Advance = ignore,
     stop: Callable[[LayerScorer], bool] | None = None,
 ) -> Collected:
     """Run the model over the documents' windows; each token with a predecessor in its document counts once.
@@ -107,7 +107,7 @@ def collect(
         if writer is not None:
             _append_values(writer, batch, last_document)
         if scorer is not None:
-            scorer.begin_batch(spans, _padded_targets(batch))
+            scorer.begin_batch(spans, [window.targets[window.first :] for window in batch.windows])
         receive = _receiver(layers, batch, spans, scorer, writer, targets)
         _forward(lm, batch, needed, receive)
         last_document = batch.windows[-1].document
@@ -135,13 +135,6 @@ def _append_values(writer: DatastoreWriter, batch: Batch, last_document: int) ->
         writer.append_values(window.targets[window.first :])
 
 
-def _padded_targets(batch: Batch) -> NDArray[np.int64]:
-    targets_BT = np.zeros(batch.tokens_BT.shape, np.int64)
-    for row, window in enumerate(batch.windows):
-        targets_BT[row, : len(window.targets)] = window.targets
-    return targets_BT
-
-
 def _receiver(
     layers: Sequence[str],
     batch: Batch,
@@ -153,17 +146,38 @@ def _receiver(
     wanted = frozenset(layers)
 
     def receive(name: str, vectors_BTD: Tensor) -> None:
-        try:
-            if scorer is not None and name in wanted:
-                scorer.receive(name, vectors_BTD)
-        except NonFinite as error:
-            raise _located(name, batch.windows[error.row], error.position) from None
-        if writer is not None and name in wanted:
-            writer.append_keys(name, _counted(vectors_BTD, spans))
+        if name in wanted:
+            _score_or_check(name, vectors_BTD, batch, spans, scorer)
+            if writer is not None:
+                writer.append_keys(name, _counted(vectors_BTD, spans))
         if targets is not None and name == FINAL:
             targets.add(spans, batch, vectors_BTD)
 
     return receive
+
+
+def _score_or_check(
+    name: str, vectors_BTD: Tensor, batch: Batch, spans: Sequence[Span], scorer: LayerScorer | None
+) -> None:
+    """Refuse NaN and infinite values: the scorer meets them in its sums, without one they are looked for."""
+    try:
+        if scorer is not None:
+            scorer.receive(name, vectors_BTD)
+        else:
+            _check_finite(vectors_BTD, spans)
+    except BadVector as error:
+        window = batch.windows[error.row]
+        raise ModelError(
+            f"layer {name} gives a vector that {error.fault}, at token {window.start + error.position} of "
+            f"{window.source}, document {window.number}; try --dtype float32, or leave the layer out with --layers"
+        ) from None
+
+
+def _check_finite(vectors_BTD: Tensor, spans: Sequence[Span]) -> None:
+    for span in spans:
+        vectors_1TD = vectors_BTD[span.row : span.row + 1, span.first : span.last]
+        if not torch.isfinite(vectors_1TD.sum()) and (place := first_nonfinite(vectors_1TD)):
+            raise NonFinite(span.row, span.first + place[1])
 
 
 def _counted(vectors_BTD: Tensor, spans: Sequence[Span]) -> NDArray[np.float32]:
@@ -171,13 +185,6 @@ def _counted(vectors_BTD: Tensor, spans: Sequence[Span]) -> NDArray[np.float32]:
     rows = [vectors_BTD[span.row, span.first : span.last] for span in spans]
     keys: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy()
     return keys
-
-
-def _located(layer: str, window: Window, position: int) -> ModelError:
-    return ModelError(
-        f"layer {layer} gives NaN or infinite values at token {window.start + position} of {window.source}, "
-        f"document {window.number}; try --dtype float32, or leave the layer out with --layers"
-    )
 
 
 def _forward(

@@ -10,6 +10,10 @@ from typing import Protocol
 Advance = Callable[[int, int | None], None]
 
 
+def ignore(done: int, total: int | None) -> None:
+    """An `Advance` that tells nobody."""
+
+
 class Progress(Protocol):
     """What a caller gives to be told: a bar for each stage, and lines worth reading."""
 
@@ -26,7 +30,7 @@ class Silent:
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator[Advance]:
         """Open a stage that nobody sees."""
-        yield lambda done, total: None
+        yield ignore
 
     def note(self, line: str) -> None:
         """Drop the line."""
