@@ -3,9 +3,9 @@
     import knnlm
 
     lm = knnlm.load_model("my-model")
-    store = knnlm.build(lm, ["domain.txt"], out="domain.knn")
-    result = knnlm.evaluate(store, ["held-out.txt"])
-    print(result.lm.perplexity, result.layers[0].perplexity)
+    store = knnlm.build(lm, ["domain.txt"], "domain.knn")
+    result = knnlm.evaluate(lm, store, ["held-out.txt"])
+    print(result.lm.perplexity, [(one.layer, one.perplexity) for one in result.layers])
 
 Every public name is here, and is loaded from its own module when it is first asked for: `import knnlm` costs nothing.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, TextConfig
+    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
     from knnlm.datastore import Datastore, open_datastore
     from knnlm.errors import (
         DatastoreCorrupt,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
-    "config": ("EvalConfig", "KNNConfig", "LayerConfig", "TextConfig"),
+    "config": ("EvalConfig", "KNNConfig", "LayerConfig", "Settings", "TextConfig"),
     "datastore": ("Datastore", "open_datastore"),
     "errors": (
         "DatastoreCorrupt",
@@ -106,6 +106,7 @@ __all__ = [
     "Perplexity",
     "Regret",
     "ScoreResult",
+    "Settings",
     "TextConfig",
     "TokenExample",
     "__version__",

@@ -1,0 +1,77 @@
+"""The names that `knnlm` offers: sorted, importable in any order of imports, documented, known to type checkers."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import knnlm
+from tests.source_files import ROOT, modules, syntax
+
+LAZY = [name for name in knnlm.__all__ if name != "__version__"]
+
+
+def test_all_is_sorted_and_without_repetition():
+    assert knnlm.__all__ == sorted(set(knnlm.__all__))
+
+
+def test_names_for_type_checkers_are_the_names_at_run_time():
+    block = next(node for node in syntax(ROOT / "knnlm" / "__init__.py").body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == {name: f"knnlm.{module}" for name, module in knnlm._MODULE_OF.items()}
+    assert sorted(typed) == LAZY
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_name_is_the_one_of_its_module(name):
+    value = getattr(knnlm, name)
+    assert value is getattr(import_module(f"knnlm.{knnlm._MODULE_OF[name]}"), name)
+    assert callable(value)
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_name_is_documented(name):
+    text = getattr(knnlm, name).__doc__
+    # A dataclass without a docstring of its own gets its signature for one.
+    assert text and not text.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("module", ["errors", "results", "config"])
+def test_every_error_result_and_setting_is_public(module):
+    defined = {
+        node.name
+        for node in syntax(ROOT / "knnlm" / f"{module}.py").body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    }
+    assert defined <= set(LAZY)
+
+
+def test_no_name_is_a_module_too():
+    # Whoever imports the module knnlm.x puts it into the package as `knnlm.x`, over a function of that name.
+    assert not {f"knnlm.{name}" for name in LAZY} & set(modules("knnlm"))
+
+
+def test_all_names_are_the_same_after_every_module_is_imported():
+    code = """
+import importlib, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+import knnlm
+print([name for name in knnlm.__all__ if name != "__version__" and not callable(getattr(knnlm, name))])
+"""
+    names = [name for name in modules("knnlm") if not name.endswith("__main__")]
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'perplexitty'"):
+        _ = knnlm.perplexitty
+
+
+def test_dir_lists_the_names():
+    assert dir(knnlm) == knnlm.__all__
