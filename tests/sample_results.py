@@ -148,8 +148,9 @@ def sample_examples(kind: str) -> tuple[TokenExample, ...]:
             for index in range(8)
         ),
     )
+    chances = (0.08, 0.71, 0.39) if helped else (0.71, 0.08, 0.42)
     line_break = TokenExample(
-        "let mut guess = String::new();", "\n\n", "    io::stdin()", 0.08, 0.71, 0.39, nursing.neighbors[:1]
+        "let mut guess = String::new();", "\n\n", "    io::stdin()", *chances, nursing.neighbors[:1]
     )
     nasty = TokenExample(
         before=f"{NASTY} \u202ereversed\u202c \x00\x1b[31m {'unbroken' * 40}",
@@ -184,8 +185,10 @@ def sample_result(num_blocks: int = 8, *, seed: int = 3) -> EvalResult:
         regret=Regret(0.0042, Interval(-0.003, 0.011)),
         correlations=(
             Correlation("dispersion", 0.31, len(layers)),
-            Correlation("dispersion of candidates", -0.95, max(len(candidates), 1)),
+            Correlation("dispersion_within", 0.28, len(layers)),
             Correlation("probe", -0.97, len(layers)),
+            Correlation("dispersion", -1.0, len(candidates), "candidates"),
+            Correlation("probe", math.nan, len(candidates), "candidates"),
         ),
         helped=sample_examples("helped"),
         hurt=sample_examples("hurt"),

@@ -1,1 +1,30 @@
 """Reports of a run: `document` (report.json) and `html` (report.html). They see results, never a model or an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from knnlm.results import EvalResult
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the reports were written."""
+
+    json: Path
+    html: Path
+
+
+def write_reports(result: EvalResult, folder: str | Path, *, title: str | None = None) -> ReportFiles:
+    """Write `report.json` and `report.html` into a folder that exists, each whole or not at all.
+
+    :raises OSError: a file cannot be written
+    """
+    from knnlm.report.document import to_document, write_document
+    from knnlm.report.html import write_report  # jinja2, which reading a report.json does not need
+
+    files = ReportFiles(Path(folder) / "report.json", Path(folder) / "report.html")
+    write_document(to_document(result), files.json)
+    write_report(result, files.html, title=title)
+    return files

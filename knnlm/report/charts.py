@@ -1,4 +1,4 @@
-"""Views to plotly figures, as plain objects; colours are CSS variables that the page's script resolves, light or dark."""
+"""Views to plotly figures, as plain objects; colours are CSS variables that the page's script resolves."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _scatter_trace(part: str, points: Sequence[Point]) -> Trace:
         "marker": {
             "color": colour(part),
             "symbol": [symbol if point.candidate else f"{symbol}-open" for point in points],
-            "size": [11 if point.candidate else 8 for point in points],
+            "size": [(11 if point.candidate else 8) - (3 if len(points) > 20 else 0) for point in points],
             "opacity": 1,
             "line": {"color": colour(part), "width": 1.5},
         },
@@ -158,8 +158,8 @@ def _hover_texts(points: Sequence[Point]) -> list[str]:
 
 def _marks(points: Sequence[Point], place: Any) -> list[Trace]:  # noqa: ANN401 - a function of a point to (x, y)
     """A ring around the chosen layer and a square around the best; the page's key names them."""
-    rings = [(point, "circle-open", 20) for point in points if point.chosen]
-    squares = [(point, "square-open", 15) for point in points if point.best]
+    rings = [(point, "circle-open", 17) for point in points if point.chosen]
+    squares = [(point, "square-open", 23) for point in points if point.best]
     return [_mark(symbol, size, *place(point)) for point, symbol, size in rings + squares]
 
 

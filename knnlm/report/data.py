@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from knnlm.report import numbers
@@ -11,7 +11,7 @@ from knnlm.report.examples import ExampleView, example_view
 from knnlm.report.headline import Headline, make_headline
 from knnlm.report.names import network_order, split
 from knnlm.report.table import COLUMNS, Column, Row, layer_rows
-from knnlm.results import EvalResult, Interval, LayerResult, Perplexity
+from knnlm.results import Correlation, EvalResult, Interval, LayerResult, Perplexity
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class CorrelationTable:
+    """Spearman's correlations: a row for each score, a column for each set of layers."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class ReportView:
     """Everything that the page shows."""
 
@@ -83,7 +91,9 @@ class ReportView:
     rows: tuple[Row, ...]
     parts: tuple[str, ...]
     charts: ChartData
-    correlations: tuple[Fact, ...]
+    correlations: CorrelationTable
+    fitted: bool
+    """k, λ or T were fitted on a part of the evaluation text."""
     helped: tuple[ExampleView, ...]
     hurt: tuple[ExampleView, ...]
     warnings: tuple[str, ...]
@@ -104,10 +114,8 @@ def make_view(result: EvalResult, *, title: str) -> ReportView:
         rows=layer_rows(result),
         parts=tuple(dict.fromkeys(split(layer.layer)[1] for layer in ordered)),
         charts=_chart_data(result, ordered),
-        correlations=tuple(
-            Fact(f"{item.score} ({item.layers} layers)", numbers.decimal(item.spearman, 2, signed=True))
-            for item in result.correlations
-        ),
+        correlations=_correlation_table(result.correlations),
+        fitted=result.tuning_tokens > 0,
         helped=tuple(example_view(example) for example in result.helped),
         hurt=tuple(example_view(example) for example in result.hurt),
         warnings=result.warnings,
@@ -130,8 +138,8 @@ def _tiles(result: EvalResult) -> Iterable[Tile]:
     if result.regret is not None:
         interval = _interval_note(result.regret.interval)
         yield Tile("Regret", numbers.percent(result.regret.value, signed=True), interval)
-    tokens = f"reported on {result.lm.tokens:,} tokens, tuned on {result.tuning_tokens:,}"
-    yield Tile("Keys", f"{result.keys:,}", tokens)
+    tuned = f", tuned on {result.tuning_tokens:,}" if result.tuning_tokens else ""
+    yield Tile("Keys", f"{result.keys:,}", f"reported on {result.lm.tokens:,} tokens{tuned}")
 
 
 def _interval_note(interval: Interval) -> str:
@@ -204,6 +212,17 @@ def _arms(value: float, low: float, high: float) -> tuple[float, float]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _correlation_table(correlations: Sequence[Correlation]) -> CorrelationTable:
+    values = {(item.score, item.among): numbers.decimal(item.spearman, 2, signed=True) for item in correlations}
+    sets = {item.among: f"{item.among} ({item.layers} layers)" for item in correlations}
+    scores = dict.fromkeys(item.score for item in correlations)
+    rows = tuple(
+        (score.replace("_", " "), tuple(values.get((score, among), numbers.MISSING) for among in sets))
+        for score in scores
+    )
+    return CorrelationTable(tuple(sets.values()), rows)
 
 
 def _index_facts(result: EvalResult) -> Iterable[Fact]:

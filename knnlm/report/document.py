@@ -41,7 +41,7 @@ def from_document(document: Mapping[str, Any]) -> EvalResult:
     return _build(EvalResult, {**document, "layers": layers})
 
 
-def to_score_document(result: ScoreResult) -> dict[str, Any]:
+def score_document(result: ScoreResult) -> dict[str, Any]:
     """What `score --json` prints; as `to_document`."""
     document = _head("score") | _plain_fields(result)
     document["layers"] = [_names(score.layer) | _plain_fields(score) for score in result.layers]
@@ -49,8 +49,8 @@ def to_score_document(result: ScoreResult) -> dict[str, Any]:
     return document
 
 
-def from_score_document(document: Mapping[str, Any]) -> ScoreResult:
-    """The scores that `to_score_document` wrote; as `from_document`."""
+def score_from_document(document: Mapping[str, Any]) -> ScoreResult:
+    """The scores that `score_document` wrote; as `from_document`."""
     _check_head(document, "score")
     return _build(ScoreResult, document)
 

@@ -42,9 +42,14 @@ def make_headline(result: EvalResult) -> Headline | None:
         interval=numbers.percent_interval(shown.interval),
         verdict=verdict,
         tone=tone,
-        reason=result.choice.reason if result.choice else "",
-        disagreement=(result.choice.disagreement or "") if result.choice else "",
+        reason=_sentence(result.choice.reason if result.choice else None),
+        disagreement=_sentence(result.choice.disagreement if result.choice else None),
     )
+
+
+def _sentence(text: str | None) -> str:
+    """With a full stop, which a reason may come without."""
+    return f"{text.rstrip('.')}." if text else ""
 
 
 def _verb(layer: LayerResult) -> str:
@@ -58,15 +63,15 @@ def _verdict(result: EvalResult, layers: dict[str, LayerResult]) -> tuple[str, s
     if count == 1:
         return "Only this layer was evaluated, so nothing says whether another would do better.", "open"
     if result.selected not in layers or best is None:
-        return f"No choice was made; this is the best of {count} layers.", "open"
+        return f"No choice was made; of {count} layers, this one was the best on the tuning text.", "open"
     if result.selected == result.best:
-        return f"The choice was right: none of the other {count - 1} layers does better.", "good"
+        return f"The choice was right: of {count} layers, this one was also the best on the tuning text.", "good"
     chosen = layers[result.selected]
-    rival = f"{best.layer} ({numbers.perplexity(best.perplexity)})"
+    rival = f"{best.layer}, the best layer on the tuning text, reaches {numbers.perplexity(best.perplexity)}."
     if _within_error(result, chosen):
-        return f"The choice was right within the measurement’s error: the best layer is {rival}.", "good"
+        return f"The choice was right within the measurement’s error: {rival}", "good"
     cost = result.regret.value if result.regret else chosen.versus_best
-    return f"The choice was not the best: it costs {numbers.percent(cost)} against {rival}.", "poor"
+    return f"The choice was not the best and costs {numbers.percent(cost)}: {rival}", "poor"
 
 
 def _within_error(result: EvalResult, chosen: LayerResult) -> bool:
