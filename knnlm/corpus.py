@@ -1,0 +1,411 @@
+"""From files, folders and hub sets to documents and their tokens; knows nothing of windows or models.
+
+Everything is an iterator: memory holds one document (at most 16 million characters) and one block of a file.
+
+A hub set is written `hf:REPO[/CONFIG][:SPLIT]`, for instance
+
+    hf:stas/openwebtext-10k
+    hf:wikitext/wikitext-103-raw-v1:train
+    hf:Salesforce/wikitext/wikitext-103-raw-v1:test
+
+Three parts are organisation, name and configuration. Two parts are organisation and name, or, where the hub has no such
+set, name and configuration. Without a split, `train` is taken, or the only one that there is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.errors import InputError
+from knnlm.windows import TokenDocument
+
+HUB_PREFIX = "hf:"
+HUB_SET = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>[\w.-]+))?", re.ASCII)
+# A document's tokens and text are held at once; longer ones are cut at the borders of paragraphs.
+DOCUMENT_CHARACTERS = 16_000_000
+BLOCK_BYTES = 1 << 20
+# A line is a document and has to be held; without a limit, a file that has no lines would fill the memory.
+LINE_BYTES = 1 << 28
+PARQUET_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and where it came from."""
+
+    text: str
+    source: str
+    """The file's base name, or the hub set as it was named."""
+    number: int
+    """Line of a .jsonl, row of a .parquet or hub set, part of a .txt, from 1."""
+
+
+def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
+    """Read files, folders (recursively, in sorted order) and hub sets, in the order given, as a stream.
+
+    A .txt file is one document; .jsonl has one on each line and .parquet one in each row, under `text_field`.
+    Text is UTF-8. Empty documents are skipped, documents over 16 million characters are cut into several, and a
+    file reached twice is read once. In folders, files of other types and hidden ones are left alone.
+
+    :raises InputError: at once for paths that are missing, empty or of an unknown type; while reading for text that
+        cannot be read, and at the end when there was no text at all.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    if not paths:
+        raise InputError("no text was given; name a file, a folder, or a hub set such as hf:wikitext/wikitext-2-raw-v1")
+    return _read(_find(paths), text_field)
+
+
+def text_bytes(paths: Sequence[str | Path]) -> int | None:
+    """About how many bytes of text the paths hold, from the sizes of files; None where a hub set is among them.
+
+    :raises InputError: a path is missing, empty or of an unknown type.
+    """
+    found = _find([paths] if isinstance(paths, str | Path) else paths)
+    sizes = [_file_bytes(one.path) for one in found if isinstance(one, _File)]
+    return sum(sizes) if len(sizes) == len(found) else None
+
+
+def tokenize(
+    documents: Iterable[Document], encode: Callable[[str], NDArray[np.int32]], *, max_tokens: int | None = None
+) -> Iterator[TokenDocument]:
+    """Encode each document; documents with fewer than two tokens have no predecessor pairs and are skipped.
+
+    :param max_tokens: where the stream ends, inside a document if need be.
+    :raises InputError: `max_tokens` is below 2, or (at the end) no document has two tokens.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise InputError(f"--max-tokens is {max_tokens}, but a token and its predecessor take at least 2")
+    return _tokenize(documents, encode, max_tokens)
+
+
+def _tokenize(
+    documents: Iterable[Document], encode: Callable[[str], NDArray[np.int32]], left: int | None
+) -> Iterator[TokenDocument]:
+    empty = True
+    for document in documents:
+        tokens = np.asarray(encode(document.text), np.int32)[:left]
+        if len(tokens) < 2:
+            continue
+        empty = False
+        yield TokenDocument(tokens, document.source, document.number)
+        if left is not None:
+            left -= len(tokens)
+            if left < 2:
+                return
+    if empty:
+        raise InputError("no document of the text has two tokens, so there is no next token to learn; give more text")
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    named: bool
+    """By the user, and not found in a folder: an empty one is an error then."""
+
+
+@dataclass(frozen=True)
+class _HubSet:
+    name: str
+    repo: str
+    config: str | None
+    split: str | None
+
+
+def _find(paths: Sequence[str | Path]) -> list[_File | _HubSet]:
+    """Everything that is wrong with a path is said here, before any work."""
+    found: dict[object, _File | _HubSet] = {}
+    for path in map(str, paths):
+        ones = [_parse_hub_set(path)] if path.startswith(HUB_PREFIX) else _find_files(Path(path))
+        for one in ones:
+            found.setdefault(one.path.resolve() if isinstance(one, _File) else one, one)
+    return list(found.values())
+
+
+def _parse_hub_set(name: str) -> _HubSet:
+    match = HUB_SET.fullmatch(name)
+    if match is None:
+        raise InputError(f"{name!r} is not a hub set; write hf:REPO, hf:REPO/CONFIG or hf:REPO/CONFIG:SPLIT")
+    return _HubSet(name, match["repo"], match["config"], match["split"])
+
+
+def _find_files(path: Path) -> list[_File]:
+    try:
+        if path.is_dir():
+            return _files_below(path)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"there is no file or folder {path}; check the path") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if path.suffix.lower() not in READERS:
+        raise InputError(f"{path} is none of the types that can be read: {TYPES}; convert or rename it")
+    if not size:
+        raise InputError(f"{path} is empty (0 bytes); give a file with text")
+    return [_File(path, named=True)]
+
+
+def _files_below(folder: Path) -> list[_File]:
+    files: list[_File] = []
+    for parent, folders, names in os.walk(folder, onerror=_stop):
+        # Hidden: .git and the like, and the binary ._name.txt that macOS puts beside name.txt.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        files += [_File(path, named=False) for path in visible if path.suffix.lower() in READERS]
+    if not files:
+        raise InputError(f"the folder {folder} has no file of a type that can be read: {TYPES}")
+    return files
+
+
+def _stop(error: OSError) -> None:
+    raise _unreadable(error.filename, error) from None
+
+
+def _unreadable(path: object, error: OSError) -> InputError:
+    return InputError(f"cannot read {path}: {error.strerror or _first_line(error)}; check the path and its permissions")
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        if path.suffix.lower() != ".parquet":
+            return path.stat().st_size
+        with _open_parquet(path) as file:
+            # Pages are compressed; what they take unpacked is in the file's metadata.
+            groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+            return sum(int(group.total_byte_size) for group in groups)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _read(found: Iterable[_File | _HubSet], text_field: str) -> Iterator[Document]:
+    empty = True
+    for one in found:
+        for document in _read_file(one, text_field) if isinstance(one, _File) else _read_hub_set(one, text_field):
+            empty = False
+            yield document
+    if empty:
+        raise InputError("there is no text in what was given, only empty documents; give a file with text")
+
+
+def _read_file(file: _File, text_field: str) -> Iterator[Document]:
+    empty = True
+    try:
+        for number, text in READERS[file.path.suffix.lower()](file.path, text_field):
+            if text and not text.isspace():
+                empty = False
+                yield Document(text, file.path.name, number)
+    except OSError as error:
+        raise _unreadable(file.path, error) from None
+    if empty and file.named:
+        raise InputError(f"{file.path} has no text, only white space or empty documents; give a file with text")
+
+
+def _read_txt(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    return enumerate(_cut(_decode_blocks(path)), start=1)
+
+
+def _cut(blocks: Iterable[str]) -> Iterator[str]:
+    """Join blocks of text and cut them again into parts of at most `DOCUMENT_CHARACTERS`."""
+    text = ""
+    for block in blocks:
+        text += block
+        while len(text) > DOCUMENT_CHARACTERS:
+            border = _border(text, DOCUMENT_CHARACTERS)
+            yield text[:border]
+            text = text[border:]
+    yield text
+
+
+def _border(text: str, limit: int) -> int:
+    """The last end of a paragraph, line or word in the upper half of the limit; the limit if there is none."""
+    for mark in ("\n\n", "\n", " "):
+        place = text.rfind(mark, limit // 2, limit)
+        if place >= 0:
+            return place + len(mark)
+    return limit
+
+
+def _decode_blocks(path: Path) -> Iterator[str]:
+    """The file's text in bounded pieces, with line ends of one character and without a byte-order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    position = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            # Bytes of a character that the last block left unfinished are decoded with this one.
+            begin = position - len(decoder.getstate()[0])
+            text = _decode(block, decoder.decode, begin, path)
+            yield lines.decode(text.removeprefix("\ufeff") if not position else text)
+            position += len(block)
+        begin = position - len(decoder.getstate()[0])
+        yield lines.decode(_decode(b"", lambda rest: decoder.decode(rest, final=True), begin, path), final=True)
+
+
+def _decode(data: bytes, decode: Callable[[bytes], str], begin: int, path: Path) -> str:
+    try:
+        text = decode(data)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {begin + error.start} is 0x{byte:02x}; convert it, or leave it out"
+        ) from None
+    if "\0" in text:
+        place = begin + len(text[: text.index("\0")].encode())
+        raise InputError(f"{path} looks binary: byte {place} is NUL; give text in UTF-8")
+    return text
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    position = 0
+    with path.open("rb") as file:
+        # readline with a limit gives longer lines in pieces.
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
+            where = f"line {number} of {path}"
+            if len(line) > LINE_BYTES:
+                raise InputError(f"{where} is over {LINE_BYTES:,} bytes; JSON Lines has one document on a line")
+            text = _decode(line, lambda data: str(data, "utf-8"), position, path)
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            position += len(line)
+            if not text.isspace() and text:
+                yield from _parts(number, _field(_parse(text, where), text_field, where))
+
+
+def _parse(line: str, where: str) -> Mapping[str, object]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} cannot be read as JSON: {error}; mend or remove it") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is no JSON object but {type(row).__name__}; write one {{...}} on each line")
+    return row
+
+
+def _field(row: Mapping[str, object], text_field: str, where: str) -> str:
+    """The row's text; null counts as empty."""
+    if text_field not in row:
+        raise _no_field(text_field, list(row), where)
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(f"{text_field!r} in {where} is no string but {type(text).__name__}; choose with --text-field")
+    # Half of a pair, such as "\ud800" in JSON, is no character and cannot be tokenised.
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _no_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
+    return InputError(
+        f"{where} has no field {text_field!r}, only {', '.join(fields) or 'none'}; name it with --text-field"
+    )
+
+
+def _parts(number: int, text: str) -> Iterator[tuple[int, str]]:
+    """Parts of a long document keep its number."""
+    return ((number, part) for part in _cut([text]))
+
+
+def _open_parquet(path: Path) -> Any:  # noqa: ANN401 - pyarrow has no types
+    # Takes a third of a second, and most corpora are not Parquet.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES)
+    except pyarrow.ArrowException as error:
+        raise _not_parquet(path, error) from None
+
+
+def _not_parquet(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not readable Parquet: {_first_line(error)}; write it again, or leave it out")
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    import pyarrow
+
+    with _open_parquet(path) as file:
+        if text_field not in file.schema_arrow.names:
+            raise _no_field(text_field, file.schema_arrow.names, str(path))
+        batches = file.iter_batches(PARQUET_ROWS, columns=[text_field])
+        values = itertools.chain.from_iterable(batch.column(text_field) for batch in batches)
+        try:
+            for number, value in enumerate(values, start=1):
+                text = _field({text_field: value.as_py()}, text_field, f"row {number} of {path}")
+                yield from _parts(number, text)
+        except pyarrow.ArrowException as error:
+            raise _not_parquet(path, error) from None
+
+
+# What each type of file is read with: (number, text) of each document.
+READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+TYPES = ", ".join(READERS)
+
+
+def _read_hub_set(hub_set: _HubSet, text_field: str) -> Iterator[Document]:
+    rows = enumerate(_hub_rows(hub_set, text_field), start=1)
+    for number, row in rows:
+        for _, text in _parts(number, _field(row, text_field, f"row {number} of {hub_set.name}")):
+            if text and not text.isspace():
+                yield Document(text, hub_set.name, number)
+
+
+def _hub_rows(hub_set: _HubSet, text_field: str) -> Iterator[Mapping[str, object]]:
+    """The split's rows, with one error for whatever the library, the network or a remote file throws."""
+    try:
+        dataset = _split(_load(hub_set), hub_set)
+        if dataset.column_names and text_field not in dataset.column_names:
+            raise _no_field(text_field, dataset.column_names, hub_set.name)
+        # Other columns (pictures, sound) are not even fetched where the format can skip them.
+        yield from dataset.select_columns([text_field]) if dataset.column_names else dataset
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read {hub_set.name}: {_first_line(error)}") from error
+
+
+def _load(hub_set: _HubSet) -> Mapping[str, Any]:
+    """All splits as streams; two parts that are no repository are tried as name and configuration."""
+    # Takes a second or two, and most corpora are files.
+    import datasets
+
+    not_found = datasets.exceptions.DatasetNotFoundError
+    try:
+        return datasets.load_dataset(hub_set.repo, hub_set.config, streaming=True)  # type: ignore[no-any-return]
+    except not_found as error:
+        name, slash, config = hub_set.repo.partition("/")
+        if hub_set.config is not None or not slash:
+            raise
+        try:
+            return datasets.load_dataset(name, config, streaming=True)  # type: ignore[no-any-return]
+        except not_found:
+            # The first error is the one that says that a set is gated.
+            raise error from None
+
+
+def _split(splits: Mapping[str, Any], hub_set: _HubSet) -> Any:  # noqa: ANN401 - datasets has no types here
+    wanted = hub_set.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    if wanted not in splits:
+        raise InputError(f"{hub_set.name} has no split {wanted!r}, only {', '.join(splits)}; name one after a colon")
+    return splits[wanted]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
