@@ -19,7 +19,7 @@ from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
-    from knnlm.datastore import Datastore
+    from knnlm.datastore import Datastore, open_datastore
     from knnlm.errors import (
         DatastoreCorrupt,
         DatastoreError,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
     "config": ("EvalConfig", "KNNConfig", "LayerConfig", "Settings", "TextConfig"),
-    "datastore": ("Datastore",),
+    "datastore": ("Datastore", "open_datastore"),
     "errors": (
         "DatastoreCorrupt",
         "DatastoreError",
@@ -113,6 +113,7 @@ __all__ = [
     "build",
     "evaluate",
     "load_model",
+    "open_datastore",
     "run",
     "score",
 ]

@@ -18,7 +18,7 @@ LEVELS = (
     {"version", "errors"},
     {"config", "results", "progress", "storage"},
     {"layers", "windows", "corpus", "overlap", "statistics", "probability"},
-    {"dispersion", "scores", "manifest", "keys", "datastore"},
+    {"dispersion", "scores", "manifest", "keys", "datastore", "datastore_writer"},
     {"lm", "scoring", "choose", "search"},
     {"collect", "plan", "indexing"},
     {"parts"},
