@@ -62,6 +62,9 @@ Context = Annotated[int | None, typer.Option("--context", help="Tokens of a wind
 Stride = Annotated[int | None, typer.Option("--stride", help="New tokens of each window; half of the context.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Of --text; all when not given.")]
 EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Budget of evaluation tokens, over all documents.")]
+Protocol = Annotated[
+    str, typer.Option("--protocol", help="documents, or knn-transformers to compare with that project's figures.")
+]
 TextField = Annotated[str, typer.Option("--text-field", help="Field of .jsonl, .parquet and hub rows.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
@@ -96,6 +99,7 @@ def run(
     max_tokens: MaxTokens = None,
     eval_tokens: EvalTokens = 20_000,
     text_field: TextField = "text",
+    protocol: Protocol = "documents",
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_size: BatchSize = "auto",
@@ -138,6 +142,7 @@ def score(
     stride: Stride = None,
     max_tokens: MaxTokens = None,
     text_field: TextField = "text",
+    protocol: Protocol = "documents",
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_size: BatchSize = "auto",
@@ -180,6 +185,7 @@ def build(
     stride: Stride = None,
     max_tokens: MaxTokens = None,
     text_field: TextField = "text",
+    protocol: Protocol = "documents",
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_size: BatchSize = "auto",
@@ -216,6 +222,7 @@ def evaluate(
     stride: Stride = None,
     eval_tokens: EvalTokens = 20_000,
     text_field: TextField = "text",
+    protocol: Protocol = "documents",
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_size: BatchSize = "auto",
@@ -235,7 +242,7 @@ def evaluate(
 
     screen = _Screen(json)
     opened = Datastore.open(store)
-    lm = _load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    lm = _load(model or opened.manifest.model["model"], dtype, device, trust_remote_code, screen)
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
@@ -333,7 +340,7 @@ def _settings(options: dict[str, Any]) -> Settings:
     budget = options.get("disk_budget")
     return Settings(
         text=TextConfig(
-            **given("context", "stride", "max_tokens", "text_field"), windows=None if size == "auto" else int(size)
+            **given("context", "stride", "max_tokens", "text_field", "protocol"), windows=None if size == "auto" else int(size)
         ),
         layers=LayerConfig(**given("layers", "candidates", "select")),
         knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),

@@ -28,6 +28,8 @@ class TextConfig:
     max_tokens: int | None = None
     """Of the datastore's text; None: all of it."""
     text_field: str = "text"
+    protocol: str = "documents"
+    """`documents`, or `knn-transformers` to compare figures with that project's run_clm.py."""
     windows: int | None = None
     """Windows in one forward pass; None: as many as `BATCH_TOKENS` hold."""
 

@@ -26,7 +26,7 @@ from knnlm.lm import LanguageModel
 from knnlm.parts import Parts, split_parts
 from knnlm.probability import LAMBDA_CURVE, Mix, Search, fit, knn_log_probs, mix
 from knnlm.progress import Progress, Silent
-from knnlm.results import Choice, Correlation, EvalResult, LayerResult, LayerScore, Perplexity, Regret
+from knnlm.results import Choice, Correlation, EvalResult, LayerResult, LayerScore, Perplexity, Regret, ScoreResult
 from knnlm.search import check_k, open_searcher
 from knnlm.statistics import PairedBootstrap, spearman
 from knnlm.windows import TokenDocument, WindowConfig
@@ -154,24 +154,23 @@ def summarize(
     queries: Queries,
     outcomes: Sequence[LayerOutcome],
     config: EvalConfig,
+    scored: ScoreResult,
     *,
-    scores: Sequence[LayerScore] = (),
-    choice: Choice | None = None,
     seed: int = 0,
 ) -> EvalResult:
     """The table: perplexity per layer with intervals, the best layer, the regret of the choice, the correlations."""
-    parts = queries.parts
+    parts, choice = queries.parts, scored.choice
     bootstrap = PairedBootstrap(parts.clusters_Q[parts.reporting_Q], replicates=config.bootstrap, seed=seed)
     measure = _Measure(lm, queries)
-    by_name = {score.layer: score for score in scores}
+    by_name = {score.layer: score for score in scored.layers}
     best = min(outcomes, key=lambda one: one.tuning_loss)
     layers = tuple(_layer_result(one, best, measure, bootstrap, by_name.get(one.layer)) for one in outcomes)
-    chosen = next((one for one in outcomes if choice and one.layer == choice.layer), None)
+    chosen = next((one for one in outcomes if one.layer == choice.layer), None)
     return EvalResult(
         lm=measure.perplexity(measure.lm_losses_Q),
         layers=layers,
         best=best.layer,
-        selected=choice.layer if choice else None,
+        selected=choice.layer if chosen else None,
         choice=choice,
         regret=regret(outcomes, chosen, parts, config, seed) if chosen else None,
         correlations=correlations(layers, choice),
@@ -250,12 +249,12 @@ SCORES = (
 )
 
 
-def correlations(layers: Sequence[LayerResult], choice: Choice | None) -> tuple[Correlation, ...]:
+def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correlation, ...]:
     """Spearman's correlation of each score with perplexity, over all layers and over the candidates."""
     scored = [layer for layer in layers if layer.score is not None]
     groups: Mapping[str, list[LayerResult]] = {
         "all": scored,
-        "candidates": [layer for layer in scored if choice and layer.layer in choice.candidates],
+        "candidates": [layer for layer in scored if layer.layer in choice.candidates],
     }
     return tuple(
         Correlation(name, spearman([getattr(one.score, name) for one in group], [one.perplexity for one in group]),

@@ -29,10 +29,11 @@ from knnlm.lm import LanguageModel
 from knnlm.overlap import overlap
 from knnlm.plan import make_plan, versions, window_config
 from knnlm.progress import Progress, Silent
-from knnlm.results import Choice, EvalResult, LayerScore, ScoreResult
+from knnlm.report.document import score_document, score_from_document
+from knnlm.results import EvalResult, ScoreResult
 from knnlm.scoring import LayerScorer
 from knnlm.storage import new_folder
-from knnlm.windows import TokenDocument, WindowConfig, split_documents, take_slices
+from knnlm.windows import TokenDocument, WindowConfig, hold_out, rows_to_groups, take_slices
 
 Paths = Sequence[str | Path]
 DEFAULTS = Settings()
@@ -71,17 +72,7 @@ def score(
             advance=lambda done, _: advance(done, settings.text.max_tokens),
             stop=separated if stop_early else None,
         )
-    scores = _finish_scores(scorer, progress)
-    return ScoreResult(
-        layers=scores,
-        choice=choose(scores, settings.layers, lm.layer_names),
-        tokens=scorer.tokens,
-        segments=scorer.segments,
-        documents=collected.documents,
-        stopped_early=separated.met,
-        settings=_record(lm, window, settings),
-        versions=versions(),
-    )
+    return _score_result(lm, scorer, collected, window, settings, progress, stopped_early=separated.met)
 
 
 class _Separated:
@@ -121,9 +112,9 @@ def build(
     progress = progress or Silent()
     with new_folder(Path(out), overwrite=overwrite) as folder:
         layers = _layers_to_store(lm, text, settings, progress)
-        _, _, choice = _extract(lm, _documents(lm, text, settings), layers, folder, settings, progress)
+        scored = _extract(lm, _documents(lm, text, settings), layers, folder, settings, progress)
     store = Datastore.open(Path(out))
-    index_layer(store, choice.layer, settings, progress)
+    index_layer(store, scored.choice.layer, settings, progress)
     return store
 
 
@@ -163,7 +154,9 @@ def evaluate(
     settings = replace(settings, text=text)
     documents = _read_evaluation(lm, eval_text, settings)
     names = select_layers(settings.layers.layers or "all", store.layers)
-    return _evaluate(lm, store, documents, names, settings, settings.knn.index == "exact", progress or Silent())
+    scored = score_from_document(store.manifest.scores)
+    exact = settings.knn.index == "exact"
+    return _evaluate(lm, store, documents, names, scored, settings, exact=exact, progress=progress or Silent())
 
 
 def run(
@@ -182,47 +175,45 @@ def run(
     compared under exact search; the chosen one is then indexed, and its perplexity measured again with the index.
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
-    progress = progress or Silent()
-    held_out = _read_evaluation(lm, eval_text, settings) if eval_text else []
-    clock = _Clock()
+    progress, clock = progress or Silent(), _Clock()
+    evaluation = _read_evaluation(lm, eval_text, settings) if eval_text else None
     with new_folder(Path(out), overwrite=overwrite) as folder:
         plan = make_plan(lm, text, folder, settings)
         progress.note(plan.sentence)
         documents = _documents(lm, text, settings)
-        training = documents if eval_text else _hold_out(documents, held_out, settings.seed)
+        held_out = hold_out(documents, seed=settings.seed) if evaluation is None else None
+        training = held_out.training if held_out else documents
         with clock.time("extract and score"):
-            _, scores, choice = _extract(lm, training, plan.layers, folder, settings, progress, plan.tokens)
-        if not eval_text:
-            held_out = take_slices(held_out, settings.evaluation.eval_tokens, seed=settings.seed)
-        check_evaluation(held_out)
+            scored = _extract(lm, training, plan.layers, folder, settings, progress, plan.tokens)
+        if held_out:
+            evaluation = take_slices(held_out.evaluation, settings.evaluation.eval_tokens, seed=settings.seed)
+            check_evaluation(evaluation)
     store = Datastore.open(Path(out))
     with clock.time("evaluate every layer"):
-        result = _evaluate(lm, store, held_out, plan.layers, settings, True, progress, scores, choice)
+        result = _evaluate(lm, store, evaluation or [], plan.layers, scored, settings, exact=True, progress=progress)
     with clock.time("index the chosen layer"):
-        report = index_layer(store, choice.layer, settings, progress)
+        report = index_layer(store, scored.choice.layer, settings, progress)
     return replace(result, index=report, seconds=clock.seconds)
 
 
 def _documents(lm: LanguageModel, text: Paths, settings: Settings) -> Iterator[TokenDocument]:
+    """The text as the protocol cuts it: documents, or groups of rows."""
     documents = read_documents(text, text_field=settings.text.text_field)
-    return tokenize(documents, lm.encode, max_tokens=settings.text.max_tokens)
-
-
-def _hold_out(
-    documents: Iterable[TokenDocument], held_out: list[TokenDocument], seed: int
-) -> Iterator[TokenDocument]:
-    """Pass the training documents on; put the others aside."""
-    for is_evaluation, document in split_documents(documents, seed=seed):
-        if is_evaluation:
-            held_out.append(document)
-        else:
-            yield document
+    if settings.text.protocol == "documents":
+        return tokenize(documents, lm.encode, max_tokens=settings.text.max_tokens)
+    rows = (
+        TokenDocument(lm.encode(row), document.source, document.number)
+        for document in documents
+        for row in document.text.splitlines(keepends=True)
+    )
+    return rows_to_groups(rows, window_config(lm, settings.text))
 
 
 def _read_evaluation(lm: LanguageModel, eval_text: Paths, settings: Settings) -> list[TokenDocument]:
-    """The evaluation text, cut to its budget."""
-    documents = tokenize(read_documents(eval_text, text_field=settings.text.text_field), lm.encode)
-    sliced = take_slices(documents, settings.evaluation.eval_tokens, seed=settings.seed)
+    """The evaluation text, cut to its budget; groups of rows are never cut, which would move their windows."""
+    whole = replace(settings, text=replace(settings.text, max_tokens=None))
+    budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
+    sliced = take_slices(_documents(lm, eval_text, whole), budget, seed=settings.seed)
     check_evaluation(sliced)
     return sliced
 
@@ -235,7 +226,7 @@ def _extract(
     settings: Settings,
     progress: Progress,
     total: int | None = None,
-) -> tuple[Collected, tuple[LayerScore, ...], Choice]:
+) -> ScoreResult:
     """One pass: keys of the layers into the folder, their scores and the choice into its manifest."""
     window = window_config(lm, settings.text)
     dims = {name: lm.dims[name] for name in layers}
@@ -252,22 +243,41 @@ def _extract(
                 writer=writer,
                 advance=lambda done, _: advance(done, max(total, done) if total else None),
             )
-        scores = _finish_scores(scorer, progress)
-        choice = choose(scores, settings.layers, lm.layer_names)
+        scored = _score_result(lm, scorer, collected, window, settings, progress)
         writer.finish(
             fingerprint=lm.fingerprint,
             context=window.context,
             stride=window.stride,
             corpus=collected.fingerprint,
-            scores={"layers": [asdict(one) for one in scores], "choice": asdict(choice)},
+            scores=score_document(scored),
             versions=versions(),
         )
-    return collected, scores, choice
+    return scored
 
 
-def _finish_scores(scorer: LayerScorer, progress: Progress) -> tuple[LayerScore, ...]:
+def _score_result(
+    lm: LanguageModel,
+    scorer: LayerScorer,
+    collected: Collected,
+    window: WindowConfig,
+    settings: Settings,
+    progress: Progress,
+    *,
+    stopped_early: bool = False,
+) -> ScoreResult:
+    """The scores of a finished pass, and the choice that follows from them."""
     with progress.stage("effective rank and retrieval probe", "layers") as advance:
-        return scorer.scores(advance=advance)
+        scores = scorer.scores(advance)
+    return ScoreResult(
+        layers=scores,
+        choice=choose(scores, settings.layers, lm.layer_names),
+        tokens=scorer.tokens,
+        segments=scorer.segments,
+        documents=collected.documents,
+        stopped_early=stopped_early,
+        settings=_record(lm, window, settings),
+        versions=versions(),
+    )
 
 
 def _evaluate(
@@ -275,12 +285,13 @@ def _evaluate(
     store: Datastore,
     documents: Sequence[TokenDocument],
     layers: Sequence[str],
+    scored: ScoreResult,
     settings: Settings,
+    *,
     exact: bool,
     progress: Progress,
-    scores: Sequence[LayerScore] = (),
-    choice: Choice | None = None,
 ) -> EvalResult:
+    """Perplexity of the layers, beside the scores and the choice that the datastore was made with."""
     window = window_config(lm, settings.text)
     knn, config = settings.knn, settings.evaluation
     fitted = None in (knn.k, knn.temperature, knn.lam)
@@ -290,7 +301,7 @@ def _evaluate(
         lm, documents, window, layers, batch_tokens=batch_tokens, fitted=fitted, progress=progress
     ) as queries:
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
-        result = summarize(lm, queries, outcomes, config, scores=scores, choice=choice, seed=settings.seed)
+        result = summarize(lm, queries, outcomes, config, scored, seed=settings.seed)
         shown = next(one for one in outcomes if one.layer == (result.selected or result.best))
         helped, hurt = find_examples(lm, store, queries, shown, knn.metric, config.examples)
     return replace(

@@ -47,7 +47,7 @@ def window_config(lm: LanguageModel, text: TextConfig) -> WindowConfig:
     stride = text.stride or max(context // 2, 1)
     if stride > context:
         raise InputError(f"--stride {stride} is over the context of {context} tokens; take at most {context}")
-    return WindowConfig(context, stride)
+    return WindowConfig(context, stride, text.protocol)
 
 
 def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings: Settings) -> Plan:

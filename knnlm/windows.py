@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from knnlm.errors import InputError
 
+PROTOCOLS = ("documents", "knn-transformers")
 # With this many documents, whole ones are held out; with fewer, sections of them (a novel is one document).
 ENOUGH_DOCUMENTS = 20
 # Where a text is too short for sections of full length, they shrink down to this many tokens.
@@ -56,8 +57,12 @@ class WindowConfig:
 
     context: int
     stride: int
+    protocol: str = "documents"
+    """`documents`, or `knn-transformers`: the windows of that project's run_clm.py, for figures that can be compared."""
 
     def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"--protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOLS)}")
         for name, value in (("context", self.context), ("stride", self.stride)):
             if value < 1:
                 raise InputError(f"--{name} is {value}, but must be at least 1 token")
@@ -90,30 +95,66 @@ def windows(documents: Iterable[TokenDocument], config: WindowConfig) -> Iterato
 
     The first window counts all its targets, each further one starts `stride` later and counts what is new: a counted
     token at position p has at least min(p, context - stride) tokens before it. Documents with fewer than two tokens
-    have no windows. Protocol: design.md, section 6.
+    have no windows.
+
+    Under the protocol `knn-transformers`, a document is a group of rows (`rows_to_groups`), windows grow from `stride`
+    to `context` tokens, the last token of each included, and each scores its last `stride`.
     """
+    borders = _sliding if config.protocol == "documents" else _growing
     long_enough = (document for document in documents if len(document.tokens) >= 2)
     for number, document in enumerate(long_enough):
-        yield from _document_windows(document, number, config)
+        counted = 0
+        for start, stop in borders(len(document.tokens) - 1, config):
+            yield Window(
+                inputs=document.tokens[start:stop],
+                targets=document.tokens[start + 1 : stop + 1],
+                first=max(counted - start, 0),
+                document=number,
+                start=start,
+                source=document.source,
+                number=document.number,
+            )
+            counted = stop
 
 
-def _document_windows(document: TokenDocument, number: int, config: WindowConfig) -> Iterator[Window]:
-    tokens, targets = document.tokens, len(document.tokens) - 1
-    counted = 0
+def _sliding(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
+    """First and last position of each window's inputs (design.md, section 6)."""
     for start in itertools.count(0, config.stride):
         stop = min(start + config.context, targets)
-        yield Window(
-            inputs=tokens[start:stop],
-            targets=tokens[start + 1 : stop + 1],
-            first=counted - start,
-            document=number,
-            start=start,
-            source=document.source,
-            number=document.number,
-        )
-        counted = stop
-        if counted == targets:
+        yield start, stop
+        if stop == targets:
             return
+
+
+def _growing(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
+    """The same for neulab/knn-transformers, run_clm.py, group_texts: windows end at multiples of the stride.
+
+    Its windows hold `context` tokens, of which the last is a target only.
+    """
+    for end in itertools.count(config.stride, config.stride):
+        stop = min(end, targets + 1) - 1
+        yield max(end - config.context, 0), stop
+        if stop >= targets:
+            return
+
+
+def rows_to_groups(
+    rows: Iterable[TokenDocument], config: WindowConfig, *, rows_per_group: int = 1000
+) -> Iterator[TokenDocument]:
+    """Concatenate every 1,000 rows of text, empty ones too, and drop the tail that fills no block of `context` tokens.
+
+    A group with fewer tokens than one block is kept whole. So neulab/knn-transformers does (run_clm.py, group_texts,
+    under `datasets.map(batched=True)`).
+    """
+    rows = iter(rows)
+    for number in itertools.count(1):
+        group = list(itertools.islice(rows, rows_per_group))
+        if not group:
+            return
+        tokens = np.concatenate([row.tokens for row in group])
+        if len(tokens) >= config.context:
+            tokens = tokens[: len(tokens) // config.context * config.context]
+        yield TokenDocument(tokens, group[0].source, number)
 
 
 @dataclass(frozen=True, eq=False)
