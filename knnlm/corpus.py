@@ -15,6 +15,7 @@ set, name and configuration. Without a split, `train` is taken, or the only one 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import itertools
 import json
@@ -85,27 +86,20 @@ def tokenize(
     """Encode each document; documents with fewer than two tokens have no predecessor pairs and are skipped.
 
     :param max_tokens: where the stream ends, inside a document if need be.
-    :raises InputError: `max_tokens` is below 2, or (at the end) no document has two tokens.
+    :raises InputError: `max_tokens` is below 2, or no document has two tokens.
     """
     if max_tokens is not None and max_tokens < 2:
         raise InputError(f"--max-tokens is {max_tokens}, but a token and its predecessor take at least 2")
-    return _tokenize(documents, encode, max_tokens)
-
-
-def _tokenize(
-    documents: Iterable[Document], encode: Callable[[str], NDArray[np.int32]], left: int | None
-) -> Iterator[TokenDocument]:
-    empty = True
+    left, empty = max_tokens, True
     for document in documents:
         tokens = np.asarray(encode(document.text), np.int32)[:left]
         if len(tokens) < 2:
             continue
         empty = False
         yield TokenDocument(tokens, document.source, document.number)
-        if left is not None:
-            left -= len(tokens)
-            if left < 2:
-                return
+        left = None if left is None else left - len(tokens)
+        if left is not None and left < 2:
+            return
     if empty:
         raise InputError("no document of the text has two tokens, so there is no next token to learn; give more text")
 
@@ -320,8 +314,7 @@ def _parts(number: int, text: str) -> Iterator[tuple[int, str]]:
 
 
 def _open_parquet(path: Path) -> Any:  # noqa: ANN401 - pyarrow has no types
-    # Takes a third of a second, and most corpora are not Parquet.
-    import pyarrow
+    import pyarrow  # here, because it takes a third of a second
     import pyarrow.parquet
 
     try:
@@ -360,8 +353,7 @@ TYPES = ", ".join(READERS)
 
 
 def _read_hub_set(hub_set: _HubSet, text_field: str) -> Iterator[Document]:
-    rows = enumerate(_hub_rows(hub_set, text_field), start=1)
-    for number, row in rows:
+    for number, row in enumerate(_hub_rows(hub_set, text_field), start=1):
         for _, text in _parts(number, _field(row, text_field, f"row {number} of {hub_set.name}")):
             if text and not text.isspace():
                 yield Document(text, hub_set.name, number)
@@ -383,8 +375,7 @@ def _hub_rows(hub_set: _HubSet, text_field: str) -> Iterator[Mapping[str, object
 
 def _load(hub_set: _HubSet) -> Mapping[str, Any]:
     """All splits as streams; two parts that are no repository are tried as name and configuration."""
-    # Takes a second or two, and most corpora are files.
-    import datasets
+    import datasets  # here, because it takes a second or two and most corpora are files
 
     not_found = datasets.exceptions.DatasetNotFoundError
     try:
@@ -393,11 +384,9 @@ def _load(hub_set: _HubSet) -> Mapping[str, Any]:
         name, slash, config = hub_set.repo.partition("/")
         if hub_set.config is not None or not slash:
             raise
-        try:
+        with contextlib.suppress(not_found):
             return datasets.load_dataset(name, config, streaming=True)  # type: ignore[no-any-return]
-        except not_found:
-            # The first error is the one that says that a set is gated.
-            raise error from None
+        raise error  # and not the second, which does not say that a set is gated
 
 
 def _split(splits: Mapping[str, Any], hub_set: _HubSet) -> Any:  # noqa: ANN401 - datasets has no types here
