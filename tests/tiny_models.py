@@ -86,7 +86,7 @@ KINDS: tuple[str, ...] = tuple(_CONFIGS)
 
 
 def tiny_model(kind: str, **overrides: Any) -> PreTrainedModel:
-    """Return a random float32 decoder in evaluation mode; the same weights each time; `overrides` are configuration fields."""
+    """Return a random float32 decoder in evaluation mode, always the same; `overrides` are configuration fields."""
     name, fields = _CONFIGS[kind]
     fields = {"vocab_size": VOCABULARY, **fields, **overrides}
     # No padding token: it would zero one row of the embeddings.
@@ -131,13 +131,14 @@ def _byte_level(vocabulary: int) -> str:
     )
     tokenizer.train_from_iterator([_TEXT], trainer)
     state = tokenizer.to_str()
-    if tokenizer.get_vocab_size() != vocabulary - 1:
-        raise ValueError(f"the tokenizer's vocabulary must be from 257 to {tokenizer.get_vocab_size() + 1}: {vocabulary}")
+    largest = tokenizer.get_vocab_size() + 1
+    if largest != vocabulary:
+        raise ValueError(f"the tokenizer's vocabulary must be from 257 to {largest}: {vocabulary}")
     return state
 
 
 def tiny_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of exactly `vocabulary` tokens (at least 257): bytes, merges, and last the end token."""
+    """Return a byte-level BPE tokenizer of `vocabulary` tokens (at least 257): bytes, merges, last the end token."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_byte_level(vocabulary)),
         bos_token=END,
@@ -155,4 +156,4 @@ def save_tiny(kind: str, folder: str | Path, **overrides: Any) -> Path:
 
 _TEXT = """The nurse takes the patient's temperature and writes it down before the doctor comes to the ward. In the
 morning the other nurses of the ward read what was written, and then they talk about the patients who slept badly.
-There is nothing in the world that the people of the town liked more than the long walk along the river in the evening."""
+There is nothing in the world that the people of the town liked more than the long walk along the river."""
