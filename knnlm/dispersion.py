@@ -4,12 +4,13 @@ With unit vectors u_i = x_i / |x_i| and their mean m, the mean over all pairs of
 
     D = N / (N - 1) * (1 - |m|^2)
 
-so N and one float64 sum of unit vectors are all that has to be kept. Three estimators, never under one name: `pooled` over all
-vectors, `within` each segment and then averaged (the released code of arXiv 2506.24106), `segments` between one vector of each
-segment (the text of that paper). This file knows vectors, segments and clusters, nothing of language models.
+so N and one float64 sum of unit vectors are all that has to be kept. Three estimators, never under one name: `pooled`
+over all vectors, `within` each segment and then averaged (the released code of arXiv 2506.24106), `segments` between
+one vector of each segment (the text of that paper). This file knows vectors, segments and clusters, nothing of language
+models.
 
-Shapes: B batch rows, T positions of a row or segment, D dimension, N vectors, S segments, G groups of clusters, R rows of a block,
-E = 3D + 1 the sums kept of one segment: its unit vectors, its vectors, its last unit vector, its norms.
+Legend: B batch rows, T positions of a row or segment, D dimension, N vectors, S segments, G groups of clusters, R rows
+of a block, E = 3D + 1 the sums kept of one segment: its unit vectors, its vectors, its last unit vector, its norms.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ Float64 = NDArray[np.float64]
 GROUPS = 128
 """Clusters are folded into this many groups by number, which bounds memory and makes merging free of order."""
 
-# Elements of a float64 block on the host: 1 MB stays in the second-level cache, and OpenBLAS starts threads above 460,800
-# elements, which on shared cores cost up to 20 times the product itself.
+# Elements of a float64 block on the host: 1 MB stays in the second-level cache, and OpenBLAS starts threads above
+# 460,800 elements, which on shared cores cost up to 20 times the product itself.
 _HOST_BLOCK = 1 << 17
 # Elements of a float64 block on an accelerator: 256 MB.
 _DEVICE_BLOCK = 1 << 25
@@ -46,11 +47,10 @@ _Z_975 = 1.959964
 class Span:
     """One segment in a batch: positions `first` up to, not including, `last` of batch row `row`.
 
-    `cluster` numbers the piece of text that the segment belongs to: a document, or a run of a long one. Vectors of one cluster
-    may depend on one another, clusters should not.
+    `cluster` numbers the piece of text that the segment belongs to: a document, or a run of a long one. Vectors of one
+    cluster may depend on one another, clusters should not.
 
-    Raises:
-        InputError: an empty span or a negative number.
+    :raises InputError: an empty span or a negative number.
     """
 
     row: int
@@ -70,7 +70,7 @@ class DispersionResult:
     pooled: float
     """Between all vectors."""
     interval: Interval
-    """95 %, of `pooled`, by a delete-a-group jackknife over clusters; the whole range of values where there is one group only."""
+    """95 %, of `pooled`, by a delete-a-group jackknife over clusters; all possible values where there is one group."""
     within: float
     """Mean over segments of at least two vectors of the dispersion inside the segment; NaN without such a segment."""
     segments: float
@@ -84,7 +84,7 @@ class DispersionResult:
 
 
 class BadVector(ModelError):
-    """A vector without a direction, at batch row `row` and position `position`; the caller knows its layer and document."""
+    """A vector without a direction, at `row` and `position` of the batch; the caller knows its layer and document."""
 
     fault = "has no direction"
 
@@ -109,8 +109,7 @@ class ZeroVector(BadVector):
 def dispersion(vectors_ND: Tensor | NDArray[np.floating]) -> float:
     """Mean of 1 - cos over all pairs of N vectors, in float64.
 
-    Raises:
-        InputError: fewer than two vectors, or a row that is zero or not finite.
+    :raises InputError: fewer than two vectors, or a row that is zero or not finite.
     """
     vectors = torch.as_tensor(vectors_ND)
     if vectors.ndim != 2 or len(vectors) < 2:
@@ -123,7 +122,7 @@ def dispersion(vectors_ND: Tensor | NDArray[np.floating]) -> float:
 
 
 def first_nonfinite(vectors_BTD: Tensor) -> tuple[int, int] | None:
-    """Batch row and position of the first vector with NaN or infinity in it; reads everything, so call it on suspicion only."""
+    """Row and position of the first vector with NaN or infinity in it; it reads everything, so call it on suspicion."""
     bad_BT = ~torch.isfinite(vectors_BTD).all(dim=-1)
     if not bad_BT.any():
         return None
@@ -134,8 +133,8 @@ def first_nonfinite(vectors_BTD: Tensor) -> tuple[int, int] | None:
 class DispersionScorer:
     """The dispersion of one layer, from batches in any order; keeps float64 sums only, at most GROUPS * dim of them.
 
-    All methods that take vectors raise InputError on a wrong shape, NonFinite or ZeroVector on a vector without a direction;
-    nothing of that batch has been counted then.
+    All methods that take vectors raise InputError on a wrong shape, NonFinite or ZeroVector on a vector without a
+    direction; nothing of that batch has been counted then.
     """
 
     def __init__(self, dim: int) -> None:
@@ -188,8 +187,7 @@ class DispersionScorer:
     def result(self) -> DispersionResult:
         """The scores so far.
 
-        Raises:
-            InputError: fewer than two vectors.
+        :raises InputError: fewer than two vectors.
         """
         tokens = self.tokens
         if tokens < 2:
@@ -245,10 +243,11 @@ class DispersionScorer:
 def jackknife_interval(value: float, without_G: Float64, *, bounds: tuple[float, float]) -> Interval:
     """95 % interval of `value` from the estimates `without_G` that leave out one of G groups each.
 
-    The groups are the sampling units, whatever their sizes (the delete-one-cluster jackknife of survey sampling, Wolter 2007,
-    chapter 4), with Student's t at G - 1 degrees of freedom. It is centred on the bias-corrected estimate: pairs inside a cluster
-    are nearer than others, which biases a pooled mean by about 1/G. It always holds `value` and stays within `bounds`, the range
-    that the value can take; fewer than two groups, or NaN among the estimates, say nothing and give the whole range.
+    The groups are the sampling units, whatever their sizes (the delete-one-cluster jackknife of survey sampling, Wolter
+    2007, chapter 4), with Student's t at G - 1 degrees of freedom. It is centred on the bias-corrected estimate: pairs
+    inside a cluster are nearer than others, which biases a pooled mean by about 1/G. It always holds `value` and stays
+    within `bounds`, the range that the value can take; fewer than two groups, or NaN among the estimates, say nothing
+    and give the whole range.
     """
     low, high = bounds
     groups = len(without_G)
@@ -284,8 +283,7 @@ def _from_sum(sum_D: Float64, count: int | NDArray[np.int64]) -> Float64:
 def _span_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
     """The sums [S, E] of each span, in float64.
 
-    Raises:
-        BadVector: through a sum that is not finite, so that good vectors cost no second look.
+    :raises BadVector: through a sum that is not finite, so that good vectors cost no second look.
     """
     vectors_BTD = vectors_BTD.detach()
     # MPS has no float64.
@@ -297,8 +295,8 @@ def _span_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
 
 
 def _host_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
-    """NumPy rather than torch: torch starts its threads for each of these small steps and waits for the slowest, which on shared
-    cores took 400 ms instead of 20 for 41 layers.
+    """NumPy rather than torch: torch starts its threads for each of these small steps and waits for the slowest, which
+    on shared cores took 400 ms instead of 20 for 41 layers.
     """
     exact = vectors_BTD.dtype in (torch.float32, torch.float64)
     array_BTD = (vectors_BTD if exact else vectors_BTD.float()).cpu().numpy()
@@ -343,8 +341,8 @@ def _device_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
 
 def _rectangles(spans: Sequence[Span], dim: int) -> Iterator[tuple[slice, slice]]:
     """Runs of spans, in order, that cover the same positions of consecutive rows: most batches are one rectangle."""
-    keyed = enumerate(spans)
-    for (first, last, _), run in itertools.groupby(keyed, lambda item: (item[1].first, item[1].last, item[1].row - item[0])):
+    keys = [(span.first, span.last, span.row - number) for number, span in enumerate(spans)]
+    for (first, last, _), run in itertools.groupby(zip(keys, spans, strict=True), lambda pair: pair[0]):
         rows = [span.row for _, span in run]
         most = max(1, _DEVICE_BLOCK // ((last - first) * dim))
         for start in range(rows[0], rows[-1] + 1, most):
