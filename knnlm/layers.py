@@ -1,0 +1,357 @@
+"""Layers of a decoder: their names, finding them in any Hugging Face decoder by structure, and hooks that read them.
+
+A layer is `BLOCK.PART`, or `final_norm` for the vector that enters the LM head. Parts, in the order of the network:
+`attn_input` (the normed input of attention), `attn_output` (what attention returns, before any norm behind it and the
+residual), `ffn_input` (what enters the feed-forward, after any norm before it: the key of Khandelwal et al. 2020),
+`ffn_output` (like `attn_output`), and `block_output` (the residual stream after the block).
+
+Shapes: B batch, T time, D dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from knnlm.errors import LayerError, ModelError
+
+PARTS = ("attn_input", "attn_output", "ffn_input", "ffn_output", "block_output")
+FINAL = "final_norm"
+
+Receive = Callable[[str, Tensor], None]
+
+# Where a part lies between its block's input (0) and output (1).
+_OFFSETS = dict(zip(PARTS, (0.0, 0.25, 0.5, 0.75, 1.0), strict=True))
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|moe(?![a-z])|experts|(?:^|_)ff(?:_|$)", re.IGNORECASE)
+_NOT_SELF = re.compile(r"cross|encoder_attn", re.IGNORECASE)
+_OTHER_SENSE = re.compile(r"vision|visual|audio", re.IGNORECASE)  # towers of a multimodal model
+_PATTERN = re.compile(r"(?P<block>\*|-?\d+)(?:-(?P<last>\d+))?\.(?P<part>[a-z_*?]+)")
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """One place of the network: what enters a module, or what it returns."""
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+class Decoder:
+    """The layers of one model, and hooks on them; `find_decoder` makes it. The model itself is never changed."""
+
+    names: tuple[str, ...]
+    """All layers, in the order of the network."""
+    num_blocks: int
+
+    def __init__(self, taps: Mapping[str, _Tap], blocks: Sequence[nn.Module]) -> None:
+        self._taps = dict(taps)
+        self._blocks = tuple(blocks)
+        self.names = tuple(taps)
+        self.num_blocks = len(blocks)
+
+    @contextmanager
+    def attach(self, names: Sequence[str], receive: Receive) -> Iterator[None]:
+        """Call `receive(name, vectors)` for each layer in `names` whenever the model computes it, inside the `with`.
+
+        The vectors are [B, T, D], detached, in the model's type, and the model's own memory: a later module may write
+        to them (Falcon adds in place), so use or copy them before `receive` returns. Layers come as they are computed.
+
+        Raises LayerError for a name that the model does not have.
+        """
+        check_names(names, self.names)
+        shape = _StreamShape()
+        with ExitStack() as stack:
+            stack.callback(self._blocks[0].register_forward_pre_hook(shape, with_kwargs=True).remove)
+            for name in names:
+                stack.callback(_register(self._taps[name], name, shape, receive))
+            yield
+
+
+class _StreamShape:
+    """A hook that remembers [B, T] of the residual stream: some feed-forwards work on [B·T, D]."""
+
+    def __init__(self) -> None:
+        self.value: tuple[int, ...] = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.value = tuple(_entering(args, kwargs).shape[:2])
+
+    def restore(self, vectors: Tensor) -> Tensor:
+        if vectors.ndim == 2 and self.value:
+            return vectors.detach().reshape(*self.value, vectors.shape[-1])
+        return vectors.detach()
+
+
+def _register(tap: _Tap, name: str, shape: _StreamShape, receive: Receive) -> Callable[[], None]:
+    def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        receive(name, shape.restore(_entering(args, kwargs)))
+
+    def read_output(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        receive(name, shape.restore(_returned(output)))
+
+    if tap.side == "input":
+        return tap.module.register_forward_pre_hook(read_input, with_kwargs=True).remove
+    return tap.module.register_forward_hook(read_output).remove
+
+
+def _entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states among the arguments of a module."""
+    values = [*args[:1], kwargs.get("hidden_states"), *args, *kwargs.values()]
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise ModelError("a block of this model takes no hidden states, so its layers cannot be read; use another model")
+
+
+def _returned(output: object) -> Tensor:
+    """Return the hidden states in what a module returned: a tensor, or the first of a tuple or of a mapping."""
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()))
+    if isinstance(output, tuple | list):
+        output = output[0]
+    if isinstance(output, Tensor):
+        return output
+    raise ModelError(f"a module returned {type(output).__name__} where vectors were expected; use another model")
+
+
+# Finding the layers
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Find the layers of a decoder-only causal LM by its structure.
+
+    Blocks are the longest list of modules of one class that hold attention and a feed-forward; their children are told
+    apart by what they are and are called. A block may lack a part (a state-space block has no attention): then its name
+    is not among `names`.
+
+    Raises ModelError for an encoder-only or encoder-decoder model, and for one without an LM head or such blocks.
+    """
+    _check_kind(model)
+    head = find_head(model)
+    blocks = _find_blocks(model)
+    taps: dict[str, _Tap] = {}
+    for number, block in enumerate(blocks):
+        taps |= {f"{number}.{part}": tap for part, tap in _block_taps(block).items()}
+    return Decoder({**taps, FINAL: _Tap(head, "input")}, blocks)
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """Return the LM head, which turns `final_norm` vectors into scores of the vocabulary; ModelError if there is none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if isinstance(head, nn.Module):
+        return head
+    raise ModelError(f"{_kind(model)} has no LM head; give a decoder-only causal language model such as GPT-2 or Llama")
+
+
+def _kind(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _check_kind(model: nn.Module) -> None:
+    advice = "give a decoder-only causal language model such as GPT-2 or Llama"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(f"{_kind(model)} is an encoder-decoder model; {advice}")
+    if "MaskedLM" in _kind(model):
+        raise ModelError(f"{_kind(model)} is an encoder-only model; {advice}")
+
+
+def _find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
+    lists = [
+        tuple(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not _OTHER_SENSE.search(name)
+    ]
+    found = [blocks for blocks in lists if _is_decoder(blocks)] or [b for b in lists if _is_stack(b, model)]
+    if found:
+        return max(found, key=len)
+    raise ModelError(
+        f"no list of decoder blocks (attention with a feed-forward) was found in {_kind(model)}, as in an encoder-only "
+        "model; give a decoder-only causal language model such as GPT-2 or Llama"
+    )
+
+
+def _is_decoder(blocks: tuple[nn.Module, ...]) -> bool:
+    # Not in each block: hybrids have blocks of state-space layers, and some alternate attention and feed-forward.
+    attention = any(_attention(block) is not None for block in blocks)
+    return attention and len({type(block) for block in blocks}) == 1 and any(_feed_forward(block) for block in blocks)
+
+
+def _is_stack(blocks: tuple[nn.Module, ...], model: nn.Module) -> bool:
+    """State-space models: as many modules as the configuration says, none with attention."""
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return len(blocks) == depth and all(_attention(block) is None for block in blocks)
+
+
+def _block_taps(block: nn.Module) -> dict[str, _Tap]:
+    """Return the taps of the parts that this block has, in the order of PARTS."""
+    taps: dict[str, _Tap] = {}
+    attention, feed_forward = _attention(block), _feed_forward(block)
+    if attention is not None:
+        taps |= {"attn_input": _Tap(attention, "input"), "attn_output": _Tap(_own_output(attention), "output")}
+    if feed_forward is not None:
+        first, last = feed_forward
+        taps["ffn_input"] = _Tap(first, "input")
+        if last is not None:
+            taps["ffn_output"] = _Tap(_own_output(last), "output")
+    return {**taps, "block_output": _Tap(block, "output")}
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    found = _children(block, _ATTENTION)
+    if not found:
+        return None
+    # A wrapper that holds norms beside the attention (DBRX): its input is not normed and its output holds the residual.
+    inner = _attention(found[0])
+    return inner if inner is not None and _has_norm(found[0]) else found[0]
+
+
+def _feed_forward(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None:
+    """Return the modules that the feed-forward's input enters and its output leaves (None: several outputs are added)."""
+    found = _children(block, _FEED_FORWARD)
+    if found:
+        return found[0], found[0] if len(found) == 1 else None
+    # OPT and others of fairseq's shape: two linear layers in the block itself.
+    linear = [child for child in block.children() if isinstance(child, nn.Linear)]
+    if len(linear) == 2 and linear[0].out_features == linear[1].in_features:
+        return linear[0], linear[1]
+    return None
+
+
+def _children(block: nn.Module, role: re.Pattern[str]) -> list[nn.Module]:
+    """Return the children that play a role, by the name of attribute or class; norms and dropouts hold no matrix."""
+    return [
+        child
+        for name, child in block.named_children()
+        if (role.search(name) or role.search(_kind(child))) and not _NOT_SELF.search(name) and _has_matrix(child)
+    ]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _has_norm(module: nn.Module) -> bool:
+    return any("norm" in _kind(child).lower() and not _has_matrix(child) for child in module.children())
+
+
+def _own_output(module: nn.Module) -> nn.Module:
+    """Return what to tap for a sublayer's output: its last linear layer where it adds the residual itself (BLOOM)."""
+    if "residual" not in inspect.signature(module.forward).parameters:
+        return module
+    return [child for child in module.modules() if _has_matrix(child) and not any(child.children())][-1]
+
+
+# Names
+
+
+def split(name: str) -> tuple[int | None, str]:
+    """Split a layer's name into block and part; the block of `final_norm` is None. LayerError for another form."""
+    if name == FINAL:
+        return None, FINAL
+    block, _, part = name.partition(".")
+    if block.isdecimal() and part in PARTS:
+        return int(block), part
+    raise LayerError(f"not the name of a layer: {name!r}; write BLOCK.PART such as 0.{PARTS[0]}, or {FINAL}")
+
+
+def depth(name: str, num_blocks: int) -> float:
+    """Return where a layer lies, from 0 (the first block's input) to 1 (the last block's output), for pictures."""
+    block, part = split(name)
+    return 1.0 if block is None else (block + _OFFSETS[part]) / num_blocks
+
+
+def default_candidates(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the layers among which dispersion chooses: `ffn_input` of the upper half of the blocks.
+
+    Of a model without a feed-forward that can be read: `block_output` of the same blocks.
+    """
+    first = _num_blocks(names) // 2
+    for wanted in ("ffn_input", "block_output"):
+        found = tuple(name for name, block, part in _parsed(names) if part == wanted and block >= first)
+        if found:
+            return found
+    return tuple(names)
+
+
+def residual_layers(names: Sequence[str]) -> tuple[str, ...]:
+    """Return `attn_input` from block 1 on, `ffn_input`, `block_output`, `final_norm`: what reads the residual stream."""
+    wanted = {"ffn_input", "block_output", FINAL}
+    return tuple(n for n, block, part in _parsed(names) if part in wanted or (part == "attn_input" and block > 0))
+
+
+def select_layers(patterns: str | Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the layers that any of the patterns (a list, or one string with commas) fits, in the order of the network.
+
+    A pattern is a layer's name, `BLOCK.PART` with a block such as `5`, `-1` (the last), `4-7` or `*` and a part such as
+    `ffn_input`, `ffn_*` or `*`, or a word: `all`, `residual`, `candidates` (`default_candidates`).
+
+    Raises LayerError, which lists the names, for a pattern that fits nothing.
+    """
+    texts = [patterns] if isinstance(patterns, str) else list(patterns)
+    pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
+    if not pieces:
+        raise LayerError(f"no layer is named; this model has {list_names(names)}")
+    found = {name for piece in pieces for name in _select(piece, names)}
+    return tuple(name for name in names if name in found)
+
+
+def check_names(wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Raise LayerError, which lists the names, unless all wanted names are among them."""
+    for name in wanted:
+        if name not in names:
+            raise LayerError(f"this model has no layer {name!r}; it has {list_names(names)}")
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the names in one line, runs of blocks folded (`0-7.ffn_input`), in the form that `select_layers` takes."""
+    folded: list[str] = []
+    for wanted in (*PARTS, FINAL):
+        blocks = [block for _, block, part in _parsed(names) if part == wanted]
+        folded += [wanted] if wanted == FINAL and blocks else [f"{run}.{wanted}" for run in _runs(blocks)]
+    return ", ".join(folded)
+
+
+def _runs(blocks: Sequence[int]) -> list[str]:
+    starts = [block for block in blocks if block - 1 not in blocks]
+    ends = [block for block in blocks if block + 1 not in blocks]
+    return [str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]
+
+
+def _select(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
+    words = {"all": tuple(names), "residual": residual_layers(names), "candidates": default_candidates(names)}
+    found = words.get(pattern) or ((pattern,) if pattern in names else _match(pattern, names))
+    if not found:
+        raise LayerError(f"no layer fits {pattern!r}; this model has {list_names(names)}")
+    return found
+
+
+def _match(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
+    parts = _PATTERN.fullmatch(pattern)
+    if parts is None:
+        return ()
+    num_blocks = _num_blocks(names)
+    if parts["block"] == "*":
+        blocks = range(num_blocks)
+    else:
+        first = int(parts["block"])
+        first += num_blocks if first < 0 else 0
+        blocks = range(first, int(parts["last"] or first) + 1)
+    return tuple(n for n, block, part in _parsed(names) if block in blocks and fnmatchcase(part, parts["part"]))
+
+
+def _parsed(names: Sequence[str]) -> list[tuple[str, int, str]]:
+    """Return (name, block, part); the block of `final_norm` is -1, which no pattern asks for."""
+    return [(name, -1 if block is None else block, part) for name, (block, part) in ((n, split(n)) for n in names)]
+
+
+def _num_blocks(names: Sequence[str]) -> int:
+    return max((block for _, block, _ in _parsed(names)), default=-1) + 1
