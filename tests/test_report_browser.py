@@ -70,6 +70,11 @@ def open_report(browser: webdriver.Chrome, report: Path, *, width: int = 1280, s
     WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(DRAWN), "the charts were not drawn")
 
 
+def page_width(browser: webdriver.Chrome) -> int:
+    """In CSS pixels. To be compared with the width asked for: a phone's `innerWidth` grows with what overflows."""
+    return browser.execute_script("return Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_report_opens_and_fits(browser, report, width, scheme):
@@ -79,8 +84,7 @@ def test_report_opens_and_fits(browser, report, width, scheme):
         box = browser.find_element(By.ID, f"chart-{chart}")
         assert box.find_elements(By.CSS_SELECTOR, "svg.main-svg path"), chart
         assert box.size["height"] > 200 and box.size["width"] > 250, chart
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-    assert browser.execute_script("return document.body.scrollWidth <= window.innerWidth")
+    assert page_width(browser) <= width
     assert browser.execute_script("return window.broken") is None
 
 
@@ -140,7 +144,7 @@ def test_more_columns_on_demand(browser, report):
     assert not browser.find_element(By.CSS_SELECTOR, shown).is_displayed()
     browser.find_element(By.CSS_SELECTOR, ".extra-toggle").send_keys(Keys.ENTER)
     assert browser.find_element(By.CSS_SELECTOR, shown).is_displayed()
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert page_width(browser) <= 1280
 
 
 def test_report_reads_without_scripts(browser, report):
