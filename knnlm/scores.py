@@ -28,6 +28,8 @@ Int64 = NDArray[np.int64]
 # Queries scanned at a time: 256 x 8192 float64 distances are 16 MB.
 _QUERY_BLOCK = 256
 
+_EMPTY: Int64 = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -104,9 +106,11 @@ class SamplePlan:
         :raises InputError: a span and its next tokens differ in number.
         """
         row_N, position_N, cluster_N = _positions(spans)
-        next_token_N = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in next_tokens] or [_EMPTY])
-        if len(next_token_N) != len(row_N):
-            raise InputError(f"{len(row_N)} positions need as many next tokens, got {len(next_token_N)}")
+        given = [np.asarray(tokens, dtype=np.int64) for tokens in next_tokens]
+        needed = [span.last - span.first for span in spans]
+        if [len(tokens) for tokens in given] != needed:
+            raise InputError(f"spans of {needed} positions need as many next tokens, got {[len(t) for t in given]}")
+        next_token_N = np.concatenate(given or [_EMPTY])
         enters_U, slot_U = self.rows(len(row_N))
         self._next_token_M[slot_U] = next_token_N[enters_U]
         self._cluster_M[slot_U] = cluster_N[enters_U]
@@ -134,9 +138,6 @@ class LayerSample:
         return Sample(self._vectors_MD[: self._plan.size], self._plan.next_token_M, self._plan.cluster_M)
 
 
-_EMPTY: Int64 = np.zeros(0, dtype=np.int64)
-
-
 def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
     """Dispersion with each dimension divided by its standard deviation first, so that no rogue dimension decides.
 
@@ -147,29 +148,28 @@ def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
     :raises InputError: fewer than two vectors, or a row that is zero or not finite.
     """
     vectors_MD = _checked(sample_MD)
-    deviation_D = vectors_MD.std(axis=0)
-    varies_D = deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
+    deviation_D, varies_D = _deviation(vectors_MD)
     if not varies_D.any():
         return 0.0
     return dispersion(vectors_MD[:, varies_D] / deviation_D[varies_D])
 
 
 def effective_rank(sample_MD: NDArray[np.floating]) -> float:
-    """exp of the entropy of the normalised singular values of the centred sample, in 1..min(M, D) (Roy & Vetterli
-    2007).
+    """exp of the entropy of the normalised singular values of the centred sample (Roy & Vetterli 2007): 1 to min(M, D).
 
     From the smaller Gram matrix in float64: min(M, D)^3 operations. Identical vectors span nothing and give 0.
 
     :raises InputError: fewer than two vectors, or a row that is not finite.
     """
-    centred_MD = _centred(sample_MD)
-    wide = centred_MD.shape[0] < centred_MD.shape[1]
-    gram = centred_MD @ centred_MD.T if wide else centred_MD.T @ centred_MD
-    singular = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0.0))
-    total = float(singular.sum())
-    if total == 0:
+    vectors_MD = _checked(sample_MD)
+    centred_MD = _centred(vectors_MD)[:, _deviation(vectors_MD)[1]]
+    if not centred_MD.size:
         return 0.0
-    share = singular[singular > 0] / total
+    wide = centred_MD.shape[0] < centred_MD.shape[1]
+    power = np.linalg.eigvalsh(centred_MD @ centred_MD.T if wide else centred_MD.T @ centred_MD)
+    # Below this an eigenvalue is what rounding left of a zero.
+    singular = np.sqrt(power[power > len(power) * np.finfo(np.float64).eps * power[-1]])
+    share = singular / singular.sum()
     return math.exp(-float((share * np.log(share)).sum()))
 
 
@@ -194,7 +194,7 @@ def retrieval_probe(
         raise InputError(f"the probe needs at least 1 neighbor and 1 query, got {neighbors} and {queries}")
     # Keys in random order: a layer near the embedding has many identical keys, whose ties must not favour early text.
     order_M = np.random.default_rng(seed).permutation(len(sample_MD))
-    keys_MD, token_M, group_M = _centred(sample_MD)[order_M], next_token_M[order_M], cluster_M[order_M]
+    keys_MD, token_M, group_M = _centred(_checked(sample_MD))[order_M], next_token_M[order_M], cluster_M[order_M]
     rate_Q = np.concatenate(list(_agreement(keys_MD, token_M, group_M, neighbors, min(queries, len(keys_MD)))))
     counts_Q = ~np.isnan(rate_Q)
     return _probe(rate_Q[counts_Q], group_M[: len(rate_Q)][counts_Q])
@@ -242,11 +242,16 @@ def _checked(sample_MD: NDArray[np.floating]) -> Float64:
     return np.asarray(sample_MD, dtype=np.float64)
 
 
-def _centred(sample_MD: NDArray[np.floating]) -> Float64:
-    """The sample in float64, minus its mean: distances stay, the rounding of large norms goes."""
-    vectors_MD = _checked(sample_MD)
+def _centred(vectors_MD: Float64) -> Float64:
+    """The sample minus its mean: distances stay, the rounding of large norms goes."""
     centred_MD: Float64 = vectors_MD - vectors_MD.mean(axis=0)
     return centred_MD
+
+
+def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
+    """Each dimension's standard deviation, and whether it varies at all beyond float32 rounding."""
+    deviation_D: Float64 = vectors_MD.std(axis=0)
+    return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
 
 
 def _positions(spans: Sequence[Span]) -> tuple[Int64, Int64, Int64]:
