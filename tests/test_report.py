@@ -84,6 +84,7 @@ def test_rows_are_best_first_and_marked():
     assert order == sorted(order) and len(rows) == 41
     assert [row.layer for row in rows if row.chosen] == [result.selected] == ["7.ffn_input"]
     assert [row.layer for row in rows if row.best] == [result.best]
+    assert rows[0].bar == rows[0].cells["perplexity"].order / result.lm.perplexity
     assert {row.layer for row in rows if row.candidate} == set(result.choice.candidates)
 
 

@@ -41,7 +41,7 @@ class Row:
     best: bool
     candidate: bool
     bar: float
-    """Perplexity as a share of the worst shown, 0 to 1."""
+    """Perplexity as a share of the plain LM's, 0 to 1."""
     cells: dict[str, Cell]
 
 
@@ -67,7 +67,6 @@ COLUMNS = (
 def layer_rows(result: EvalResult) -> tuple[Row, ...]:
     """Rows for every layer, the lowest perplexity first, unknown perplexities last."""
     candidates = set(result.choice.candidates) if result.choice else set()
-    finite = [layer.perplexity for layer in result.layers if math.isfinite(layer.perplexity)]
     places = _score_places(result)
     rows = [
         Row(
@@ -76,7 +75,7 @@ def layer_rows(result: EvalResult) -> tuple[Row, ...]:
             chosen=layer.layer == result.selected,
             best=layer.layer == result.best,
             candidate=layer.layer in candidates,
-            bar=layer.perplexity / max(finite) if math.isfinite(layer.perplexity) else 0.0,
+            bar=_share(layer.perplexity, result.lm.perplexity),
             cells=_cells(layer, places),
         )
         for layer in sorted(result.layers, key=lambda layer: network_order(layer.layer))
@@ -84,6 +83,10 @@ def layer_rows(result: EvalResult) -> tuple[Row, ...]:
     for position, row in enumerate(rows):
         row.cells["layer"] = Cell(row.layer, order=position)
     return tuple(sorted(rows, key=lambda row: _last_if_unknown(row.cells["perplexity"].order)))
+
+
+def _share(part: float, whole: float) -> float:
+    return min(part / whole, 1.0) if math.isfinite(part) and math.isfinite(whole) and whole > 0 else 0.0
 
 
 def _last_if_unknown(order: float | None) -> float:
