@@ -117,7 +117,8 @@ def fsync_folder(folder: str | Path) -> None:
 
 def disk_error(error: OSError, place: str | Path) -> DatastoreError:
     """The system's refusal to write as one line for the user."""
-    return DatastoreError(f"cannot write {place}: {error.strerror or error}; free some space or choose another --out")
+    remedy = "free some space or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose"
+    return DatastoreError(f"cannot write {place}: {error.strerror or error}; {remedy} another --out")
 
 
 class NpyWriter:

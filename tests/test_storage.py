@@ -367,7 +367,10 @@ def test_read_only_parent_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(DatastoreError, match=r"cannot write .*out: Permission denied"), new_folder(tmp_path / "out"):
+    with (
+        pytest.raises(DatastoreError, match=r"cannot write .*out: Permission denied; choose another --out"),
+        new_folder(tmp_path / "out"),
+    ):
         pytest.fail("the block ran")
     assert names(tmp_path) == []
 
