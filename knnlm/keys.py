@@ -87,15 +87,19 @@ class Keys:
         if len(ids_N) and not (0 <= ids_N.min() and ids_N.max() < len(self)):
             raise IndexError(f"ids {ids_N.min()} to {ids_N.max()} of {len(self)} keys")
         rows_ND = np.empty((len(ids_N), self.dim), np.float32)
-        if len(self._shards) == 1:
-            for start in range(0, len(ids_N), TAKE_ROWS):
-                rows_ND[start : start + TAKE_ROWS] = self._shards[0][ids_N[start : start + TAKE_ROWS]]
-            return self._finish(rows_ND)
-        for shard, (places, local) in zip(self._shards, self._by_shard(ids_N), strict=True):
-            for start in range(0, len(places), TAKE_ROWS):
-                part = slice(start, start + TAKE_ROWS)
-                rows_ND[places[part]] = shard[local[part]]
+        for start in range(0, len(ids_N), TAKE_ROWS):
+            part = slice(start, start + TAKE_ROWS)
+            rows_ND[part] = self._gather(ids_N[part])
         return self._finish(rows_ND)
+
+    def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows as they are stored: moved about in half precision, turned into float32 once and in order."""
+        if len(self._shards) == 1:
+            return np.take(self._shards[0], ids_N, axis=0)
+        rows_ND = np.empty((len(ids_N), self.dim), self._shards[0].dtype)
+        for shard, (places, local) in zip(self._shards, self._by_shard(ids_N), strict=True):
+            rows_ND[places] = np.take(shard, local, axis=0)
+        return rows_ND
 
     def _by_shard(self, ids_N: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """For each shard: the places among the ids that lie in it, and their rows in it."""
