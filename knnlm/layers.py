@@ -144,7 +144,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """Return the LM head, which turns `final_norm` vectors into scores of the vocabulary; ModelError if there is none."""
+    """Return the LM head, which turns `final_norm` vectors into scores of the vocabulary; ModelError if absent."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if isinstance(head, nn.Module):
@@ -215,7 +215,7 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 
 def _feed_forward(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None:
-    """Return the modules that the feed-forward's input enters and its output leaves (None: several outputs are added)."""
+    """Return the modules that the feed-forward's input enters and its output leaves (None: several are added up)."""
     found = _children(block, _FEED_FORWARD)
     if found:
         return found[0], found[0] if len(found) == 1 else None
@@ -283,7 +283,7 @@ def default_candidates(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def residual_layers(names: Sequence[str]) -> tuple[str, ...]:
-    """Return `attn_input` from block 1 on, `ffn_input`, `block_output`, `final_norm`: what reads the residual stream."""
+    """Return the residual stream: `attn_input` from block 1 on, `ffn_input`, `block_output`, `final_norm`."""
     wanted = {"ffn_input", "block_output", FINAL}
     return tuple(n for n, block, part in _parsed(names) if part in wanted or (part == "attn_input" and block > 0))
 

@@ -1,23 +1,19 @@
 """The language model: a Hugging Face causal LM with its tokenizer. The only import of `transformers`.
 
-A model is probed once when it is loaded: two short sequences run through all of it, which gives the size of each layer's
-vectors and proves that the head is understood, that no layer holds NaN, and that no position sees later tokens.
+A model is probed once when it is loaded: two short sequences run through all of it, which gives the size of each
+layer's vectors and proves that the head is understood, that no layer holds NaN, and that no position sees later tokens.
 
 Shapes: B batch, T time, D dimension, N rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -32,19 +28,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from knnlm.encoding import TextEncoder
 from knnlm.errors import InputError, ModelError
+from knnlm.fingerprint import digest_config, digest_tokenizer, digest_weights
+from knnlm.hardware import pick_device, pick_dtype_on_cpu
 from knnlm.layers import FINAL, Decoder, Receive, check_names, find_decoder, find_head
 
 # Rows of the head's table made at once: at most this many scores (64 MB in float32).
 _HEAD_SCORES = 1 << 24
-# Long text is tokenised in pieces of about this many characters.
-_PIECE = 1 << 18
-# A space between a word and a letter: byte-level BPE never joins what stands on the two sides of this place.
-_CUT = re.compile(r"(?<=\S) (?=[^\W\d_])")
-# bfloat16 is taken on a CPU where its products are at least so many times as fast as float32's.
-_WORTHWHILE = 1.3
-_SAMPLED_ELEMENTS = 16
 _PROBE_TOKENS = 6
+_ADVICE = "give a decoder-only causal language model such as GPT-2 or Llama"
 
 
 class _Enough(Exception):
@@ -54,8 +47,8 @@ class _Enough(Exception):
 class LanguageModel:
     """A causal LM whose layers can be read and whose head can be applied to vectors read before.
 
-    Made by `load_model`, or by `from_model` of a model in memory. Raises ModelError when the model is not a decoder-only
-    causal LM, or its head is not understood, or it gives NaN.
+    Made by `load_model`, or by `from_model` of a model in memory. Raises ModelError when the model is not a
+    decoder-only causal LM, or its head does more than multiply and scale, or it gives NaN.
     """
 
     layer_names: tuple[str, ...]
@@ -73,10 +66,11 @@ class LanguageModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, notes: Sequence[str] = ()
     ) -> None:
         self.name = name
-        self.model = model.eval()
+        self.model = model
+        nn.Module.eval(model)
         self.tokenizer = tokenizer
         self._decoder: Decoder = find_decoder(model)
-        self._text = _TextEncoder(tokenizer)
+        self._text = TextEncoder(tokenizer)
         self._options: dict[str, Any] = {"use_cache": False} if _takes(model.forward, "use_cache") else {}
         self.context_limit = _context_limit(model.config)
         vectors, logits = self._probe()
@@ -117,13 +111,13 @@ class LanguageModel:
         """
         return {
             "model": self.name,
-            "config": _digest_config(self.model.config),
-            "weights": _digest_weights(self.model),
-            "tokenizer": _digest_tokenizer(self.tokenizer),
+            "config": digest_config(self.model.config),
+            "weights": digest_weights(self.model),
+            "tokenizer": digest_tokenizer(self.tokenizer),
         }
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Return the tokens of a text, int32 [n], with what the tokenizer itself puts in front (BOS), and nothing behind."""
+        """Return the tokens of a text, int32 [n], with the BOS that the tokenizer itself puts in front, if it does."""
         return self._text(text)
 
     def decode(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> str:
@@ -142,10 +136,11 @@ class LanguageModel:
     ) -> None:
         """Run the model on right-padded tokens (int64) and call `receive(layer, vectors_BTD)` once for each layer.
 
-        The head is not run, nor, with `stop_early`, anything above the deepest wanted layer. Vectors of padding may hold
-        anything. See `Decoder.attach` for how long the vectors are valid.
+        The head is not run, nor, with `stop_early`, anything above the deepest wanted layer. Vectors of padding may
+        hold anything. See `Decoder.attach` for how long the vectors are valid.
 
-        Raises LayerError for an unknown layer, InputError for tokens outside the vocabulary or more than `context_limit`.
+        Raises LayerError for an unknown layer, InputError for tokens outside the vocabulary or more than
+        `context_limit`.
         """
         check_names(layers, self.layer_names)
         self._check_tokens(tokens_BT)
@@ -175,14 +170,13 @@ class LanguageModel:
         """
         rows = max(1, _HEAD_SCORES // self.vocabulary)
         with torch.inference_mode():
-            pairs = zip(final_ND.split(rows), targets_N.split(rows), strict=True)
+            pairs = zip(torch.split(final_ND, rows), torch.split(targets_N, rows), strict=True)
             parts = [_log_prob(self._head(final), targets) for final, targets in pairs]
         return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
 
     @property
     def _embeddings(self) -> nn.Embedding:
-        embeddings: nn.Embedding = self.model.get_input_embeddings()
-        return embeddings
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     def _run(self, tokens_BT: Tensor, lengths_B: Tensor | None) -> Any:  # noqa: ANN401 - a transformers ModelOutput
         options = dict(self._options)
@@ -198,18 +192,14 @@ class LanguageModel:
         low, high = int(tokens_BT.min()), int(tokens_BT.max())
         if low < 0 or high >= count:
             wrong = low if low < 0 else high
-            raise InputError(
-                f"token {wrong} is not in the vocabulary of {self.name} ({count} tokens); use its tokenizer"
-            )
+            raise InputError(f"token {wrong} is none of the {count} of {self.name}; use its own tokenizer")
         if self.context_limit is not None and length > self.context_limit:
-            raise InputError(
-                f"{length} tokens are more than {self.name} takes at once ({self.context_limit}); use fewer"
-            )
+            raise InputError(f"{length} tokens, but {self.name} takes at most {self.context_limit} at once; use fewer")
 
     def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
         """Run two sequences that differ in the last token; return all layers' vectors and the model's own logits."""
         length = min(_PROBE_TOKENS, self.context_limit or _PROBE_TOKENS)
-        tokens_BT = torch.arange(2 * length).remainder(self._embeddings.num_embeddings)[:length].repeat(2, 1)
+        tokens_BT = torch.arange(length).remainder(self._embeddings.num_embeddings).repeat(2, 1)
         tokens_BT[1, -1] = 0
         vectors: dict[str, Tensor] = {}
 
@@ -224,12 +214,12 @@ class LanguageModel:
         return vectors, logits
 
     def _check_probe(self, vectors: Mapping[str, Tensor]) -> None:
-        for layer in (layer for layer in self._decoder.names if layer in vectors):
-            if not torch.isfinite(vectors[layer]).all():
+        for layer in self._decoder.names:
+            if layer in vectors and not torch.isfinite(vectors[layer]).all():
                 raise ModelError(f"{self.name} gives NaN or infinite values in layer {layer}; try --dtype float32")
         first, second = vectors[FINAL][:, :-1].float()
         if not _near(first, second, self.dtype):
-            raise ModelError(f"{self.name} sees later tokens, as an encoder does; give a decoder-only causal LM")
+            raise ModelError(f"{self.name} sees later tokens, as an encoder does; {_ADVICE}")
 
 
 def load_model(
@@ -244,17 +234,21 @@ def load_model(
     Raises ModelError for what is not a decoder-only causal LM with a tokenizer, InputError for a wrong option.
     """
     source = str(name_or_folder)
-    target = _pick_device(device)
+    target = pick_device(device)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)}
     config = _load_config(source, options)
     tokenizer = _load_tokenizer(source, options)
     taken, note = _pick_dtype(dtype, source, config, target, options)
     model = _load_weights(source, taken, options)
-    # A quantised model, or one spread over devices, has its place and types already.
-    if not getattr(model, "is_quantized", False) and getattr(model, "hf_device_map", None) is None:
-        model.to(target)
-    model.requires_grad_(False)
+    _place(model, target)
     return LanguageModel(model, tokenizer, name=source, notes=[note] if note else [])
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    model.requires_grad_(False)
+    # A quantised model, or one spread over devices, has its place already.
+    if not getattr(model, "is_quantized", False) and getattr(model, "hf_device_map", None) is None:
+        model.to(device)
 
 
 def _is_local(source: str) -> bool:
@@ -275,11 +269,10 @@ def _load_config(source: str, options: Mapping[str, Any]) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except Exception as error:
         raise ModelError(f"{source} could not be read as a model: {_line(error)}") from error
-    advice = "give a decoder-only causal language model such as GPT-2 or Llama"
     if config.is_encoder_decoder:
-        raise ModelError(f"{source} is an encoder-decoder model; {advice}")
+        raise ModelError(f"{source} is an encoder-decoder model; {_ADVICE}")
     if any("MaskedLM" in name for name in config.architectures or ()):
-        raise ModelError(f"{source} is an encoder-only model; {advice}")
+        raise ModelError(f"{source} is an encoder-only model; {_ADVICE}")
     return config
 
 
@@ -296,15 +289,15 @@ def _load_tokenizer(source: str, options: Mapping[str, Any]) -> PreTrainedTokeni
 
 def _load_weights(source: str, dtype: torch.dtype | str, options: Mapping[str, Any]) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:
         raise ModelError(f"{source} could not be loaded as a causal language model: {_line(error)}") from error
-    missing = sorted(info["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         # transformers fills them with random numbers.
         raise ModelError(f"{source} lacks {len(missing)} weights of a causal language model, such as {missing[0]}")
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _line(error: Exception) -> str:
@@ -313,18 +306,6 @@ def _line(error: Exception) -> str:
 
 
 # Device and type
-
-
-def _pick_device(device: str) -> torch.device:
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return torch.device(next(kind for kind, there in present.items() if there))
-    kind = device.partition(":")[0]
-    if kind not in present:
-        raise InputError(f"--device is {device!r}; take auto, cpu, cuda or mps")
-    if not present[kind]:
-        raise InputError(f"--device is {device!r}, but this machine has none that torch can use; take auto or cpu")
-    return torch.device(device)
 
 
 def _pick_dtype(
@@ -344,51 +325,14 @@ def _pick_dtype(
     stated = getattr(torch, stated) if isinstance(stated, str) else stated
     if device.type != "cpu":
         return stated, None
-    return _pick_on_cpu(stated)
-
-
-def _pick_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:
-    if stated not in (torch.bfloat16, torch.float16):
-        return torch.float32, None
-    speed = bfloat16_speed()
-    taken = torch.bfloat16 if speed >= _WORTHWHILE else torch.float32
-    if taken == stated:
-        return taken, None
-    names = (str(kind).removeprefix("torch.") for kind in (stated, taken))
-    return (
-        taken,
-        "a {} checkpoint, computed in {}: this CPU's bfloat16 products are {:.2g} times as fast as float32's".format(
-            *names, speed
-        ),
-    )
-
-
-@cache
-def bfloat16_speed() -> float:
-    """Return how many times as fast as float32 this CPU multiplies bfloat16 matrices, measured once in a few milliseconds.
-
-    Between 0.003 (AVX2 only) and 2.5 (AMX) on the machines of design.md, section 5.
-    """
-    small = _seconds(torch.float32, 64) / _seconds(torch.bfloat16, 64)
-    # Where bfloat16 is emulated, a large product would take a second.
-    return small if small < 0.1 else _seconds(torch.float32, 512) / _seconds(torch.bfloat16, 512)
-
-
-def _seconds(dtype: torch.dtype, size: int) -> float:
-    matrix = torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(6):  # the first warms up, and the shortest is the least disturbed by other work
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return pick_dtype_on_cpu(stated)
 
 
 # Scores of the vocabulary
 
 
 def _find_scores(model: PreTrainedModel, final_BTD: Tensor, logits_BTV: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function from `final_norm` vectors to the model's logits, proven on one input."""
+    """Return the function from `final_norm` vectors to the model's logits, proven on the probe."""
     head, own = find_head(model), _head_dtype(model)
     for scale in (_scale_of(model.config), _unscaled):
 
@@ -437,57 +381,11 @@ def _near(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _log_prob(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return log-softmax at the targets, float64 [N]: differences to the largest score, so that float32 loses little."""
+    """Return log-softmax at the targets, float64 [N]; differences to the largest score lose little in float32."""
     largest_N1 = logits_NV.max(dim=-1, keepdim=True).values
     shifted_NV = logits_NV.float() - largest_N1.float()
     target_N = shifted_NV.gather(1, targets_N.to(shifted_NV.device)[:, None])[:, 0]
     return target_N.cpu().double() - shifted_NV.exp_().sum(dim=-1).cpu().double().log()
-
-
-# Text
-
-
-class _TextEncoder:
-    """Text to tokens: what the tokenizer puts in front once, long text in pieces."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._prefix = self._find_prefix()
-        self._gap = self._find_gap()
-
-    def __call__(self, text: str) -> NDArray[np.int32]:
-        parts = [np.asarray(self._ids(piece), dtype=np.int32) for piece in self._pieces(text)]
-        return np.concatenate([np.asarray(self._prefix, dtype=np.int32), *parts])
-
-    def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        encoded = self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return list(encoded["input_ids"])
-
-    def _find_prefix(self) -> list[int]:
-        bare, full = self._ids("a"), self._ids("a", special=True)
-        starts = (at for at in range(len(full)) if full[at : at + len(bare)] == bare)
-        return full[: next(starts, 0)]
-
-    def _find_gap(self) -> int | None:
-        """Return how many characters of the space at a cut to leave out, such that pieces give the tokens of the whole.
-
-        0 for byte-level BPE; 1 where the tokenizer puts a space in front of every text (SentencePiece); None: never cut.
-        """
-        whole, left = self._ids("the cat sat"), self._ids("the cat")
-        return next((gap for gap in (0, 1) if left + self._ids(" sat"[gap:]) == whole), None)
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        start = 0
-        while self._gap is not None and len(text) - start > _PIECE:
-            cut = _CUT.search(text, start + _PIECE)
-            if cut is None:
-                break
-            yield text[start : cut.start()]
-            start = cut.start() + self._gap
-        yield text[start:]
-
-
-# Facts about a model
 
 
 def _context_limit(config: PretrainedConfig) -> int | None:
@@ -500,32 +398,3 @@ def _context_limit(config: PretrainedConfig) -> int | None:
 def _takes(function: Callable[..., object], name: str) -> bool:
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _digest_config(config: PretrainedConfig) -> str:
-    # What loading adds, or what changes no vector.
-    ignored = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
-    fields = {key: value for key, value in config.to_diff_dict().items() if key not in ignored}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _digest_weights(model: nn.Module) -> str:
-    """Hash a few elements of each parameter, rounded to bfloat16 so that the type of computation does not matter."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        places = torch.arange(_SAMPLED_ELEMENTS, device=flat.device) * max(flat.numel() - 1, 0)
-        sample = flat[places // (_SAMPLED_ELEMENTS - 1)].float().bfloat16().view(torch.int16).cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state: dict[str, Any] = tokenizer.get_vocab()
-    else:
-        state = json.loads(backend.to_str())
-        # Set by calls, not by the tokenizer's maker.
-        state = {key: value for key, value in state.items() if key not in {"truncation", "padding"}}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,63 @@
+"""What this machine computes on, and fast: the device, and whether its CPU gains by bfloat16 (design.md, section 5)."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from knnlm.errors import InputError
+
+# bfloat16 is taken on a CPU where its products are at least so many times as fast as float32's.
+_WORTHWHILE = 1.3
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device named cpu, cuda, cuda:1 or mps, or for auto the fastest here; InputError if it is absent."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(kind for kind, there in present.items() if there))
+    kind = device.partition(":")[0]
+    if kind not in present:
+        raise InputError(f"--device is {device!r}; take auto, cpu, cuda or mps")
+    if not present[kind]:
+        raise InputError(f"--device is {device!r}, but this machine has none that torch can use; take auto or cpu")
+    return torch.device(device)
+
+
+def pick_dtype_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:
+    """Return the type in which this CPU computes a checkpoint of the stated type, and a note if they differ.
+
+    Half precision is computed in bfloat16 where that pays, else in float32; float16 never.
+    """
+    if stated not in (torch.bfloat16, torch.float16):
+        return torch.float32, None
+    speed = bfloat16_speed()
+    taken = torch.bfloat16 if speed >= _WORTHWHILE else torch.float32
+    if taken == stated:
+        return taken, None
+    reason = f"this CPU's bfloat16 products are {speed:.2g} times as fast as float32's"
+    return taken, f"the checkpoint is {_name(stated)} and computed in {_name(taken)}: {reason}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def bfloat16_speed() -> float:
+    """Return how many times as fast as float32 this CPU multiplies bfloat16 matrices, measured once per process."""
+    small = _seconds(torch.float32, 64) / _seconds(torch.bfloat16, 64)
+    # Where bfloat16 is emulated, a large product would take a second.
+    return small if small < 0.1 else _seconds(torch.float32, 512) / _seconds(torch.bfloat16, 512)
+
+
+def _seconds(dtype: torch.dtype, size: int) -> float:
+    matrix = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(6):  # the first warms up, and the shortest is the least disturbed by other work
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - start)
+    return min(times)
