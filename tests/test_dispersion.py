@@ -78,6 +78,12 @@ def test_dispersion_of_a_segment_longer_than_a_block(monkeypatch):
     assert dispersion(vectors.numpy()) == pytest.approx(whole, abs=1e-14)
 
 
+def test_scorer_of_segments_longer_than_a_block(monkeypatch):
+    whole = scored(batch(), SPANS)
+    monkeypatch.setattr(module, "_HOST_BLOCK", 16 * 7)
+    same(scored(batch(), SPANS), whole)
+
+
 def test_dispersion_of_known_clouds():
     assert dispersion(torch.eye(7)) == pytest.approx(1, abs=1e-15)
     assert dispersion(torch.cat((torch.eye(5), -torch.eye(5)))) == pytest.approx(10 / 9, abs=1e-15)
