@@ -119,9 +119,7 @@ def run(
 
     screen = _Screen(json)
     lm = _load(model, dtype, device, trust_remote_code, screen)
-    result = run_pipeline(
-        lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen
-    )
+    result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
     files = write_reports(result, out)
     _show_evaluation(result, screen)
     screen.say(f"Report: {files.html}")
@@ -242,7 +240,7 @@ def evaluate(
 
     screen = _Screen(json)
     opened = Datastore.open(store)
-    lm = _load(model or opened.manifest.model["model"], dtype, device, trust_remote_code, screen)
+    lm = _load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
@@ -287,7 +285,8 @@ class _Screen:
         from rich.console import Console
 
         self.as_json = as_json
-        self.out: Console = Console(soft_wrap=False)
+        # Where output goes to a file or a pipe, there is no width to keep to.
+        self.out: Console = Console(width=None if sys.stdout.isatty() else 140)
         self.err: Console = Console(stderr=True)
 
     @contextmanager
@@ -340,7 +339,8 @@ def _settings(options: dict[str, Any]) -> Settings:
     budget = options.get("disk_budget")
     return Settings(
         text=TextConfig(
-            **given("context", "stride", "max_tokens", "text_field", "protocol"), windows=None if size == "auto" else int(size)
+            **given("context", "stride", "max_tokens", "text_field", "protocol"),
+            windows=None if size == "auto" else int(size),
         ),
         layers=LayerConfig(**given("layers", "candidates", "select")),
         knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),

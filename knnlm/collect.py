@@ -58,12 +58,18 @@ class _Targets:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
+        self._final_BTD = torch.empty(0)
         self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]] = []
 
-    def add(self, spans: Sequence[Span], batch: Batch, final_BTD: Tensor) -> None:
+    def hold(self, final_BTD: Tensor) -> None:
+        """Keep the final vectors until the forward pass is over: the head must not run inside its own hook."""
+        self._final_BTD = final_BTD
+
+    def add(self, spans: Sequence[Span], batch: Batch) -> None:
+        """Score the targets of the batch that was held."""
         for span, window in zip(spans, batch.windows, strict=True):
             targets = window.targets[span.first : span.last]
-            final_ND = final_BTD[span.row, span.first : span.last]
+            final_ND = self._final_BTD[span.row, span.first : span.last]
             log_probs = self._lm.target_log_probs(final_ND, torch.from_numpy(targets.astype(np.int64)))
             count = len(targets)
             self._parts.append(
@@ -110,6 +116,8 @@ def collect(
             scorer.begin_batch(spans, [window.targets[window.first :] for window in batch.windows])
         receive = _receiver(layers, batch, spans, scorer, writer, targets)
         _forward(lm, batch, needed, receive)
+        if targets is not None:
+            targets.add(spans, batch)
         last_document = batch.windows[-1].document
         tokens += sum(span.last - span.first for span in spans)
         advance(tokens, None)
@@ -151,7 +159,7 @@ def _receiver(
             if writer is not None:
                 writer.append_keys(name, _counted(vectors_BTD, spans))
         if targets is not None and name == FINAL:
-            targets.add(spans, batch, vectors_BTD)
+            targets.hold(vectors_BTD)
 
     return receive
 
@@ -187,8 +195,6 @@ def _counted(vectors_BTD: Tensor, spans: Sequence[Span]) -> NDArray[np.float32]:
     return keys
 
 
-def _forward(
-    lm: LanguageModel, batch: Batch, layers: Sequence[str], receive: Callable[[str, Tensor], None]
-) -> None:
+def _forward(lm: LanguageModel, batch: Batch, layers: Sequence[str], receive: Callable[[str, Tensor], None]) -> None:
     tokens_BT, lengths_B = torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B)
     lm.forward(tokens_BT, lengths_B, layers, receive)

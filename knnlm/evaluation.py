@@ -95,7 +95,13 @@ def open_queries(
         writer = DatastoreWriter(Path(folder), {name: lm.dims[name] for name in layers}, key_dtype="float32")
         with writer, progress.stage("evaluation text through the model", "tokens") as advance:
             collected = collect(
-                lm, documents, config, layers, batch_tokens=batch_tokens, writer=writer, log_probs=True,
+                lm,
+                documents,
+                config,
+                layers,
+                batch_tokens=batch_tokens,
+                writer=writer,
+                log_probs=True,
                 advance=lambda done, _: advance(done, total),
             )
             writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
@@ -257,8 +263,12 @@ def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correla
         "candidates": [layer for layer in scored if layer.layer in choice.candidates],
     }
     return tuple(
-        Correlation(name, spearman([getattr(one.score, name) for one in group], [one.perplexity for one in group]),
-                    len(group), among)
+        Correlation(
+            name,
+            spearman([getattr(one.score, name) for one in group], [one.perplexity for one in group]),
+            len(group),
+            among,
+        )
         for among, group in groups.items()
         for name in SCORES
         if len(group) > 2

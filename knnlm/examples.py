@@ -37,9 +37,7 @@ def find_examples(
 class _Explainer:
     """Searches again for single tokens, this time keeping who the neighbours are."""
 
-    def __init__(
-        self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str
-    ) -> None:
+    def __init__(self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str) -> None:
         self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
         self._losses_Q = shown.losses_Q
         self._vectors_QD = queries.vectors(shown.layer)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from index.build import build_index
+from index.errors import VectorIndexError
 from index.recall import measure_recall
-from index.storage import save_index
+from index.storage import save_index, verify_index
 from knnlm.config import Settings
 from knnlm.datastore import Datastore
 from knnlm.progress import Progress
@@ -30,3 +31,15 @@ def index_layer(store: Datastore, layer: str, settings: Settings, progress: Prog
     report = IndexReport(layer, built.spec, recall.recall, k, built.size_bytes)
     store.update_manifest(indexes={layer: {"metric": knn.metric, "spec": built.spec, "recall": recall.recall, "k": k}})
     return report
+
+
+def verify_store(store: Datastore, progress: Progress) -> tuple[str, ...]:
+    """What is wrong with the datastore's files and indexes, a line each; nothing when it is whole."""
+    with progress.stage("verifying", "files") as advance:
+        problems = list(store.verify(advance))
+    for layer in store.manifest.indexes:
+        try:
+            verify_index(store.index_folder(layer))
+        except VectorIndexError as error:
+            problems.append(str(error))
+    return tuple(problems)

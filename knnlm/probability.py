@@ -45,11 +45,12 @@ class Mix:
 
 def knn_log_probs(search: Search, k: int, temperature: float) -> Floats:
     """log p_kNN of each target with the nearest k; -inf where none of them has it. Shape [Q]."""
-    return _log_probs_of_ks(search, (k,), temperature)[0]
+    (log_probs_Q,) = _log_probs_of_ks(search, (k,), temperature)
+    return log_probs_Q
 
 
-def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> Floats:
-    """log p_kNN for several ascending k at once, [S, Q]: the weights are computed once and summed piece by piece.
+def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> list[Floats]:
+    """log p_kNN for several ascending k at once, S arrays [Q]: the weights are computed once and summed piece by piece.
 
     The nearest neighbour's weight is 1, so float32 weights lose nothing that counts; sums are float64.
     """
@@ -61,7 +62,7 @@ def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> F
     np.multiply(weights_QK, search.hits_QK[:, : ks[-1]], out=weights_QK)
     hit_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.log(hit_QS / total_QS).T)
+        return list(np.log(hit_QS / total_QS).T)
 
 
 def mix(lm_log_probs: Floats, knn: Floats, lam: float) -> Floats:
@@ -70,7 +71,8 @@ def mix(lm_log_probs: Floats, knn: Floats, lam: float) -> Floats:
         return lm_log_probs
     if lam == 1:
         return knn
-    return np.logaddexp(knn + np.log(lam), lm_log_probs + np.log1p(-lam))
+    mixed: Floats = np.logaddexp(knn + np.log(lam), lm_log_probs + np.log1p(-lam))
+    return mixed
 
 
 def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:

@@ -38,9 +38,7 @@ class LayerSearcher:
         queries_QD = self.store.keys(self.layer).prepare_queries(vectors_QD, self.metric)
         return self.index.search(queries_QD, k)
 
-    def cached(
-        self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance
-    ) -> Search:
+    def cached(self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance) -> Search:
         """One search for all queries, kept as (distance, does the value equal the target?)."""
         count = len(targets_Q)
         distances_QK = np.empty((count, k), np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -35,8 +36,8 @@ def _score_cells(one: LayerScore, chosen: bool) -> Iterator[str]:
 def eval_table(result: EvalResult) -> Table:
     """Perplexity of the LM and of the kNN-LM for every layer; the chosen and the best layer are marked."""
     title = f"Perplexity on {result.lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {result.lm.perplexity:.3f}"
-    table = Table(title=title)
-    for name in ("layer", "dispersion", "probe", "perplexity", "against the LM", "95 % interval", "k", "λ", "T"):
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("layer", "dispersion", "probe", "perplexity", "against LM", "k", "λ", "T"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     for one in result.layers:
         style = "bold green" if one.layer == result.selected else "bold" if one.layer == result.best else None
@@ -47,11 +48,10 @@ def eval_table(result: EvalResult) -> Table:
 def _eval_cells(one: LayerResult, result: EvalResult) -> Iterator[str]:
     marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == one.layer]
     yield f"{one.layer} ◀ {', '.join(marks)}" if marks else one.layer
-    yield f"{one.score.dispersion:.4f} ± {_half(one.score.interval):.4f}" if one.score else "–"
+    yield f"{one.score.dispersion:.4f} ± {_half(one.score.interval):.3f}" if one.score else "–"
     yield f"{one.score.probe:.3f}" if one.score else "–"
     yield f"{one.perplexity:.3f}"
-    yield f"{one.change:+.1%}"
-    yield f"{one.interval.low:+.1%} … {one.interval.high:+.1%}"
+    yield f"{one.change:+.1%} ± {_half(one.interval):.1%}"
     yield f"{one.k}"
     yield f"{one.lam:.3f}"
     yield f"{one.temperature:.4g}"

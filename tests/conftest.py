@@ -15,7 +15,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="knnlm-tests-", ignore_cleanup_error
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=_CACHE.name, NO_COLOR="1"
 )
-for _name in [name for name in os.environ if name.startswith("KNNLM_")]:
+for _name in [name for name in os.environ if name.startswith("KNNLM_") and name != "KNNLM_NO_BROWSER"]:
     del os.environ[_name]
 for _name in ("COLUMNS", "FORCE_COLOR", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
     os.environ.pop(_name, None)

@@ -127,6 +127,8 @@ def test_paths_are_read_in_the_order_given_and_each_file_once(write, tmp_path):
     first, second = write("b.txt", "b"), write("a.txt", "a")
     assert texts(first, second) == ["b", "a"]
     assert texts(first, tmp_path, second) == ["b", "a"]
+    (tmp_path / "link.txt").symlink_to(first)
+    assert texts(first, tmp_path / "link.txt", tmp_path / ".." / tmp_path.name / "b.txt") == ["b"]
 
 
 # long documents

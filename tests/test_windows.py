@@ -208,6 +208,13 @@ def test_a_novel_gives_a_tenth_of_its_sections():
     assert sum(len(one.tokens) for one in training) > 0.87 * 409_600
 
 
+def test_sections_and_gaps_of_a_short_text_shrink_with_it():
+    training, evaluation = split([document(1280)], seed=3)
+    # 10 sections of 128 tokens; gaps of 16 and not 256.
+    assert [len(one.tokens) for one in evaluation] in ([96], [112])
+    assert sum(len(one.tokens) for one in training) in (1152 - 32, 1152 - 16)
+
+
 @pytest.mark.parametrize("lengths", [(), (100,), (127,)])
 def test_a_text_too_short_to_hold_some_out_names_the_way_out(lengths):
     with pytest.raises(InputError, match=f"{sum(lengths)} tokens.*too short.*--eval-text"):
@@ -258,6 +265,9 @@ def test_slices_fill_the_budget_evenly(lengths, budget, seed):
         np.testing.assert_array_equal(np.diff(one.tokens), 1)
         assert whole.tokens[0] <= one.tokens[0] and one.tokens[-1] <= whole.tokens[-1]
         assert len(one.tokens) == min(len(whole.tokens), level)
+    # One token more of each would be over the budget, or each gives all it has.
+    more = sum(min(lengths[number - 1], level + 1) for number in numbers)
+    assert more > budget or more == total
     if len(slices) > 1 and max(lengths[number - 1] for number in numbers) >= MIN_SLICE:
         assert level >= MIN_SLICE
 
