@@ -1,6 +1,7 @@
 """What a run found, as frozen values; nothing here computes, loads or prints.
 
-Perplexities are per token (base e inside, as usual), intervals are 95 %, relative changes are fractions (-0.25 = 25 % lower).
+Perplexities are per token (base e inside, as usual), intervals are 95 %, relative changes are fractions (-0.25 is
+25 % lower).
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Regret:
-    """Perplexity of the selected layer relative to the layer that was best on the tuning part, minus 1, cross-fitted."""
+    """Perplexity of the selected layer over that of the layer best on the tuning part, minus 1, cross-fitted."""
 
     value: float
     interval: Interval
@@ -111,7 +112,7 @@ class Regret:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of a score with perplexity over layers; negative = a higher score goes with lower perplexity."""
+    """Spearman's rank correlation of a score with perplexity over layers; below 0, a high score goes with a low one."""
 
     score: str
     spearman: float

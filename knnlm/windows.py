@@ -58,7 +58,7 @@ class WindowConfig:
     context: int
     stride: int
     protocol: str = "documents"
-    """`documents`, or `knn-transformers`: the windows of that project's run_clm.py, for figures that can be compared."""
+    """`documents`, or `knn-transformers`: that project's windows, for figures that can be compared."""
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:

@@ -1,4 +1,4 @@
-"""The whole way, from text to perplexity, against the float64 brute force of `tests/oracle.py` and against transformers."""
+"""The whole way, from text to perplexity, against the float64 brute force of `tests/oracle.py` and transformers."""
 
 from __future__ import annotations
 

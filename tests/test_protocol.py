@@ -14,7 +14,7 @@ def their_windows(rows: list[list[int]], block: int, stride: int) -> list[tuple[
     """(input ids, labels) of every window, as group_texts makes them, without the padding on the right."""
     found = []
     for first in range(0, len(rows), 1000):
-        tokens = sum(rows[first : first + 1000], [])
+        tokens = [token for row in rows[first : first + 1000] for token in row]
         total = len(tokens) // block * block if len(tokens) >= block else len(tokens)
         for i in range(0, total, stride):
             begin, end = max(i + stride - block, 0), min(i + stride, total)

@@ -25,7 +25,7 @@ def test_spearman_of_a_constant_is_nan() -> None:
 
 
 def test_paired_bootstrap_covers_the_true_change_of_clustered_losses() -> None:
-    """95 % intervals over 200 data sets with a shared shift in each cluster; a bootstrap of tokens would cover ~40 %."""
+    """95 % intervals over 200 data sets whose clusters share a shift; a bootstrap of tokens would cover ~40 %."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
