@@ -1,0 +1,72 @@
+"""The choice: who may be chosen, by what, and when the two scores are said to disagree."""
+
+from __future__ import annotations
+
+import pytest
+
+from knnlm.choose import candidate_layers, choose
+from knnlm.config import LayerConfig
+from knnlm.errors import InputError, LayerError
+from knnlm.layers import PARTS
+from knnlm.results import Interval, LayerScore
+
+NAMES = (*(f"{block}.{part}" for block in range(4) for part in PARTS), "final_norm")
+
+
+def score(layer: str, dispersion: float, probe: float, width: float = 0.01) -> LayerScore:
+    interval, probe_interval = (Interval(value - width, value + width) for value in (dispersion, probe))
+    return LayerScore(layer, dispersion, interval, 0.5, 0.5, 0.5, 10.0, probe, probe_interval)
+
+
+def test_default_candidates_are_ffn_input_of_the_upper_half() -> None:
+    assert candidate_layers(LayerConfig(), NAMES, NAMES) == ("2.ffn_input", "3.ffn_input")
+
+
+def test_the_upper_half_is_the_models_and_not_that_of_the_layers_looked_at() -> None:
+    looked_at = ("0.ffn_input", "1.ffn_input", "2.ffn_input")
+    assert candidate_layers(LayerConfig(), looked_at, NAMES) == ("2.ffn_input",)
+
+
+def test_any_layer_may_be_chosen_where_no_candidate_was_looked_at() -> None:
+    assert candidate_layers(LayerConfig(), ("0.attn_output", "1.attn_output"), NAMES) == (
+        "0.attn_output",
+        "1.attn_output",
+    )
+
+
+def test_embedding_like_layers_are_never_chosen_by_default() -> None:
+    """Plain dispersion over all layers picks 0.attn_input, which cost up to 81 % of perplexity (docs/layers.md)."""
+    scores = [score("0.attn_input", 0.99, 0.01), score("2.ffn_input", 0.6, 0.3), score("3.ffn_input", 0.7, 0.3)]
+    assert choose(scores, LayerConfig(), NAMES).layer == "3.ffn_input"
+    assert choose(scores, LayerConfig(candidates="all"), NAMES).layer == "0.attn_input"
+
+
+def test_probe_chooses_when_asked() -> None:
+    scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
+    choice = choose(scores, LayerConfig(select="probe"), NAMES)
+    assert (choice.layer, choice.select) == ("2.ffn_input", "probe")
+
+
+def test_disagreement_beyond_the_intervals_names_both_and_the_way_out() -> None:
+    scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
+    sentence = choose(scores, LayerConfig(), NAMES).disagreement
+    assert sentence is not None
+    assert all(part in sentence for part in ("2.ffn_input", "3.ffn_input", "--select probe"))
+
+
+def test_disagreement_within_the_intervals_is_not_told() -> None:
+    scores = [score("2.ffn_input", 0.6, 0.4, width=0.06), score("3.ffn_input", 0.7, 0.3, width=0.06)]
+    assert choose(scores, LayerConfig(), NAMES).disagreement is None
+
+
+def test_a_named_layer_is_taken() -> None:
+    scores = [score("2.ffn_input", 0.6, 0.4), score("0.attn_input", 0.7, 0.3)]
+    assert choose(scores, LayerConfig(select="0.attn_input"), NAMES).layer == "0.attn_input"
+
+
+def test_an_unknown_or_ambiguous_name_is_refused() -> None:
+    scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
+    with pytest.raises(LayerError, match=r"7\.ffn_input.*2-3\.ffn_input"):
+        choose(scores, LayerConfig(select="7.ffn_input"), NAMES)
+    with pytest.raises(InputError, match="fits 2 layers"):
+        choose(scores, LayerConfig(select="*.ffn_input"), NAMES)
