@@ -37,6 +37,8 @@ class TextConfig:
         for name, value in (("context", self.context), ("stride", self.stride), ("max-tokens", self.max_tokens)):
             _positive(name, value)
         _positive("batch-size", self.windows)
+        if self.protocol != "documents" and self.max_tokens:
+            raise InputError(f"--protocol {self.protocol} takes the whole text; leave --max-tokens out")
         if self.context and self.stride and self.stride > self.context:
             raise InputError(
                 f"--stride {self.stride} is over --context {self.context}: tokens between windows would never be "

@@ -133,7 +133,9 @@ def _growing(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
     """
     for end in itertools.count(config.stride, config.stride):
         stop = min(end, targets + 1) - 1
-        yield max(end - config.context, 0), stop
+        start = max(end - config.context, 0)
+        if stop > start:
+            yield start, stop
         if stop >= targets:
             return
 

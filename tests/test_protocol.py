@@ -23,7 +23,7 @@ def their_windows(rows: list[list[int]], block: int, stride: int) -> list[tuple[
     return found
 
 
-@pytest.mark.parametrize(("block", "stride"), [(16, 8), (12, 4), (16, 16), (10, 4)])
+@pytest.mark.parametrize(("block", "stride"), [(16, 8), (12, 4), (16, 16), (10, 4), (6, 1)])
 def test_windows_and_targets_are_theirs(block: int, stride: int) -> None:
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, 99, size=rng.integers(1, 9)).tolist() for _ in range(2003)]
