@@ -1,0 +1,130 @@
+"""From a source to an index: sample, train, add in chunks, tune. Memory does not grow with the number of keys.
+
+Legend: N keys, D dimension.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from index.approximate import ApproximateIndex
+from index.base import VectorIndex
+from index.errors import InvalidKeys, InvalidQuery, TooFewKeys
+from index.exact import ExactIndex
+from index.faiss_index import FaissIndex, create_index
+from index.metric import Metric
+from index.recall import make_trial
+from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, rows_in, spread_ids
+from index.spec import IndexSpec, choose_spec, parse_spec
+from index.tune import tune
+
+# Stored keys that tuning searches for; recall over 200 x k neighbours has an error of about a point.
+TUNE_QUERIES = 200
+# k = 1024 needs many more lists than k = 10 does, so tuning for a small k would not serve a large one.
+TUNE_K = 1024
+
+Progress = Callable[[int, int], None]
+
+
+def build_index(
+    source: VectorSource,
+    spec: str = "auto",
+    *,
+    metric: Metric = Metric.L2,
+    k: int = TUNE_K,
+    recall_target: float = 0.95,
+    memory_bytes: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> VectorIndex:
+    """Build what a spec says, in memory; `index.storage.save_index` keeps it.
+
+    :param spec: `auto`, `exact`, or a FAISS factory string.
+    :param k: the neighbours for which `nprobe` or `efSearch` is tuned; clipped to the keys there are.
+    :param recall_target: share of the k nearest to be found; FAISS's own setting is kept where it already suffices.
+    :param memory_bytes: what `auto` may take; None: half of the memory that is free now.
+    :param progress: called with (keys added, N), at 0 before training; it may raise to stop.
+    :raises UnknownSpec: FAISS does not understand the spec for this dimension and metric.
+    :raises InvalidQuery: a recall_target outside (0, 1].
+    :raises TooFewKeys: no keys, or fewer than training needs.
+    :raises InvalidKeys: NaN or infinity among the keys; the message names the row.
+    """
+    if not 0 < recall_target <= 1:
+        raise InvalidQuery(f"recall_target is {recall_target}, but is a share above 0 and at most 1")
+    if not len(source):
+        raise TooFewKeys("there are no keys to index")
+    tell = progress or _tell_nobody
+    resolved = _resolve(spec, source, memory_bytes)
+    if resolved.is_exact:
+        tell(len(source), len(source))
+        return ExactIndex(source, metric)
+    index = _start(source, resolved, Metric(metric), seed, tell)
+    _add(index.native, source, index.centre_D, resolved, tell)
+    if len(source) > 1:
+        rng = np.random.default_rng([seed, 2])
+        tune(index, make_trial(source, index.metric, k=k, queries=TUNE_QUERIES, rng=rng), recall_target)
+    return index
+
+
+def check_spec(spec: str, dim: int, metric: Metric = Metric.L2) -> None:
+    """Find out before any work whether FAISS understands a spec.
+
+    :raises UnknownSpec: with what FAISS says.
+    """
+    parsed = parse_spec(spec)
+    if not (parsed.is_auto or parsed.is_exact):
+        create_index(parsed.text, dim, Metric(metric))
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _tell_nobody(done: int, total: int) -> None:
+    pass
+
+
+def _resolve(spec: str, source: VectorSource, memory_bytes: int | None) -> IndexSpec:
+    parsed = parse_spec(spec)
+    if not parsed.is_auto:
+        return parsed
+    return parse_spec(choose_spec(len(source), source.dim, memory_bytes or available_memory() // 2))
+
+
+def _start(source: VectorSource, spec: IndexSpec, metric: Metric, seed: int, tell: Progress) -> ApproximateIndex:
+    """A trained index without keys."""
+    native = create_index(spec.text, source.dim, metric)
+    points = spec.training_points(len(source), source.dim)
+    centre_D = centre_of(source)
+    tell(0, len(source))
+    if not native.is_trained:
+        ids = spread_ids(len(source), points, np.random.default_rng([seed, 0]))
+        native.train(_finite(source.take(ids), ids) - centre_D, seed)
+    return ApproximateIndex(source, metric, spec=spec.text, native=native, centre_D=centre_D, overfetch=spec.overfetch)
+
+
+def _add(native: FaissIndex, source: VectorSource, centre_D: Floats, spec: IndexSpec, tell: Progress) -> None:
+    rows = len(source) if spec.whole_at_once else rows_in(BLOCK_BYTES, source.dim)
+    for first, keys_ND in blocks(source, rows):
+        native.add(_finite(keys_ND, np.arange(first, first + len(keys_ND))) - centre_D)
+        tell(len(native), len(source))
+
+
+def _finite(keys_ND: Floats, ids_N: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:
+    """The keys; one NaN in training spoils every list, and FAISS says no row."""
+    finite_N = np.isfinite(keys_ND).all(axis=1)
+    if not finite_N.all():
+        raise InvalidKeys(
+            f"key {int(ids_N[np.argmin(finite_N)])} holds NaN or infinity; mend or leave out such vectors"
+        )
+    return keys_ND

@@ -1,0 +1,219 @@
+"""All that is asked of FAISS, and the only `import faiss`: the two kernels of exact search, and an index of its own.
+
+FAISS proposes ids; what it says of distances is thrown away (index/rerank.py has the exact ones). Ids are row numbers.
+
+Legend: N keys, Q queries, K neighbours, D dimension, P pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from index.errors import CorruptIndex, FaissFailed, NotTrained, UnknownSpec
+from index.metric import Metric
+
+# What SWIG makes at run time is not in FAISS's stubs.
+_faiss: Any = faiss
+
+VERSION: str = faiss.__version__
+
+# FAISS's own metric numbers; its inner product grows with nearness, our distance is its negative.
+_METRICS = {Metric.L2: faiss.METRIC_L2, Metric.IP: faiss.METRIC_INNER_PRODUCT}
+# What makes a search of an approximate index look further; each finds its way through PCA, OPQ, IDMap and refinement.
+_EFFORTS = ("nprobe", "efSearch")
+# A graph walk that is longer than this costs more than a scan.
+_LONGEST_WALK = 1 << 15
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+def scan_block(queries_QD: Floats, keys_ND: Floats, k: int, metric: Metric) -> tuple[Floats, Ids]:
+    """The k <= N nearest keys of each query by brute force, through BLAS: fast, and inexact where norms are large."""
+    values_QK, ids_QK = faiss.knn(queries_QD, keys_ND, k, _METRICS[metric])
+    return (values_QK if metric is Metric.L2 else np.negative(values_QK)), ids_QK
+
+
+def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids, metric: Metric) -> Floats:
+    """The distance of query rows_P[i] and key keys_P[i], float32 [P], by direct differences; on all cores.
+
+    All arrays must be C-contiguous: the kernel takes bare pointers.
+    """
+    kernel = _faiss.pairwise_indexed_L2sqr if metric is Metric.L2 else _faiss.pairwise_indexed_inner_product
+    distances_P = np.empty(len(rows_P), np.float32)
+    pointers = [faiss.swig_ptr(array) for array in (queries_QD, rows_P, keys_ND, keys_P, distances_P)]
+    kernel(queries_QD.shape[1], len(rows_P), *pointers)
+    return distances_P if metric is Metric.L2 else np.negative(distances_P, out=distances_P)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far a search looks, as FAISS names it."""
+
+    name: str
+    """`nprobe` (lists of an inverted file) or `efSearch` (candidates of a graph walk)."""
+    value: int
+    limit: int
+    """Where looking further finds nothing more, or is no better than brute force."""
+
+
+class FaissIndex:
+    """One FAISS index, wrapped so that FAISS's errors are ours."""
+
+    def __init__(self, native: Any) -> None:  # noqa: ANN401  (FAISS has no types)
+        self._native = native
+        self._size: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return int(self._native.d)
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that FAISS searches by."""
+        return Metric.L2 if self._native.metric_type == faiss.METRIC_L2 else Metric.IP
+
+    def __len__(self) -> int:
+        return int(self._native.ntotal)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether keys may be added."""
+        return bool(self._native.is_trained)
+
+    def train(self, keys_ND: Floats, seed: int) -> None:
+        """Learn lists, codes and projections from a sample.
+
+        :raises FaissFailed: in FAISS's words, such as too few points.
+        """
+        for settings in _clusterings(self._native):
+            settings.seed = seed
+            # FAISS would warn on standard error; the recall that is measured says more.
+            settings.min_points_per_centroid = 1
+        with _faiss_errors():
+            self._native.train(keys_ND)
+
+    def add(self, keys_ND: Floats) -> None:
+        """Append keys; their ids go on counting.
+
+        :raises NotTrained: the index has to be trained first.
+        """
+        if not self.is_trained:
+            raise NotTrained("keys are added to an index that is not trained; train it on a sample first")
+        self._size = None
+        with _faiss_errors():
+            if isinstance(self._native, faiss.IndexIDMap):
+                self._native.add_with_ids(keys_ND, np.arange(len(self), len(self) + len(keys_ND)))
+            else:
+                self._native.add(keys_ND)
+
+    def propose(self, queries_QD: Floats, k: int) -> Ids:
+        """Ids of about the k nearest keys, nearest first; -1 where it finds fewer."""
+        with _faiss_errors():
+            return np.asarray(self._native.search(queries_QD, k)[1], np.int64)
+
+    @property
+    def effort(self) -> Effort | None:
+        """None where a search always looks at everything."""
+        if (lists := faiss.try_extract_index_ivf(self._native)) is not None:
+            return Effort("nprobe", int(lists.nprobe), int(lists.nlist))
+        if (graph := _unwrapped(self._native, faiss.IndexHNSW)) is not None:
+            return Effort("efSearch", int(graph.hnsw.efSearch), max(1, min(len(self), _LONGEST_WALK)))
+        return None
+
+    def set_effort(self, name: str, value: int) -> None:
+        """Look further or less far. ParameterSpace, because an attribute set on PCA or OPQ reaches no inverted file.
+
+        :raises FaissFailed: the index has no such parameter.
+        """
+        if name not in _EFFORTS:
+            raise FaissFailed(f"the search parameter is {name!r}, but must be one of {', '.join(_EFFORTS)}")
+        with _faiss_errors():
+            faiss.ParameterSpace().set_index_parameter(self._native, name, value)
+
+    def write(self, write: Callable[[bytes], object]) -> None:
+        """Give the file's bytes in pieces. What `write` raises, such as a full disk, comes through."""
+        with _faiss_errors():
+            faiss.write_index(self._native, _faiss.PyCallbackIOWriter(write))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its file, which are about those in memory."""
+        if self._size is None:
+            sizes: list[int] = []
+            self.write(lambda piece: sizes.append(len(piece)))
+            self._size = sum(sizes)
+        return self._size
+
+
+def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:
+    """An empty index from a FAISS factory string.
+
+    :raises UnknownSpec: FAISS does not understand it, or not for this dimension and metric.
+    """
+    try:
+        native = faiss.index_factory(dim, text, _METRICS[metric])
+    except (RuntimeError, TypeError) as error:
+        raise UnknownSpec(
+            f"index {text!r} for {dim} dimensions and metric {metric}: FAISS says: {_said(error)}; "
+            "take auto, exact, or a factory string such as 'IVF1024,Flat'"
+        ) from None
+    if native.metric_type != _METRICS[metric]:
+        raise UnknownSpec(f"index {text!r} does not search by metric {metric}; take another index or metric")
+    return FaissIndex(native)
+
+
+def read_index(path: Path) -> FaissIndex:
+    """:raises CorruptIndex: FAISS cannot read the file."""
+    try:
+        return FaissIndex(faiss.read_index(str(path)))
+    except (RuntimeError, MemoryError) as error:
+        raise CorruptIndex(f"{path} is not a whole FAISS index: {_said(error)}; build it again") from None
+
+
+def _unwrapped(native: Any, kind: type) -> Any:  # noqa: ANN401
+    """The index of a kind under projections, id maps and refinement; None if there is none."""
+    while native is not None:
+        native = faiss.downcast_index(native)
+        if isinstance(native, kind):
+            return native
+        native = getattr(native, "index", None) or getattr(native, "base_index", None)
+    return None
+
+
+def _clusterings(native: Any) -> Iterator[Any]:  # noqa: ANN401
+    """The k-means settings of an inverted file and of product quantizers."""
+    if (lists := faiss.try_extract_index_ivf(native)) is not None:
+        native = faiss.downcast_index(lists)
+        yield native.cp
+    else:
+        native = _unwrapped(native, faiss.IndexPQ) or _unwrapped(native, faiss.IndexPQFastScan)
+    if hasattr(native, "pq"):
+        yield native.pq.cp
+
+
+@contextmanager
+def _faiss_errors() -> Iterator[None]:
+    """Only RuntimeError is FAISS's; an OSError of a writer and Ctrl-C are not touched."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise FaissFailed(f"FAISS says: {_said(error)}") from None
+
+
+def _said(error: BaseException) -> str:
+    """FAISS's sentence without the C++ function, file and line in front of it."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^Error in .*? at \S+:\d+: ", "", text)
+    sentence = re.sub(r"^Error: '.*?' failed: ?", "", text)
+    return sentence or text

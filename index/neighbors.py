@@ -1,0 +1,78 @@
+"""What a search brings: nearest keys of each query, and how such results are cut, joined and cleaned.
+
+Legend: Q queries, K neighbours, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.errors import DimensionMismatch
+
+Distances = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The K nearest keys of each of Q queries, nearest first; what is absent stands last."""
+
+    distances_QK: Distances
+    """Ascending; +inf where there is no neighbour. Squared L2, or minus the inner product."""
+    ids_QK: Ids
+    """Row numbers of the keys; -1 where there is no neighbour."""
+
+    def __post_init__(self) -> None:
+        if self.ids_QK.ndim != 2 or self.distances_QK.shape != self.ids_QK.shape:
+            raise DimensionMismatch(
+                f"distances {self.distances_QK.shape} and ids {self.ids_QK.shape} must both be [queries, neighbours]"
+            )
+
+    def without(self, ids_Q: Ids, k: int) -> Neighbors:
+        """The k nearest other than one id for each query: a stored key does not find itself."""
+        own_QK = self.ids_QK == ids_Q[:, None]
+        return ordered(np.where(own_QK, np.float32(np.inf), self.distances_QK), np.where(own_QK, -1, self.ids_QK), k)
+
+
+def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
+    """The k nearest among results for the same queries, such as those of shards; ids must be those of the whole."""
+    distances_QC = np.concatenate([part.distances_QK for part in parts], axis=1)
+    return ordered(distances_QC, np.concatenate([part.ids_QK for part in parts], axis=1), k)
+
+
+def stack(parts: Sequence[Neighbors]) -> Neighbors:
+    """Results for different queries, one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Neighbors(np.concatenate([p.distances_QK for p in parts]), np.concatenate([p.ids_QK for p in parts]))
+
+
+def absent(queries: int, k: int) -> Neighbors:
+    """No neighbours at all."""
+    return Neighbors(np.full((queries, k), np.inf, np.float32), np.full((queries, k), -1, np.int64))
+
+
+def nearest(distances_QC: Distances, ids_QC: Ids, k: int) -> tuple[Distances, Ids]:
+    """The k nearest of the candidates in any order; all of them where there are no more."""
+    if ids_QC.shape[1] <= k:
+        return distances_QC, ids_QC
+    columns_QK = np.argpartition(distances_QC, k - 1, axis=1)[:, :k]
+    return np.take_along_axis(distances_QC, columns_QK, axis=1), np.take_along_axis(ids_QC, columns_QK, axis=1)
+
+
+def ordered(distances_QC: Distances, ids_QC: Ids, k: int) -> Neighbors:
+    """The k nearest of the candidates, nearest first, filled up with absent ones. A NaN distance is no neighbour."""
+    lost_QC = ~np.isfinite(distances_QC) | (ids_QC < 0)
+    distances_QK, ids_QK = nearest(
+        np.where(lost_QC, np.float32(np.inf), distances_QC), np.where(lost_QC, -1, ids_QC), k
+    )
+    order_QK = np.argsort(distances_QK, axis=1, kind="stable")
+    found = absent(len(ids_QC), k)
+    width = order_QK.shape[1]
+    found.distances_QK[:, :width] = np.take_along_axis(distances_QK, order_QK, axis=1)
+    found.ids_QK[:, :width] = np.take_along_axis(ids_QK, order_QK, axis=1)
+    return found

@@ -1,0 +1,129 @@
+"""How much an index misses: recall@k, ties aside, and how much farther what it found lies, against exact search.
+
+Legend: Q queries, K neighbours, D dimension.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.base import VectorIndex
+from index.errors import TooFewKeys
+from index.exact import ExactIndex
+from index.metric import Metric
+from index.neighbors import Neighbors
+from index.source import VectorSource, spread_ids
+
+QUERIES = 256
+# Distances so near to the k-th are ties: float32 rounds a sum of D terms to about this.
+TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What a measurement found."""
+
+    recall: float
+    """Share of the k nearest that were found, 0 to 1. A key as near as the k-th nearest counts, whichever it is."""
+    k: int
+    queries: int
+    max_distance_error: float
+    """The largest (distance found at a rank − exact one) / exact distance of the k-th; what is absent aside."""
+    milliseconds_per_query: float
+    """Of searching all queries together, on the machine that measured."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Queries whose exact neighbours are known."""
+
+    queries_QD: NDArray[np.float32]
+    own_Q: NDArray[np.int64] | None
+    """Row of each query among the keys: it may not find itself; None: the queries are not keys."""
+    exact: Neighbors
+
+    @property
+    def k(self) -> int:
+        """Neighbours that are compared."""
+        return int(self.exact.ids_QK.shape[1])
+
+
+def measure_recall(
+    index: VectorIndex,
+    source: VectorSource,
+    *,
+    k: int,
+    queries: int | NDArray[np.float32] = QUERIES,
+    seed: int = 0,
+) -> Recall:
+    """Compare an index with exact search over the same source.
+
+    :param k: clipped to the other keys there are.
+    :param queries: how many stored keys to sample (each without itself), or vectors [Q, D].
+    :raises TooFewKeys: no key is left to be found.
+    """
+    # Other keys than those that tuning looked at with the same seed.
+    return run_trial(
+        index, make_trial(source, index.metric, k=k, queries=queries, rng=np.random.default_rng([seed, 1]))
+    )
+
+
+def make_trial(
+    source: VectorSource, metric: Metric, *, k: int, queries: int | NDArray[np.float32], rng: np.random.Generator
+) -> Trial:
+    """Search exactly.
+
+    :raises TooFewKeys: no key is left to be found.
+    """
+    exact = ExactIndex(source, metric)
+    if not isinstance(queries, int):
+        return Trial(queries, None, exact.search(queries, _clipped(k, len(source))))
+    k = _clipped(k, len(source) - 1)
+    own_Q = spread_ids(len(source), min(max(1, queries), len(source)), rng)
+    queries_QD = source.take(own_Q)
+    return Trial(queries_QD, own_Q, exact.search(queries_QD, k + 1).without(own_Q, k))
+
+
+def _clipped(k: int, others: int) -> int:
+    if others < 1:
+        raise TooFewKeys("recall needs at least one key other than the query itself; add keys")
+    return min(k, others)
+
+
+def run_trial(index: VectorIndex, trial: Trial) -> Recall:
+    """Search with the index and compare."""
+    start = time.perf_counter()
+    found = index.search(trial.queries_QD, trial.k + (trial.own_Q is not None))
+    seconds = time.perf_counter() - start
+    if trial.own_Q is not None:
+        found = found.without(trial.own_Q, trial.k)
+    queries = len(trial.queries_QD)
+    return Recall(
+        recall=_share_found(found, trial.exact),
+        k=trial.k,
+        queries=queries,
+        max_distance_error=_distance_error(found, trial.exact),
+        milliseconds_per_query=1000 * seconds / max(1, queries),
+    )
+
+
+def _share_found(found: Neighbors, exact: Neighbors) -> float:
+    """A hit lies no farther than the farthest exact neighbour."""
+    there_QK = exact.ids_QK >= 0
+    radius_Q = np.where(there_QK, exact.distances_QK, -np.inf).max(axis=1, initial=-np.inf).astype(np.float64)
+    limit_Q = radius_Q + TIE * np.abs(radius_Q) + np.finfo(np.float32).tiny
+    hits_QK = (found.distances_QK <= limit_Q[:, None]) & (found.ids_QK >= 0)
+    return float(hits_QK.sum() / max(1, there_QK.sum()))
+
+
+def _distance_error(found: Neighbors, exact: Neighbors) -> float:
+    """Relative to the k-th distance: that of the nearest may be 0, where keys stand twice."""
+    both_QK = (found.ids_QK >= 0) & (exact.ids_QK >= 0)
+    radius_Q = np.abs(np.where(exact.ids_QK >= 0, exact.distances_QK, 0)).max(axis=1, initial=0)
+    both_QK &= radius_Q[:, None] > 0
+    apart_QK = np.where(both_QK, found.distances_QK, 0) - np.where(both_QK, exact.distances_QK, 0)
+    return float(np.max(apart_QK / np.where(radius_Q > 0, radius_Q, 1)[:, None], initial=0.0))

@@ -1,0 +1,74 @@
+"""Exact distances of a few keys to each query, and the nearest of them: the last step of every search.
+
+Legend: Q queries, K neighbours, C candidates, D dimension, P pairs of a query and a key, U different keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.faiss_index import pair_distances
+from index.metric import Metric
+from index.neighbors import Neighbors, ordered
+from index.source import VectorSource, rows_in
+
+# Together at most about 200 MB: 50 bytes a pair, and the keys with the half-precision copy that a source may make.
+PAIRS = 1 << 21
+KEY_BYTES = 64 << 20
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+def rerank(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric, k: int) -> Neighbors:
+    """The k nearest of the candidates (id -1: none) by exact distance; absent ones fill up."""
+    return ordered(exact_distances(queries_QD, ids_QC, source, metric), ids_QC, k)
+
+
+def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> Floats:
+    """float32 [Q, C]: direct differences of the stored keys, never |q|² + |k|² - 2<q,k>; +inf where the id is -1.
+
+    Memory is bounded whatever Q, C and N are, and each key is read once in some 2 million pairs, in ascending order.
+    """
+    queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+    distances_QC = np.full(ids_QC.shape, np.inf, np.float32)
+    rows = max(1, PAIRS // max(1, ids_QC.shape[1]))
+    for start in range(0, len(ids_QC), rows):
+        block = slice(start, start + rows)
+        for pairs in _pairs_by_key(ids_QC[block], rows_in(KEY_BYTES, source.dim)):
+            keys_UD = np.ascontiguousarray(source.take(pairs.keys_U), np.float32)
+            found_P = pair_distances(queries_QD[block], pairs.rows_P, keys_UD, pairs.key_P, metric)
+            distances_QC[block].reshape(-1)[pairs.places_P] = found_P
+    return distances_QC
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """All pairs that a stretch of keys takes part in."""
+
+    keys_U: Ids
+    """Different ids, ascending."""
+    key_P: Ids
+    """Number in keys_U of each pair's key."""
+    rows_P: Ids
+    """Row of each pair's query."""
+    places_P: Ids
+    """Place of each pair in the flat [Q, C]."""
+
+
+def _pairs_by_key(ids_QC: Ids, keys: int) -> Iterator[_Pairs]:
+    """The pairs, sorted by key, in pieces of at most so many different keys."""
+    flat_P = ids_QC.reshape(-1)
+    places_P = np.argsort(flat_P, kind="stable")
+    places_P = places_P[np.searchsorted(flat_P, 0, sorter=places_P) :]
+    sorted_P = flat_P[places_P]
+    key_P = np.cumsum(np.diff(sorted_P, prepend=sorted_P[:1]) != 0)
+    keys_U = sorted_P[np.searchsorted(key_P, np.arange(key_P[-1] + 1))] if len(key_P) else sorted_P
+    for start in range(0, len(keys_U), keys):
+        first, last = np.searchsorted(key_P, [start, start + keys])
+        places = places_P[first:last]
+        yield _Pairs(keys_U[start : start + keys], key_P[first:last] - start, places // ids_QC.shape[1], places)

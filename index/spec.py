@@ -1,0 +1,143 @@
+"""What kind of index: parse a spec, know what it needs, choose one from the number of keys, their dimension and memory.
+
+A spec is `auto`, `exact`, or a FAISS factory string such as `IVF4096,Flat` or `OPQ16_64,IVF1024,PQ16x4fs`
+(https://github.com/facebookresearch/faiss/wiki/The-index-factory). FAISS is not loaded here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from index.errors import TooFewKeys, UnknownSpec
+
+# Exact search takes 2 N D operations a query: on two cores at 100 GFLOP/s, 4 ms where N = 2**18 and D = 768. An
+# inverted file of those keys costs minutes of k-means, more than 5,000 exact searches.
+EXACT_KEYS = 1 << 18
+# The same work at small D: 2 million keys of 64 dimensions.
+EXACT_ELEMENTS = 1 << 27
+# FAISS's guide: 4 sqrt(N) to 16 sqrt(N) lists; 4 to 8 here (a power of two), as k-means costs lists squared.
+LISTS_PER_ROOT = 4
+# From this many lists on, a graph finds the nearest lists faster than a scan of them.
+GRAPH_LISTS = 1 << 15
+# Training points for each list or code word: FAISS warns below 39 and drops what is above 256.
+MIN_POINTS, POINTS, MAX_POINTS = 39, 64, 256
+# The sample that is trained on is in memory as float32; at most this, and at most a quarter of the memory given.
+TRAINING_BYTES = 1 << 30
+
+# How many times k candidates FAISS proposes before exact distances decide; coarser codes order keys more roughly.
+# Tuning raises it where recall needs more. First match counts; what is not here keeps float32 or float16.
+_OVERFETCH = (
+    (r"LSH|RaBitQ|ITQ", 4.0),
+    (r"PQ|RQ|LSQ|Lattice|PCA|RR\d", 2.0),
+    (r"SQ4|SQ6", 1.5),
+    (r"SQ8", 1.1),
+)
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """A spec that was read but not yet shown to FAISS."""
+
+    text: str
+    """`auto`, `exact`, or the factory string."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether `choose_spec` has to say."""
+        return self.text == "auto"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is brute force."""
+        return self.text == "exact"
+
+    @property
+    def lists(self) -> int:
+        """Inverted lists; 0 without an inverted file."""
+        found = re.search(r"IVF(\d+)([kM]?)", self.text)
+        return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
+
+    @property
+    def min_training(self) -> int:
+        """Keys without which k-means cannot run: one for each list and each code word."""
+        words = [1 << int(bits or 8) for bits in re.findall(r"PQ\d+(?:x(\d+))?", self.text)]
+        halves = [1 << int(bits) for bits in re.findall(r"IMI2x(\d+)", self.text)]
+        return max([1, self.lists, *words, *halves])
+
+    @property
+    def whole_at_once(self) -> bool:
+        """Whether FAISS builds it from all keys in one call, so that they must be in memory."""
+        return "NSG" in self.text
+
+    @property
+    def overfetch(self) -> float:
+        """Candidates for each neighbour wanted."""
+        return next((factor for pattern, factor in _OVERFETCH if re.search(pattern, self.text)), 1.0)
+
+    def training_points(self, count: int, dim: int) -> int:
+        """How many of the keys to train on.
+
+        :raises TooFewKeys: names a spec that would do.
+        """
+        if count < self.min_training:
+            raise TooFewKeys(
+                f"index {self.text!r} needs at least {self.min_training} keys to be trained, but there are {count}; "
+                "take auto, exact, or fewer lists"
+            )
+        # Codes and scalar ranges are learnt well from 65,536 keys (256 points for each of 256 code words).
+        wanted = max(self.lists * POINTS, MAX_POINTS * 256)
+        return min(count, max(self.min_training, min(wanted, TRAINING_BYTES // (4 * dim))))
+
+
+def parse_spec(text: str) -> IndexSpec:
+    """Read a spec; whether FAISS understands it is known when dimension and metric are (`index.build.check_spec`).
+
+    :raises UnknownSpec: nothing, or more than one line.
+    """
+    stripped = text.strip()
+    if stripped.lower() in ("auto", "exact"):
+        return IndexSpec(stripped.lower())
+    if not stripped or not re.fullmatch(r"[\x21-\x7e]+", stripped):
+        raise UnknownSpec(
+            f"index is {text!r}, but must be auto, exact, or a FAISS factory string such as 'IVF1024,Flat'"
+        )
+    return IndexSpec(stripped)
+
+
+def choose_spec(count: int, dim: int, memory_bytes: int) -> str:
+    """The spec that `auto` means for N keys of D dimensions and the memory that the index may take.
+
+    1. `exact` up to 2**18 keys, or 2**27 elements (N D): brute force is cheaper than building anything.
+    2. Above, an inverted file of 4 to 8 sqrt(N) lists, fewer where their training sample would not fit. Its codes are
+       the most precise that fit: Flat (4 D bytes a key), SQ8 (D bytes), or PQ of D/2 to D/64 bytes.
+
+    Every search re-ranks by exact distances, so that codes cost candidates and not precision. No OPQ: its rotation
+    takes longer to learn than a wider re-ranking costs. No HNSW: it needs more memory than Flat and builds slowly.
+    """
+    if count <= EXACT_KEYS or count * dim <= EXACT_ELEMENTS:
+        return "exact"
+    lists = choose_lists(count, dim, memory_bytes)
+    quantizer = f"IVF{lists}_HNSW32" if lists >= GRAPH_LISTS else f"IVF{lists}"
+    return ",".join(part for part in _layout(count, dim, memory_bytes, quantizer) if part)
+
+
+def choose_lists(count: int, dim: int, memory_bytes: int) -> int:
+    """Inverted lists: the power of two from 4 sqrt(N) up, or the largest whose training sample fits; at least 1."""
+    lists = 1 << math.ceil(math.log2(LISTS_PER_ROOT * math.sqrt(max(1, count))))
+    points = min(count, min(TRAINING_BYTES, memory_bytes // 4) // (4 * dim))
+    return max(1, min(lists, 1 << int(math.log2(max(1, points // MIN_POINTS)))))
+
+
+def _layout(count: int, dim: int, memory_bytes: int, quantizer: str) -> tuple[str, str, str]:
+    """(transformation, quantizer, codes); each key also takes 8 bytes for its id."""
+    per_key = memory_bytes / count - 8
+    for codes, size in (("Flat", 4 * dim), ("SQ8", dim)):
+        if size <= per_key:
+            return "", quantizer, codes
+    # Sub-vectors of 2 to 64 dimensions must divide D; zeros make it divisible.
+    widths = (2, 4, 8, 16, 32, 64)
+    width = next((width for width in widths if math.ceil(dim / width) <= per_key), widths[-1])
+    parts = math.ceil(dim / width)
+    return ("" if dim % width == 0 else f"Pad{parts * width}"), quantizer, f"PQ{parts}"
