@@ -132,7 +132,7 @@ def test_tokens_that_do_not_fit_are_refused(tokens, message):
 def test_unknown_layer_is_refused_before_the_model_runs():
     lm, runs = wrap("gpt2"), []
     lm.model.register_forward_pre_hook(lambda *_: runs.append(1))
-    with pytest.raises(LayerError, match="no layer '3.ffn_input'; it has 0-2.attn_input"):
+    with pytest.raises(LayerError, match=r"no layer '3\.ffn_input'; it has 0-2\.attn_input"):
         read(lm, TOKENS, None, ["3.ffn_input"])
     assert runs == []
 
@@ -342,7 +342,7 @@ def test_text_is_not_cut_where_pieces_would_give_other_tokens(monkeypatch):
     assert encoding.TextEncoder(whole_text_tokenizer)(text).tolist() == [len(text), *text.encode()]
 
 
-def with_template(single, pair_end=False):
+def with_template(single):
     tokenizer = tiny_tokenizer()
     end = tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
