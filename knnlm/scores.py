@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from knnlm.dispersion import Float64, Span, dispersion, jackknife_interval
+from knnlm.dispersion import Float64, Span, dispersion, host_array, jackknife_interval, on_host, widened
 from knnlm.errors import InputError
 from knnlm.results import Interval
 
@@ -27,6 +28,8 @@ Int64 = NDArray[np.int64]
 
 # Queries scanned at a time: 256 x 8192 float64 distances are 16 MB.
 _QUERY_BLOCK = 256
+# Up to this many eigenvalues, threads gain less on idle cores than they lose on busy ones.
+_ONE_THREAD_SIZE = 1024
 
 _EMPTY: Int64 = np.zeros(0, dtype=np.int64)
 
@@ -128,9 +131,12 @@ class LayerSample:
         """Take this layer's vectors of a batch as the plan decided; every update, in order. The tensor is not kept."""
         if not len(update.slot_U):
             return
-        device = vectors_BTD.device
-        row_U = torch.from_numpy(update.row_U).to(device)
-        position_U = torch.from_numpy(update.position_U).to(device)
+        if on_host(vectors_BTD):
+            # NumPy for the reason of dispersion._host_sums.
+            self._vectors_MD[update.slot_U] = widened(host_array(vectors_BTD)[update.row_U, update.position_U])
+            return
+        row_U = torch.from_numpy(update.row_U).to(vectors_BTD.device)
+        position_U = torch.from_numpy(update.position_U).to(vectors_BTD.device)
         self._vectors_MD[update.slot_U] = vectors_BTD.detach()[row_U, position_U].float().cpu().numpy()
 
     def sample(self) -> Sample:
@@ -165,8 +171,7 @@ def effective_rank(sample_MD: NDArray[np.floating]) -> float:
     centred_MD = _centred(vectors_MD)[:, _deviation(vectors_MD)[1]]
     if not centred_MD.size:
         return 0.0
-    wide = centred_MD.shape[0] < centred_MD.shape[1]
-    power = np.linalg.eigvalsh(centred_MD @ centred_MD.T if wide else centred_MD.T @ centred_MD)
+    power = _eigenvalues(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
     # Below this an eigenvalue is what rounding left of a zero.
     singular = np.sqrt(power[power > len(power) * np.finfo(np.float64).eps * power[-1]])
     share = singular / singular.sum()
@@ -252,6 +257,25 @@ def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
     """Each dimension's standard deviation, and whether it varies at all beyond float32 rounding."""
     deviation_D: Float64 = vectors_MD.std(axis=0)
     return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
+
+
+def _eigenvalues(tall: Float64) -> Float64:
+    """Ascending eigenvalues of the Gram matrix of the columns."""
+    matrix = torch.from_numpy(tall)
+    with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
+        power: Float64 = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
+    return power
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: on shared cores the threads of a small step wait for one another, 5 s instead of 0.1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _positions(spans: Sequence[Span]) -> tuple[Int64, Int64, Int64]:

@@ -164,6 +164,13 @@ def test_scorer_takes_tensors_with_any_strides():
     same(scored(transposed, SPANS), scored(vectors, SPANS))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_vectors_reach_numpy_bit_by_bit(dtype):
+    special = torch.tensor([0.0, -0.0, 1e-6, -65504, math.inf, -math.inf, math.nan, 1 / 3]).to(dtype)
+    array = module.widened(module.host_array(special))
+    assert np.array_equal(array.astype(np.float64), special.double().numpy(), equal_nan=True)
+
+
 def test_merging_in_any_order_gives_one_number():
     vectors = rogue_vectors(5 * 40, 16).view(5, 40, 16)
     whole = scored(vectors, SPANS)

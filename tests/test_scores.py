@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, strategies
 
+from knnlm import scores
 from knnlm.dispersion import Span, dispersion
 from knnlm.errors import InputError
 from knnlm.results import Interval
@@ -68,7 +69,10 @@ def test_each_token_is_sampled_with_the_same_probability():
     assert np.abs(counts - 400).max() < 80
 
 
-def test_all_layers_sample_the_same_positions():
+@pytest.mark.parametrize("host", [True, False])
+def test_all_layers_sample_the_same_positions(monkeypatch, host):
+    """Also by the steps for an accelerator, run on the CPU: they are the same in torch."""
+    monkeypatch.setattr(scores, "on_host", lambda vectors: host)
     plan = SamplePlan(30, seed=3)
     tokens = torch.arange(4 * 25).view(4, 25, 1)
     narrow, wide = LayerSample(plan, 1), LayerSample(plan, 6)
@@ -172,6 +176,12 @@ def test_effective_rank_of_known_clouds():
     assert effective_rank(cross + 100) == pytest.approx(6, rel=1e-6)
     assert effective_rank(np.outer(np.arange(9.0), np.ones(4))) == pytest.approx(1, abs=1e-6)
     assert effective_rank(np.full((7, 3), 0.1, dtype=np.float32)) == 0
+
+
+def test_effective_rank_leaves_the_threads_as_they_were():
+    before = torch.get_num_threads()
+    effective_rank(normal(30, 4))
+    assert torch.get_num_threads() == before
 
 
 @given(strategies.integers(2, 30), strategies.integers(1, 12), strategies.integers(0, 99))
