@@ -128,8 +128,8 @@ def _returned(output: object) -> Tensor:
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the layers of a decoder-only causal LM by its structure.
 
-    Blocks are the longest list of modules of one class that hold attention and a feed-forward; their children are told
-    apart by what they are and are called. A block may lack a part (a state-space block has no attention): then its name
+    Blocks are the longest list of modules that hold attention and a feed-forward; their children are told apart by what
+    they are and are called. A block may lack a part (a state-space block has no attention): then its name
     is not among `names`.
 
     Raises ModelError for an encoder-only or encoder-decoder model, and for one without an LM head or such blocks.
@@ -170,7 +170,8 @@ def _find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and not _OTHER_SENSE.search(name)
     ]
-    found = [blocks for blocks in lists if _is_decoder(blocks)] or [b for b in lists if _is_stack(b, model)]
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    found = [blocks for blocks in lists if _is_decoder(blocks, depth)] or [b for b in lists if _is_stack(b, depth)]
     if found:
         return max(found, key=len)
     raise ModelError(
@@ -179,15 +180,15 @@ def _find_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
     )
 
 
-def _is_decoder(blocks: tuple[nn.Module, ...]) -> bool:
-    # Not in each block: hybrids have blocks of state-space layers, and some alternate attention and feed-forward.
-    attention = any(_attention(block) is not None for block in blocks)
-    return attention and len({type(block) for block in blocks}) == 1 and any(_feed_forward(block) for block in blocks)
+def _is_decoder(blocks: tuple[nn.Module, ...], depth: int | None) -> bool:
+    # Not in each block: hybrids have state-space blocks too, some of another class.
+    alike = len({type(block) for block in blocks}) == 1 or len(blocks) == depth
+    parts = any(_attention(block) for block in blocks) and any(_feed_forward(block) for block in blocks)
+    return alike and parts
 
 
-def _is_stack(blocks: tuple[nn.Module, ...], model: nn.Module) -> bool:
+def _is_stack(blocks: tuple[nn.Module, ...], depth: int | None) -> bool:
     """State-space models: as many modules as the configuration says, none with attention."""
-    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     return len(blocks) == depth and all(_attention(block) is None for block in blocks)
 
 

@@ -32,7 +32,8 @@ from knnlm.encoding import TextEncoder
 from knnlm.errors import InputError, ModelError
 from knnlm.fingerprint import digest_config, digest_tokenizer, digest_weights
 from knnlm.hardware import pick_device, pick_dtype_on_cpu
-from knnlm.layers import FINAL, Decoder, Receive, check_names, find_decoder, find_head
+from knnlm.head import find_scores, log_prob, near
+from knnlm.layers import FINAL, Decoder, Receive, check_names, find_decoder, list_names
 
 # Rows of the head's table made at once: at most this many scores (64 MB in float32).
 _HEAD_SCORES = 1 << 24
@@ -77,9 +78,9 @@ class LanguageModel:
         self.dims = {layer: vectors[layer].shape[-1] for layer in self._decoder.names if layer in vectors}
         self.layer_names = tuple(self.dims)
         self.vocabulary = logits.shape[-1]
-        self._head = _find_scores(model, vectors[FINAL], logits)
+        self._head = find_scores(model, vectors[FINAL], logits)
         unread = [layer for layer in self._decoder.names if layer not in vectors]
-        self.notes = (*notes, *([f"layers that this model does not compute: {', '.join(unread)}"] if unread else []))
+        self.notes = (*notes, *([f"{name} has layers that cannot be read: {list_names(unread)}"] if unread else []))
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Self:
@@ -171,7 +172,7 @@ class LanguageModel:
         rows = max(1, _HEAD_SCORES // self.vocabulary)
         with torch.inference_mode():
             pairs = zip(torch.split(final_ND, rows), torch.split(targets_N, rows), strict=True)
-            parts = [_log_prob(self._head(final), targets) for final, targets in pairs]
+            parts = [log_prob(self._head(final), targets) for final, targets in pairs]
         return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
 
     @property
@@ -201,15 +202,18 @@ class LanguageModel:
         length = min(_PROBE_TOKENS, self.context_limit or _PROBE_TOKENS)
         tokens_BT = torch.arange(length).remainder(self._embeddings.num_embeddings).repeat(2, 1)
         tokens_BT[1, -1] = 0
-        vectors: dict[str, Tensor] = {}
+        received: dict[str, list[Tensor]] = {}
 
         def keep(layer: str, vectors_BTD: Tensor) -> None:
-            vectors[layer] = vectors_BTD.clone()
+            received.setdefault(layer, []).append(vectors_BTD.clone())
 
         with torch.inference_mode(), self._decoder.attach(self._decoder.names, keep):
             logits: Tensor = self._run(tokens_BT, None).logits
+        # Not readable: a module computed several times (looped blocks), and several streams (hyper-connections).
+        single = {layer: tensors[0] for layer, tensors in received.items() if len(tensors) == 1}
+        vectors = {layer: v for layer, v in single.items() if v.ndim == 3 and v.shape[:2] == tokens_BT.shape}
         if FINAL not in vectors:
-            raise ModelError(f"{self.name} does not use its LM head, so its scores cannot be read; use another model")
+            raise ModelError(f"what enters the LM head of {self.name} cannot be read; use another model")
         self._check_probe(vectors)
         return vectors, logits
 
@@ -217,8 +221,8 @@ class LanguageModel:
         for layer in self._decoder.names:
             if layer in vectors and not torch.isfinite(vectors[layer]).all():
                 raise ModelError(f"{self.name} gives NaN or infinite values in layer {layer}; try --dtype float32")
-        first, second = vectors[FINAL][:, :-1].float()
-        if not _near(first, second, self.dtype):
+        first, second = vectors[FINAL][:, :-1]
+        if not near(first, second):
             raise ModelError(f"{self.name} sees later tokens, as an encoder does; {_ADVICE}")
 
 
@@ -326,66 +330,6 @@ def _pick_dtype(
     if device.type != "cpu":
         return stated, None
     return pick_dtype_on_cpu(stated)
-
-
-# Scores of the vocabulary
-
-
-def _find_scores(model: PreTrainedModel, final_BTD: Tensor, logits_BTV: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function from `final_norm` vectors to the model's logits, proven on the probe."""
-    head, own = find_head(model), _head_dtype(model)
-    for scale in (_scale_of(model.config), _unscaled):
-
-        def scores(final_ND: Tensor, scale: Callable[[Tensor], Tensor] = scale) -> Tensor:
-            device = next(head.parameters()).device
-            return scale(head(final_ND.to(device, own)))
-
-        with torch.inference_mode():
-            found = scores(final_BTD)
-        if found.shape == logits_BTV.shape and _near(found, logits_BTV, model.dtype):
-            return scores
-    raise ModelError(f"the LM head of {type(model).__name__} is not understood: it does more than multiply and scale")
-
-
-def _head_dtype(model: PreTrainedModel) -> torch.dtype:
-    weight = next(find_head(model).parameters())
-    return weight.dtype if weight.is_floating_point() else model.dtype
-
-
-def _unscaled(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _scale_of(config: PretrainedConfig) -> Callable[[Tensor], Tensor]:
-    """Return what a configuration says happens to the head's output (Cohere and Falcon-H1, Granite, Gemma-2)."""
-    text = config.get_text_config()
-    factor = _number(text, "logit_scale", 1.0) * _number(text, "lm_head_multiplier", 1.0)
-    factor /= _number(text, "logits_scaling", 1.0)
-    cap = _number(text, "final_logit_softcapping", 0.0)
-
-    def scale(logits: Tensor) -> Tensor:
-        logits = logits if factor == 1.0 else logits * factor
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return scale
-
-
-def _number(config: PretrainedConfig, field: str, default: float) -> float:
-    value = getattr(config, field, None)
-    return float(value) if isinstance(value, int | float) else default
-
-
-def _near(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    return bool((first - second).abs().max() <= tolerance * second.abs().max()) if first.numel() else True
-
-
-def _log_prob(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return log-softmax at the targets, float64 [N]; differences to the largest score lose little in float32."""
-    largest_N1 = logits_NV.max(dim=-1, keepdim=True).values
-    shifted_NV = logits_NV.float() - largest_N1.float()
-    target_N = shifted_NV.gather(1, targets_N.to(shifted_NV.device)[:, None])[:, 0]
-    return target_N.cpu().double() - shifted_NV.exp_().sum(dim=-1).cpu().double().log()
 
 
 def _context_limit(config: PretrainedConfig) -> int | None:

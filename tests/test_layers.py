@@ -354,6 +354,23 @@ def test_several_feed_forwards_in_a_block_have_one_input_and_no_output():
     assert select_layers("*.ffn_*", find_decoder(model).names) == ("0.ffn_input",)
 
 
+def test_hybrid_of_two_classes_of_blocks_lacks_attention_where_it_has_none():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mamba, self.feed_forward = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    model = MixtureModel()
+    model.layers = nn.ModuleList([MixtureBlock(), Other()])
+    model.config = transformers.PretrainedConfig(num_hidden_layers=2)
+    names = find_decoder(model).names
+    assert [name for name in names if name.startswith("1.")] == ["1.ffn_input", "1.ffn_output", "1.block_output"]
+    with pytest.raises(
+        LayerError, match=r"no layer fits '1\.attn_input'; this model has 0\.attn_input, .*0-1\.ffn_input"
+    ):
+        select_layers("1.attn_input", names)
+
+
 def bert_decoder():
     config = transformers.BertConfig(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     return randomized(transformers.BertLMHeadModel(config))

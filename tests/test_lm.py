@@ -263,8 +263,40 @@ def test_layer_that_is_never_computed_is_left_out_with_a_note():
     lm = LanguageModel.from_model(Skipping(tiny_model("llama").config).eval(), tiny_tokenizer(), name="skipping")
     assert lm.layer_names[-2:] == ("1.block_output", FINAL)
     assert lm.notes == (
-        "layers that this model does not compute: 2.attn_input, 2.attn_output, 2.ffn_input, 2.ffn_output, 2.block_output",
+        "skipping has layers that cannot be read: "
+        "2.attn_input, 2.attn_output, 2.ffn_input, 2.ffn_output, 2.block_output",
     )
+
+
+def test_block_that_is_computed_twice_is_left_out():
+    class Looping(transformers.LlamaModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.layers[1].register_forward_hook(self.again)
+            self.calls = 0
+
+        def again(self, module, args, output):
+            self.calls += 1
+            positions = self.rotary_emb(output, torch.arange(output.shape[1])[None])
+            return module(output, position_embeddings=positions) if self.calls % 2 else None
+
+    model = tiny_model("llama")
+    model.model = Looping(model.config)
+    lm = LanguageModel.from_model(model, tiny_tokenizer(), name="looping")
+    assert {name[0] for name in lm.layer_names} == {"0", "2", "f"}
+    with pytest.raises(LayerError, match=r"no layer '1\.ffn_input'; it has 0\.attn_input, 2\.attn_input"):
+        read(lm, TOKENS, None, ["1.ffn_input"])
+
+
+def test_vectors_of_several_streams_are_left_out():
+    class Streams(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output[None])
+            self.model.layers[2].register_forward_pre_hook(lambda module, args: (args[0][0],))
+
+    lm = LanguageModel.from_model(Streams(tiny_model("llama").config).eval(), tiny_tokenizer(), name="streams")
+    assert lm.notes == ("streams has layers that cannot be read: 1.ffn_output, 1.block_output",)
 
 
 # Text
