@@ -71,6 +71,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 BatchSize = Annotated[
     str, typer.Option("--batch-size", help="Windows in a forward pass; auto: as many as 4,096 tokens hold.")
 ]
+KeyDtype = Annotated[str, typer.Option("--key-dtype", help="Of keys on disk: float16 or float32.")]
 DiskBudget = Annotated[
     float | None, typer.Option("--disk-budget", help="Gigabytes that keys may take; half of the free disk.")
 ]
@@ -103,6 +104,7 @@ def run(
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_size: BatchSize = "auto",
+    key_dtype: KeyDtype = "float16",
     disk_budget: DiskBudget = None,
     seed: Seed = 0,
     json: Json = False,
@@ -187,6 +189,7 @@ def build(
     dtype: Dtype = "auto",
     device: Device = "auto",
     batch_size: BatchSize = "auto",
+    key_dtype: KeyDtype = "float16",
     seed: Seed = 0,
     json: Json = False,
     overwrite: Overwrite = False,
@@ -345,6 +348,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         layers=LayerConfig(**given("layers", "candidates", "select")),
         knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),
         evaluation=EvalConfig(**given("eval_tokens")),
+        **given("key_dtype"),
         disk_budget=None if budget is None else int(budget * 1e9),
         seed=options["seed"],
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from knnlm.errors import InputError
 
+KEY_BYTES = {"float16": 2, "float32": 4}
 METRICS = ("l2", "cosine", "ip")
 # Padded tokens in one forward pass: enough to fill the cores, small enough that activations stay near the caches.
 BATCH_TOKENS = 4096
@@ -111,9 +112,13 @@ class Settings:
     layers: LayerConfig = LayerConfig()
     knn: KNNConfig = KNNConfig()
     evaluation: EvalConfig = EvalConfig()
+    key_dtype: str = "float16"
+    """Of keys on disk: `float16`, or `float32` for layers whose values overflow or for exactness to the last digit."""
     disk_budget: int | None = None
     """Bytes that keys may take; None: half of the free disk."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _positive("disk-budget", self.disk_budget)
+        if self.key_dtype not in KEY_BYTES:
+            raise InputError(f"--key-dtype is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")

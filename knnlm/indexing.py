@@ -5,7 +5,8 @@ from __future__ import annotations
 from index.build import build_index
 from index.errors import VectorIndexError
 from index.recall import measure_recall
-from index.storage import save_index, verify_index
+from index.storage import save_index
+from index.storage import verify as verify_index
 from knnlm.config import Settings
 from knnlm.datastore import Datastore
 from knnlm.progress import Progress

@@ -231,7 +231,7 @@ def _extract(
     window = window_config(lm, settings.text)
     dims = {name: lm.dims[name] for name in layers}
     scorer = LayerScorer(dims, seed=settings.seed)
-    with DatastoreWriter(folder, dims) as writer:
+    with DatastoreWriter(folder, dims, key_dtype=settings.key_dtype) as writer:
         with progress.stage("extracting keys", "tokens") as advance:
             collected = collect(
                 lm,

@@ -11,15 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from knnlm.choose import candidate_layers
-from knnlm.config import Settings, TextConfig
+from knnlm.config import KEY_BYTES, Settings, TextConfig
 from knnlm.corpus import read_documents, text_bytes
 from knnlm.errors import InputError
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.windows import WindowConfig
 
-KEY_BYTES = 2
-"""Keys are float16."""
 # How much text is tokenised to learn how many bytes a token has.
 PROBE_CHARACTERS = 200_000
 DEFAULT_CONTEXT = 1024
@@ -56,13 +54,13 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
     tokens = _estimate_tokens(lm, text, settings.text)
     if tokens is None:
         return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
-    needed = key_bytes(lm, layers, tokens)
+    needed = key_bytes(lm, layers, tokens, settings.key_dtype)
     allowed = settings.disk_budget or shutil.disk_usage(out.parent).free // 2
     sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_gigabytes(needed)}"
     if needed <= allowed:
         return Plan(layers, tokens, needed, sentence)
     fewer = candidate_layers(settings.layers, layers, lm.layer_names)
-    less = key_bytes(lm, fewer, tokens)
+    less = key_bytes(lm, fewer, tokens, settings.key_dtype)
     if less > allowed:
         raise InputError(
             f"{sentence}, and the {len(fewer)} candidates alone {_gigabytes(less)}, over the {_gigabytes(allowed)} "
@@ -72,9 +70,9 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
     return Plan(fewer, tokens, less, sentence)
 
 
-def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int) -> int:
+def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: str) -> int:
     """Bytes of the layers' keys on disk."""
-    return KEY_BYTES * tokens * sum(lm.dims[name] for name in layers)
+    return KEY_BYTES[key_dtype] * tokens * sum(lm.dims[name] for name in layers)
 
 
 def _estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:

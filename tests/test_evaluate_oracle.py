@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,13 +17,10 @@ from knnlm.results import EvalResult
 from tests import oracle
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
-SENTENCES = [
-    "The nurse records the pulse, the breathing and the temperature of every patient twice a day. ",
-    "A borrow ends where the last use of the reference ends, and the compiler checks each of them. ",
-    "To Sherlock Holmes she is always the woman; he seldom mentions her under any other name. ",
-    "Patients with a low pulse are seen first; the temperature of the room is kept at twenty degrees. ",
-]
-CONTEXT, STRIDE, K, LAMBDA = 32, 12, 9, 0.4
+# Words at random: repeated sentences would give keys at equal distances, of which any may be among the nearest k.
+WORDS = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it at night".split()
+CONTEXT, STRIDE, LAMBDA = 32, 12, 0.4
+TEMPERATURES = {"l2": 3.0, "ip": 3.0, "cosine": 0.05}
 
 # name of the layer in this project -> (module of the architecture, side)
 MODULES = {
@@ -39,8 +37,9 @@ MODULES = {
 }
 
 
-def texts(first: int, count: int) -> list[str]:
-    return ["".join(SENTENCES[(first + i + j) % 4] for j in range(3)) for i in range(count)]
+def texts(seed: int, count: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 60)) for _ in range(count)]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
@@ -48,46 +47,53 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
     return path
 
 
-def run_tiny(kind: str, folder: Path, knn: KNNConfig, layers: str) -> tuple[EvalResult, LanguageModel]:
+def run_tiny(
+    kind: str, folder: Path, knn: KNNConfig, layers: str, key_dtype: str = "float16"
+) -> tuple[EvalResult, LanguageModel]:
     lm = LanguageModel.from_model(tiny_model(kind), tiny_tokenizer(), name=kind)
     settings = Settings(
         text=TextConfig(context=CONTEXT, stride=STRIDE),
         layers=LayerConfig(layers=layers),
         knn=knn,
+        key_dtype=key_dtype,
         evaluation=EvalConfig(eval_tokens=None, bootstrap=50),
     )
     training = write_jsonl(folder / "train.jsonl", texts(0, 6))
-    held_out = write_jsonl(folder / "eval.jsonl", [text[7:] for text in texts(1, 2)])
+    held_out = write_jsonl(folder / "eval.jsonl", texts(1, 2))
     return run(lm, [training], folder / "out", eval_text=[held_out], settings=settings), lm
 
 
+# Few neighbours: rounding to float16 decides which is the ninth, so float32 keys; many: the last ones weigh nothing.
+@pytest.mark.parametrize(("k", "key_dtype", "tolerance"), [(9, "float32", 1e-6), (512, "float16", 1e-4)])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
-def test_perplexity_equals_float64_brute_force(kind: str, metric: str, tmp_path: Path) -> None:
-    temperature = 0.05 if metric == "cosine" else 3.0
-    knn = KNNConfig(k=K, temperature=temperature, lam=LAMBDA, metric=metric)
-    result, lm = run_tiny(kind, tmp_path, knn, ",".join(MODULES[kind]))
+def test_perplexity_equals_float64_brute_force(
+    kind: str, metric: str, k: int, key_dtype: str, tolerance: float, tmp_path: Path
+) -> None:
+    temperature = TEMPERATURES[metric]
+    knn = KNNConfig(k=k, temperature=temperature, lam=LAMBDA, metric=metric)
+    result, lm = run_tiny(kind, tmp_path, knn, ",".join(MODULES[kind]), key_dtype)
     encode = [lm.encode(text).tolist() for text in texts(0, 6)]
-    encode_eval = [lm.encode(text[7:]).tolist() for text in texts(1, 2)]
+    encode_eval = [lm.encode(text).tolist() for text in texts(1, 2)]
     assert len(result.layers) == 3
     for one in result.layers:
         path, take = MODULES[kind][one.layer]
         module = lm.model.get_submodule(path)
         store = oracle.run_documents(lm.model, module, take, encode, CONTEXT, STRIDE)
         queries = oracle.run_documents(lm.model, module, take, encode_eval, CONTEXT, STRIDE)
-        expected = oracle.perplexity(store, queries, K, temperature, LAMBDA, metric)
+        expected = oracle.perplexity(store, queries, k, temperature, LAMBDA, metric)
         assert result.keys == len(store.targets)
         assert result.lm.tokens == len(queries.targets)
-        assert one.perplexity == pytest.approx(expected, rel=1e-4), one.layer
+        assert one.perplexity == pytest.approx(expected, rel=tolerance), one.layer
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_lambda_zero_equals_the_perplexity_of_transformers(kind: str, tmp_path: Path) -> None:
-    result, lm = run_tiny(kind, tmp_path, KNNConfig(k=K, temperature=3.0, lam=0.0), "-1.ffn_input")
+    result, lm = run_tiny(kind, tmp_path, KNNConfig(k=9, temperature=3.0, lam=0.0), "-1.ffn_input")
     assert result.layers[0].perplexity == result.lm.perplexity
     total, count = 0.0, 0
     for text in texts(1, 2):
-        tokens = lm.encode(text[7:]).tolist()
+        tokens = lm.encode(text).tolist()
         for start, scored_from, end in strided(len(tokens)):
             window = torch.tensor([tokens[start:end]])
             labels = window.clone()
