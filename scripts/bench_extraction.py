@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_extraction.py --model MODEL --text nursing.jsonl
 
-Ratios of times measured in turn in one process, medians of several rounds; peak memory of fresh processes on 1 and 8 MB.
+Ratios of times measured in turn in one process, medians of several rounds; peak memory of fresh processes.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def scored(lm: LanguageModel, documents: Sequence[TokenDocument], folder: Path |
         writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[..., None], *args: object) -> float:
     """Of one call."""
     start = time.perf_counter()
-    work()
+    work(*args)
     return time.perf_counter() - start
 
 
@@ -66,10 +66,9 @@ def overhead(lm: LanguageModel, documents: Sequence[TokenDocument], rounds: int)
     bare_forward(lm, documents)
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            bare = seconds(lambda: bare_forward(lm, documents))
-            ratios["extract and score"].append(seconds(lambda: scored(lm, documents)) / bare)
-            store = Path(folder)
-            ratios["extract, score and store"].append(seconds(lambda: scored(lm, documents, store)) / bare)
+            bare = seconds(bare_forward, lm, documents)
+            ratios["extract and score"].append(seconds(scored, lm, documents) / bare)
+            ratios["extract, score and store"].append(seconds(scored, lm, documents, Path(folder)) / bare)
     return ratios
 
 
