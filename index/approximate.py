@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from index.base import VectorIndex
 from index.faiss_index import Effort, FaissIndex
 from index.metric import Metric
-from index.source import VectorSource
+from index.source import VectorSource, centred_queries
 
 INDEX_FILE, CENTRE_FILE = "index.faiss", "centre.npy"
 
@@ -80,4 +80,4 @@ class ApproximateIndex(VectorIndex):
         return math.ceil(super()._candidates_for(k) * self.overfetch)
 
     def _propose(self, queries_QD: Floats, count: int) -> Ids:
-        return self.native.propose(queries_QD - self.centre_D, count)
+        return self.native.propose(centred_queries(queries_QD, self.centre_D, self.metric), count)

@@ -14,7 +14,7 @@ from index.base import VectorIndex
 from index.faiss_index import scan_block
 from index.neighbors import nearest
 from index.rerank import exact_distances as exact_distances
-from index.source import BLOCK_BYTES, blocks, centre_of, rows_in
+from index.source import BLOCK_BYTES, blocks, centre_of, centred_queries, rows_in
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -34,7 +34,7 @@ class ExactIndex(VectorIndex):
 
     def _propose(self, queries_QD: Floats, count: int) -> Ids:
         """The scan is by centred vectors, whose small norms BLAS can bear (`index.source.centre_of`)."""
-        centred_QD = queries_QD - self._centre_D
+        centred_QD = centred_queries(queries_QD, self._centre_D, self.metric)
         distances_QC, ids_QC = np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64)
         for first, keys_ND in blocks(self.source, rows_in(BLOCK_BYTES, self.dim)):
             found = scan_block(centred_QD, keys_ND - self._centre_D, min(count, len(keys_ND)), self.metric)

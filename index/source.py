@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import DimensionMismatch, InvalidKeys
+from index.metric import Metric
 
 # Float32 bytes of the keys that are in memory at a time.
 BLOCK_BYTES = 128 << 20
@@ -96,7 +97,8 @@ def centre_of(source: VectorSource) -> Floats:
     """The mean of evenly spread keys, float32 [D]: subtracted before FAISS computes |q|² + |k|² - 2<q,k>.
 
     That form loses everything where two nearly constant dimensions make |k|² near 1e7 (errors up to 35 on squared
-    distances of ordinary size were measured). A constant changes no squared L2, and no order of inner products.
+    distances of ordinary size were measured). What is subtracted
+    from keys and queries changes no squared L2; from keys alone, no order of inner products.
     :raises InvalidKeys: NaN or infinity among these keys.
     """
     count = len(source)
@@ -107,3 +109,9 @@ def centre_of(source: VectorSource) -> Floats:
             f"keys hold NaN or infinity in dimension {int(np.argmin(np.isfinite(mean_D)))}; mend them first"
         )
     return mean_D.astype(np.float32)
+
+
+def centred_queries(queries_QD: Floats, centre_D: Floats, metric: Metric) -> Floats:
+    """The queries that find among keys minus the centre what these find among the keys."""
+    # <q, k - c> = <q, k> - <q, c>: one number for all keys of a query. <q - c, k - c> would be another order.
+    return queries_QD - centre_D if metric is Metric.L2 else queries_QD

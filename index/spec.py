@@ -22,7 +22,7 @@ LISTS_PER_ROOT = 4
 # From this many lists on, a graph finds the nearest lists faster than a scan of them.
 GRAPH_LISTS = 1 << 15
 # Training points for each list or code word: FAISS warns below 39 and drops what is above 256.
-MIN_POINTS, POINTS, MAX_POINTS = 39, 64, 256
+MIN_POINTS, POINTS = 39, 64
 # The sample that is trained on is in memory as float32; at most this, and at most a quarter of the memory given.
 TRAINING_BYTES = 1 << 30
 
@@ -86,8 +86,8 @@ class IndexSpec:
                 f"index {self.text!r} needs at least {self.min_training} keys to be trained, but there are {count}; "
                 "take auto, exact, or fewer lists"
             )
-        # Codes and scalar ranges are learnt well from 65,536 keys (256 points for each of 256 code words).
-        wanted = max(self.lists * POINTS, MAX_POINTS * 256)
+        # 256 is the code words of 8 bits; projections and scalar ranges need no more than these.
+        wanted = POINTS * max(256, self.min_training)
         return min(count, max(self.min_training, min(wanted, TRAINING_BYTES // (4 * dim))))
 
 

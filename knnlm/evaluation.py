@@ -147,6 +147,14 @@ def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> Lay
     )
 
 
+def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutcome, metric: str) -> float:
+    """The layer's perplexity on the reporting part when its index searches, at the setting fitted exactly."""
+    reporting = queries.parts.reporting_Q
+    searcher = open_searcher(store, one.layer, metric)
+    search = searcher.cached(queries.vectors(one.layer)[reporting], queries.targets_Q[reporting], one.mix.k)
+    return _perplexity(_losses(search, queries.lm_Q[reporting], one.mix))
+
+
 def _losses(search: Search, lm_log_probs: Floats, setting: Mix) -> Floats:
     return -mix(lm_log_probs, knn_log_probs(search, setting.k, setting.temperature), setting.lam)
 

@@ -21,7 +21,15 @@ from knnlm.collect import Collected, collect
 from knnlm.config import Settings
 from knnlm.corpus import read_documents, tokenize
 from knnlm.datastore import Datastore, DatastoreWriter
-from knnlm.evaluation import check_evaluation, evaluate_layers, open_queries, summarize
+from knnlm.evaluation import (
+    LayerOutcome,
+    Queries,
+    check_evaluation,
+    evaluate_layers,
+    open_queries,
+    perplexity_through_index,
+    summarize,
+)
 from knnlm.examples import find_examples
 from knnlm.indexing import index_layer
 from knnlm.layers import select_layers
@@ -30,7 +38,7 @@ from knnlm.overlap import overlap
 from knnlm.plan import make_plan, versions, window_config
 from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
-from knnlm.results import EvalResult, ScoreResult
+from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
 from knnlm.scoring import LayerScorer
 from knnlm.storage import new_folder
 from knnlm.windows import TokenDocument, WindowConfig, hold_out, rows_to_groups, take_slices
@@ -189,11 +197,16 @@ def run(
             evaluation = take_slices(held_out.evaluation, settings.evaluation.eval_tokens, seed=settings.seed)
             check_evaluation(evaluation)
     store = Datastore.open(Path(out))
-    with clock.time("evaluate every layer"):
-        result = _evaluate(lm, store, evaluation or [], plan.layers, scored, settings, exact=True, progress=progress)
-    with clock.time("index the chosen layer"):
-        report = index_layer(store, scored.choice.layer, settings, progress)
-    return replace(result, index=report, seconds=clock.seconds)
+    with clock.time("evaluate and index"):
+        result = _evaluate(
+            lm, store, evaluation or [], plan.layers, scored, settings, exact=True, index=True, progress=progress
+        )
+    store.update_manifest(fitted={one.layer: _setting(one) for one in result.layers})
+    return replace(result, seconds=clock.seconds)
+
+
+def _setting(one: LayerResult) -> dict[str, float]:
+    return {"k": one.k, "lambda": one.lam, "temperature": one.temperature}
 
 
 def _documents(lm: LanguageModel, text: Paths, settings: Settings) -> Iterator[TokenDocument]:
@@ -289,9 +302,14 @@ def _evaluate(
     settings: Settings,
     *,
     exact: bool,
+    index: bool = False,
     progress: Progress,
 ) -> EvalResult:
-    """Perplexity of the layers, beside the scores and the choice that the datastore was made with."""
+    """Perplexity of the layers, beside the scores and the choice that the datastore was made with.
+
+    :param exact: search exactly, whatever index there is.
+    :param index: then index the chosen layer and measure what that costs.
+    """
     window = window_config(lm, settings.text)
     knn, config = settings.knn, settings.evaluation
     fitted = None in (knn.k, knn.temperature, knn.lam)
@@ -304,15 +322,27 @@ def _evaluate(
         result = summarize(lm, queries, outcomes, config, scored, seed=settings.seed)
         shown = next(one for one in outcomes if one.layer == (result.selected or result.best))
         helped, hurt = find_examples(lm, store, queries, shown, knn.metric, config.examples)
+        report = _index(store, queries, shown, settings, progress) if index else None
     return replace(
         result,
         helped=helped,
         hurt=hurt,
+        index=report,
         keys=store.count,
         warnings=(*result.warnings, *warnings),
         settings=_record(lm, window, settings),
         versions=versions(),
     )
+
+
+def _index(
+    store: Datastore, queries: Queries, one: LayerOutcome, settings: Settings, progress: Progress
+) -> IndexReport:
+    """Index the layer; where the index is not exact, measure the perplexity that it gives."""
+    report = index_layer(store, one.layer, settings, progress)
+    if report.spec == "exact":
+        return report
+    return replace(report, perplexity=perplexity_through_index(store, queries, one, settings.knn.metric))
 
 
 def _overlap_warning(documents: Sequence[TokenDocument], store: Datastore) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from index.storage import open_index
 from knnlm.datastore import Datastore
 from knnlm.errors import InputError
 from knnlm.probability import Search
-from knnlm.progress import Advance
+from knnlm.progress import Advance, ignore
 
 # Queries searched together: bounds the memory of ids and distances (12 bytes x K each) before they become hits.
 QUERY_BLOCK = 4096
@@ -38,7 +38,9 @@ class LayerSearcher:
         queries_QD = self.store.keys(self.layer).prepare_queries(vectors_QD, self.metric)
         return self.index.search(queries_QD, k)
 
-    def cached(self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance) -> Search:
+    def cached(
+        self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance = ignore
+    ) -> Search:
         """One search for all queries, kept as (distance, does the value equal the target?)."""
         count = len(targets_Q)
         distances_QK = np.empty((count, k), np.float32)
