@@ -9,6 +9,8 @@ from knnlm.errors import InputError
 from knnlm.layers import select_layers
 from knnlm.results import Choice, LayerScore
 
+SCORES_THAT_CHOOSE = ("dispersion", "probe")
+
 
 def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: Sequence[str]) -> tuple[str, ...]:
     """The layers that may be chosen: those of the candidate set that were looked at.
@@ -29,7 +31,7 @@ def choose(scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequen
     names = [score.layer for score in scores]
     candidates = candidate_layers(config, names, all_layers)
     by_name = {score.layer: score for score in scores}
-    if config.select not in ("dispersion", "probe"):
+    if config.select not in SCORES_THAT_CHOOSE:
         layer = _one(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
     by_dispersion = max(candidates, key=lambda name: by_name[name].dispersion)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from knnlm.choose import candidate_layers, choose
+from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
 from knnlm.collect import Collected, collect
 from knnlm.config import Settings
 from knnlm.corpus import read_documents, tokenize
@@ -119,25 +119,35 @@ def build(
     """
     progress = progress or Silent()
     with new_folder(Path(out), overwrite=overwrite) as folder:
-        layers = _layers_to_store(lm, text, settings, progress)
-        scored = _extract(lm, _documents(lm, text, settings), layers, folder, settings, progress)
+        sampled = _choose_on_sample(lm, text, settings, progress)
+        layers = (sampled.choice.layer,) if sampled else _named_layers(lm, settings)
+        documents = _documents(lm, text, settings)
+        scored = _extract(lm, documents, layers, folder, settings, progress, sampled=sampled)
     store = Datastore.open(Path(out))
     index_layer(store, scored.choice.layer, settings, progress)
     return store
 
 
-def _layers_to_store(lm: LanguageModel, text: Paths, settings: Settings, progress: Progress) -> tuple[str, ...]:
-    """The layers named, or the one chosen on a sample that ends when the choice is clear."""
-    if settings.layers.layers is not None:
-        return select_layers(settings.layers.layers, lm.layer_names)
+def _named_layers(lm: LanguageModel, settings: Settings) -> tuple[str, ...]:
+    return select_layers(settings.layers.layers or settings.layers.select, lm.layer_names)
+
+
+def _choose_on_sample(lm: LanguageModel, text: Paths, settings: Settings, progress: Progress) -> ScoreResult | None:
+    """The scores of the candidates on a sample that ends when the choice is clear; None where layers are named."""
+    layers = settings.layers
+    if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
+        return None
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
-    candidates = replace(settings.layers, layers=settings.layers.candidates)
-    sample = replace(settings, text=replace(settings.text, max_tokens=tokens), layers=candidates)
-    sampled = score(lm, text, settings=sample, stop_early=settings.layers.select == "dispersion", progress=progress)
+    sample = replace(
+        settings,
+        text=replace(settings.text, max_tokens=tokens),
+        layers=replace(layers, layers=layers.candidates),
+    )
+    sampled = score(lm, text, settings=sample, stop_early=layers.select == "dispersion", progress=progress)
     progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
     if sampled.choice.disagreement:
         progress.note(sampled.choice.disagreement)
-    return (sampled.choice.layer,)
+    return sampled
 
 
 def evaluate(
@@ -192,7 +202,7 @@ def run(
         held_out = hold_out(documents, seed=settings.seed) if evaluation is None else None
         training = held_out.training if held_out else documents
         with clock.time("extract and score"):
-            scored = _extract(lm, training, plan.layers, folder, settings, progress, plan.tokens)
+            scored = _extract(lm, training, plan.layers, folder, settings, progress, total=plan.tokens)
         if held_out:
             evaluation = take_slices(held_out.evaluation, settings.evaluation.eval_tokens, seed=settings.seed)
             check_evaluation(evaluation)
@@ -238,12 +248,18 @@ def _extract(
     folder: Path,
     settings: Settings,
     progress: Progress,
+    *,
     total: int | None = None,
+    sampled: ScoreResult | None = None,
 ) -> ScoreResult:
-    """One pass: keys of the layers into the folder, their scores and the choice into its manifest."""
+    """One pass: keys of the layers into the folder, their scores and the choice into its manifest.
+
+    :param total: about how many tokens there are, for the time left.
+    :param sampled: the scores by which the layers were chosen before; they are kept in place of new ones.
+    """
     window = window_config(lm, settings.text)
     dims = {name: lm.dims[name] for name in layers}
-    scorer = LayerScorer(dims, seed=settings.seed)
+    scorer = None if sampled else LayerScorer(dims, seed=settings.seed)
     with DatastoreWriter(folder, dims, key_dtype=settings.key_dtype) as writer:
         with progress.stage("extracting keys", "tokens") as advance:
             collected = collect(
@@ -256,7 +272,10 @@ def _extract(
                 writer=writer,
                 advance=lambda done, _: advance(done, max(total, done) if total else None),
             )
-        scored = _score_result(lm, scorer, collected, window, settings, progress)
+        scored = sampled
+        if scorer is not None:
+            scored = _score_result(lm, scorer, collected, window, settings, progress)
+        assert scored is not None
         writer.finish(
             fingerprint=lm.fingerprint,
             context=window.context,

@@ -1,4 +1,9 @@
-"""Tables from the files of `scripts/layer_study.py`, as Markdown: .venv/bin/python scripts/layer_table.py study/*.json"""
+"""Tables from the files of `scripts/layer_study.py`, as Markdown.
+
+    .venv/bin/python scripts/layer_table.py study/*.json
+
+Each file is a case: a model on a text.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ def percent(value: float) -> str:
 
 def overview(studies: Sequence[Study]) -> Iterator[str]:
     """One line a case: the LM, the best layer, what the default takes, its regret."""
-    yield "| case | keys | LM | best layer, its perplexity | default takes | regret (95 % interval) | last `ffn_input` |"
+    yield "| case | keys | LM | best layer, perplexity | default takes | regret (95 % interval) | last `ffn_input` |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for study in studies:
         by_name = {layer["layer"]: layer for layer in study["layers"]}
