@@ -23,14 +23,14 @@ def find_examples(
     lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str, count: int
 ) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
     """`count` tokens of the reporting part that gained most, and as many that lost most, under one layer's keys."""
-    gain_Q = queries.lm_Q + shown.losses_Q
+    gain_Q = -shown.losses_Q - queries.lm_Q  # log p - log p_LM
     reporting = np.flatnonzero(queries.parts.reporting_Q)
     order = reporting[np.argsort(gain_Q[reporting], kind="stable")]
     lost, gained = order[:count], order[::-1][:count]
     explain = _Explainer(lm, store, queries, shown, metric)
     return (
-        tuple(explain(row) for row in gained if gain_Q[row] < 0),
-        tuple(explain(row) for row in lost if gain_Q[row] > 0),
+        tuple(explain(row) for row in gained if gain_Q[row] > 0),
+        tuple(explain(row) for row in lost if gain_Q[row] < 0),
     )
 
 
