@@ -222,7 +222,7 @@ def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
     values += [data.lm_perplexity] if data.lm_perplexity else []
     low, high = min(values), max(values)
     # A few hopeless layers must not press the good ones flat.
-    scale: Figure = {"type": "log", "dtick": "D2"} if high > 8 * low > 0 else {}
+    scale: Figure = {"type": "log", "dtick": "D2"} if high > 4 * low > 0 else {}
     if scale:
         low, high = math.log10(low), math.log10(high)
     room = (high - low) or 1.0
@@ -235,7 +235,7 @@ def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:
     top = max([data.lm_perplexity or 0, *(curve.points[0][1] for curve in curves)])
     low = min(values)
     top = min(max(values), top + 0.15 * (top - low) if top > low else max(values))
-    return {"title": {"text": "perplexity"}, "range": [low - 0.08 * (top - low), top + 0.04 * (top - low)]}
+    return {"title": {"text": "perplexity"}, "range": [low - 0.08 * (top - low), top + 0.12 * (top - low)]}
 
 
 def _lm_line(data: ChartData, side: str) -> Figure:
