@@ -31,7 +31,7 @@ def run_documents(model, module, take: str, documents: Sequence[Sequence[int]], 
         start = 0
         while scored < len(tokens):
             window = list(tokens[start : start + context + 1])
-            hidden, logits = _forward(model, module, take, window[:-1])
+            hidden, logits = forward(model, module, take, window[:-1])
             log_softmax = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
             log_softmax -= logits.max(1, keepdims=True)
             for position, target in enumerate(window[1:]):
@@ -44,7 +44,8 @@ def run_documents(model, module, take: str, documents: Sequence[Sequence[int]], 
     return Pass(np.array(keys), np.array(targets), np.array(log_probs))
 
 
-def _forward(model, module, take: str, tokens: Sequence[int]):
+def forward(model, module, take: str, tokens: Sequence[int]):
+    """The module's input or output [T, D] and the logits [T, V] of one window, float64."""
     caught = []
 
     def hook(_module, args, output):

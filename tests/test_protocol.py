@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
+from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
+from knnlm.lm import LanguageModel
+from knnlm.pipeline import run
 from knnlm.windows import TokenDocument, WindowConfig, rows_to_groups, windows
+from tests import oracle
+from tests.test_evaluate_oracle import texts
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 IGNORED = -100
 
@@ -43,3 +53,38 @@ def test_counted_targets_per_window() -> None:
     groups = rows_to_groups([TokenDocument(np.arange(3000, dtype=np.int32), "rows", 1)], config)
     counted = [len(window.targets) - window.first for window in windows(groups, config)]
     assert counted == [511, 512, 512, 512]
+
+
+def test_perplexity_under_the_protocol_equals_their_procedure(tmp_path: Path) -> None:
+    """Rows, groups, windows, targets and mixing as run_clm.py has them, in float64 loops; keys and distances exact."""
+    block, stride, k, temperature, lam = 24, 8, 16, 2.0, 0.25
+    lm = LanguageModel.from_model(tiny_model("gpt2"), tiny_tokenizer(), name="gpt2")
+    module = lm.model.get_submodule("transformer.h.2.mlp")
+    passes = []
+    for name, seed in (("train.txt", 0), ("eval.txt", 1)):
+        rows = [line + "\n" for text in texts(seed, 3) for line in (text[:150], "", text[150:])]
+        (tmp_path / name).write_text("".join(rows))
+        passes.append(their_pass(lm, module, [lm.encode(row).tolist() for row in rows], block, stride))
+    expected = oracle.perplexity(*passes, k, temperature, lam)
+    settings = Settings(
+        text=TextConfig(context=block, stride=stride, protocol="knn-transformers"),
+        layers=LayerConfig(layers="-1.ffn_input"),
+        knn=KNNConfig(k=k, temperature=temperature, lam=lam),
+        key_dtype="float32",
+    )
+    result = run(lm, [tmp_path / "train.txt"], tmp_path / "out", eval_text=[tmp_path / "eval.txt"], settings=settings)
+    assert (result.keys, result.lm.tokens) == (len(passes[0].targets), len(passes[1].targets))
+    assert result.layers[0].perplexity == pytest.approx(expected, rel=1e-6)
+
+
+def their_pass(lm: LanguageModel, module: Any, rows: list[list[int]], block: int, stride: int) -> oracle.Pass:
+    keys, targets, log_probs = [], [], []
+    for ids, labels in their_windows(rows, block, stride):
+        hidden, logits = oracle.forward(lm.model, module, "input", ids)
+        table = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+        for position, label in enumerate(labels[1:]):
+            if label != IGNORED:
+                keys.append(hidden[position])
+                targets.append(label)
+                log_probs.append(table[position, label])
+    return oracle.Pass(np.array(keys), np.array(targets), np.array(log_probs))
