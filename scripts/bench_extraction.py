@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, required=True)
     parser.add_argument("--documents", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", nargs="*", type=int, default=[1, 8], help="texts whose peak memory is compared")
     parser.add_argument("--only-score", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     lm = load_model(args.model)
@@ -114,7 +115,7 @@ def main() -> None:
         spread = f"{min(values):.2f} to {max(values):.2f}"
         print(f"{name}: {statistics.median(values):.2f} x the bare forward pass ({spread})")
     with tempfile.TemporaryDirectory() as folder:
-        for megabytes in (1, 8):
+        for megabytes in args.megabytes:
             text = cut(args.text, megabytes * 1_000_000, Path(folder))
             print(f"peak memory on {megabytes} MB of text: {peak_megabytes(args.model, text):.0f} MB")
 
