@@ -1,0 +1,149 @@
+"""The documentation against the code: the command line, the files on disk, and links that lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+
+from index.recall import Recall
+from index.storage import FORMAT as INDEX_FORMAT
+from index.storage import IndexManifest, SavedFile
+from knnlm.cli import app
+from knnlm.manifest import FORMAT, VERSION, LayerKeys, Manifest, Shard
+from tests.source_files import ROOT
+
+DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+COMMANDS = typer.main.get_command(app).commands
+# Not written down one by one: every command has it.
+HELP = "--help"
+
+
+@cache
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def usage() -> str:
+    return text(ROOT / "docs" / "usage.md")
+
+
+def options() -> dict[str, dict[str, object]]:
+    """For each option, the commands that take it, with its default there."""
+    found: dict[str, dict[str, object]] = {}
+    for command, described in COMMANDS.items():
+        for parameter in described.params:
+            for name in parameter.opts:
+                if name.startswith("-") and name != HELP:
+                    found.setdefault(name, {})[command] = parameter.default
+    return found
+
+
+def table_of_options() -> dict[str, tuple[list[str], str]]:
+    """The rows of the table in docs/usage.md: option, commands, default."""
+    part = usage().split("\n## Options\n")[1].split("\n## ")[0]
+    rows = [re.split(r" *\| *", line) for line in part.splitlines() if line.startswith("| `--")]
+    return {row[1].strip("`"): (row[2].split(", "), row[3]) for row in rows}
+
+
+def shown(default: object) -> str:
+    """A default as the table has it: nothing where it is found out or has to be given."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return "" if default is None or callable(default) or str(default) == "Ellipsis" else str(default)
+
+
+def test_options_were_found():
+    assert {"run", "eval"} <= COMMANDS.keys() and options()["--lambda"].keys() == {"run", "eval"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_has_a_part_with_an_example(command):
+    (part,) = re.findall(rf"^### `knnlm {command}`.*?(?=^##)", usage(), re.MULTILINE | re.DOTALL)
+    assert re.search(rf"^knnlm {command} \S", part, re.MULTILINE)
+
+
+def test_table_has_every_option_and_no_other():
+    assert set(table_of_options()) == set(options())
+
+
+@pytest.mark.parametrize("option", options())
+def test_table_knows_the_commands_and_the_default(option):
+    commands, default = table_of_options()[option]
+    assert set(commands) == set(options()[option])
+    assert {shown(value) for value in options()[option].values()} == {default}
+
+
+def test_options_in_examples_exist():
+    for line in re.findall(r"^(?:\.venv/bin/)?knnlm .*(?:\\\n.*)*", "\n".join(map(text, DOCS)), re.MULTILINE):
+        command = line.split()[1]
+        if command in COMMANDS:
+            known = {name for name, commands in options().items() if command in commands}
+            assert set(re.findall(r" (--[a-z-]+)", line)) - known == set(), line
+
+
+# Links
+
+
+def links(path: Path) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", text(path), flags=re.MULTILINE | re.DOTALL))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(markdown: str) -> Iterator[str]:
+    """Names of headings, as GitHub makes them."""
+    for heading in re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", markdown, flags=re.M | re.S), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_relative_links_resolve(path):
+    for link in links(path):
+        place, _, anchor = link.partition("#")
+        target = (path.parent / place).resolve() if place else path
+        assert target.is_relative_to(ROOT) and target.exists(), f"{path.name}: {link}"
+        assert not anchor or anchor in anchors(text(target)), f"{path.name}: {link}"
+
+
+def test_links_were_found():
+    assert "format.md" in links(ROOT / "docs" / "usage.md")
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "docs" / name for name in ("format.md", "usage.md", "metrics.md")], ids=lambda p: p.name
+)
+def test_files_that_are_named_exist(path):
+    for name in re.findall(r"`((?:knnlm|index|tests|scripts|docs)/[\w/]+\.\w+)`", text(path)):
+        assert (ROOT / name).exists(), name
+
+
+# Files on disk
+
+
+def part_of_format(heading: str) -> str:
+    return text(ROOT / "docs" / "format.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def test_every_field_of_the_manifest_is_described():
+    names = {"format", "version", *(field.name for kind in (Manifest, LayerKeys, Shard) for field in fields(kind))}
+    part = part_of_format("The manifest")
+    assert {name for name in names if f"`{name}`" not in part} == set()
+    assert f'`"{FORMAT}"`' in part and f"integer, {VERSION} |" in part
+
+
+def test_every_field_of_an_index_is_described():
+    names = {field.name for kind in (IndexManifest, SavedFile, Recall) for field in fields(kind)}
+    part = part_of_format("An index")
+    assert {name for name in names if f"`{name}`" not in part} == set()
+    assert f'`"{INDEX_FORMAT}"`' in part
+
+
+def test_manifest_table_has_no_field_that_is_gone():
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part_of_format("The manifest"), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert told == {"format", "version", *(field.name for field in fields(Manifest))}
