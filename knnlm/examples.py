@@ -12,7 +12,7 @@ from knnlm.datastore import Datastore
 from knnlm.evaluation import LayerOutcome, Queries
 from knnlm.lm import LanguageModel
 from knnlm.results import NeighborText, TokenExample
-from knnlm.search import open_searcher
+from knnlm.search import LayerSearcher, open_searcher
 
 CONTEXT_TOKENS = 24
 NEIGHBOR_TOKENS = 12
@@ -20,14 +20,22 @@ NEIGHBORS_SHOWN = 5
 
 
 def find_examples(
-    lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str, count: int
+    lm: LanguageModel,
+    store: Datastore,
+    queries: Queries,
+    shown: LayerOutcome,
+    count: int,
+    *,
+    metric: str,
+    exact: bool,
 ) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
     """`count` tokens of the reporting part that gained most, and as many that lost most, under one layer's keys."""
     gain_Q = -shown.losses_Q - queries.lm_Q  # log p - log p_LM
     reporting = np.flatnonzero(queries.parts.reporting_Q)
     order = reporting[np.argsort(gain_Q[reporting], kind="stable")]
     lost, gained = order[:count], order[::-1][:count]
-    explain = _Explainer(lm, store, queries, shown, metric)
+    searcher = open_searcher(store, shown.layer, metric, exact=exact)
+    explain = _Explainer(lm, store, queries, shown, searcher)
     return (
         tuple(explain(row) for row in gained if gain_Q[row] > 0),
         tuple(explain(row) for row in lost if gain_Q[row] < 0),
@@ -37,11 +45,13 @@ def find_examples(
 class _Explainer:
     """Searches again for single tokens, this time keeping who the neighbours are."""
 
-    def __init__(self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, metric: str) -> None:
+    def __init__(
+        self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, searcher: LayerSearcher
+    ) -> None:
         self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
         self._losses_Q = shown.losses_Q
         self._vectors_QD = queries.vectors(shown.layer)
-        self._searcher = open_searcher(store, shown.layer, metric)
+        self._searcher = searcher
 
     def __call__(self, row: int) -> TokenExample:
         found = self._searcher.neighbors(self._vectors_QD[row : row + 1], self._mix.k)

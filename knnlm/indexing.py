@@ -25,7 +25,7 @@ def index_layer(store: Datastore, layer: str, settings: Settings, progress: Prog
     metric = index_metric(knn.metric)
     source = store.keys(layer).for_metric(knn.metric)
     with progress.stage(f"indexing {layer}", "keys") as advance:
-        built = build_index(source, knn.index, metric=metric, seed=settings.seed, progress=advance)
+        built = build_index(source, knn.index, metric=metric, k=knn.search_k, seed=settings.seed, progress=advance)
     k = min(knn.search_k, store.count - 1)
     recall = measure_recall(built, source, k=k, queries=min(RECALL_QUERIES, store.count), seed=settings.seed)
     save_index(built, store.index_folder(layer), recall=recall)
@@ -36,7 +36,7 @@ def index_layer(store: Datastore, layer: str, settings: Settings, progress: Prog
 
 def verify_store(store: Datastore, progress: Progress) -> tuple[str, ...]:
     """What is wrong with the datastore's files and indexes, a line each; nothing when it is whole."""
-    with progress.stage("verifying", "files") as advance:
+    with progress.stage("verifying", "bytes") as advance:
         problems = list(store.verify(advance))
     for layer in store.manifest.indexes:
         try:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
@@ -21,6 +22,7 @@ from knnlm.collect import Collected, collect
 from knnlm.config import Settings
 from knnlm.corpus import read_documents, tokenize
 from knnlm.datastore import Datastore, DatastoreWriter
+from knnlm.errors import InputError
 from knnlm.evaluation import (
     LayerOutcome,
     Queries,
@@ -35,7 +37,7 @@ from knnlm.indexing import index_layer
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.overlap import overlap
-from knnlm.plan import make_plan, versions, window_config
+from knnlm.plan import estimate_tokens, make_plan, versions, window_config
 from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
@@ -58,11 +60,13 @@ def score(
     *,
     settings: Settings = DEFAULTS,
     stop_early: bool = False,
+    every: int = 1,
     progress: Progress | None = None,
 ) -> ScoreResult:
     """Dispersion and the other label-free scores of every layer asked for, and the choice; writes nothing.
 
     :param stop_early: stop when the most dispersed candidate's interval lies above all others'.
+    :param every: look at every so-manieth document only, to spread a budget of tokens over a large text.
     """
     progress = progress or Silent()
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
@@ -72,7 +76,7 @@ def score(
     with progress.stage("scoring layers", "tokens") as advance:
         collected = collect(
             lm,
-            _documents(lm, text, settings),
+            _documents(lm, text, settings, every),
             window,
             layers,
             batch_tokens=settings.text.batch_tokens(window.context),
@@ -138,12 +142,13 @@ def _choose_on_sample(lm: LanguageModel, text: Paths, settings: Settings, progre
     if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
         return None
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
+    every = max(1, (estimate_tokens(lm, text, settings.text) or 0) // tokens)
     sample = replace(
         settings,
         text=replace(settings.text, max_tokens=tokens),
         layers=replace(layers, layers=layers.candidates),
     )
-    sampled = score(lm, text, settings=sample, stop_early=layers.select == "dispersion", progress=progress)
+    sampled = score(lm, text, settings=sample, stop_early=layers.select == "dispersion", every=every, progress=progress)
     progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
     if sampled.choice.disagreement:
         progress.note(sampled.choice.disagreement)
@@ -164,6 +169,8 @@ def evaluate(
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
     """
     store.check_model(lm.fingerprint)
+    if settings.knn.index not in ("auto", "exact"):
+        raise InputError(f"--index is {settings.knn.index!r}, but a datastore has its own; take auto, or exact")
     text = replace(
         settings.text,
         context=settings.text.context or store.manifest.context,
@@ -219,9 +226,9 @@ def _setting(one: LayerResult) -> dict[str, float]:
     return {"k": one.k, "lambda": one.lam, "temperature": one.temperature}
 
 
-def _documents(lm: LanguageModel, text: Paths, settings: Settings) -> Iterator[TokenDocument]:
+def _documents(lm: LanguageModel, text: Paths, settings: Settings, every: int = 1) -> Iterator[TokenDocument]:
     """The text as the protocol cuts it: documents, or groups of rows."""
-    documents = read_documents(text, text_field=settings.text.text_field)
+    documents = islice(read_documents(text, text_field=settings.text.text_field), 0, None, every)
     if settings.text.protocol == "documents":
         return tokenize(documents, lm.encode, max_tokens=settings.text.max_tokens)
     rows = (
@@ -340,7 +347,7 @@ def _evaluate(
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
         result = summarize(lm, queries, outcomes, config, scored, seed=settings.seed)
         shown = next(one for one in outcomes if one.layer == (result.selected or result.best))
-        helped, hurt = find_examples(lm, store, queries, shown, knn.metric, config.examples)
+        helped, hurt = find_examples(lm, store, queries, shown, config.examples, metric=knn.metric, exact=exact)
         report = _index(store, queries, shown, settings, progress) if index else None
     return replace(
         result,

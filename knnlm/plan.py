@@ -51,7 +51,7 @@ def window_config(lm: LanguageModel, text: TextConfig) -> WindowConfig:
 def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings: Settings) -> Plan:
     """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much."""
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
-    tokens = _estimate_tokens(lm, text, settings.text)
+    tokens = estimate_tokens(lm, text, settings.text)
     if tokens is None:
         return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
     needed = key_bytes(lm, layers, tokens, settings.key_dtype)
@@ -75,7 +75,7 @@ def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: 
     return KEY_BYTES[key_dtype] * tokens * sum(lm.dims[name] for name in layers)
 
 
-def _estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
+def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
     """From the sizes of the files and the tokens of their beginning; the limit where that is smaller or all we know."""
     total = text_bytes(text)
     if total is None:
