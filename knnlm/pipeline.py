@@ -41,7 +41,7 @@ from knnlm.plan import estimate_tokens, make_plan, versions, window_config
 from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
-from knnlm.scoring import LayerScorer
+from knnlm.scoring import LayerScorer, Separated
 from knnlm.storage import new_folder
 from knnlm.windows import TokenDocument, WindowConfig, hold_out, rows_to_groups, take_slices
 
@@ -71,7 +71,7 @@ def score(
     progress = progress or Silent()
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
-    separated = _Separated(candidate_layers(settings.layers, layers, lm.layer_names))
+    separated = Separated(candidate_layers(settings.layers, layers, lm.layer_names))
     window = window_config(lm, settings.text)
     with progress.stage("scoring layers", "tokens") as advance:
         collected = collect(
@@ -85,27 +85,6 @@ def score(
             stop=separated if stop_early else None,
         )
     return _score_result(lm, scorer, collected, window, settings, progress, stopped_early=separated.met)
-
-
-class _Separated:
-    """Asked after each batch: does the leading candidate's interval lie above every other's?"""
-
-    # The jackknife needs a fair number of tokens before its interval can be believed.
-    MINIMUM_TOKENS = 50_000
-    EVERY_BATCHES = 4
-
-    def __init__(self, candidates: Sequence[str]) -> None:
-        self._candidates = candidates
-        self._batches = 0
-        self.met = False
-
-    def __call__(self, scorer: LayerScorer) -> bool:
-        self._batches += 1
-        if scorer.tokens < self.MINIMUM_TOKENS or self._batches % self.EVERY_BATCHES or len(self._candidates) < 2:
-            return False
-        leader, *others = sorted((scorer.dispersion_interval(name) for name in self._candidates), key=lambda p: -p[0])
-        self.met = all(leader[1].low > interval.high for _, interval in others)
-        return self.met
 
 
 def build(

@@ -84,3 +84,25 @@ class LayerScorer:
             probe=probe.value,
             probe_interval=probe.interval,
         )
+
+
+class Separated:
+    """Asked after each batch: does the leading candidate's interval lie above every other's?"""
+
+    # The jackknife needs a fair number of tokens before its interval can be believed.
+    MINIMUM_TOKENS = 50_000
+    EVERY_BATCHES = 4
+
+    def __init__(self, candidates: Sequence[str]) -> None:
+        self._candidates = candidates
+        self._batches = 0
+        self.met = False
+
+    def __call__(self, scorer: LayerScorer) -> bool:
+        """Look, every few batches, at the scores so far."""
+        self._batches += 1
+        if scorer.tokens < self.MINIMUM_TOKENS or self._batches % self.EVERY_BATCHES or len(self._candidates) < 2:
+            return False
+        leader, *others = sorted((scorer.dispersion_interval(name) for name in self._candidates), key=lambda p: -p[0])
+        self.met = all(leader[1].low > interval.high for _, interval in others)
+        return self.met
