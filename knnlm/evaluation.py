@@ -9,6 +9,7 @@ Legend: Q query tokens, D dimension.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -207,7 +208,7 @@ class _Measure:
         total = float(losses_Q.sum())
         return Perplexity(
             perplexity=_perplexity(losses_Q),
-            bits_per_byte=total / np.log(2) / max(self._bytes, 1),
+            bits_per_byte=total / math.log(2) / max(self._bytes, 1),
             word_perplexity=float(np.exp(total / max(self._words, 1))),
             tokens=len(losses_Q),
         )

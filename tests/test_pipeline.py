@@ -1,0 +1,172 @@
+"""The verbs as a whole: what is stored, chosen, estimated, and what stops early."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from knnlm.choose import candidate_layers
+from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+from knnlm.errors import DatastoreExists, InputError
+from knnlm.lm import LanguageModel
+from knnlm.pipeline import build, evaluate, run, score
+from knnlm.plan import make_plan
+from knnlm.results import Interval
+from knnlm.scoring import Separated
+from tests.test_evaluate_oracle import texts, write_jsonl
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+SETTINGS = Settings(
+    text=TextConfig(context=32, stride=16),
+    knn=KNNConfig(max_k=32),
+    evaluation=EvalConfig(eval_tokens=800, bootstrap=50, examples=2),
+)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel.from_model(tiny_model("gpt2"), tiny_tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "text.jsonl", texts(0, 30))
+
+
+def test_run_looks_at_every_block_and_part(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    result = run(lm, [corpus], tmp_path / "out", settings=SETTINGS)
+    assert tuple(one.layer for one in result.layers) == lm.layer_names
+    assert result.selected in candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
+    assert result.regret is not None
+    assert result.best in lm.layer_names
+    assert result.index is not None
+    assert (result.index.layer, result.index.spec, result.index.recall) == (result.selected, "exact", 1.0)
+    assert {one.score for one in result.correlations} >= {"dispersion", "probe", "effective_rank"}
+    assert result.tuning_tokens > 0
+
+
+def test_evaluating_the_store_again_gives_the_same_perplexities(
+    lm: LanguageModel, corpus: Path, tmp_path: Path
+) -> None:
+    held_out = write_jsonl(tmp_path / "eval.jsonl", texts(1, 9))
+    settings = replace(SETTINGS, layers=LayerConfig(layers="*.ffn_input"))
+    first = run(lm, [corpus], tmp_path / "out", eval_text=[held_out], settings=settings)
+    from knnlm.datastore import open_datastore
+
+    again = evaluate(lm, open_datastore(tmp_path / "out"), [held_out], settings=SETTINGS)
+    assert [one.perplexity for one in again.layers] == pytest.approx([one.perplexity for one in first.layers], rel=1e-9)
+    assert again.selected == first.selected
+    assert again.regret == first.regret
+
+
+def test_regret_is_measured_on_tokens_that_did_not_pick_the_best(
+    lm: LanguageModel, corpus: Path, tmp_path: Path
+) -> None:
+    """Taking the best layer of the tuning part cannot look better than that layer: swapped roles, all tokens once."""
+    settings = replace(SETTINGS, layers=LayerConfig(layers="*.ffn_input,*.attn_output"))
+    result = run(lm, [corpus], tmp_path / "a", settings=settings)
+    named = replace(settings, layers=replace(settings.layers, select=result.best))
+    again = run(lm, [corpus], tmp_path / "b", settings=named)
+    assert again.regret is not None
+    low, high = again.regret.interval.low, again.regret.interval.high
+    assert low <= again.regret.value <= high
+    assert again.selected == result.best
+
+
+def test_build_stores_the_chosen_layer_and_keeps_the_scores_of_all_candidates(
+    lm: LanguageModel, corpus: Path, tmp_path: Path
+) -> None:
+    store = build(lm, [corpus], tmp_path / "out", settings=SETTINGS)
+    candidates = candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
+    assert len(store.layers) == 1
+    assert store.layers[0] in candidates
+    assert {one["layer"] for one in store.manifest.scores["layers"]} == set(candidates)
+    assert store.count == sum(len(lm.encode(text)) - 1 for text in texts(0, 30))
+
+
+def test_build_takes_named_layers(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    for number, layers in enumerate((LayerConfig(layers="0.attn_input"), LayerConfig(select="0.attn_input"))):
+        store = build(lm, [corpus], tmp_path / str(number), settings=replace(SETTINGS, layers=layers))
+        assert store.layers == ("0.attn_input",)
+
+
+def test_values_are_the_token_stream(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    store = build(lm, [corpus], tmp_path / "out", settings=replace(SETTINGS, layers=LayerConfig(layers="final_norm")))
+    expected = np.concatenate([lm.encode(text)[1:] for text in texts(0, 30)])
+    assert np.array_equal(store.values, expected)
+
+
+def test_an_index_that_is_not_exact_reports_its_own_perplexity(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="-1.ffn_input"), knn=KNNConfig(max_k=16, index="IVF8,Flat"))
+    result = run(lm, [corpus], tmp_path / "out", settings=settings)
+    assert result.index is not None
+    assert result.index.spec == "IVF8,Flat"
+    assert 0.9 <= result.index.recall <= 1
+    assert result.index.perplexity == pytest.approx(result.layers[0].perplexity, rel=0.05)
+
+
+def test_score_agrees_with_the_definition_over_all_keys(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    """O(N²) cosine distances of the stored keys, against the streaming score."""
+    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input,2.ffn_output"), key_dtype="float32")
+    scored = score(lm, [corpus], settings=settings)
+    store = build(lm, [corpus], tmp_path / "out", settings=settings)
+    for one in scored.layers:
+        keys = store.keys(one.layer)
+        raw = keys.read(0, len(keys)).astype(np.float64) + keys.centre
+        unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+        cosines = unit @ unit.T
+        pairs = len(unit) * (len(unit) - 1)
+        assert one.dispersion == pytest.approx(1 - (cosines.sum() - np.trace(cosines)) / pairs, abs=1e-6)
+        assert scored.tokens == len(unit)
+
+
+def test_plan_falls_back_to_the_candidates_and_says_so(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    plan = make_plan(lm, [corpus], tmp_path, SETTINGS)
+    assert plan.layers == lm.layer_names
+    assert plan.tokens == pytest.approx(sum(len(lm.encode(text)) for text in texts(0, 30)), rel=0.1)
+    assert plan.key_bytes is not None
+    tight = make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=plan.key_bytes // 2))
+    assert tight.layers == candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
+    assert "keeping to the" in tight.sentence
+    with pytest.raises(InputError, match="--disk-budget"):
+        make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=10))
+
+
+def test_an_output_that_is_there_is_refused(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(DatastoreExists, match="--overwrite"):
+        run(lm, [corpus], tmp_path / "out", settings=SETTINGS)
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+
+
+def test_overlapping_evaluation_text_is_warned_of(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="-1.ffn_input"))
+    result = run(lm, [corpus], tmp_path / "out", eval_text=[corpus], settings=settings)
+    assert any("13-grams" in warning for warning in result.warnings)
+    fresh = write_jsonl(tmp_path / "fresh.jsonl", ["0123456789" * 3, "9876543210" * 3, "abcdefghijklm" * 3])
+    result = run(lm, [corpus], tmp_path / "out2", eval_text=[fresh], settings=settings)
+    assert not result.warnings
+
+
+@pytest.mark.parametrize(("leader", "stops"), [(Interval(0.6, 0.7), True), (Interval(0.45, 0.7), False)])
+def test_scoring_stops_when_the_leader_separates(leader: Interval, stops: bool) -> None:
+    class Scorer:
+        tokens = Separated.MINIMUM_TOKENS
+
+        def dispersion_interval(self, name: str) -> tuple[float, Interval]:
+            return {"a": (0.65, leader), "b": (0.4, Interval(0.3, 0.5))}[name]
+
+    asked = Separated(("a", "b"))
+    answers = [asked(Scorer()) for _ in range(Separated.EVERY_BATCHES)]  # type: ignore[arg-type]
+    assert answers[-1] is stops is asked.met
+
+
+def test_settings_and_results_survive_the_manifest(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    result = run(lm, [corpus], tmp_path / "out", settings=replace(SETTINGS, layers=LayerConfig(layers="*.ffn_input")))
+    fitted = json.loads((tmp_path / "out" / "datastore.json").read_text())["fitted"]
+    assert {name: one["k"] for name, one in fitted.items()} == {one.layer: one.k for one in result.layers}
