@@ -96,9 +96,9 @@ def spread_ids(count: int, rows: int, rng: np.random.Generator) -> NDArray[np.in
 def centre_of(source: VectorSource) -> Floats:
     """The mean of evenly spread keys, float32 [D]: subtracted before FAISS computes |q|² + |k|² - 2<q,k>.
 
-    That form, which FAISS 1.15 takes where Q D is 128,000 or more, loses everything where two nearly constant dimensions
-    make |k|² near 1e7: errors up to 35 on squared distances of ordinary size were measured. What is subtracted from keys
-    and queries changes no squared L2; from keys alone, no order of inner products.
+    That form, which FAISS 1.15 takes where Q D is 128,000 or more, loses everything where two nearly constant
+    dimensions make |k|² near 1e7: errors up to 35 on squared distances of ordinary size were measured. What is
+    subtracted from keys and queries changes no squared L2; from keys alone, no order of inner products.
     :raises InvalidKeys: NaN or infinity among these keys.
     """
     count = len(source)

@@ -22,7 +22,7 @@ LISTS_PER_ROOT = 4
 # From this many lists on, a graph finds the nearest lists faster than a scan of them.
 GRAPH_LISTS = 1 << 15
 # Training points for each list or code word: FAISS warns below 39 and drops what is above 256.
-MIN_POINTS, POINTS = 39, 64
+POINTS = 64
 # The sample that is trained on is in memory as float32; at most this, and at most a quarter of the memory given.
 TRAINING_BYTES = 1 << 30
 
@@ -127,7 +127,7 @@ def choose_lists(count: int, dim: int, memory_bytes: int) -> int:
     """Inverted lists: the power of two from 4 sqrt(N) up, or the largest whose training sample fits; at least 1."""
     lists = 1 << math.ceil(math.log2(LISTS_PER_ROOT * math.sqrt(max(1, count))))
     points = min(count, min(TRAINING_BYTES, memory_bytes // 4) // (4 * dim))
-    return max(1, min(lists, 1 << int(math.log2(max(1, points // MIN_POINTS)))))
+    return max(1, min(lists, 1 << int(math.log2(max(1, points // POINTS)))))
 
 
 def _layout(count: int, dim: int, memory_bytes: int, quantizer: str) -> tuple[str, str, str]:

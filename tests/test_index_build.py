@@ -1,0 +1,183 @@
+"""Building: samples, chunks, tuning, and what stops it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from index.approximate import ApproximateIndex
+from index.build import build_index
+from index.errors import FaissFailed, InvalidKeys, InvalidQuery, NotTrained, TooFewKeys, UnknownSpec
+from index.exact import ExactIndex
+from index.faiss_index import create_index
+from index.metric import Metric
+from index.recall import make_trial, run_trial
+from index.source import ArraySource, spread_ids
+from index.tune import tune
+from tests.vector_oracle import clustered, massive
+
+
+class CountingSource(ArraySource):
+    """Remembers how many rows were asked for at a time."""
+
+    def __init__(self, array_ND):
+        super().__init__(array_ND)
+        self.read_rows, self.taken = [], []
+
+    def read(self, start, stop):
+        self.read_rows.append(stop - start)
+        return super().read(start, stop)
+
+    def take(self, ids_N):
+        self.taken.append(np.array(ids_N))
+        return super().take(ids_N)
+
+
+def test_adds_in_chunks_and_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr("index.build.BLOCK_BYTES", 4 * 8 * 400)
+    source, told = CountingSource(clustered(1000, 8)), []
+    build_index(source, "IVF8,Flat", k=5, progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 1000), (400, 1000), (800, 1000), (1000, 1000)]
+    assert source.read_rows[:3] == [400, 400, 200]
+
+
+def test_training_sample_is_spread_over_the_whole_source(monkeypatch):
+    monkeypatch.setattr("index.spec.TRAINING_BYTES", 4 * 8 * 200)
+    samples = []
+    for seed in (0, 0, 1):
+        source = CountingSource(clustered(2000, 8))
+        build_index(source, "IVF8,Flat", k=5, seed=seed)
+        samples.append(next(ids for ids in source.taken if len(ids) == 200 and ids[-1] != 1990))
+    np.testing.assert_array_equal(samples[0], samples[1])
+    assert (samples[0] != samples[2]).any()
+    # Peers train on the first keys, which are the first documents.
+    np.testing.assert_array_equal(samples[0] // 10, np.arange(200))
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (10, 10), (10, 3), (10**12, 1000), (7, 0)])
+def test_spread_ids_are_different_and_ascend(count, rows):
+    ids = spread_ids(count, rows, np.random.default_rng(0))
+    assert len(ids) == rows and (np.diff(ids) > 0).all()
+    assert not rows or 0 <= ids[0] <= ids[-1] < count
+
+
+def untuned(spec, *, metric=Metric.L2, count=3000):
+    """An index as FAISS makes it, and the sample to tune it on."""
+    source = ArraySource(clustered(count, 16))
+    index = build_index(source, spec, metric=metric, k=50, recall_target=1e-9)
+    return index, make_trial(source, metric, k=50, queries=100, rng=np.random.default_rng(3))
+
+
+@pytest.mark.parametrize("spec", ["IVF128,Flat", "PCA12,IVF128,Flat", "HNSW8,Flat", "PCA12,HNSW8", "IDMap,HNSW8"])
+def test_effort_is_raised_until_recall_is_reached(spec):
+    """Setting .nprobe on a PCA index sets nothing on the inverted file inside it: an old bug of the peers."""
+    index, trial = untuned(spec)
+    assert isinstance(index, ApproximateIndex) and index.effort
+    index.set_effort(1)
+    before, effort = run_trial(index, trial).recall, index.effort.value
+    reached = tune(index, trial, 0.97)
+    assert before < 0.97 <= reached == run_trial(index, trial).recall
+    assert index.effort.value > effort
+
+
+def test_effort_is_not_raised_further_than_needed():
+    index, trial = untuned("IVF128,Flat")
+    tune(index, trial, 0.9)
+    assert 1 < index.effort.value < 64
+    needed = index.effort.value
+    index.set_effort(math.ceil(needed / 2))
+    assert run_trial(index, trial).recall < 0.9
+
+
+@pytest.mark.parametrize("spec", ["PQ2x4", "IVF4,PQ2x4"])
+def test_more_candidates_are_taken_where_codes_are_too_coarse(spec):
+    index, trial = untuned(spec)
+    before = index.overfetch
+    assert run_trial(index, trial).recall < 0.97
+    assert tune(index, trial, 0.97) >= 0.97
+    assert index.overfetch > before
+
+
+def test_tuning_gives_up_where_nothing_helps():
+    index, trial = untuned("LSH", count=1200)
+    assert tune(index, trial, 1.0) <= 1.0
+    assert index.overfetch <= 4 * 16
+
+
+def test_keys_with_huge_constant_dimensions_are_found():
+    """Not centred, PQ and BLAS would see the two huge dimensions only."""
+    source = ArraySource(massive(3000, 16))
+    index = build_index(source, "IVF8,SQ8", k=20)
+    trial = make_trial(source, Metric.L2, k=20, queries=100, rng=np.random.default_rng(1))
+    assert run_trial(index, trial).recall > 0.93
+
+
+def test_auto_is_exact_for_few_keys():
+    assert isinstance(build_index(ArraySource(clustered(50, 4)), "auto"), ExactIndex)
+
+
+def test_auto_is_an_inverted_file_for_many(monkeypatch):
+    monkeypatch.setattr("index.spec.EXACT_KEYS", 1000)
+    monkeypatch.setattr("index.spec.EXACT_ELEMENTS", 1000)
+    index = build_index(ArraySource(clustered(3000, 8)), "auto", k=10, memory_bytes=1 << 30)
+    assert index.spec == "IVF32,Flat"
+
+
+@pytest.mark.parametrize("spec", ["exact", "Flat", "IVF1,Flat", "HNSW8,Flat"])
+def test_a_single_key(spec):
+    found = build_index(ArraySource(np.ones((1, 4), np.float32)), spec).search(np.zeros((2, 4), np.float32), 2)
+    assert found.ids_QK.tolist() == [[0, -1]] * 2 and found.distances_QK[:, 0].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("count", "spec", "error", "message"),
+    [
+        (0, "auto", TooFewKeys, "no keys to index"),
+        (100, "IVF128,Flat", TooFewKeys, "at least 128 keys"),
+        (100, "IVF4,PQ4", TooFewKeys, "at least 256 keys"),
+        (100, "nonsense", UnknownSpec, "FAISS says: could not parse"),
+        (100, "NSG16,PQ2x3", FaissFailed, "FAISS says"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(count, spec, error, message):
+    with pytest.raises(error, match=message) as caught:
+        build_index(ArraySource(np.zeros((count, 4), np.float32)), spec, k=5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["IVF8,Flat", "Flat"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_keys_that_are_not_finite_are_named(monkeypatch, spec, value):
+    monkeypatch.setattr("index.source.CENTRE_ROWS", 2)
+    monkeypatch.setattr("index.build.BLOCK_BYTES", 4 * 4 * 30)
+    keys_ND = clustered(100, 4)
+    keys_ND[77, 2] = value
+    with pytest.raises(InvalidKeys, match="key 77 holds NaN or infinity"):
+        build_index(ArraySource(keys_ND), spec, k=5)
+
+
+@pytest.mark.parametrize("target", [0, 1.5, -1])
+def test_recall_target_is_a_share(target):
+    with pytest.raises(InvalidQuery, match=f"recall_target is {target}"):
+        build_index(ArraySource(clustered(10, 4)), recall_target=target)
+
+
+def test_adding_before_training():
+    with pytest.raises(NotTrained):
+        create_index("IVF8,Flat", 4, Metric.L2).add(clustered(10, 4))
+
+
+def test_unknown_search_parameter():
+    with pytest.raises(FaissFailed, match="nprobe"):
+        create_index("Flat", 4, Metric.L2).set_effort("nprobe", 4)
+    with pytest.raises(FaissFailed, match="'verbose'"):
+        create_index("IVF8,Flat", 4, Metric.L2).set_effort("verbose", 1)
+
+
+def test_faiss_does_not_write_to_the_terminal(capfd):
+    """It warns of few training points on standard error, which belongs to the command line."""
+    build_index(ArraySource(clustered(300, 8)), "IVF64,PQ4x4", k=5)
+    build_index(ArraySource(clustered(300, 8)), "PQ4x4", k=5)
+    assert capfd.readouterr() == ("", "")
