@@ -22,7 +22,7 @@ def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: 
 
 
 def choose(scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequence[str]) -> Choice:
-    """Take the named layer, or the candidate with the highest dispersion or probe.
+    """Take the named layer, the candidate with the highest probe, or by dispersion (`by_dispersion`).
 
     `all_layers` are the names of the model, of which the scores may be of a part.
 
@@ -34,16 +34,26 @@ def choose(scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequen
     if config.select not in SCORES_THAT_CHOOSE:
         layer = _one(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
-    by_dispersion = max(candidates, key=lambda name: by_name[name].dispersion)
-    by_probe = max(candidates, key=lambda name: by_name[name].probe)
-    layer = by_dispersion if config.select == "dispersion" else by_probe
+    allowed = [by_name[name] for name in candidates]
+    dispersed, probed = by_dispersion(allowed), max(allowed, key=lambda score: score.probe)
+    chosen = dispersed if config.select == "dispersion" else probed
     return Choice(
-        layer,
+        chosen.layer,
         config.select,
         candidates,
-        _reason(by_name[layer], config.select, len(candidates)),
-        _disagreement(by_name[by_dispersion], by_name[by_probe], config.select),
+        _reason(chosen, allowed, config.select),
+        _disagreement(dispersed, probed, config.select),
     )
+
+
+def by_dispersion(candidates: Sequence[LayerScore]) -> LayerScore:
+    """The deepest candidate that cannot be told from the most dispersed: whose interval reaches that one's.
+
+    Where dispersion cannot tell, depth can: plain argmax cost 0.7 % more perplexity than the last layer in a case where
+    the intervals overlapped (docs/layers.md). Candidates come in the order of the network.
+    """
+    leader = max(candidates, key=lambda score: score.dispersion)
+    return [score for score in candidates if score.interval.high >= leader.interval.low][-1]
 
 
 def _one(name: str, names: Sequence[str]) -> str:
@@ -53,12 +63,17 @@ def _one(name: str, names: Sequence[str]) -> str:
     return found[0]
 
 
-def _reason(score: LayerScore, select: str, count: int) -> str:
+def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -> str:
+    count = len(candidates)
     if select == "probe":
-        return f"{score.layer} has the highest retrieval probe ({score.probe:.4f}) of {count} candidates"
+        return f"{chosen.layer} has the highest retrieval probe ({chosen.probe:.4f}) of {count} candidates"
+    leader = max(candidates, key=lambda score: score.dispersion)
+    found = f"{chosen.dispersion:.4f}, 95 % interval {chosen.interval.low:.4f} to {chosen.interval.high:.4f}"
+    if leader is chosen:
+        return f"{chosen.layer} is the most dispersed ({found}) of {count} candidates"
     return (
-        f"{score.layer} is the most dispersed ({score.dispersion:.4f}, 95 % interval {score.interval.low:.4f} to "
-        f"{score.interval.high:.4f}) of {count} candidates"
+        f"{chosen.layer} ({found}) is the deepest of {count} candidates that cannot be told from the most dispersed, "
+        f"{leader.layer} ({leader.dispersion:.4f})"
     )
 
 

@@ -41,6 +41,15 @@ def test_embedding_like_layers_are_never_chosen_by_default() -> None:
     assert choose(scores, LayerConfig(candidates="all"), NAMES).layer == "0.attn_input"
 
 
+def test_the_deepest_of_those_that_dispersion_cannot_tell_apart_is_taken() -> None:
+    near = [score("2.ffn_input", 0.70, 0.3, width=0.02), score("3.ffn_input", 0.67, 0.3, width=0.02)]
+    choice = choose(near, LayerConfig(), NAMES)
+    assert choice.layer == "3.ffn_input"
+    assert "cannot be told from the most dispersed, 2.ffn_input" in choice.reason
+    apart = [score("2.ffn_input", 0.70, 0.3, width=0.01), score("3.ffn_input", 0.67, 0.3, width=0.01)]
+    assert choose(apart, LayerConfig(), NAMES).layer == "2.ffn_input"
+
+
 def test_probe_chooses_when_asked() -> None:
     scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
     choice = choose(scores, LayerConfig(select="probe"), NAMES)
