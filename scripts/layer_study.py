@@ -129,7 +129,7 @@ def main() -> None:
     document = to_document(result) | {"choices": found, "keys": store.count, "study": vars(args)}
     document["study"] = {name: str(value) for name, value in document["study"].items()}
     document["tuning_perplexity"] = {one.layer: float(2.718281828459045**one.tuning_loss) for one in outcomes}
-    document["seconds"] = time.perf_counter() - start
+    document["study"]["seconds"] = time.perf_counter() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1, default=asdict), encoding="utf-8")
 
