@@ -32,7 +32,7 @@ def choose(scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequen
     candidates = candidate_layers(config, names, all_layers)
     by_name = {score.layer: score for score in scores}
     if config.select not in SCORES_THAT_CHOOSE:
-        layer = _one(config.select, names)
+        layer = one_layer(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
     allowed = [by_name[name] for name in candidates]
     dispersed, probed = by_dispersion(allowed), max(allowed, key=lambda score: score.probe)
@@ -56,7 +56,12 @@ def by_dispersion(candidates: Sequence[LayerScore]) -> LayerScore:
     return [score for score in candidates if score.interval.high >= leader.interval.low][-1]
 
 
-def _one(name: str, names: Sequence[str]) -> str:
+def one_layer(name: str, names: Sequence[str]) -> str:
+    """The one layer that a name or pattern fits.
+
+    :raises LayerError: it fits none.
+    :raises InputError: it fits several.
+    """
     found = select_layers(name, names)
     if len(found) != 1:
         raise InputError(f"--select {name!r} fits {len(found)} layers, but has to name one, such as {names[-1]}")

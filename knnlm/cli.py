@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
+import typer.exceptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="knnlm",
     help="Give a language model a memory, and choose by geometry where it looks.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -118,8 +117,10 @@ def run(
     settings = _settings(locals())
     from knnlm.pipeline import run as run_pipeline
     from knnlm.report import write_reports
+    from knnlm.storage import refuse_existing
 
     screen = _Screen(json)
+    refuse_existing(out, overwrite=overwrite)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
     files = write_reports(result, out)
@@ -201,8 +202,10 @@ def build(
     """
     settings = _settings(locals())
     from knnlm.pipeline import build as build_pipeline
+    from knnlm.storage import refuse_existing
 
     screen = _Screen(json)
+    refuse_existing(out, overwrite=overwrite)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)
     _show_info(store.describe(), screen)
@@ -388,9 +391,16 @@ def _show_info(description: dict[str, object], screen: _Screen) -> None:
 
     table = Table(show_header=False)
     for name, value in description.items():
-        table.add_row(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        table.add_row(name, _folded(value))
     screen.say(table)
     screen.result(description)
+
+
+def _folded(value: object) -> str:
+    """A value of any size in a line or two: of a mapping of mappings, the names only."""
+    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        return ", ".join(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def main() -> None:
@@ -401,18 +411,20 @@ def main() -> None:
     # Tokenizers warn about forks that are never made here; set before transformers is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped by Ctrl-C; nothing half-written was left behind", 130)
-    except click.ClickException as error:
-        _fail(f"{error.format_message().rstrip('.')}; see {_command_path(error)} --help", 2)
+    except typer.exceptions.TyperException as error:
+        _fail(_usage(error), 2)
     except (KNNLMError, VectorIndexError, OSError) as error:
         _fail(" ".join(str(error).split()), 2)
 
 
-def _command_path(error: click.ClickException) -> str:
+def _usage(error: typer.exceptions.TyperException) -> str:
+    """What typer says of wrong options, in one line, and where the right ones are listed."""
     context = getattr(error, "ctx", None)
-    return context.command_path if context else "knnlm"
+    command = context.command_path if context else "knnlm"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; {command} --help lists the options"
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -37,7 +37,7 @@ from knnlm.indexing import index_layer
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.overlap import overlap
-from knnlm.plan import estimate_tokens, make_plan, versions, window_config
+from knnlm.plan import check_choice, estimate_tokens, make_plan, versions, window_config
 from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
@@ -102,6 +102,7 @@ def build(
     """
     progress = progress or Silent()
     with new_folder(Path(out), overwrite=overwrite) as folder:
+        check_choice(lm, select_layers(settings.layers.layers or "all", lm.layer_names), settings)
         sampled = _choose_on_sample(lm, text, settings, progress)
         layers = (sampled.choice.layer,) if sampled else _named_layers(lm, settings)
         documents = _documents(lm, text, settings)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from knnlm.choose import candidate_layers
+from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, one_layer
 from knnlm.config import KEY_BYTES, Settings, TextConfig
 from knnlm.corpus import read_documents, text_bytes
 from knnlm.errors import InputError
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
+from knnlm.search import check_index
 from knnlm.windows import WindowConfig
 
 # How much text is tokenised to learn how many bytes a token has.
@@ -51,6 +52,7 @@ def window_config(lm: LanguageModel, text: TextConfig) -> WindowConfig:
 def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings: Settings) -> Plan:
     """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much."""
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    check_choice(lm, layers, settings)
     tokens = estimate_tokens(lm, text, settings.text)
     if tokens is None:
         return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
@@ -60,6 +62,7 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
     if needed <= allowed:
         return Plan(layers, tokens, needed, sentence)
     fewer = candidate_layers(settings.layers, layers, lm.layer_names)
+    check_choice(lm, fewer, settings)
     less = key_bytes(lm, fewer, tokens, settings.key_dtype)
     if less > allowed:
         raise InputError(
@@ -68,6 +71,18 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
         )
     sentence += f", over the {_gigabytes(allowed)} allowed: keeping to the {len(fewer)} candidates ({_gigabytes(less)})"
     return Plan(fewer, tokens, less, sentence)
+
+
+def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -> None:
+    """Find out before any work whether the choice and the index can be made.
+
+    :raises LayerError: `--select` or `--candidates` names no layer of the model, or one that is not looked at.
+    :raises index.errors.UnknownSpec: FAISS does not understand `--index`.
+    """
+    candidate_layers(settings.layers, layers, lm.layer_names)
+    if settings.layers.select not in SCORES_THAT_CHOOSE:
+        one_layer(settings.layers.select, layers)
+    check_index(settings.knn, [lm.dims[name] for name in layers])
 
 
 def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: str) -> int:

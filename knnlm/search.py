@@ -5,16 +5,19 @@ Legend: Q queries, K neighbours, D dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.base import VectorIndex
+from index.build import check_spec
 from index.exact import ExactIndex
 from index.metric import Metric
 from index.neighbors import Neighbors
 from index.storage import open_index
+from knnlm.config import KNNConfig
 from knnlm.datastore import Datastore
 from knnlm.errors import InputError
 from knnlm.probability import Search
@@ -77,6 +80,12 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
 def index_metric(metric: str) -> Metric:
     """The index's metric: cosine is squared L2 on unit vectors (2 - 2 cos), which the datastore makes."""
     return Metric.IP if metric == "ip" else Metric.L2
+
+
+def check_index(knn: KNNConfig, dims: Sequence[int]) -> None:
+    """:raises index.errors.UnknownSpec: FAISS does not understand the index for a layer's size."""
+    for dim in set(dims):
+        check_spec(knn.index, dim, index_metric(knn.metric))
 
 
 def check_k(k: int | None, count: int) -> None:
