@@ -29,20 +29,18 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:
     """Return the type in which this CPU computes a checkpoint of the stated type, and a note if they differ.
 
-    Half precision is computed in bfloat16 where that pays, else in float32; float16 never.
+    bfloat16 is computed in bfloat16 where that pays, else in float32. float16 is computed in float32, which holds its
+    weights exactly: bfloat16 would round them, and a CPU multiplies float16 slowly.
     """
-    if stated not in (torch.bfloat16, torch.float16):
+    if stated == torch.float16:
+        return torch.float32, "the checkpoint is float16 and computed in float32, which holds its weights exactly"
+    if stated != torch.bfloat16:
         return torch.float32, None
     speed = bfloat16_speed()
-    taken = torch.bfloat16 if speed >= _WORTHWHILE else torch.float32
-    if taken == stated:
-        return taken, None
+    if speed >= _WORTHWHILE:
+        return torch.bfloat16, None
     reason = f"this CPU's bfloat16 products are {speed:.2g} times as fast as float32's"
-    return taken, f"the checkpoint is {_name(stated)} and computed in {_name(taken)}: {reason}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return torch.float32, f"the checkpoint is bfloat16 and computed in float32: {reason}"
 
 
 @cache

@@ -231,9 +231,9 @@ def load_model(
 ) -> LanguageModel:
     """Load a causal LM and its tokenizer from a folder (the network is not touched) or from the hub.
 
-    `dtype` is float32, bfloat16, float16 or auto: the checkpoint's own type, except on a CPU, where a half-precision
-    checkpoint is computed in bfloat16 only if this CPU is measured to be fast at it, and else in float32. `device` is
-    cpu, cuda, mps or auto.
+    `dtype` is float32, bfloat16, float16 or auto: the checkpoint's own type, except on a CPU. There a bfloat16
+    checkpoint is computed as such only if the CPU is measured to be fast at it, and else, like a float16 one, in
+    float32. `device` is cpu, cuda, mps or auto.
 
     Raises ModelError for what is not a decoder-only causal LM with a tokenizer, InputError for a wrong option.
     """

@@ -478,7 +478,7 @@ def half_folders(tmp_path_factory):
             "bfloat16 and computed in float32: this CPU's bfloat16 products are 1.2",
         ),
         (torch.bfloat16, 0.003, torch.float32, "products are 0.003 times as fast as float32's"),
-        (torch.float16, 2.0, torch.bfloat16, "float16 and computed in bfloat16"),
+        (torch.float16, 2.0, torch.float32, "float16 and computed in float32, which holds its weights exactly"),
         (torch.float16, 0.003, torch.float32, "float16 and computed in float32"),
     ],
 )
