@@ -80,6 +80,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C: 128 + SIGINT."""
+
+
 @app.command()
 def run(
     model: Model,
@@ -411,13 +415,16 @@ def main() -> None:
     # Tokenizers warn about forks that are never made here; set before transformers is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped by Ctrl-C; nothing half-written was left behind", 130)
+        status = INTERRUPTED
     except typer.exceptions.TyperException as error:
         _fail(_usage(error), 2)
     except (KNNLMError, VectorIndexError, OSError) as error:
         _fail(" ".join(str(error).split()), 2)
+    if status == INTERRUPTED:  # typer catches KeyboardInterrupt itself and returns this
+        _fail("stopped by Ctrl-C; nothing half-written was left behind", INTERRUPTED)
+    sys.exit(status)
 
 
 def _usage(error: typer.exceptions.TyperException) -> str:

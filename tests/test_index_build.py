@@ -106,12 +106,28 @@ def test_tuning_gives_up_where_nothing_helps():
     assert index.overfetch <= 4 * 16
 
 
-def test_keys_with_huge_constant_dimensions_are_found():
-    """Not centred, PQ and BLAS would see the two huge dimensions only."""
-    source = ArraySource(massive(3000, 16))
+@pytest.mark.parametrize("keys_ND", [massive(3000, 16), clustered(3000, 16) + 1000], ids=["massive", "far"])
+def test_keys_far_from_the_origin_are_found_without_more_candidates(keys_ND):
+    """Training, adding and searching are all by centred vectors, or codes and BLAS would see the distance only."""
+    source = ArraySource(keys_ND)
     index = build_index(source, "IVF8,SQ8", k=20)
     trial = make_trial(source, Metric.L2, k=20, queries=100, rng=np.random.default_rng(1))
     assert run_trial(index, trial).recall > 0.93
+    assert index.overfetch == 1.1
+
+
+def test_seed_decides_the_lists():
+    def content(seed):
+        pieces = []
+        build_index(ArraySource(clustered(400, 8)), "IVF8,Flat", k=5, seed=seed).native.write(pieces.append)
+        return b"".join(pieces)
+
+    assert content(1) == content(1) != content(2)
+
+
+def test_nsg_gets_all_keys_at_once(monkeypatch):
+    monkeypatch.setattr("index.build.BLOCK_BYTES", 4 * 8 * 100)
+    assert len(build_index(ArraySource(clustered(400, 8)), "NSG8,Flat", k=5)) == 400
 
 
 def test_auto_is_exact_for_few_keys():

@@ -66,6 +66,15 @@ def test_keys_with_huge_constant_dimensions_not_centred(metric):
         np.testing.assert_allclose(found.distances_QK, np.sort(truth_QN, axis=1)[:, :30], rtol=5e-7)
 
 
+def test_swaps_at_the_border_are_mended():
+    """Two far clouds: no centre makes both norms small, BLAS errs by about 0.1, and the k-th is often the k+1-st."""
+    keys_ND, queries_QD = clustered(3000, 256), clustered(500, 256, seed=1)
+    keys_ND[:, 0] = np.where(np.arange(3000) % 2, 1000, -1000)
+    queries_QD[:, 0] = 1000
+    found = ExactIndex(ArraySource(keys_ND), Metric.L2).search(queries_QD, 30)
+    assert_exact(found, queries_QD, keys_ND, Metric.L2, 30)
+
+
 def test_source_that_gives_views_is_not_written_to():
     keys_ND = massive(500, 8)
     before = keys_ND.copy()
