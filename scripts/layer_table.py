@@ -109,6 +109,7 @@ def by_block(study: Study) -> Iterator[str]:
     parts = ("attn_input", "attn_output", "ffn_input", "ffn_output", "block_output")
     by_name = {layer["layer"]: layer["perplexity"] for layer in study["layers"]}
     blocks = sorted({int(name.split(".")[0]) for name in by_name if "." in name})
+    yield f"### {study['case']}\n"
     yield f"| block | {' | '.join(parts)} |"
     yield f"| --- {'| --- ' * len(parts)}|"
     for block in blocks:
