@@ -13,7 +13,7 @@ from index.errors import FaissFailed, InvalidKeys, InvalidQuery, NotTrained, Too
 from index.exact import ExactIndex
 from index.faiss_index import create_index
 from index.metric import Metric
-from index.recall import make_trial, run_trial
+from index.recall import Recall, make_trial, run_trial
 from index.source import ArraySource, spread_ids
 from index.tune import tune
 from tests.vector_oracle import clustered, massive
@@ -91,6 +91,30 @@ def test_effort_is_not_raised_further_than_needed():
     assert run_trial(index, trial).recall < 0.9
 
 
+@pytest.mark.parametrize(
+    ("recall_of", "effort", "overfetch"),
+    [
+        # 36 are needed; 64 reach it, and so do 48 and then 40.
+        (lambda effort, overfetch: effort / 40, 40, 1),
+        # Effort brings nothing: it is doubled once, then candidates until they suffice.
+        (lambda effort, overfetch: 0.5 + overfetch / 10, 2, 4),
+        # Both are needed by turns, and effort is not run up to its limit in vain.
+        (lambda effort, overfetch: min(effort / 8, overfetch / 4), 7, 4),
+    ],
+    ids=["narrowed", "plateau", "both"],
+)
+def test_dials_are_turned_where_it_helps(monkeypatch, recall_of, effort, overfetch):
+    index, trial = untuned("IVF128,Flat", count=300)
+    assert index.effort.value == 1
+
+    def pretended(index, trial):
+        return Recall(recall_of(index.effort.value, index.overfetch), 1, 1, 0.0, 0.0)
+
+    monkeypatch.setattr("index.tune.run_trial", pretended)
+    assert tune(index, trial, 0.88) >= 0.88
+    assert (index.effort.value, index.overfetch) == (effort, overfetch)
+
+
 @pytest.mark.parametrize("spec", ["PQ2x4", "IVF4,PQ2x4"])
 def test_more_candidates_are_taken_where_codes_are_too_coarse(spec):
     index, trial = untuned(spec)
@@ -118,8 +142,9 @@ def test_keys_far_from_the_origin_are_found_without_more_candidates(keys_ND):
 
 def test_seed_decides_the_lists():
     def content(seed):
-        pieces = []
-        build_index(ArraySource(clustered(400, 8)), "IVF8,Flat", k=5, seed=seed).native.write(pieces.append)
+        pieces, native = [], create_index("IVF8,Flat", 8, Metric.L2)
+        native.train(clustered(400, 8), seed)
+        native.write(pieces.append)
         return b"".join(pieces)
 
     assert content(1) == content(1) != content(2)

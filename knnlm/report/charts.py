@@ -222,11 +222,21 @@ def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
     values += [data.lm_perplexity] if data.lm_perplexity else []
     low, high = min(values), max(values)
     # A few hopeless layers must not press the good ones flat.
-    scale: Figure = {"type": "log", "dtick": "D2"} if high > 4 * low > 0 else {}
-    if scale:
+    scale: Figure = {}
+    if high > 4 * low > 0:
+        ticks = _ticks_125(low, high)
+        scale = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
         low, high = math.log10(low), math.log10(high)
     room = (high - low) or 1.0
     return {"title": {"text": "perplexity"}, "range": [low - 0.1 * room, high + 0.14 * room]} | scale
+
+
+def _ticks_125(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten around low to high; plotly itself would label 50 as 5."""
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    return [
+        digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low / 2 <= digit * 10.0**decade <= 2 * high
+    ]
 
 
 def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:
