@@ -99,7 +99,7 @@ def test_effort_is_not_raised_further_than_needed():
         # Effort brings nothing: it is doubled once, then candidates until they suffice.
         (lambda effort, overfetch: 0.5 + overfetch / 10, 2, 4),
         # Both are needed by turns, and effort is not run up to its limit in vain.
-        (lambda effort, overfetch: min(effort / 8, overfetch / 4), 7, 4),
+        (lambda effort, overfetch: min(effort / 8, overfetch / 4), 8, 4),
     ],
     ids=["narrowed", "plateau", "both"],
 )
