@@ -18,7 +18,7 @@ from pathlib import Path
 
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.corpus import read_documents, tokenize
-from knnlm.evaluation import LayerOutcome, Queries, evaluate_layers, open_queries, regret, summarize
+from knnlm.evaluation import SCORES, LayerOutcome, Queries, evaluate_layers, open_queries, regret, summarize
 from knnlm.layers import FINAL, select_layers
 from knnlm.lm import load_model
 from knnlm.pipeline import build
@@ -27,14 +27,6 @@ from knnlm.report.document import score_from_document, to_document
 from knnlm.results import LayerScore
 from knnlm.windows import take_slices
 
-SCORES = (
-    "dispersion",
-    "dispersion_within",
-    "dispersion_segments",
-    "dispersion_standardized",
-    "effective_rank",
-    "probe",
-)
 SECTION_CHARACTERS = 20_000
 
 

@@ -16,17 +16,9 @@ from typing import Any
 
 from knnlm.choose import choose
 from knnlm.config import LayerConfig
+from knnlm.evaluation import SCORES
 from knnlm.report.document import from_document
 from knnlm.statistics import spearman
-
-SCORES = (
-    "dispersion",
-    "dispersion_within",
-    "dispersion_segments",
-    "dispersion_standardized",
-    "effective_rank",
-    "probe",
-)
 
 Study = dict[str, Any]
 
