@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import typer.exceptions
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from knnlm.screen import Screen
 
+if TYPE_CHECKING:
     from knnlm.config import Settings
     from knnlm.lm import LanguageModel
-    from knnlm.progress import Advance
     from knnlm.results import EvalResult, ScoreResult
 
 app = typer.Typer(
@@ -35,7 +33,7 @@ OtherModel = Annotated[
 ]
 Text = Annotated[
     list[str],
-    typer.Option("--text", help="Files or folders (.txt .jsonl .parquet) or hf:NAME/CONFIG:SPLIT; may be repeated."),
+    typer.Option("--text", help="Files or folders (.txt .jsonl .parquet) or hf:NAME/CONFIG:SPLIT; one or more."),
 ]
 EvalText = Annotated[list[str], typer.Option("--eval-text", help="Evaluation text, given like --text.")]
 MaybeEvalText = Annotated[
@@ -123,7 +121,7 @@ def run(
     from knnlm.report import write_reports
     from knnlm.storage import refuse_existing
 
-    screen = _Screen(json)
+    screen = Screen(json)
     refuse_existing(out, overwrite=overwrite)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
@@ -167,7 +165,7 @@ def score(
 
     if out is not None and not overwrite:
         refuse_existing(out)
-    screen = _Screen(json)
+    screen = Screen(json)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     result = score_pipeline(lm, text, settings=settings, stop_early=stop_early, progress=screen)
     if out is not None:
@@ -208,7 +206,7 @@ def build(
     from knnlm.pipeline import build as build_pipeline
     from knnlm.storage import refuse_existing
 
-    screen = _Screen(json)
+    screen = Screen(json)
     refuse_existing(out, overwrite=overwrite)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)
@@ -248,7 +246,7 @@ def evaluate(
     from knnlm.pipeline import evaluate as evaluate_pipeline
     from knnlm.report import write_reports
 
-    screen = _Screen(json)
+    screen = Screen(json)
     opened = Datastore.open(store)
     lm = _load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
@@ -266,7 +264,7 @@ def info(store: Store, json: Json = False) -> None:
     """
     from knnlm.datastore import Datastore
 
-    _show_info(Datastore.open(store).describe(), _Screen(json))
+    _show_info(Datastore.open(store).describe(), Screen(json))
 
 
 @app.command()
@@ -278,7 +276,7 @@ def verify(store: Store, json: Json = False) -> None:
     from knnlm.datastore import Datastore
     from knnlm.indexing import verify_store
 
-    screen = _Screen(json)
+    screen = Screen(json)
     problems = verify_store(Datastore.open(store), screen)
     screen.result({"store": str(store), "whole": not problems, "problems": problems})
     for problem in problems:
@@ -286,54 +284,6 @@ def verify(store: Store, json: Json = False) -> None:
     if problems:
         raise typer.Exit(2)
     screen.say(f"{store} is whole")
-
-
-class _Screen:
-    """Tables to standard output, progress and notes to standard error; with --json only the document to the former."""
-
-    def __init__(self, as_json: bool) -> None:
-        from rich.console import Console
-
-        self.as_json = as_json
-        # Where output goes to a file or a pipe, there is no width to keep to.
-        self.out: Console = Console(width=None if sys.stdout.isatty() else 140)
-        self.err: Console = Console(stderr=True)
-
-    @contextmanager
-    def stage(self, name: str, unit: str) -> Iterator[Advance]:
-        from rich import progress as bars
-
-        columns = (
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.TaskProgressColumn(),
-            bars.TextColumn("{task.fields[rate]}"),
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
-        )
-        with bars.Progress(*columns, console=self.err, transient=True) as shown:
-            task = shown.add_task(name, total=None, rate="")
-
-            def advance(done: int, total: int | None) -> None:
-                elapsed = shown.tasks[0].elapsed or 0
-                rate = f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0 else ""
-                shown.update(task, completed=done, total=total, rate=rate)
-
-            yield advance
-
-    def note(self, line: str) -> None:
-        """A line on the way."""
-        self.err.print(line, highlight=False, markup=False)
-
-    def say(self, line: Any) -> None:  # noqa: ANN401  (whatever rich can render)
-        """A line or table of the result; nothing with --json."""
-        if not self.as_json:
-            self.out.print(line, highlight=False)
-
-    def result(self, document: object) -> None:
-        """The result's document; nothing without --json."""
-        if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -361,7 +311,7 @@ def _settings(options: dict[str, Any]) -> Settings:
     )
 
 
-def _load(name: str, dtype: str, device: str, trust: bool, screen: _Screen) -> LanguageModel:
+def _load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
     from knnlm.lm import load_model
 
     lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
@@ -370,7 +320,7 @@ def _load(name: str, dtype: str, device: str, trust: bool, screen: _Screen) -> L
     return lm
 
 
-def _show_evaluation(result: EvalResult, screen: _Screen) -> None:
+def _show_evaluation(result: EvalResult, screen: Screen) -> None:
     from knnlm.report.document import to_document
     from knnlm.tables import choice_lines, eval_table
 
@@ -380,7 +330,7 @@ def _show_evaluation(result: EvalResult, screen: _Screen) -> None:
     screen.result(to_document(result))
 
 
-def _show_scores(result: ScoreResult, screen: _Screen) -> None:
+def _show_scores(result: ScoreResult, screen: Screen) -> None:
     from knnlm.report.document import score_document
     from knnlm.tables import choice_lines, score_table
 
@@ -390,7 +340,7 @@ def _show_scores(result: ScoreResult, screen: _Screen) -> None:
     screen.result(score_document(result))
 
 
-def _show_info(description: dict[str, object], screen: _Screen) -> None:
+def _show_info(description: dict[str, object], screen: Screen) -> None:
     from rich.table import Table
 
     table = Table(show_header=False)
@@ -415,7 +365,7 @@ def main() -> None:
     # Tokenizers warn about forks that are never made here; set before transformers is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        status = app(args=_spread(sys.argv[1:]) or ["--help"], standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except typer.exceptions.TyperException as error:
@@ -425,6 +375,19 @@ def main() -> None:
     if status == INTERRUPTED:  # typer catches KeyboardInterrupt itself and returns this
         _fail("stopped by Ctrl-C; nothing half-written was left behind", INTERRUPTED)
     sys.exit(status)
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """`--text a b` as `--text a --text b`: a shell expands `--text *.jsonl` to the former, typer knows the latter."""
+    spread: list[str] = []
+    option = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in ("--text", "--eval-text") else ""
+        elif option and spread[-1] != option:
+            spread.append(option)
+        spread.append(argument)
+    return spread
 
 
 def _usage(error: typer.exceptions.TyperException) -> str:

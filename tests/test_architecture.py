@@ -25,7 +25,7 @@ LEVELS = (
     {"parts"},
     {"evaluation"},
     {"examples"},
-    {"pipeline", "tables"},
+    {"pipeline", "tables", "screen"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,63 @@
+"""The terminal of the command line: tables, progress, JSON. Only the command line shows anything to people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from knnlm.progress import Advance
+
+
+class Screen:
+    """Tables to standard output, progress and notes to standard error; with --json only the document to the former."""
+
+    def __init__(self, as_json: bool) -> None:
+        from rich.console import Console
+
+        self.as_json = as_json
+        # Where output goes to a file or a pipe, there is no width to keep to.
+        self.out: Console = Console(width=None if sys.stdout.isatty() else 140)
+        self.err: Console = Console(stderr=True)
+
+    @contextmanager
+    def stage(self, name: str, unit: str) -> Iterator[Advance]:
+        """A bar with rate and time left, gone when the stage is over."""
+        from rich import progress as bars
+
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.TaskProgressColumn(),
+            bars.TextColumn("{task.fields[rate]}"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+        )
+        with bars.Progress(*columns, console=self.err, transient=True) as shown:
+            task = shown.add_task(name, total=None, rate="")
+
+            def advance(done: int, total: int | None) -> None:
+                elapsed = shown.tasks[0].elapsed or 0
+                rate = f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0 else ""
+                shown.update(task, completed=done, total=total, rate=rate)
+
+            yield advance
+
+    def note(self, line: str) -> None:
+        """A line on the way."""
+        self.err.print(line, highlight=False, markup=False)
+
+    def say(self, line: Any) -> None:  # noqa: ANN401  (whatever rich can render)
+        """A line or table of the result; nothing with --json."""
+        if not self.as_json:
+            self.out.print(line, highlight=False)
+
+    def result(self, document: object) -> None:
+        """The result's document; nothing without --json."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
