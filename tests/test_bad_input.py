@@ -47,7 +47,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.fixture
-def refused(call, model: Path, text: Path, tmp_path: Path):
+def check_refused(call, model: Path, text: Path, tmp_path: Path):
     """`knnlm run` with some options: must end with status 2, one line with these words, and an untouched folder."""
 
     def check(*words: str, options: tuple[object, ...] = (), **changed: object) -> None:
@@ -65,27 +65,27 @@ def refused(call, model: Path, text: Path, tmp_path: Path):
     return check
 
 
-def test_missing_text(refused, tmp_path: Path) -> None:
-    refused("nowhere.txt", text=tmp_path / "nowhere.txt")
+def test_missing_text(check_refused, tmp_path: Path) -> None:
+    check_refused("nowhere.txt", text=tmp_path / "nowhere.txt")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"", ("empty",)), (b"abc\x00\x01def", ("byte 3",)), (b"\xff\xfe\x00", ("byte",)), (b"a", ("token",))],
 )
-def test_text_that_cannot_be_used(content: bytes, words: tuple[str, ...], refused, tmp_path: Path) -> None:
+def test_text_that_cannot_be_used(content: bytes, words: tuple[str, ...], check_refused, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(content)
-    refused(*words, text=tmp_path / "text.txt")
+    check_refused(*words, text=tmp_path / "text.txt")
 
 
-def test_evaluation_text_is_looked_at_before_the_work(refused, tmp_path: Path) -> None:
+def test_evaluation_text_is_looked_at_before_the_work(check_refused, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
-    refused("at least 64", options=("--eval-text", tmp_path / "short.txt"))
+    check_refused("at least 64", options=("--eval-text", tmp_path / "short.txt"))
 
 
-def test_json_line_without_the_field(refused, tmp_path: Path) -> None:
+def test_json_line_without_the_field(check_refused, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"body": "words"}\n')
-    refused("body", "line 1", text=tmp_path / "text.jsonl")
+    check_refused("body", "line 1", text=tmp_path / "text.jsonl")
 
 
 def test_fewer_keys_than_k(call, model: Path, text: Path, tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_fewer_keys_than_k(call, model: Path, text: Path, tmp_path: Path) -> Non
         (("--nonsense",), ("--nonsense", "--help")),
     ],
 )
-def test_wrong_option(options: tuple[object, ...], words: tuple[str, ...], refused) -> None:
-    refused(*words, options=options)
+def test_wrong_option(options: tuple[object, ...], words: tuple[str, ...], check_refused) -> None:
+    check_refused(*words, options=options)
 
 
 def test_missing_option(call) -> None:
@@ -130,45 +130,45 @@ def test_missing_option(call) -> None:
     assert (status, "--model" in line) == (2, True)
 
 
-def test_model_without_a_tokenizer(refused, tmp_path: Path) -> None:
+def test_model_without_a_tokenizer(check_refused, tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "bare")
-    refused("tokenizer", model=tmp_path / "bare")
+    check_refused("tokenizer", model=tmp_path / "bare")
 
 
-def test_encoder_only_model(refused, tmp_path: Path) -> None:
+def test_encoder_only_model(check_refused, tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "bert")
     tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    refused("encoder", model=tmp_path / "bert")
+    check_refused("encoder", model=tmp_path / "bert")
 
 
-def test_model_that_gives_nan_names_the_layer(refused, tmp_path: Path) -> None:
+def test_model_that_gives_nan_names_the_layer(check_refused, tmp_path: Path) -> None:
     broken = tiny_model("gpt2")
     with torch.no_grad():
         broken.transformer.h[1].mlp.c_proj.bias[0] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
     tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    refused("NaN", "1.ffn_output", model=tmp_path / "broken")
+    check_refused("NaN", "1.ffn_output", model=tmp_path / "broken")
 
 
-def test_nan_that_loading_cannot_see_names_layer_and_place(refused, tmp_path: Path) -> None:
+def test_nan_that_loading_cannot_see_names_layer_and_place(check_refused, tmp_path: Path) -> None:
     """Only position 20 is broken; the probe at loading is shorter."""
     broken = tiny_model("gpt2")
     with torch.no_grad():
         broken.transformer.wpe.weight[20] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
     tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    refused("0.attn_input", "not finite", "token 20 of text.jsonl", "document 1", model=tmp_path / "broken")
+    check_refused("0.attn_input", "not finite", "token 20 of text.jsonl", "document 1", model=tmp_path / "broken")
 
 
-def test_output_that_holds_something_is_refused_before_the_model_is_loaded(refused, tmp_path: Path) -> None:
+def test_output_that_holds_something_is_refused_before_the_model_is_loaded(check_refused, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    refused("--overwrite", model="no-such-model")
-    refused("not", "choose another", options=("--overwrite",), model="no-such-model")
+    check_refused("--overwrite", model="no-such-model")
+    check_refused("not", "choose another", options=("--overwrite",), model="no-such-model")
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-def test_full_disk(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(check_refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write of keys fails as on a full disk."""
     from knnlm import storage
 
@@ -176,12 +176,12 @@ def test_full_disk(refused, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage.NpyWriter, "_write", full)
-    refused("No space left")
+    check_refused("No space left")
 
 
-def test_folder_that_cannot_be_written(refused, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(check_refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file where a folder should be")
-    refused("file", options=(), out=tmp_path / "file" / "out")
+    check_refused("file", options=(), out=tmp_path / "file" / "out")
 
 
 def test_store_of_another_model(call, model: Path, text: Path, tmp_path: Path) -> None:
