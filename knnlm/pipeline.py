@@ -345,7 +345,7 @@ def _index(
     store: Datastore, queries: Queries, one: LayerOutcome, settings: Settings, progress: Progress
 ) -> IndexReport:
     """Index the layer; where the index is not exact, measure the perplexity that it gives."""
-    report = index_layer(store, one.layer, settings, progress)
+    report = index_layer(store, one.layer, settings, progress, queries.vectors(one.layer))
     if report.spec == "exact":
         return report
     return replace(report, perplexity=perplexity_through_index(store, queries, one, settings.knn.metric))
