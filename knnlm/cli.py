@@ -118,16 +118,13 @@ def run(
     """
     settings = _settings(locals())
     from knnlm.pipeline import run as run_pipeline
-    from knnlm.report import write_reports
-    from knnlm.storage import refuse_existing
+    from knnlm.plan import check_new_folder
 
     screen = Screen(json)
-    refuse_existing(out, overwrite=overwrite)
+    check_new_folder(out, overwrite=overwrite)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
-    files = write_reports(result, out)
-    _show_evaluation(result, screen)
-    screen.say(f"Report: {files.html}")
+    _show_evaluation(result, screen, out)
 
 
 @app.command()
@@ -160,17 +157,19 @@ def score(
     """
     settings = _settings(locals())
     from knnlm.pipeline import score as score_pipeline
+    from knnlm.plan import check_new_file
     from knnlm.report.document import score_document
-    from knnlm.storage import refuse_existing, write_json
+    from knnlm.storage import write_json
 
-    if out is not None and not overwrite:
-        refuse_existing(out)
+    if out is not None:
+        check_new_file(out, overwrite=overwrite)
     screen = Screen(json)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     result = score_pipeline(lm, text, settings=settings, stop_early=stop_early, progress=screen)
-    if out is not None:
-        write_json(out, score_document(result))
     _show_scores(result, screen)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, score_document(result))
 
 
 @app.command()
@@ -204,10 +203,10 @@ def build(
     """
     settings = _settings(locals())
     from knnlm.pipeline import build as build_pipeline
-    from knnlm.storage import refuse_existing
+    from knnlm.plan import check_new_folder
 
     screen = Screen(json)
-    refuse_existing(out, overwrite=overwrite)
+    check_new_folder(out, overwrite=overwrite)
     lm = _load(model, dtype, device, trust_remote_code, screen)
     store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)
     _show_info(store.describe(), screen)
@@ -244,16 +243,15 @@ def evaluate(
     settings = _settings(locals())
     from knnlm.datastore import Datastore
     from knnlm.pipeline import evaluate as evaluate_pipeline
-    from knnlm.report import write_reports
+    from knnlm.plan import check_report_folder
 
     screen = Screen(json)
+    if report is not None:
+        check_report_folder(report)
     opened = Datastore.open(store)
     lm = _load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
-        write_reports(result, report)
-    _show_evaluation(result, screen)
+    _show_evaluation(result, screen, report)
 
 
 @app.command()
@@ -306,7 +304,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),
         evaluation=EvalConfig(**given("eval_tokens")),
         **given("key_dtype"),
-        disk_budget=None if budget is None else int(budget * 1e9),
+        disk_budget=None if budget is None else budget * 1e9,
         seed=options["seed"],
     )
 
@@ -320,7 +318,9 @@ def _load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> La
     return lm
 
 
-def _show_evaluation(result: EvalResult, screen: Screen) -> None:
+def _show_evaluation(result: EvalResult, screen: Screen, folder: Path | None) -> None:
+    """Show it, then write it: where the report cannot be written, the result is not lost."""
+    from knnlm.report import write_reports
     from knnlm.report.document import to_document
     from knnlm.tables import choice_lines, eval_table
 
@@ -328,6 +328,9 @@ def _show_evaluation(result: EvalResult, screen: Screen) -> None:
     for line in choice_lines(result):
         screen.say(line)
     screen.result(to_document(result))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        screen.say(f"Report: {write_reports(result, folder).html}")
 
 
 def _show_scores(result: ScoreResult, screen: Screen) -> None:
@@ -362,16 +365,20 @@ def main() -> None:
     from index.errors import VectorIndexError
     from knnlm.errors import KNNLMError
 
-    # Tokenizers warn about forks that are never made here; set before transformers is imported.
+    # Both are read when transformers is imported. Tokenizers warn about forks that are never made here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        status = app(args=_spread(sys.argv[1:]) or ["--help"], standalone_mode=False) or 0
+        status = app(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except typer.exceptions.TyperException as error:
         _fail(_usage(error), 2)
-    except (KNNLMError, VectorIndexError, OSError) as error:
-        _fail(" ".join(str(error).split()), 2)
+    except (KNNLMError, VectorIndexError) as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(_refused_by_system(error), 2)
     if status == INTERRUPTED:  # typer catches KeyboardInterrupt itself and returns this
         _fail("stopped by Ctrl-C; nothing half-written was left behind", INTERRUPTED)
     sys.exit(status)
@@ -397,8 +404,14 @@ def _usage(error: typer.exceptions.TyperException) -> str:
     return f"{' '.join(error.format_message().split()).rstrip('.')}; {command} --help lists the options"
 
 
+def _refused_by_system(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; check the path, its permissions and the free space"
+
+
 def _fail(message: str, status: int) -> NoReturn:
-    sys.stderr.write(f"knnlm: {message}\n")
+    """End with one line, whatever a file's name or a library's message holds."""
+    sys.stderr.write(f"knnlm: {' '.join(message.split())}\n")
     sys.exit(status)
 
 

@@ -11,6 +11,8 @@ KEY_BYTES = {"float16": 2, "float32": 4}
 METRICS = ("l2", "cosine", "ip")
 # Padded tokens in one forward pass: enough to fill the cores, small enough that activations stay near the caches.
 BATCH_TOKENS = 4096
+# FAISS keeps its seed in an int32.
+LARGEST_SEED = (1 << 31) - 1
 
 
 def _positive(name: str, value: float | None) -> None:
@@ -114,11 +116,14 @@ class Settings:
     evaluation: EvalConfig = EvalConfig()
     key_dtype: str = "float16"
     """Of keys on disk: `float16`, or `float32` for layers whose values overflow or for exactness to the last digit."""
-    disk_budget: int | None = None
+    disk_budget: float | None = None
     """Bytes that keys may take; None: half of the free disk."""
     seed: int = 0
+    """Of everything drawn at random."""
 
     def __post_init__(self) -> None:
         _positive("disk-budget", self.disk_budget)
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"--seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
         if self.key_dtype not in KEY_BYTES:
             raise InputError(f"--key-dtype is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")

@@ -42,6 +42,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
 from knnlm.scoring import LayerScorer, Separated
+from knnlm.search import check_k
 from knnlm.storage import new_folder
 from knnlm.windows import TokenDocument, WindowConfig, hold_out, rows_to_groups, take_slices
 
@@ -149,6 +150,7 @@ def evaluate(
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
     """
     store.check_model(lm.fingerprint)
+    check_k(settings.knn.k, store.count)
     if settings.knn.index not in ("auto", "exact"):
         raise InputError(f"--index is {settings.knn.index!r}, but a datastore has its own; take auto, or exact")
     text = replace(
@@ -259,6 +261,7 @@ def _extract(
                 writer=writer,
                 advance=lambda done, _: advance(done, max(total, done) if total else None),
             )
+        check_k(settings.knn.k, collected.tokens)
         scored = sampled
         if scorer is not None:
             scored = _score_result(lm, scorer, collected, window, settings, progress)

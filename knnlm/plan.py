@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from knnlm.errors import InputError
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.search import check_index
+from knnlm.storage import refuse_existing
 from knnlm.windows import WindowConfig
 
 # How much text is tokenised to learn how many bytes a token has.
@@ -58,7 +60,7 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
         return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
     needed = key_bytes(lm, layers, tokens, settings.key_dtype)
     allowed = settings.disk_budget or shutil.disk_usage(out.parent).free // 2
-    sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_gigabytes(needed)}"
+    sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_size(needed)}"
     if needed <= allowed:
         return Plan(layers, tokens, needed, sentence)
     fewer = candidate_layers(settings.layers, layers, lm.layer_names)
@@ -66,10 +68,10 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
     less = key_bytes(lm, fewer, tokens, settings.key_dtype)
     if less > allowed:
         raise InputError(
-            f"{sentence}, and the {len(fewer)} candidates alone {_gigabytes(less)}, over the {_gigabytes(allowed)} "
+            f"{sentence}, and the {len(fewer)} candidates alone {_size(less)}, over the {_size(allowed)} "
             "allowed (half of the free disk, or --disk-budget); take fewer --layers, --max-tokens, or knnlm build"
         )
-    sentence += f", over the {_gigabytes(allowed)} allowed: keeping to the {len(fewer)} candidates ({_gigabytes(less)})"
+    sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
     return Plan(fewer, tokens, less, sentence)
 
 
@@ -83,6 +85,42 @@ def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -
     if settings.layers.select not in SCORES_THAT_CHOOSE:
         one_layer(settings.layers.select, layers)
     check_index(settings.knn, [lm.dims[name] for name in layers])
+
+
+def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
+    """Find out before any work whether a datastore can be made here.
+
+    :raises DatastoreExists: the folder holds something.
+    :raises InputError: it lies where nothing can be written.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    _check_writable(Path(path), "--out")
+
+
+def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
+    """:raises InputError: before any work, that the file is there already or cannot be written."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"--out {file} is a folder; name a file for the scores, such as {file / 'scores.json'}")
+    if file.exists() and not overwrite:
+        raise InputError(f"--out {file} exists; choose another --out, or add --overwrite")
+    _check_writable(file, "--out")
+
+
+def check_report_folder(path: str | Path) -> None:
+    """:raises InputError: before any work, that the folder holds something already or cannot be written."""
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"--report {folder} exists and is not an empty folder; choose another --report")
+    _check_writable(folder, "--report")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    there = next(parent for parent in path.resolve().parents if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"{option} {path} cannot be made: {there} is a file; choose another {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path} cannot be made: {there} cannot be written; choose another {option}")
 
 
 def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: str) -> int:
@@ -106,8 +144,8 @@ def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextC
     return min(estimate, config.max_tokens or estimate)
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ class Screen:
         from rich.console import Console
 
         self.as_json = as_json
-        # Where output goes to a file or a pipe, there is no width to keep to.
+        # Where output goes to a file or a pipe, there is no width to keep to, and no bar to draw.
         self.out: Console = Console(width=None if sys.stdout.isatty() else 140)
         self.err: Console = Console(stderr=True)
 
@@ -38,7 +38,7 @@ class Screen:
             bars.TimeElapsedColumn(),
             bars.TimeRemainingColumn(),
         )
-        with bars.Progress(*columns, console=self.err, transient=True) as shown:
+        with bars.Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as shown:
             task = shown.add_task(name, total=None, rate="")
 
             def advance(done: int, total: int | None) -> None:
@@ -50,12 +50,12 @@ class Screen:
 
     def note(self, line: str) -> None:
         """A line on the way."""
-        self.err.print(line, highlight=False, markup=False)
+        self.err.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: Any) -> None:  # noqa: ANN401  (whatever rich can render)
         """A line or table of the result; nothing with --json."""
         if not self.as_json:
-            self.out.print(line, highlight=False)
+            self.out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
     def result(self, document: object) -> None:
         """The result's document; nothing without --json."""

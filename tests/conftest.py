@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,7 +15,12 @@ import pytest
 # Before anything imports transformers or datasets, which read these once. The caches are of this run only.
 _CACHE = tempfile.TemporaryDirectory(prefix="knnlm-tests-", ignore_cleanup_errors=True)
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=_CACHE.name, NO_COLOR="1"
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HOME=_CACHE.name,
+    NO_COLOR="1",
 )
 for _name in [name for name in os.environ if name.startswith("KNNLM_") and name != "KNNLM_NO_BROWSER"]:
     del os.environ[_name]
@@ -31,3 +38,60 @@ def _seeded() -> Iterator[None]:
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
     yield
+
+
+# For the tests of the command line; what is heavy is imported when one of them runs.
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    errors: tuple[str, ...]
+    """Lines of standard error."""
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run the command line in this process."""
+    from knnlm import cli
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["cli.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Outcome(int(stopped.value.code or 0), out, tuple(err.splitlines()))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 with its tokenizer, as `save_pretrained` leaves them; 128 positions."""
+    from tests.tiny_models import save_tiny
+
+    return save_tiny("gpt2", tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 documents of about 250 tokens."""
+    from tests.test_evaluate_oracle import texts, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", texts(0, 24))
+
+
+@pytest.fixture(scope="session")
+def store_folder(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path, text_file: Path) -> Path:
+    """A datastore of `text_file` with the keys of 1.ffn_input and 2.ffn_input; to be copied before it is damaged."""
+    from knnlm.config import LayerConfig, Settings, TextConfig
+    from knnlm.lm import load_model
+    from knnlm.pipeline import build
+
+    settings = Settings(text=TextConfig(context=32, stride=16), layers=LayerConfig(layers="1.ffn_input,2.ffn_input"))
+    out = tmp_path_factory.mktemp("stores") / "store"
+    return build(load_model(gpt2_folder), [text_file], out, settings=settings).folder

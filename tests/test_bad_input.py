@@ -1,229 +1,534 @@
-"""What a user can do wrong: one line on standard error, the right exit status, and nothing left behind."""
+"""What a user can do wrong: one line that says the fact, the value and the way out, status 2 or 130, nothing left."""
 
 from __future__ import annotations
 
 import errno
-import json
+import itertools
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
-from knnlm import cli
+from knnlm.errors import ModelError
+from knnlm.screen import Screen
 from tests.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import save_tiny, tiny_bert, tiny_model, tiny_tokenizer
 
 RUN = ("run", "--context", "32", "--stride", "16", "--eval-tokens", "600")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "gpt2"
-    save_tiny("gpt2", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", texts(0, 24))
+# What comes before an error is what the user is told anyway.
+PLAN = "keys of "
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the command line in this process: (exit status, standard output, last line of standard error)."""
+def refused(call, tmp_path: Path) -> Callable[..., None]:
+    """A command must end in status 2, with nothing on standard output, one line with these words, and no new file."""
 
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["knnlm", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, (err.strip().splitlines() or [""])[-1]
-
-    return run
-
-
-@pytest.fixture
-def check_refused(call, model: Path, text: Path, tmp_path: Path):
-    """`knnlm run` with some options: must end with status 2, one line with these words, and an untouched folder."""
-
-    def check(*words: str, options: tuple[object, ...] = (), **changed: object) -> None:
-        given = {"--model": model, "--text": text, "--out": tmp_path / "out"} | {
-            f"--{name}": value for name, value in changed.items()
-        }
-        before = sorted(tmp_path.rglob("*"))
-        status, out, line = call(*RUN, *(part for pair in given.items() for part in pair), *options)
-        assert (status, out) == (2, "")
+    def check(*arguments: object, words: tuple[str, ...]) -> None:
+        before = tree(tmp_path)
+        ended = call(*arguments)
+        assert (ended.status, ended.out) == (2, "")
+        *others, line = ended.errors
+        assert [other for other in others if not other.startswith(PLAN)] == []
         assert line.startswith("knnlm: ")
-        for word in words:
-            assert word in line
-        assert sorted(tmp_path.rglob("*")) == before
+        assert [word for word in words if word not in line] == []
+        assert tree(tmp_path) == before
 
     return check
 
 
-def test_missing_text(check_refused, tmp_path: Path) -> None:
-    check_refused("nowhere.txt", text=tmp_path / "nowhere.txt")
+@pytest.fixture
+def run_refused(refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
+    """`refused` for `knnlm run`, that would go well but for what is given."""
+
+    def check(*words: str, options: tuple[object, ...] = (), **changed: object) -> None:
+        given = {"model": gpt2_folder, "text": text_file, "out": tmp_path / "deep" / "out"} | changed
+        pairs = [part for name, value in given.items() for part in (f"--{name}", value)]
+        refused(*RUN, *pairs, *options, words=words)
+
+    return check
+
+
+def tree(folder: Path) -> dict[Path, bytes | None]:
+    """Every path below, hidden ones too, with the content of files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+# Text
+
+
+def test_missing_text(run_refused, tmp_path: Path) -> None:
+    run_refused("there is no file or folder", "nowhere.txt", "check the path", text=tmp_path / "nowhere.txt")
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", ("empty",)), (b"abc\x00\x01def", ("byte 3",)), (b"\xff\xfe\x00", ("byte",)), (b"a", ("token",))],
+    [
+        (b"", ("text.txt is empty (0 bytes)", "give a file")),
+        (b" \n\t\n", ("text.txt has no text", "white space", "give a file")),
+        (b"abc\x00\x01def", ("text.txt looks binary", "byte 3 is NUL", "give text in UTF-8")),
+        (b"abc\xff\xfedef", ("text.txt is not UTF-8", "byte 3 is 0xff", "convert it")),
+        (b"a", ("no document of the text has two tokens", "give more text")),
+        (b"too short to hold any of it out", ("too short to hold some out", "--eval-text")),
+    ],
 )
-def test_text_that_cannot_be_used(content: bytes, words: tuple[str, ...], check_refused, tmp_path: Path) -> None:
+def test_text_that_cannot_be_used(content: bytes, words: tuple[str, ...], run_refused, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(content)
-    check_refused(*words, text=tmp_path / "text.txt")
+    run_refused(*words, text=tmp_path / "text.txt")
 
 
-def test_evaluation_text_is_looked_at_before_the_work(check_refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["score", "build"])
+def test_text_of_one_token(command: str, refused, gpt2_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    options = ("--model", gpt2_folder, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
+    refused(command, *options, words=("no document of the text has two tokens", "give more text"))
+
+
+def test_evaluation_text_is_looked_at_before_the_work(run_refused, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("knnlm.pipeline.make_plan", None)  # the work cannot begin
     (tmp_path / "short.txt").write_text("too short")
-    check_refused("at least 64", options=("--eval-text", tmp_path / "short.txt"))
+    run_refused("gives 7 tokens", "at least 64 are needed", options=("--eval-text", tmp_path / "short.txt"))
+    run_refused("nowhere.txt", "check the path", options=("--eval-text", tmp_path / "nowhere.txt"))
 
 
-def test_json_line_without_the_field(check_refused, tmp_path: Path) -> None:
+def test_json_line_without_the_field(run_refused, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"body": "words"}\n')
-    check_refused("body", "line 1", text=tmp_path / "text.jsonl")
+    run_refused("line 1 of", "no field 'text', only body", "--text-field", text=tmp_path / "text.jsonl")
 
 
-def test_fewer_keys_than_k(call, model: Path, text: Path, tmp_path: Path) -> None:
-    """Known only when the keys are counted: the datastore is whole by then and stays, without a report."""
-    options = ("--model", model, "--text", text, "--out", tmp_path / "out", "--layers", "-1.ffn_input", "--k", 99_999)
-    status, out, line = call(*RUN, *options)
-    assert (status, out) == (2, "")
-    assert "--k is 99999" in line
-    assert call("verify", tmp_path / "out")[0] == 0
-    assert not (tmp_path / "out" / "report.json").exists()
+@pytest.mark.parametrize("command", ["run", "build"])
+def test_fewer_keys_than_k(command: str, refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Known when the keys are counted."""
+    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--layers", "-1.ffn_input")
+    refused(command, *options, "--k", 99_999, words=("--k is 99999", "has only", "take a smaller k or more text"))
+
+
+# Options
+
+
+WRONG_OPTIONS = {
+    "--lambda 1.5": ("--lambda is 1.5", "from 0 to 1"),
+    "--lambda nan": ("--lambda is nan", "from 0 to 1"),
+    "--temperature 0": ("--temperature is 0", "above 0"),
+    "--temperature inf": ("--temperature is inf", "finite"),
+    "--k 0": ("--k is 0", "above 0"),
+    "--k ten": ("'--k'", "valid integer", "knnlm run --help lists the options"),
+    "--stride 64": ("--stride 64 is over --context 32", "take a stride of at most"),
+    "--stride 0": ("--stride is 0", "above 0"),
+    "--context 4096": ("--context is 4096", "at most 128 tokens", "take that"),
+    "--max-tokens 0": ("--max-tokens is 0", "above 0"),
+    "--eval-tokens 0": ("--eval-tokens is 0", "above 0"),
+    "--metric hamming": ("--metric is 'hamming'", "l2, cosine, ip"),
+    "--index IVFnonsense": ("'IVFnonsense'", "FAISS", "take auto, exact"),
+    "--index IVF4,PQ7": ("'IVF4,PQ7' for 32 dimensions", "FAISS", "take auto, exact"),
+    "--dtype int3": ("--dtype is 'int3'", "take auto, float32"),
+    "--device abacus": ("--device is 'abacus'", "take auto, cpu"),
+    "--batch-size many": ("'many'", "--batch-size", "auto nor a number"),
+    "--batch-size 0": ("--batch-size is 0", "above 0"),
+    "--layers 9.ffn_input": ("no layer fits '9.ffn_input'", "0-2.attn_input", "0-2.ffn_input", "final_norm"),
+    "--layers 1.middle": ("no layer fits '1.middle'", "0-2.attn_input", "0-2.ffn_input", "final_norm"),
+    "--select 7.ffn_input": ("no layer fits '7.ffn_input'", "0-2.ffn_input", "final_norm"),
+    "--select *.ffn_input": ("--select '*.ffn_input' fits 3 layers", "name one"),
+    "--candidates 7.*": ("no layer fits '7.*'", "0-2.ffn_input", "final_norm"),
+    "--key-dtype int8": ("--key-dtype is 'int8'", "float16, float32"),
+    "--protocol mine": ("mine", "knn-transformers"),
+    "--disk-budget 0.000001": ("over the 0.00 MB allowed", "--disk-budget", "take fewer --layers"),
+    "--disk-budget nan": ("--disk-budget is nan", "above 0"),
+    "--disk-budget inf": ("--disk-budget is inf", "finite"),
+    "--seed -1": ("--seed is -1", "from 0 to 2147483647"),
+    "--seed 2147483648": ("--seed is 2147483648", "from 0 to 2147483647"),
+    "--nonsense": ("--nonsense", "knnlm run --help lists the options"),
+}
+
+
+@pytest.mark.parametrize("given", WRONG_OPTIONS)
+def test_wrong_option(given: str, run_refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knnlm.pipeline.collect", None)  # the work cannot begin
+    run_refused(*WRONG_OPTIONS[given], options=tuple(given.split()))
+
+
+def test_limit_of_one_token(run_refused) -> None:
+    run_refused("--max-tokens is 1", "at least 2", options=("--max-tokens", 1))
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("arguments", "words"),
     [
-        (("--lambda", 1.5), ("--lambda is 1.5", "0 to 1")),
-        (("--temperature", 0), ("--temperature is 0", "above 0")),
-        (("--k", 0), ("--k is 0",)),
-        (("--stride", 64), ("--stride 64", "--context 32")),
-        (("--context", 4096), ("--context is 4096", "128")),
-        (("--metric", "hamming"), ("hamming", "l2, cosine, ip")),
-        (("--index", "IVFnonsense"), ("IVFnonsense", "FAISS")),
-        (("--dtype", "int3"), ("int3", "float32")),
-        (("--device", "abacus"), ("abacus",)),
-        (("--batch-size", "many"), ("many",)),
-        (("--layers", "9.ffn_input"), ("9.ffn_input", "ffn_input")),
-        (("--layers", "1.middle"), ("1.middle",)),
-        (("--select", "7.ffn_input"), ("7.ffn_input",)),
-        (("--candidates", "7.*"), ("7.*",)),
-        (("--key-dtype", "int8"), ("int8", "float16")),
-        (("--protocol", "mine"), ("mine", "knn-transformers")),
-        (("--disk-budget", "0.000000001"), ("--disk-budget",)),
-        (("--nonsense",), ("--nonsense", "--help")),
+        (("run", "--text", "x"), ("Missing option '--model'", "knnlm run --help")),
+        (("run", "--text"), ("'--text' requires an argument", "knnlm --help")),
+        (("verify",), ("Missing argument 'store'", "knnlm verify --help")),
+        (("walk",), ("No such command 'walk'", "knnlm --help")),
     ],
 )
-def test_wrong_option(options: tuple[object, ...], words: tuple[str, ...], check_refused) -> None:
-    check_refused(*words, options=options)
+def test_wrong_usage(arguments: tuple[str, ...], words: tuple[str, ...], refused) -> None:
+    refused(*arguments, words=words)
 
 
-def test_missing_option(call) -> None:
-    status, _, line = call("run", "--text", "x")
-    assert (status, "--model" in line) == (2, True)
+# Models
 
 
-def test_model_without_a_tokenizer(check_refused, tmp_path: Path) -> None:
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_no_such_model(run_refused, tmp_path: Path) -> None:
+    run_refused("there is no folder", "gone", "give the folder of a model", model=tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    run_refused("not a model", "config.json", "save_pretrained", model=tmp_path / "empty")
+    run_refused("no-such/model could not be read as a model", model="no-such/model")
+
+
+def test_model_without_a_tokenizer(run_refused, tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "bare")
-    check_refused("tokenizer", model=tmp_path / "bare")
+    run_refused("bare has no tokenizer", model=tmp_path / "bare")
 
 
-def test_encoder_only_model(check_refused, tmp_path: Path) -> None:
-    tiny_bert().save_pretrained(tmp_path / "bert")
-    tiny_tokenizer().save_pretrained(tmp_path / "bert")
-    check_refused("encoder", model=tmp_path / "bert")
+def test_encoder_only_model(run_refused, tmp_path: Path) -> None:
+    run_refused("bert is an encoder-only model", "GPT-2 or Llama", model=save(tiny_bert(), tmp_path / "bert"))
 
 
-def test_model_that_gives_nan_names_the_layer(check_refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_model_that_is_not_finite_names_the_layer(value: float, run_refused, tmp_path: Path) -> None:
     broken = tiny_model("gpt2")
-    with torch.no_grad():
-        broken.transformer.h[1].mlp.c_proj.bias[0] = float("nan")
-    broken.save_pretrained(tmp_path / "broken")
-    tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    check_refused("NaN", "1.ffn_output", model=tmp_path / "broken")
+    broken.transformer.h[1].mlp.c_proj.bias.data[0] = value
+    words = ("broken gives NaN or infinite values in layer 1.ffn_output", "try --dtype float32")
+    run_refused(*words, model=save(broken, tmp_path / "broken"))
 
 
-def test_nan_that_loading_cannot_see_names_layer_and_place(check_refused, tmp_path: Path) -> None:
-    """Only position 20 is broken; the probe at loading is shorter."""
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose position 20 is broken, which the probe at loading does not reach."""
     broken = tiny_model("gpt2")
-    with torch.no_grad():
-        broken.transformer.wpe.weight[20] = float("nan")
-    broken.save_pretrained(tmp_path / "broken")
-    tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    check_refused("0.attn_input", "not finite", "token 20 of text.jsonl", "document 1", model=tmp_path / "broken")
+    broken.transformer.wpe.weight.data[20] = float("inf")
+    return save(broken, tmp_path_factory.mktemp("models") / "late")
 
 
-def test_output_that_holds_something_is_refused_before_the_model_is_loaded(check_refused, tmp_path: Path) -> None:
+PLACE = ("layer 0.attn_input gives a vector that is not finite, at token 20 of text.jsonl, document 1", "try --dtype")
+
+
+@pytest.mark.parametrize("command", ["run", "score", "build"])
+def test_vector_that_is_not_finite_names_layer_and_place(
+    command: str, late: Path, refused, text_file: Path, tmp_path: Path
+) -> None:
+    options = ("--model", late, "--text", text_file, "--out", tmp_path / "out", "--layers", "0.attn_input")
+    refused(command, *options, words=PLACE)
+
+
+def test_query_that_is_not_finite_names_layer_and_place(
+    late: Path, call, refused, text_file: Path, tmp_path: Path
+) -> None:
+    """Keys from windows of 16 tokens are good."""
+    options = ("--model", late, "--text", text_file, "--out", tmp_path / "store", "--layers", "0.attn_input")
+    assert call("build", *options, "--context", 16).status == 0
+    refused("eval", tmp_path / "store", "--eval-text", text_file, "--context", 32, words=PLACE)
+
+
+# Places for output
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model would be work; what is refused before it is refused before any."""
+
+    def load(*_given: object, **_named: object) -> None:
+        raise ModelError("work began")
+
+    monkeypatch.setattr("knnlm.lm.load_model", load)
+
+
+ANY = ("--model", "any", "--text", "any")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["run", "build"])
+def test_folder_that_holds_something(command: str, refused, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    check_refused("--overwrite", model="no-such-model")
-    check_refused("not", "choose another", options=("--overwrite",), model="no-such-model")
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    options = (command, *ANY, "--out", tmp_path / "out")
+    refused(*options, words=("out exists and is not empty", "choose another --out, or add --overwrite"))
+    refused(*options, "--overwrite", words=("out is not a knnlm folder and is kept", "choose another --out"))
 
 
-def test_full_disk(check_refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every write of keys fails as on a full disk."""
-    from knnlm import storage
-
-    def full(*_args: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(storage.NpyWriter, "_write", full)
-    check_refused("No space left")
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["run", "build", "score"])
+def test_place_below_a_file(command: str, refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    words = ("--out", "cannot be made", "file is a file", "choose another --out")
+    refused(command, *ANY, "--out", tmp_path / "file" / "out", words=words)
 
 
-def test_folder_that_cannot_be_written(check_refused, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a file where a folder should be")
-    check_refused("file", options=(), out=tmp_path / "file" / "out")
+@pytest.mark.usefixtures("no_model")
+def test_file_for_scores_that_is_there(refused, tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text("mine")
+    options = ("score", *ANY, "--out")
+    refused(
+        *options, tmp_path / "scores.json", words=("scores.json exists", "choose another --out, or add --overwrite")
+    )
+    refused(*options, tmp_path, words=("is a folder", "name a file for the scores"))
+    refused(*options, tmp_path, "--overwrite", words=("is a folder", "name a file for the scores"))
+    refused(*options, tmp_path / "scores.json", "--overwrite", words=("work began",))
 
 
-def test_store_of_another_model(call, model: Path, text: Path, tmp_path: Path) -> None:
-    assert call("build", "--model", model, "--text", text, "--out", tmp_path / "s", "--context", 32)[0] == 0
-    save_tiny("llama", tmp_path / "llama")
-    status, _, line = call("eval", tmp_path / "s", "--eval-text", text, "--model", tmp_path / "llama")
-    assert status == 2
-    assert "config" in line
+@pytest.mark.usefixtures("no_model")
+def test_folder_for_a_report_that_holds_something(refused, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("mine")
+    options = ("eval", store_folder, "--eval-text", text_file, "--report")
+    refused(*options, tmp_path, words=("exists and is not an empty folder", "choose another --report"))
+    refused(*options, store_folder, words=("exists and is not an empty folder", "choose another --report"))
+    refused(*options, tmp_path / "new", words=("work began",))
 
 
-PHASES = {
-    "reading text": ("knnlm.pipeline.read_documents", "gone"),
-    "extracting": ("knnlm.collect._forward", "gone"),
-    "scoring": ("knnlm.scoring.LayerScorer.scores", "gone"),
-    "evaluating": ("knnlm.pipeline.evaluate_layers", "whole"),
-    "indexing": ("knnlm.pipeline.index_layer", "whole"),
-    "reporting": ("knnlm.report.html.render", "whole"),
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system in memory, where we may mount one."""
+    folder.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder))
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(("umount", str(folder)), check=True)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["run", "build", "score"])
+def test_read_only_file_system(command: str, refused, tmp_path: Path) -> None:
+    words = ("disk/out cannot be made", "cannot be written", "choose another --out")
+    with mounted(tmp_path / "disk", "ro,size=64k") as disk:
+        refused(command, *ANY, "--out", disk / "out", words=words)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_read_only_folder(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For root no folder is read-only, so the system's answer is given here."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+    words = ("deep/out cannot be made", "locked cannot be written", "choose another --out")
+    refused("run", *ANY, "--out", locked / "deep" / "out", words=words)
+
+
+def test_full_disk(gpt2_folder: Path, text_file: Path, call, tmp_path: Path) -> None:
+    """Keys of 16 layers take 6 MB: refused before the work, or, where the user insists, when the disk is full."""
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        options = (*RUN, "--model", gpt2_folder, "--text", text_file, "--out", disk / "deep" / "out")
+        planned, full = call(*options), call(*options, "--disk-budget", 1)
+        assert (planned.status, full.status, list(disk.iterdir())) == (2, 2, [])
+    assert "half of the free disk" in planned.errors[-1]
+    assert full.errors[-1].startswith(f"knnlm: cannot write in {disk / 'deep'}: No space left on device; free some")
+
+
+def full_disk(*_given: object, **_named: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "some file")
+
+
+def test_full_disk_while_keys_are_written(run_refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, on machines where nothing can be mounted."""
+    monkeypatch.setattr("knnlm.storage.NpyWriter._write", full_disk)
+    run_refused("cannot write", "No space left on device", "free some space or choose another --out")
+
+
+@pytest.mark.parametrize(
+    "place", ["index.storage._write_manifest", "knnlm.datastore.write_json", "knnlm.report.html.write_whole"]
+)
+def test_full_disk_after_the_datastore_is_whole(
+    place: str, call, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, full_disk)
+    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--layers", "-1.ffn_input")
+    ended = call(*RUN, *options)
+    assert ended.status == 2
+    assert ended.errors[-1].startswith("knnlm: ")
+    assert "No space left on device" in ended.errors[-1]
+    assert "free" in ended.errors[-1]
+    # The report comes last: what it would say has been shown by then.
+    assert ("Chosen: 2.ffn_input" in ended.out) == ("report" in place)
+    check_whole(call, tmp_path)
+
+
+def check_whole(call, folder: Path) -> None:
+    """The datastore `out` is whole and works, and nothing else is in the folder."""
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    out = folder / "out"
+    assert [path.name for path in out.rglob("*") if path.name.startswith(".")] == []
+    assert call("verify", out).status == 0
+
+
+# Datastores
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "eval"])
+def test_no_datastore(command: str, refused, text_file: Path, tmp_path: Path) -> None:
+    text = ("--eval-text", text_file) if command == "eval" else ()
+    words = ("is not a datastore: it has no datastore.json", "make one with knnlm build")
+    refused(command, tmp_path, *text, words=words)
+    refused(command, tmp_path / "nowhere", *text, words=words)
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_file_of_a_datastore_is_gone(command: str, refused, store_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(store_folder, tmp_path / "store")
+    (tmp_path / "store" / "values-00000.npy").unlink()
+    refused(command, tmp_path / "store", words=("values-00000.npy is missing", "build the datastore again"))
+
+
+NOT_IN_THE_DATASTORE = {
+    "--k 99999": ("--k is 99999", "has only 6051 keys", "take a smaller k"),
+    "--layers 0.ffn_input": ("no layer fits '0.ffn_input'", "1-2.ffn_input"),
+    "--metric cosine": ("built for --metric l2, not cosine", "--index exact"),
+    "--index IVF4,Flat": ("--index is 'IVF4,Flat'", "take auto, or exact"),
+    "--context 8": ("--stride 16 is over --context 8", "take a stride of at most"),
 }
+
+
+@pytest.mark.parametrize("given", NOT_IN_THE_DATASTORE)
+def test_eval_of_what_the_datastore_does_not_have(
+    given: str, refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--metric" not in given:  # met where the index is opened
+        monkeypatch.setattr("knnlm.evaluation.collect", None)  # the work cannot begin
+    options = ("--eval-text", text_file, "--eval-tokens", 300, *given.split())
+    refused("eval", store_folder, *options, words=NOT_IN_THE_DATASTORE[given])
+
+
+def test_datastore_of_another_model(refused, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("eval", store_folder, "--eval-text", text_file, "--model")
+    other = save_tiny("llama", tmp_path / "llama")
+    refused(*options, other, words=("was made with another model", "config", "weights", "take the model"))
+    trained = tiny_model("gpt2")
+    trained.transformer.h[0].mlp.c_fc.weight.data.mul_(1.5)
+    refused(*options, save(trained, tmp_path / "trained"), words=("another model", ": weights ", "take the model"))
+
+
+# Ctrl-C
+
+
+def stopped(*_given: object, **_named: object) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_in_stage(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Ctrl-C when the stage has done its first piece."""
+    original = Screen.stage
+
+    @contextmanager
+    def stage_that_is_stopped(self: Screen, name: str, unit: str) -> Iterator[Callable[..., None]]:
+        with original(self, name, unit) as advance:
+            yield stopped if name.startswith(stage) else advance
+
+    monkeypatch.setattr(Screen, "stage", stage_that_is_stopped)
+
+
+def stop_in_text(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Ctrl-C after five documents; the plan has read the text's beginning before."""
+    from knnlm.corpus import read_documents
+
+    def read(*given, **named):
+        yield from itertools.islice(read_documents(*given, **named), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, read)
+
+
+def stop_in_call(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(place, stopped)
+
+
+# phase of `run`: (how it is stopped, where, whether the datastore is whole by then)
+PHASES = {
+    "loading": (stop_in_call, "knnlm.lm.load_model", False),
+    "planning": (stop_in_text, "knnlm.plan.read_documents", False),
+    "reading text": (stop_in_text, "knnlm.pipeline.read_documents", False),
+    "extracting": (stop_in_stage, "extracting keys", False),
+    "writing keys": (stop_in_call, "knnlm.storage.NpyWriter._write", False),
+    "scoring": (stop_in_stage, "effective rank and retrieval probe", False),
+    "writing the manifest": (stop_in_call, "knnlm.datastore_writer.write_json", False),
+    "moving the datastore": (stop_in_call, "knnlm.storage._swap", False),
+    "evaluation text": (stop_in_stage, "evaluation text through the model", True),
+    "evaluating": (stop_in_stage, "searching 2.ffn_input", True),
+    "examples": (stop_in_call, "knnlm.pipeline.find_examples", True),
+    "indexing": (stop_in_stage, "indexing", True),
+    "writing the index": (stop_in_call, "index.storage._write_manifest", True),
+    "noting the index": (stop_in_call, "knnlm.datastore.write_json", True),
+    "drawing the report": (stop_in_call, "knnlm.report.html.make_charts", True),
+    "writing the report": (stop_in_call, "knnlm.report.html.write_whole", True),
+}
+
+
+@pytest.fixture
+def queries(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where temporary files go."""
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_ctrl_c_in_each_phase(
-    phase: str, call, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str, call, gpt2_folder: Path, text_file: Path, tmp_path: Path, queries: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(*_args: object, **_named: object) -> None:
-        raise KeyboardInterrupt
+    stop, place, whole = PHASES[phase]
+    options = ("--model", gpt2_folder, "--text", text_file, "--layers", "1.ffn_input,2.ffn_input")
+    with monkeypatch.context() as patched:
+        stop(patched, place)
+        ended = call(*RUN, *options, "--out", tmp_path / "deep" / "out")
+    assert ended.status == 130
+    *others, line = ended.errors
+    assert [other for other in others if not other.startswith(PLAN)] == []
+    assert line == "knnlm: stopped by Ctrl-C; nothing half-written was left behind"
+    assert list(queries.iterdir()) == []
+    if whole:
+        check_whole(call, tmp_path / "deep")
+    else:
+        assert list(tmp_path.iterdir()) == []
 
-    target, left = PHASES[phase]
-    monkeypatch.setattr(target, stopped)
-    out = tmp_path / "out"
-    status, _, line = call(*RUN, "--model", model, "--text", text, "--out", out, "--layers", "*.ffn_input")
-    assert status == 130
-    assert "Ctrl-C" in line
-    assert [path.name for path in tmp_path.iterdir()] == ([] if left == "gone" else ["out"])
-    if left == "whole":
-        assert not [path for path in out.rglob("*") if path.name.startswith(".")]
-        assert call("verify", out)[0] == 0
+
+def test_datastore_works_after_ctrl_c_while_it_was_indexed(
+    call, gpt2_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = ("--model", gpt2_folder, "--text", text_file, "--layers", "-1.ffn_input", "--out", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patched:
+        stop_in_stage(patched, "indexing")
+        assert call("build", *options, "--context", 32).status == 130
+    check_whole(call, tmp_path)
+    assert call("eval", tmp_path / "out", "--eval-text", text_file, "--eval-tokens", 300).status == 0
 
 
-def test_interrupt_of_a_real_process(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_would_have_been_overwritten(
+    call, store_folder: Path, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store_folder, tmp_path / "out")
+    before = tree(tmp_path)
+    stop_in_stage(monkeypatch, "extracting keys")
+    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--overwrite")
+    assert call(*RUN, *options).status == 130
+    assert tree(tmp_path) == before
+
+
+def test_ctrl_c_leaves_no_scores_and_no_report(
+    call, store_folder: Path, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_in_stage(monkeypatch, "")
+    scores, report = ("--out", tmp_path / "deep" / "scores.json"), ("--report", tmp_path / "deep" / "report")
+    assert call("score", "--model", gpt2_folder, "--text", text_file, *scores).status == 130
+    assert call("eval", store_folder, "--eval-text", text_file, *report).status == 130
+    assert call("verify", store_folder).status == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_of_a_real_process(gpt2_folder: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "long.jsonl", texts(0, 3000))
-    command = [sys.executable, "-m", "knnlm.cli", *RUN, "--model", str(model), "--text", str(text)]
+    command = [sys.executable, "-m", "knnlm.cli", *RUN, "--model", str(gpt2_folder), "--text", str(text)]
     out = tmp_path / "out" / "store"
     process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -231,27 +536,9 @@ def test_interrupt_of_a_real_process(model: Path, tmp_path: Path) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out_text, err_text = process.communicate(timeout=60)
-    assert process.returncode == 130, err_text
-    assert out_text == ""
-    assert err_text.strip().splitlines()[-1].startswith("knnlm: stopped by Ctrl-C")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl"]
-
-
-def test_json_of_a_run_is_one_document(call, model: Path, text: Path, tmp_path: Path) -> None:
-    options = ("--model", model, "--text", text, "--out", tmp_path / "out", "--layers", "*.ffn_input", "--json")
-    status, out, _ = call(*RUN, *options)
-    assert status == 0
-    document = json.loads(out)
-    assert document == json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {"lm", "layers", "selected", "best", "regret", "settings", "versions"} <= set(document)
-    fields = {"layer", "dispersion", "dispersion_within", "interval", "probe", "perplexity", "k", "lambda"}
-    assert fields | {"temperature"} <= set(document["layers"][0])
-    status, out, _ = call("info", tmp_path / "out", "--json")
-    assert json.loads(out)["keys"] > 0
-    status, out, _ = call("verify", tmp_path / "out", "--json")
-    assert json.loads(out)["whole"] is True
-    status, out, _ = call("eval", tmp_path / "out", "--eval-text", text, "--json")
-    assert json.loads(out)["lm"]["perplexity"] > 1
-    status, out, _ = call("score", "--model", model, "--text", text, "--context", 32, "--json")
-    assert len(json.loads(out)["layers"]) == 16
+    said, told = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, ""), told
+    plan, line = told.splitlines()
+    assert plan.startswith(PLAN)
+    assert line == "knnlm: stopped by Ctrl-C; nothing half-written was left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"]

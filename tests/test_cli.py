@@ -1,15 +1,20 @@
-"""What the command line does with its arguments before any command runs, and its help."""
+"""The command line: its help, what each command prints and writes, and that options arrive where they work."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from knnlm import cli
 
 COMMANDS = ("run", "score", "build", "eval", "info", "verify")
+WINDOWS = ("--context", "32", "--stride", "16")
+SHORT = ("--eval-tokens", "600", "--layers", "*.ffn_input")
 
 
 @pytest.mark.parametrize(
@@ -27,13 +32,21 @@ def test_texts_may_follow_one_option(given: str, spread: str) -> None:
     assert cli._spread(given.split()) == spread.split()
 
 
+# Help
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["knnlm", command, "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
-    assert f"Example: knnlm {command}" in capsys.readouterr().out
+def test_help_has_an_example(command: str, call) -> None:
+    asked = call(command, "--help")
+    assert (asked.status, asked.errors) == (0, ())
+    assert f"Example: knnlm {command}" in asked.out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_help_lists_the_commands(arguments: tuple[str, ...], call) -> None:
+    asked = call(*arguments)
+    assert asked.status == 0
+    assert all(f"\n  {command} " in asked.out for command in COMMANDS)
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -46,3 +59,174 @@ def test_help_loads_nothing_heavy() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(command in found.stdout for command in COMMANDS)
     assert found.stdout.strip().splitlines()[-1] == "[]"
+
+
+# What comes out. `--json`: json.loads takes one document and nothing beside it.
+
+
+def test_run_prints_a_table_and_writes_both_reports(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    done = call("run", "--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", *WINDOWS, *SHORT)
+    assert done.status == 0
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in document["layers"]:
+        assert f"{row['perplexity']:.3f}" in done.out
+    assert f"Chosen: {document['selected']}" in done.out
+    assert done.out.splitlines()[-1] == f"Report: {tmp_path / 'out' / 'report.html'}"
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    assert len(done.errors) == 1
+    assert done.errors[0].startswith("keys of 3 layers x about 6,")
+
+
+def test_run_as_json_is_the_report(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", *WINDOWS, *SHORT)
+    done = call("run", *options, "--json")
+    document = json.loads(done.out)
+    assert done.status == 0
+    assert document == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {"lm", "layers", "selected", "best", "regret", "settings", "versions"} <= set(document)
+    assert document["lm"]["perplexity"] > 1
+    fields = {"layer", "dispersion", "dispersion_within", "interval", "probe", "perplexity", "k", "lambda"}
+    assert all(fields | {"temperature"} <= set(row) for row in document["layers"])
+    assert [row["layer"] for row in document["layers"]] == ["0.ffn_input", "1.ffn_input", "2.ffn_input"]
+
+
+def test_score_writes_nothing_unless_told(
+    call, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call("score", "--model", gpt2_folder, "--text", text_file, *WINDOWS)
+    assert done.status == 0
+    assert all(f"{block}.{part}" in done.out for block in range(3) for part in ("attn_input", "block_output"))
+    assert "final_norm" in done.out
+    assert "Chosen: " in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_score_writes_what_it_prints_as_json(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "scores.json"
+    done = call("score", "--model", gpt2_folder, "--text", text_file, *WINDOWS, "--out", out, "--json")
+    document = json.loads(done.out)
+    assert document == json.loads(out.read_text())
+    assert len(document["layers"]) == 16
+    assert document["selected"] in ("1.ffn_input", "2.ffn_input")
+
+
+def test_build_prints_what_it_made(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done = call("build", "--model", gpt2_folder, "--text", text_file, "--out", store, *WINDOWS, "--json")
+    built = json.loads(done.out)
+    assert built == json.loads(call("info", store, "--json").out)
+    assert (built["folder"], built["model"]) == (str(store), str(gpt2_folder))
+    assert (built["context"], built["stride"], built["documents"]) == (32, 16, 24)
+    assert list(built["layers"]) == [built["choice"]["layer"]] == list(built["indexes"])
+    assert any(built["choice"]["reason"] in line for line in done.errors)
+
+
+def test_eval_prints_a_table(call, store_folder: Path, text_file: Path) -> None:
+    done = call("eval", store_folder, "--eval-text", text_file, "--eval-tokens", 600)
+    assert (done.status, done.errors) == (0, ())
+    assert "1.ffn_input" in done.out
+    assert "2.ffn_input" in done.out
+    assert "13-grams also stand in the datastore" in " ".join(done.out.split())
+
+
+def test_eval_as_json_and_its_report(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--eval-text", text_file, "--eval-tokens", 600, "--layers", "-1.ffn_input")
+    done = call("eval", store_folder, *options, "--report", tmp_path / "a" / "b", "--json")
+    document = json.loads(done.out)
+    assert [row["layer"] for row in document["layers"]] == ["2.ffn_input"]
+    assert document == json.loads((tmp_path / "a" / "b" / "report.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["report.html", "report.json"]
+
+
+def test_info_shows_the_datastore(call, store_folder: Path, gpt2_folder: Path) -> None:
+    shown = call("info", store_folder)
+    assert (shown.status, shown.errors) == (0, ())
+    told = json.loads(call("info", store_folder, "--json").out)
+    assert str(told["keys"]) in shown.out
+    assert "1.ffn_input, 2.ffn_input" in shown.out
+
+
+def test_verify_says_whole(call, store_folder: Path) -> None:
+    done = call("verify", store_folder)
+    assert (done.status, done.out, done.errors) == (0, f"{store_folder} is whole\n", ())
+    document = json.loads(call("verify", store_folder, "--json").out)
+    assert document == {"store": str(store_folder), "whole": True, "problems": []}
+
+
+def test_verify_names_what_is_damaged(call, store_folder: Path, tmp_path: Path) -> None:
+    """One byte in the keys, and one in the index: both are named, and the status is 2."""
+    store = tmp_path / "[a] store"  # square brackets are markup to rich
+    shutil.copytree(store_folder, store)
+    keys = store / "keys" / "1.ffn_input" / "00000.npy"
+    index = store / "index" / "2.ffn_input" / "index.json"
+    keys.write_bytes(keys.read_bytes()[:-1] + b"\x01")
+    index.write_text("{}")
+    done = call("verify", store)
+    assert done.status == 2
+    assert [str(path) in line for path, line in zip((keys, index), done.out.splitlines(), strict=True)] == [True, True]
+    done = call("verify", store, "--json")
+    document = json.loads(done.out)
+    assert (done.status, document["whole"], len(document["problems"])) == (2, False, 2)
+
+
+# Options
+
+
+def test_options_arrive(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    given = {
+        "--layers": "*.ffn_input,final_norm",
+        "--candidates": "*.ffn_input",
+        "--select": "0.ffn_input",
+        "--k": 7,
+        "--temperature": 2.5,
+        "--lambda": 0.25,
+        "--metric": "cosine",
+        "--index": "IVF4,Flat",
+        "--context": 24,
+        "--stride": 8,
+        "--max-tokens": 3000,
+        "--eval-tokens": 500,
+        "--dtype": "float32",
+        "--device": "cpu",
+        "--batch-size": 3,
+        "--key-dtype": "float32",
+        "--seed": 5,
+    }
+    pairs = [part for pair in given.items() for part in pair]
+    done = call("run", "--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", *pairs, "--json")
+    document = json.loads(done.out)
+    settings = document["settings"]
+    names = {name.removeprefix("--").replace("-", "_"): value for name, value in given.items()}
+    renamed = {"lam": names.pop("lambda"), "dtype": f"torch.{names.pop('dtype')}", "windows": names.pop("batch_size")}
+    assert {name: settings[name] for name in names | renamed} == names | renamed
+    assert {(row["k"], row["temperature"], row["lambda"]) for row in document["layers"]} == {(7, 2.5, 0.25)}
+    assert (document["selected"], document["choice"]["candidates"]) == (
+        "0.ffn_input",
+        ["0.ffn_input", "1.ffn_input", "2.ffn_input"],
+    )
+    assert (document["index"]["layer"], document["index"]["spec"]) == ("0.ffn_input", "IVF4,Flat")
+    stored = json.loads(call("info", tmp_path / "out", "--json").out)
+    assert stored["layers"]["final_norm"]["dtype"] == "float32"
+    assert stored["keys"] < 3000
+
+
+def test_several_texts_after_one_option(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("The ward is quiet at night, and the nurse reads what was written. " * 20)
+    done = call(
+        "build", "--model", gpt2_folder, "--text", text_file, tmp_path / "more.txt", "--out", tmp_path / "s", *WINDOWS
+    )
+    assert done.status == 0, done.errors
+    assert json.loads(call("info", tmp_path / "s", "--json").out)["sources"] == 2
+
+
+def test_overwrite_replaces_what_knnlm_made(call, store_folder: Path, gpt2_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(store_folder, store)
+    (tmp_path / "other.txt").write_text("The ward is quiet at night, and the nurse reads what was written. " * 20)
+    options = ("--text", tmp_path / "other.txt", "--layers", "0.ffn_input", *WINDOWS)
+    done = call("build", "--model", gpt2_folder, "--out", store, *options, "--overwrite")
+    assert done.status == 0, done.errors
+    assert list(json.loads(call("info", store, "--json").out)["layers"]) == ["0.ffn_input"]
+    assert not (store / "keys" / "1.ffn_input").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "store"]
