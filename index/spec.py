@@ -76,16 +76,17 @@ class IndexSpec:
         """Candidates for each neighbour wanted."""
         return next((factor for pattern, factor in _OVERFETCH if re.search(pattern, self.text)), 1.0)
 
-    def training_points(self, count: int, dim: int) -> int:
-        """How many of the keys to train on.
-
-        :raises TooFewKeys: names a spec that would do.
-        """
+    def check_count(self, count: int) -> None:
+        """:raises TooFewKeys: so many keys cannot train it; names a spec that would do."""
         if count < self.min_training:
             raise TooFewKeys(
                 f"index {self.text!r} needs at least {self.min_training} keys to be trained, but there are {count}; "
                 "take auto, exact, or fewer lists"
             )
+
+    def training_points(self, count: int, dim: int) -> int:
+        """How many of the keys to train on; raises as `check_count`."""
+        self.check_count(count)
         # 256 is the code words of 8 bits; projections and scalar ranges need no more than these.
         wanted = POINTS * max(256, self.min_training)
         return min(count, max(self.min_training, min(wanted, TRAINING_BYTES // (4 * dim))))

@@ -154,10 +154,10 @@ def _receiver(
     wanted = frozenset(layers)
 
     def receive(name: str, vectors_BTD: Tensor) -> None:
-        if name in wanted:
-            _score_or_check(name, vectors_BTD, batch, spans, scorer)
-            if writer is not None:
-                writer.append_keys(name, _counted(vectors_BTD, spans))
+        # What enters the head is checked though no layer asked for: NaN there would be the LM's perplexity.
+        _score_or_check(name, vectors_BTD, batch, spans, scorer if name in wanted else None)
+        if writer is not None and name in wanted:
+            writer.append_keys(name, _counted(vectors_BTD, spans))
         if targets is not None and name == FINAL:
             targets.hold(vectors_BTD)
 

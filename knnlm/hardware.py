@@ -23,7 +23,15 @@ def pick_device(device: str) -> torch.device:
         raise InputError(f"--device is {device!r}; take auto, cpu, cuda or mps")
     if not present[kind]:
         raise InputError(f"--device is {device!r}, but this machine has none that torch can use; take auto or cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device is {device!r}, which torch does not understand; take auto, {kind}") from None
+    if kind == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(
+            f"--device is {device!r}, but this machine has {count} of them; take cuda:0 to cuda:{count - 1}"
+        )
+    return found
 
 
 def pick_dtype_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:

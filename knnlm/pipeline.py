@@ -42,7 +42,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
 from knnlm.scoring import LayerScorer, Separated
-from knnlm.search import check_k
+from knnlm.search import check_count, check_k
 from knnlm.storage import new_folder
 from knnlm.windows import TokenDocument, WindowConfig, hold_out, rows_to_groups, take_slices
 
@@ -261,7 +261,7 @@ def _extract(
                 writer=writer,
                 advance=lambda done, _: advance(done, max(total, done) if total else None),
             )
-        check_k(settings.knn.k, collected.tokens)
+        check_count(settings.knn, collected.tokens)
         scored = sampled
         if scorer is not None:
             scored = _score_result(lm, scorer, collected, window, settings, progress)

@@ -16,6 +16,7 @@ from index.build import check_spec
 from index.exact import ExactIndex
 from index.metric import Metric
 from index.neighbors import Neighbors
+from index.spec import parse_spec
 from index.storage import open_index
 from knnlm.config import KNNConfig
 from knnlm.datastore import Datastore
@@ -65,8 +66,8 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
     :raises InputError: the index was built for another metric.
     """
     source = store.keys(layer).for_metric(metric)
-    folder = store.index_folder(layer)
-    if exact or not folder.exists():
+    # The manifest and not the folder: a run that is stopped between the two leaves an index that nobody vouches for.
+    if exact or layer not in store.manifest.indexes:
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
     built_for = store.manifest.index_metric(layer)
     if built_for != metric:
@@ -74,7 +75,7 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
             f"the index of {layer} was built for --metric {built_for}, not {metric}; "
             f"take --metric {built_for}, or --index exact"
         )
-    return LayerSearcher(store, layer, metric, open_index(folder, source))
+    return LayerSearcher(store, layer, metric, open_index(store.index_folder(layer), source))
 
 
 def index_metric(metric: str) -> Metric:
@@ -86,6 +87,16 @@ def check_index(knn: KNNConfig, dims: Sequence[int]) -> None:
     """:raises index.errors.UnknownSpec: FAISS does not understand the index for a layer's size."""
     for dim in set(dims):
         check_spec(knn.index, dim, index_metric(knn.metric))
+
+
+def check_count(knn: KNNConfig, count: int) -> None:
+    """Find out as soon as the keys are counted whether they are enough.
+
+    :raises InputError: for k.
+    :raises index.errors.TooFewKeys: for the training of the index.
+    """
+    check_k(knn.k, count)
+    parse_spec(knn.index).check_count(count)
 
 
 def check_k(k: int | None, count: int) -> None:

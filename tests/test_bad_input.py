@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from knnlm.errors import ModelError
+from knnlm.errors import InputError, ModelError
+from knnlm.hardware import pick_device
+from knnlm.lm import LanguageModel
 from knnlm.screen import Screen
 from tests.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import save_tiny, tiny_bert, tiny_model, tiny_tokenizer
@@ -110,6 +112,11 @@ def test_fewer_keys_than_k(command: str, refused, gpt2_folder: Path, text_file: 
     refused(command, *options, "--k", 99_999, words=("--k is 99999", "has only", "take a smaller k or more text"))
 
 
+def test_fewer_keys_than_the_index_needs(run_refused) -> None:
+    words = ("'IVF9999,Flat' needs at least 9999 keys", "there are 5", "take auto, exact")
+    run_refused(*words, options=("--index", "IVF9999,Flat", "--layers", "-1.ffn_input"))
+
+
 # Options
 
 
@@ -130,6 +137,7 @@ WRONG_OPTIONS = {
     "--index IVF4,PQ7": ("'IVF4,PQ7' for 32 dimensions", "FAISS", "take auto, exact"),
     "--dtype int3": ("--dtype is 'int3'", "take auto, float32"),
     "--device abacus": ("--device is 'abacus'", "take auto, cpu"),
+    "--device cpu:one": ("--device is 'cpu:one'", "take auto, cpu"),
     "--batch-size many": ("'many'", "--batch-size", "auto nor a number"),
     "--batch-size 0": ("--batch-size is 0", "above 0"),
     "--layers 9.ffn_input": ("no layer fits '9.ffn_input'", "0-2.attn_input", "0-2.ffn_input", "final_norm"),
@@ -152,6 +160,14 @@ WRONG_OPTIONS = {
 def test_wrong_option(given: str, run_refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("knnlm.pipeline.collect", None)  # the work cannot begin
     run_refused(*WRONG_OPTIONS[given], options=tuple(given.split()))
+
+
+def test_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert pick_device("cuda:1").index == 1
+    with pytest.raises(InputError, match="'cuda:2', but this machine has 2 of them; take cuda:0 to cuda:1"):
+        pick_device("cuda:2")
 
 
 def test_limit_of_one_token(run_refused) -> None:
@@ -230,6 +246,24 @@ def test_query_that_is_not_finite_names_layer_and_place(
     options = ("--model", late, "--text", text_file, "--out", tmp_path / "store", "--layers", "0.attn_input")
     assert call("build", *options, "--context", 16).status == 0
     refused("eval", tmp_path / "store", "--eval-text", text_file, "--context", 32, words=PLACE)
+
+
+def test_lm_that_is_not_finite_above_the_keys_names_layer_and_place(
+    refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are good; without a check the LM's perplexity would be NaN."""
+    model = tiny_model("gpt2")
+
+    def break_position_20(_module, _given, vectors_BTD):
+        vectors_BTD = vectors_BTD.clone()
+        vectors_BTD[:, 20:21] = float("nan")
+        return vectors_BTD
+
+    model.transformer.ln_f.register_forward_hook(break_position_20)
+    lm = LanguageModel.from_model(model, tiny_tokenizer(), name="broken")
+    monkeypatch.setattr("knnlm.lm.load_model", lambda *_given, **_named: lm)
+    words = ("layer final_norm gives a vector that is not finite, at token 20 of text.jsonl", "try --dtype")
+    refused("eval", store_folder, "--eval-text", text_file, "--layers", "1.ffn_input", words=words)
 
 
 # Places for output
@@ -493,15 +527,18 @@ def test_ctrl_c_in_each_phase(
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("phase", ["indexing", "noting the index"])
 def test_datastore_works_after_ctrl_c_while_it_was_indexed(
-    call, gpt2_folder: Path, text_file: Path, tmp_path: Path
+    phase: str, call, gpt2_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = ("--model", gpt2_folder, "--text", text_file, "--layers", "-1.ffn_input", "--out", tmp_path / "out")
     with pytest.MonkeyPatch.context() as patched:
-        stop_in_stage(patched, "indexing")
+        stop, place, _ = PHASES[phase]
+        stop(patched, place)
         assert call("build", *options, "--context", 32).status == 130
     check_whole(call, tmp_path)
-    assert call("eval", tmp_path / "out", "--eval-text", text_file, "--eval-tokens", 300).status == 0
+    evaluated = call("eval", tmp_path / "out", "--eval-text", text_file, "--eval-tokens", 300)
+    assert evaluated.status == 0, evaluated.errors
 
 
 def test_ctrl_c_keeps_what_would_have_been_overwritten(
