@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnlm.config import BATCH_TOKENS
 from knnlm.datastore import DatastoreWriter
 from knnlm.dispersion import BadVector, NonFinite, Span, first_nonfinite
 from knnlm.errors import InputError, ModelError
@@ -35,8 +36,6 @@ class Collected:
     fingerprint: str
     targets_N: NDArray[np.int32] | None = None
     lm_log_probs_N: NDArray[np.float64] | None = None
-    clusters_N: NDArray[np.int64] | None = None
-    """A document, or a run of `CLUSTER_TOKENS` of a long one."""
     documents_N: NDArray[np.int64] | None = None
 
 
@@ -54,12 +53,12 @@ class _Clusters:
 
 
 class _Targets:
-    """Keeps the plain LM's log-probability of every counted target, with its cluster and document."""
+    """Keeps the plain LM's log-probability of every counted target, with its document."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
         self._final_BTD = torch.empty(0)
-        self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]] = []
+        self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]] = []
 
     def hold(self, final_BTD: Tensor) -> None:
         """Keep the final vectors until the forward pass is over: the head must not run inside its own hook."""
@@ -71,14 +70,11 @@ class _Targets:
             targets = window.targets[span.first : span.last]
             final_ND = self._final_BTD[span.row, span.first : span.last]
             log_probs = self._lm.target_log_probs(final_ND, torch.from_numpy(targets.astype(np.int64)))
-            count = len(targets)
-            self._parts.append(
-                (targets, log_probs.cpu().numpy(), np.full(count, span.cluster), np.full(count, window.document))
-            )
+            self._parts.append((targets, log_probs.cpu().numpy(), np.full(len(targets), window.document)))
 
-    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        targets, log_probs, clusters, documents = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        return targets, log_probs, clusters, documents
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]:
+        targets, log_probs, documents = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        return targets, log_probs, documents
 
 
 def collect(
@@ -87,7 +83,7 @@ def collect(
     config: WindowConfig,
     layers: Sequence[str],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     scorer: LayerScorer | None = None,
     writer: DatastoreWriter | None = None,
     log_probs: bool = False,
@@ -125,7 +121,7 @@ def collect(
             break
     if not tokens:
         raise InputError("the text has fewer than two tokens, so there is no next token to learn from; give more text")
-    arrays = targets.arrays() if targets else (None, None, None, None)
+    arrays = targets.arrays() if targets else (None, None, None)
     return Collected(tokens, last_document + 1, fingerprint.hexdigest(), *arrays)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.collect import Collected, collect
-from knnlm.config import EvalConfig, KNNConfig
+from knnlm.config import BATCH_TOKENS, EvalConfig, KNNConfig
 from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
@@ -85,7 +85,7 @@ def open_queries(
     config: WindowConfig,
     layers: Sequence[str],
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     fitted: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Queries]:

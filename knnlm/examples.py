@@ -12,7 +12,7 @@ from knnlm.datastore import Datastore
 from knnlm.evaluation import LayerOutcome, Queries
 from knnlm.lm import LanguageModel
 from knnlm.results import NeighborText, TokenExample
-from knnlm.search import LayerSearcher, open_searcher
+from knnlm.search import open_searcher
 
 CONTEXT_TOKENS = 24
 NEIGHBOR_TOKENS = 12
@@ -34,28 +34,26 @@ def find_examples(
     reporting = np.flatnonzero(queries.parts.reporting_Q)
     order = reporting[np.argsort(gain_Q[reporting], kind="stable")]
     lost, gained = order[:count], order[::-1][:count]
+    gained, lost = gained[gain_Q[gained] > 0], lost[gain_Q[lost] < 0]
+    rows = np.concatenate([gained, lost])
     searcher = open_searcher(store, shown.layer, metric, exact=exact)
-    explain = _Explainer(lm, store, queries, shown, searcher)
-    return (
-        tuple(explain(row) for row in gained if gain_Q[row] > 0),
-        tuple(explain(row) for row in lost if gain_Q[row] < 0),
+    # One search for all: an exact one reads every key.
+    found = searcher.neighbors(queries.vectors(shown.layer)[rows], shown.mix.k)
+    explain = _Explainer(lm, store, queries, shown)
+    examples = tuple(
+        explain(int(row), *pair) for row, *pair in zip(rows, found.ids_QK, found.distances_QK, strict=True)
     )
+    return examples[: len(gained)], examples[len(gained) :]
 
 
 class _Explainer:
-    """Searches again for single tokens, this time keeping who the neighbours are."""
+    """Puts tokens and their neighbours into words."""
 
-    def __init__(
-        self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome, searcher: LayerSearcher
-    ) -> None:
+    def __init__(self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome) -> None:
         self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
         self._losses_Q = shown.losses_Q
-        self._vectors_QD = queries.vectors(shown.layer)
-        self._searcher = searcher
 
-    def __call__(self, row: int) -> TokenExample:
-        found = self._searcher.neighbors(self._vectors_QD[row : row + 1], self._mix.k)
-        ids_K, distances_K = found.ids_QK[0], found.distances_QK[0]
+    def __call__(self, row: int, ids_K: NDArray[np.int64], distances_K: NDArray[np.float32]) -> TokenExample:
         weights_K = np.exp((distances_K[0] - distances_K) / self._mix.temperature)
         weights_K /= weights_K.sum()
         target = self._queries.targets_Q[row]

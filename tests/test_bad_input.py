@@ -30,7 +30,7 @@ PLAN = "keys of "
 
 
 @pytest.fixture
-def refused(call, tmp_path: Path) -> Callable[..., None]:
+def check_refused(call, tmp_path: Path) -> Callable[..., None]:
     """A command must end in status 2, with nothing on standard output, one line with these words, and no new file."""
 
     def check(*arguments: object, words: tuple[str, ...]) -> None:
@@ -47,13 +47,13 @@ def refused(call, tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def run_refused(refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
+def run_refused(check_refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
     """`refused` for `knnlm run`, that would go well but for what is given."""
 
     def check(*words: str, options: tuple[object, ...] = (), **changed: object) -> None:
         given = {"model": gpt2_folder, "text": text_file, "out": tmp_path / "deep" / "out"} | changed
         pairs = [part for name, value in given.items() for part in (f"--{name}", value)]
-        refused(*RUN, *pairs, *options, words=words)
+        check_refused(*RUN, *pairs, *options, words=words)
 
     return check
 
@@ -87,10 +87,10 @@ def test_text_that_cannot_be_used(content: bytes, words: tuple[str, ...], run_re
 
 
 @pytest.mark.parametrize("command", ["score", "build"])
-def test_text_of_one_token(command: str, refused, gpt2_folder: Path, tmp_path: Path) -> None:
+def test_text_of_one_token(command: str, check_refused, gpt2_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a")
     options = ("--model", gpt2_folder, "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
-    refused(command, *options, words=("no document of the text has two tokens", "give more text"))
+    check_refused(command, *options, words=("no document of the text has two tokens", "give more text"))
 
 
 def test_evaluation_text_is_looked_at_before_the_work(run_refused, tmp_path: Path, monkeypatch) -> None:
@@ -106,10 +106,10 @@ def test_json_line_without_the_field(run_refused, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "build"])
-def test_fewer_keys_than_k(command: str, refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_fewer_keys_than_k(command: str, check_refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """Known when the keys are counted."""
     options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--layers", "-1.ffn_input")
-    refused(command, *options, "--k", 99_999, words=("--k is 99999", "has only", "take a smaller k or more text"))
+    check_refused(command, *options, "--k", 99_999, words=("--k is 99999", "has only", "take a smaller k or more text"))
 
 
 def test_fewer_keys_than_the_index_needs(run_refused) -> None:
@@ -183,8 +183,8 @@ def test_limit_of_one_token(run_refused) -> None:
         (("walk",), ("No such command 'walk'", "knnlm --help")),
     ],
 )
-def test_wrong_usage(arguments: tuple[str, ...], words: tuple[str, ...], refused) -> None:
-    refused(*arguments, words=words)
+def test_wrong_usage(arguments: tuple[str, ...], words: tuple[str, ...], check_refused) -> None:
+    check_refused(*arguments, words=words)
 
 
 # Models
@@ -233,23 +233,23 @@ PLACE = ("layer 0.attn_input gives a vector that is not finite, at token 20 of t
 
 @pytest.mark.parametrize("command", ["run", "score", "build"])
 def test_vector_that_is_not_finite_names_layer_and_place(
-    command: str, late: Path, refused, text_file: Path, tmp_path: Path
+    command: str, late: Path, check_refused, text_file: Path, tmp_path: Path
 ) -> None:
     options = ("--model", late, "--text", text_file, "--out", tmp_path / "out", "--layers", "0.attn_input")
-    refused(command, *options, words=PLACE)
+    check_refused(command, *options, words=PLACE)
 
 
 def test_query_that_is_not_finite_names_layer_and_place(
-    late: Path, call, refused, text_file: Path, tmp_path: Path
+    late: Path, call, check_refused, text_file: Path, tmp_path: Path
 ) -> None:
     """Keys from windows of 16 tokens are good."""
     options = ("--model", late, "--text", text_file, "--out", tmp_path / "store", "--layers", "0.attn_input")
     assert call("build", *options, "--context", 16).status == 0
-    refused("eval", tmp_path / "store", "--eval-text", text_file, "--context", 32, words=PLACE)
+    check_refused("eval", tmp_path / "store", "--eval-text", text_file, "--context", 32, words=PLACE)
 
 
 def test_lm_that_is_not_finite_above_the_keys_names_layer_and_place(
-    refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    check_refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys are good; without a check the LM's perplexity would be NaN."""
     model = tiny_model("gpt2")
@@ -263,7 +263,7 @@ def test_lm_that_is_not_finite_above_the_keys_names_layer_and_place(
     lm = LanguageModel.from_model(model, tiny_tokenizer(), name="broken")
     monkeypatch.setattr("knnlm.lm.load_model", lambda *_given, **_named: lm)
     words = ("layer final_norm gives a vector that is not finite, at token 20 of text.jsonl", "try --dtype")
-    refused("eval", store_folder, "--eval-text", text_file, "--layers", "1.ffn_input", words=words)
+    check_refused("eval", store_folder, "--eval-text", text_file, "--layers", "1.ffn_input", words=words)
 
 
 # Places for output
@@ -284,41 +284,43 @@ ANY = ("--model", "any", "--text", "any")
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("command", ["run", "build"])
-def test_folder_that_holds_something(command: str, refused, tmp_path: Path) -> None:
+def test_folder_that_holds_something(command: str, check_refused, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     options = (command, *ANY, "--out", tmp_path / "out")
-    refused(*options, words=("out exists and is not empty", "choose another --out, or add --overwrite"))
-    refused(*options, "--overwrite", words=("out is not a knnlm folder and is kept", "choose another --out"))
+    check_refused(*options, words=("out exists and is not empty", "choose another --out, or add --overwrite"))
+    check_refused(*options, "--overwrite", words=("out is not a knnlm folder and is kept", "choose another --out"))
 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("command", ["run", "build", "score"])
-def test_place_below_a_file(command: str, refused, tmp_path: Path) -> None:
+def test_place_below_a_file(command: str, check_refused, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     words = ("--out", "cannot be made", "file is a file", "choose another --out")
-    refused(command, *ANY, "--out", tmp_path / "file" / "out", words=words)
+    check_refused(command, *ANY, "--out", tmp_path / "file" / "out", words=words)
 
 
 @pytest.mark.usefixtures("no_model")
-def test_file_for_scores_that_is_there(refused, tmp_path: Path) -> None:
+def test_file_for_scores_that_is_there(check_refused, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text("mine")
     options = ("score", *ANY, "--out")
-    refused(
+    check_refused(
         *options, tmp_path / "scores.json", words=("scores.json exists", "choose another --out, or add --overwrite")
     )
-    refused(*options, tmp_path, words=("is a folder", "name a file for the scores"))
-    refused(*options, tmp_path, "--overwrite", words=("is a folder", "name a file for the scores"))
-    refused(*options, tmp_path / "scores.json", "--overwrite", words=("work began",))
+    check_refused(*options, tmp_path, words=("is a folder", "name a file for the scores"))
+    check_refused(*options, tmp_path, "--overwrite", words=("is a folder", "name a file for the scores"))
+    check_refused(*options, tmp_path / "scores.json", "--overwrite", words=("work began",))
 
 
 @pytest.mark.usefixtures("no_model")
-def test_folder_for_a_report_that_holds_something(refused, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_folder_for_a_report_that_holds_something(
+    check_refused, store_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "report.json").write_text("mine")
     options = ("eval", store_folder, "--eval-text", text_file, "--report")
-    refused(*options, tmp_path, words=("exists and is not an empty folder", "choose another --report"))
-    refused(*options, store_folder, words=("exists and is not an empty folder", "choose another --report"))
-    refused(*options, tmp_path / "new", words=("work began",))
+    check_refused(*options, tmp_path, words=("exists and is not an empty folder", "choose another --report"))
+    check_refused(*options, store_folder, words=("exists and is not an empty folder", "choose another --report"))
+    check_refused(*options, tmp_path / "new", words=("work began",))
 
 
 @contextmanager
@@ -336,20 +338,20 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("command", ["run", "build", "score"])
-def test_read_only_file_system(command: str, refused, tmp_path: Path) -> None:
+def test_read_only_file_system(command: str, check_refused, tmp_path: Path) -> None:
     words = ("disk/out cannot be made", "cannot be written", "choose another --out")
     with mounted(tmp_path / "disk", "ro,size=64k") as disk:
-        refused(command, *ANY, "--out", disk / "out", words=words)
+        check_refused(command, *ANY, "--out", disk / "out", words=words)
 
 
 @pytest.mark.usefixtures("no_model")
-def test_read_only_folder(refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_folder(check_refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For root no folder is read-only, so the system's answer is given here."""
     locked = tmp_path / "locked"
     locked.mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
     words = ("deep/out cannot be made", "locked cannot be written", "choose another --out")
-    refused("run", *ANY, "--out", locked / "deep" / "out", words=words)
+    check_refused("run", *ANY, "--out", locked / "deep" / "out", words=words)
 
 
 def test_full_disk(gpt2_folder: Path, text_file: Path, call, tmp_path: Path) -> None:
@@ -402,18 +404,18 @@ def check_whole(call, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "eval"])
-def test_no_datastore(command: str, refused, text_file: Path, tmp_path: Path) -> None:
+def test_no_datastore(command: str, check_refused, text_file: Path, tmp_path: Path) -> None:
     text = ("--eval-text", text_file) if command == "eval" else ()
     words = ("is not a datastore: it has no datastore.json", "make one with knnlm build")
-    refused(command, tmp_path, *text, words=words)
-    refused(command, tmp_path / "nowhere", *text, words=words)
+    check_refused(command, tmp_path, *text, words=words)
+    check_refused(command, tmp_path / "nowhere", *text, words=words)
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
-def test_file_of_a_datastore_is_gone(command: str, refused, store_folder: Path, tmp_path: Path) -> None:
+def test_file_of_a_datastore_is_gone(command: str, check_refused, store_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(store_folder, tmp_path / "store")
     (tmp_path / "store" / "values-00000.npy").unlink()
-    refused(command, tmp_path / "store", words=("values-00000.npy is missing", "build the datastore again"))
+    check_refused(command, tmp_path / "store", words=("values-00000.npy is missing", "build the datastore again"))
 
 
 NOT_IN_THE_DATASTORE = {
@@ -427,21 +429,23 @@ NOT_IN_THE_DATASTORE = {
 
 @pytest.mark.parametrize("given", NOT_IN_THE_DATASTORE)
 def test_eval_of_what_the_datastore_does_not_have(
-    given: str, refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    given: str, check_refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "--metric" not in given:  # met where the index is opened
         monkeypatch.setattr("knnlm.evaluation.collect", None)  # the work cannot begin
     options = ("--eval-text", text_file, "--eval-tokens", 300, *given.split())
-    refused("eval", store_folder, *options, words=NOT_IN_THE_DATASTORE[given])
+    check_refused("eval", store_folder, *options, words=NOT_IN_THE_DATASTORE[given])
 
 
-def test_datastore_of_another_model(refused, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_datastore_of_another_model(check_refused, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ("eval", store_folder, "--eval-text", text_file, "--model")
     other = save_tiny("llama", tmp_path / "llama")
-    refused(*options, other, words=("was made with another model", "config", "weights", "take the model"))
+    check_refused(*options, other, words=("was made with another model", "config", "weights", "take the model"))
     trained = tiny_model("gpt2")
     trained.transformer.h[0].mlp.c_fc.weight.data.mul_(1.5)
-    refused(*options, save(trained, tmp_path / "trained"), words=("another model", ": weights ", "take the model"))
+    check_refused(
+        *options, save(trained, tmp_path / "trained"), words=("another model", ": weights ", "take the model")
+    )
 
 
 # Ctrl-C
