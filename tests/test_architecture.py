@@ -33,7 +33,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # report/ is beside the levels: it sees what a run found, and from `pipeline` on it is seen.
 REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.version"}
 # The command line only names the errors.
-INDEX_SEEN_BY = {"knnlm.search", "knnlm.indexing", "knnlm.cli"}
+INDEX_SEEN_BY = {"knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
 HEAVY = {"torch", "transformers", "datasets", "faiss"}
 ONLY_IN = {"faiss": "index/faiss_index.py", "transformers": "knnlm/lm.py", "datasets": "knnlm/corpus.py"}
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450

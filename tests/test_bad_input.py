@@ -569,7 +569,7 @@ def test_ctrl_c_leaves_no_scores_and_no_report(
 
 def test_interrupt_of_a_real_process(gpt2_folder: Path, tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "long.jsonl", texts(0, 3000))
-    command = [sys.executable, "-m", "knnlm.cli", *RUN, "--model", str(gpt2_folder), "--text", str(text)]
+    command = [sys.executable, "-m", "knnlm", *RUN, "--model", str(gpt2_folder), "--text", str(text)]
     out = tmp_path / "out" / "store"
     process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from knnlm import cli
+from knnlm.cli.entry import _spread
 
 COMMANDS = ("run", "score", "build", "eval", "info", "verify")
 WINDOWS = ("--context", "32", "--stride", "16")
@@ -29,7 +29,7 @@ SHORT = ("--eval-tokens", "600", "--layers", "*.ffn_input")
     ],
 )
 def test_texts_may_follow_one_option(given: str, spread: str) -> None:
-    assert cli._spread(given.split()) == spread.split()
+    assert _spread(given.split()) == spread.split()
 
 
 # Help

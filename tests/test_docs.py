@@ -14,7 +14,7 @@ import typer
 from index.recall import Recall
 from index.storage import FORMAT as INDEX_FORMAT
 from index.storage import IndexManifest, SavedFile
-from knnlm.cli import app
+from knnlm.cli.entry import app
 from knnlm.manifest import FORMAT, VERSION, LayerKeys, Manifest, Shard
 from tests.source_files import ROOT
 

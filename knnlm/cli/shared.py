@@ -1,0 +1,95 @@
+"""What verbs share beyond options: from options to settings and the model, from results to the screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from knnlm.config import Settings
+    from knnlm.lm import LanguageModel
+    from knnlm.results import EvalResult, ScoreResult
+
+
+def settings_from(options: dict[str, Any]) -> Settings:
+    """The options of a command that are settings; the rest keep their defaults."""
+    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    size = options["batch_size"]
+    if size != "auto" and not size.isdecimal():
+        raise typer.BadParameter(f"{size!r} is neither auto nor a number", param_hint="--batch-size")
+    budget = options.get("disk_budget")
+    return Settings(
+        text=TextConfig(
+            **given("context", "stride", "max_tokens", "text_field", "protocol"),
+            windows=None if size == "auto" else int(size),
+        ),
+        layers=LayerConfig(**given("layers", "candidates", "select")),
+        knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),
+        evaluation=EvalConfig(**given("eval_tokens")),
+        **given("key_dtype"),
+        disk_budget=None if budget is None else budget * 1e9,
+        seed=options["seed"],
+    )
+
+
+def load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
+    """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
+    from knnlm.lm import load_model
+
+    lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
+    for note in lm.notes:
+        screen.note(note)
+    return lm
+
+
+def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None) -> None:
+    """Show it, then write it: where the report cannot be written, the result is not lost."""
+    from knnlm.report import write_reports
+    from knnlm.report.document import to_document
+    from knnlm.tables import choice_lines, eval_table
+
+    screen.say(eval_table(result))
+    for line in choice_lines(result):
+        screen.say(line)
+    screen.result(to_document(result))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        screen.say(f"Report: {write_reports(result, folder).html}")
+
+
+def show_scores(result: ScoreResult, screen: Screen) -> None:
+    """The table of scores and the choice."""
+    from knnlm.report.document import score_document
+    from knnlm.tables import choice_lines, score_table
+
+    screen.say(score_table(result))
+    for line in choice_lines(result):
+        screen.say(line)
+    screen.result(score_document(result))
+
+
+def show_info(description: dict[str, object], screen: Screen) -> None:
+    """What a datastore is, a line for each fact."""
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in description.items():
+        table.add_row(name, _folded(value))
+    screen.say(table)
+    screen.result(description)
+
+
+def _folded(value: object) -> str:
+    """A value of any size in a line or two: of a mapping of mappings, the names only."""
+    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+        return ", ".join(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
