@@ -10,7 +10,7 @@ one vector of each segment (the text of that paper). This file knows vectors, se
 models.
 
 Legend: B batch rows, T positions of a row or segment, D dimension, N vectors, S segments, G groups of clusters, R rows
-of a block, E = 3D + 1 the sums kept of one segment: its unit vectors, its vectors, its last unit vector, its norms.
+of a block, E = 2D the sums kept of one segment: its unit vectors and its last unit vector.
 """
 
 from __future__ import annotations
@@ -76,12 +76,8 @@ class DispersionResult:
     """Mean over segments of at least two vectors of the dispersion inside the segment; NaN without such a segment."""
     segments: float
     """Between the last vectors of segments; NaN with fewer than two segments."""
-    segments_mean: float
-    """Between the mean vectors of segments; NaN with fewer than two segments."""
     tokens: int
     num_segments: int
-    mean_norm: float
-    """Mean length of the vectors."""
 
 
 class BadVector(ModelError):
@@ -145,9 +141,7 @@ class DispersionScorer:
         self._within_sum = 0.0
         self._within_segments = 0
         self._last_sum_D = np.zeros(dim)
-        self._mean_sum_D = np.zeros(dim)
         self._num_segments = 0
-        self._norm_sum = 0.0
 
     @property
     def tokens(self) -> int:
@@ -170,7 +164,6 @@ class DispersionScorer:
         for sums_E, count, span in zip(sums_SE, counts_S, spans, strict=True):
             self._add_to_group(span.cluster % GROUPS, sums_E[: self.dim], int(count))
         self._add_segments(sums_SE, counts_S)
-        self._norm_sum += float(sums_SE[:, -1].sum())
 
     def merge(self, other: DispersionScorer) -> None:
         """Add what another scorer of the same layer has seen; any order of merging gives the same result."""
@@ -181,9 +174,7 @@ class DispersionScorer:
         self._within_sum += other._within_sum
         self._within_segments += other._within_segments
         self._last_sum_D += other._last_sum_D
-        self._mean_sum_D += other._mean_sum_D
         self._num_segments += other._num_segments
-        self._norm_sum += other._norm_sum
 
     def result(self) -> DispersionResult:
         """The scores so far.
@@ -199,10 +190,8 @@ class DispersionScorer:
             interval=interval,
             within=self._within_sum / self._within_segments if self._within_segments else math.nan,
             segments=float(_from_sum(self._last_sum_D, self._num_segments)),
-            segments_mean=float(_from_sum(self._mean_sum_D, self._num_segments)),
             tokens=tokens,
             num_segments=self._num_segments,
-            mean_norm=self._norm_sum / tokens,
         )
 
     def _check_shape(self, vectors_BTD: Tensor, spans: Sequence[Span]) -> None:
@@ -221,14 +210,11 @@ class DispersionScorer:
         self._group_counts[group] = self._group_counts.get(group, 0) + count
 
     def _add_segments(self, sums_SE: Float64, counts_S: NDArray[np.int64]) -> None:
-        unit_SD, raw_SD, last_SD = np.split(sums_SE[:, :-1], 3, axis=1)
+        unit_SD, last_SD = np.split(sums_SE, 2, axis=1)
         paired_S = counts_S >= 2
         self._within_sum += float(_from_sum(unit_SD[paired_S], counts_S[paired_S]).sum())
         self._within_segments += int(paired_S.sum())
         self._last_sum_D += last_SD.sum(axis=0)
-        length_S = np.linalg.norm(raw_SD, axis=1, keepdims=True)
-        # A segment whose vectors cancel has no mean direction: it is at a right angle to all others.
-        self._mean_sum_D += np.divide(raw_SD, length_S, out=np.zeros_like(raw_SD), where=length_S > 0).sum(axis=0)
         self._num_segments += len(counts_S)
 
     def _pooled(self) -> tuple[float, Interval]:
@@ -322,7 +308,7 @@ def _host_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
     dim = array_BTD.shape[2]
     longest = max(span.last - span.first for span in spans)
     block_RD = np.empty((min(longest, max(1, _HOST_BLOCK // dim)), dim))
-    sums_SE = np.zeros((len(spans), 3 * dim + 1))
+    sums_SE = np.zeros((len(spans), 2 * dim))
     with np.errstate(all="ignore"):
         for span, sums_E in zip(spans, sums_SE, strict=True):
             _sum_rows(array_BTD[span.row, span.first : span.last], block_RD, sums_E)
@@ -336,12 +322,9 @@ def _sum_rows(vectors_TD: NDArray[Any], block_RD: Float64, sums_E: Float64) -> N
         piece = vectors_TD[start : start + size]
         rows_RD = block_RD[: len(piece)]
         rows_RD[:] = widened(piece)
-        norms_R = np.sqrt(np.vecdot(rows_RD, rows_RD))
-        inverse_R = 1 / norms_R
+        inverse_R = 1 / np.sqrt(np.vecdot(rows_RD, rows_RD))
         sums_E[:dim] += inverse_R @ rows_RD
-        sums_E[dim : 2 * dim] += np.ones_like(inverse_R) @ rows_RD
-        sums_E[-1] += norms_R.sum()
-    sums_E[2 * dim : -1] = inverse_R[-1] * rows_RD[-1]
+    sums_E[dim:] = inverse_R[-1] * rows_RD[-1]
 
 
 def _device_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
@@ -349,11 +332,9 @@ def _device_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
     parts = []
     for rows, positions in _rectangles(spans, vectors_BTD.shape[2]):
         block_RTD = vectors_BTD[rows, positions].double()
-        norms_RT = torch.linalg.vector_norm(block_RTD, dim=2)
-        weights_R2T = torch.stack((norms_RT.reciprocal(), torch.ones_like(norms_RT)), dim=1)
-        sums_R2D = torch.bmm(weights_R2T, block_RTD)
-        last_RD = block_RTD[:, -1] / norms_RT[:, -1:]
-        parts.append(torch.cat((sums_R2D.flatten(1), last_RD, norms_RT.sum(dim=1, keepdim=True)), dim=1))
+        inverse_RT = torch.linalg.vector_norm(block_RTD, dim=2).reciprocal()
+        sums_RD = torch.bmm(inverse_RT[:, None], block_RTD)[:, 0]
+        parts.append(torch.cat((sums_RD, inverse_RT[:, -1:] * block_RTD[:, -1]), dim=1))
     sums_SE: Float64 = torch.cat(parts).cpu().numpy()
     return sums_SE
 

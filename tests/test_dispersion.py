@@ -57,7 +57,7 @@ def scored(vectors_BTD: torch.Tensor, spans: list[Span]) -> module.DispersionRes
 
 
 def same(a: module.DispersionResult, b: module.DispersionResult, tolerance: float = 1e-12) -> None:
-    for name in ("pooled", "within", "segments", "segments_mean", "tokens", "num_segments", "mean_norm"):
+    for name in ("pooled", "within", "segments", "tokens", "num_segments"):
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance, abs=tolerance), name
     assert a.interval.low == pytest.approx(b.interval.low, abs=tolerance)
     assert a.interval.high == pytest.approx(b.interval.high, abs=tolerance)
@@ -131,8 +131,6 @@ def test_scorer_equals_the_definitions(dtype):
     assert result.pooled == pytest.approx(pairwise(torch.cat(segments)), abs=1e-9)
     assert result.within == pytest.approx(np.mean([pairwise(s) for s in segments if len(s) > 1]), abs=1e-9)
     assert result.segments == pytest.approx(pairwise(torch.stack([s[-1] for s in segments])), abs=1e-9)
-    assert result.segments_mean == pytest.approx(pairwise(torch.stack([s.mean(dim=0) for s in segments])), abs=1e-9)
-    assert result.mean_norm == pytest.approx(torch.cat(segments).norm(dim=1).mean().item(), rel=1e-12)
     assert (result.tokens, result.num_segments) == (101, 5)
 
 
@@ -264,15 +262,6 @@ def test_too_little_for_an_estimator():
     one = DispersionScorer(16)
     one.add_segment(batch()[0], 0)
     assert math.isnan(one.result().segments)
-    assert math.isnan(one.result().segments_mean)
-
-
-def test_segment_whose_vectors_cancel_has_no_mean_direction():
-    scorer = DispersionScorer(2)
-    for cluster in range(2):
-        scorer.add_segment(torch.tensor([[1.0, 0], [-1, 0]]), cluster)
-    # Both means are zero: their unit vectors add up to nothing, 2 / (2 - 1) * (1 - 0).
-    assert scorer.result().segments_mean == 2
 
 
 @pytest.mark.parametrize("numbers", [(-1, 0, 1, 0), (0, -1, 1, 0), (0, 3, 3, 0), (0, 0, 1, -1)])
