@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from knnlm.choose import candidate_layers, choose
@@ -41,13 +43,18 @@ def test_embedding_like_layers_are_never_chosen_by_default() -> None:
     assert choose(scores, LayerConfig(candidates="all"), NAMES).layer == "0.attn_input"
 
 
-def test_the_deepest_of_those_that_dispersion_cannot_tell_apart_is_taken() -> None:
-    near = [score("2.ffn_input", 0.70, 0.3, width=0.02), score("3.ffn_input", 0.67, 0.3, width=0.02)]
+def test_the_deepest_of_those_about_equally_dispersed_is_taken() -> None:
+    near = [score("2.ffn_input", 0.70, 0.3), score("3.ffn_input", 0.67, 0.3)]
     choice = choose(near, LayerConfig(), NAMES)
     assert choice.layer == "3.ffn_input"
-    assert "cannot be told from the most dispersed, 2.ffn_input" in choice.reason
-    apart = [score("2.ffn_input", 0.70, 0.3, width=0.01), score("3.ffn_input", 0.67, 0.3, width=0.01)]
-    assert choose(apart, LayerConfig(), NAMES).layer == "2.ffn_input"
+    assert "within 5 % of the largest, that of 2.ffn_input (0.7000)" in choice.reason
+
+
+def test_a_deep_layer_that_has_collapsed_is_not_taken_however_wide_the_intervals() -> None:
+    apart = [score("2.ffn_input", 0.70, 0.3, width=0.2), score("3.ffn_input", 0.66, 0.3, width=0.2)]
+    choice = choose(apart, LayerConfig(), NAMES)
+    assert choice.layer == "2.ffn_input"
+    assert "most dispersed" in choice.reason
 
 
 def test_probe_chooses_when_asked() -> None:
@@ -79,3 +86,13 @@ def test_an_unknown_or_ambiguous_name_is_refused() -> None:
         choose(scores, LayerConfig(select="7.ffn_input"), NAMES)
     with pytest.raises(InputError, match="fits 2 layers"):
         choose(scores, LayerConfig(select="*.ffn_input"), NAMES)
+
+
+def test_layers_without_a_probe_are_not_chosen_by_it() -> None:
+    """A text of one short document has none: the first candidate used to be taken."""
+    none = [score("2.ffn_input", 0.6, math.nan), score("3.ffn_input", 0.7, math.nan)]
+    with pytest.raises(InputError, match="--select probe compares two documents"):
+        choose(none, LayerConfig(select="probe"), NAMES)
+    assert choose(none, LayerConfig(), NAMES).disagreement is None
+    some = [score("2.ffn_input", 0.6, math.nan), score("3.ffn_input", 0.7, 0.1)]
+    assert choose(some, LayerConfig(select="probe"), NAMES).layer == "3.ffn_input"
