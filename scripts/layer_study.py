@@ -3,13 +3,15 @@
     .venv/bin/python scripts/layer_study.py --model MODEL --text nursing.jsonl --out study/llama-nursing.json
 
 Exact search; k, lambda and temperature fitted per layer; regret cross-fitted (docs/layers.md says how). A tenth of the
-text is held out: whole documents, or sections of one long document. `scripts/layer_table.py` makes tables of the files.
+text is held out: whole documents, or sections of one long document with a gap on either side.
+`scripts/layer_table.py` makes tables of the files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from knnlm.corpus import read_documents, tokenize
 from knnlm.evaluation import SCORES, LayerOutcome, Queries, evaluate_layers, open_queries, regret, summarize
 from knnlm.layers import FINAL, select_layers
 from knnlm.lm import load_model
+from knnlm.overlap import overlap
 from knnlm.pipeline import build
 from knnlm.plan import window_config
 from knnlm.report.document import score_from_document, to_document
@@ -28,6 +31,8 @@ from knnlm.results import LayerScore
 from knnlm.windows import take_slices
 
 SECTION_CHARACTERS = 20_000
+# Dropped at both ends of a held-out section, so that its beginning does not continue a stored sentence.
+GAP_CHARACTERS = 1_000
 
 
 def candidate_sets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -47,14 +52,15 @@ def candidate_sets(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 def split_text(paths: Sequence[Path], folder: Path) -> tuple[Path, Path]:
     """Training and evaluation files: every tenth document, or every tenth section where there are few documents."""
-    texts = [document.text for document in read_documents(paths)]
+    texts, gap = [document.text for document in read_documents(paths)], 0
     if len(texts) < 20:
-        size = SECTION_CHARACTERS
+        size, gap = SECTION_CHARACTERS, GAP_CHARACTERS
         texts = [text[start : start + size] for text in texts for start in range(0, len(text), size)]
+    training = [text for i, text in enumerate(texts) if i % 10 != 4]
+    held_out = [text[gap : len(text) - gap] for text in texts[4::10]]
     files = folder / "train.jsonl", folder / "eval.jsonl"
-    for file, held_out in zip(files, (False, True), strict=True):
-        lines = [json.dumps({"text": text}) + "\n" for i, text in enumerate(texts) if (i % 10 == 4) == held_out]
-        file.write_text("".join(lines), encoding="utf-8")
+    for file, part in zip(files, (training, held_out), strict=True):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
     return files
 
 
@@ -70,7 +76,10 @@ def choices(
         for score in SCORES
     ]
     last = select_layers("-1.ffn_input", names)[0]
-    for score, among, layer in [*rules, ("always", "the last ffn_input", last)]:
+    rules += [("always", "the last ffn_input", last)]
+    # Each candidate by name too, so that a rule made later can be judged without another run.
+    rules += [("named", name, name) for name in select_layers("candidates", names)]
+    for score, among, layer in rules:
         found = regret(outcomes, by_name[layer], queries.parts, config)
         against = regret([by_name[last]], by_name[layer], queries.parts, config)
         yield {
@@ -118,9 +127,10 @@ def main() -> None:
                 print(f"{one.layer} {one.tuning_loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
             result = summarize(lm, queries, outcomes, config, scored)
             found = list(choices(scored.layers, outcomes, queries, config))
-    document = to_document(result) | {"choices": found, "keys": store.count, "study": vars(args)}
+        shared = overlap(documents, [store.values])
+    document = to_document(result) | {"choices": found, "keys": store.count, "overlap": shared, "study": vars(args)}
     document["study"] = {name: str(value) for name, value in document["study"].items()}
-    document["tuning_perplexity"] = {one.layer: float(2.718281828459045**one.tuning_loss) for one in outcomes}
+    document["tuning_perplexity"] = {one.layer: math.exp(one.tuning_loss) for one in outcomes}
     document["study"]["seconds"] = time.perf_counter() - start
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1, default=asdict), encoding="utf-8")

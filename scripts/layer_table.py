@@ -60,7 +60,7 @@ def pick(study: Study, score: str, among: str) -> dict[str, Any]:
 
 def regrets(studies: Sequence[Study]) -> Iterator[str]:
     """Median and worst regret of every score in every candidate set."""
-    sets = list(dict.fromkeys(one["among"] for one in studies[0]["choices"]))[:-1]
+    sets = list(dict.fromkeys(one["among"] for one in studies[0]["choices"] if one["score"] in SCORES))
     yield f"| score | {' | '.join(sets)} |"
     yield f"| --- {'| --- ' * len(sets)}|"
     for score in SCORES:
