@@ -19,7 +19,7 @@ Legend: N keys, D dimension.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -92,7 +92,10 @@ class Datastore:
 
     @cached_property
     def values(self) -> NDArray[np.int32]:
-        """The token that followed each key, int32 [N], read-only: mapped if it is one shard, else loaded."""
+        """The token that followed each key, int32 [N], read-only.
+
+        Mapped while it is one shard, which holds 536 million; of more, all 4 x N bytes are loaded.
+        """
         shards = [open_npy(self.folder / shard.file, np.int32, (shard.rows,)) for shard in self._manifest.values]
         values: NDArray[np.int32] = shards[0] if len(shards) == 1 else np.concatenate(shards)
         values.flags.writeable = False
@@ -134,10 +137,6 @@ class Datastore:
         if row - start < width:
             return np.concatenate([np.array([first_token], np.int32), tokens])
         return tokens
-
-    def source_text(self, row: int, width: int, decode: Callable[[NDArray[np.int32]], str]) -> str:
-        """`context` as text."""
-        return decode(self.context(row, width))
 
     def check_model(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse a model whose vectors or tokens are not those of the datastore.

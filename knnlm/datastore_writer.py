@@ -33,7 +33,8 @@ HEADROOM = 64
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 # Where all is smaller, float16 loses bits of the lesser components (subnormals begin at 6e-5): scaled up to about 1.
 FLOAT16_SMALL = 2.0**-4
-INT32_MAX = np.iinfo(np.int32).max
+INT32 = np.dtype(np.int32)
+INT32_MAX = np.iinfo(INT32).max
 
 
 class DatastoreWriter:
@@ -45,7 +46,7 @@ class DatastoreWriter:
     Conversion, checksums and writing run in one thread beside the caller's; its errors come with the next call.
 
     :param layers: name and vector size of each layer.
-    :param shard_rows: rows of a shard; by default as many as keep a shard below 2 GiB.
+    :param shard_rows: rows of every shard; by default as many as 2 GiB hold, of the widest layer and of the values.
     :raises InputError: no layers, or an unknown `key_dtype`.
     """
 
@@ -64,7 +65,9 @@ class DatastoreWriter:
         self._folder = Path(folder)
         dtype = np.dtype(key_dtype)
         rows = shard_rows or max(1, SHARD_BYTES // (max(layers.values()) * dtype.itemsize))
-        self._values = _ShardWriter(self._folder, "values-{:05d}.npy", np.dtype(np.int32), None, rows)
+        # As long as the values are one file, they are looked up in it and never loaded: up to 536 million.
+        values_rows = shard_rows or SHARD_BYTES // INT32.itemsize
+        self._values = _ShardWriter(self._folder, "values-{:05d}.npy", INT32, None, values_rows)
         self._layers = {name: _LayerWriter(self._folder, name, dim, dtype, rows) for name, dim in layers.items()}
         self._counts = dict.fromkeys(layers, 0)
         self._documents = array("q")
@@ -95,7 +98,7 @@ class DatastoreWriter:
                 raise DatastoreError(
                     f"tokens from {tokens.min()} to {tokens.max()} cannot be stored; take 0 to {INT32_MAX}"
                 )
-            self._values.append(tokens.astype(np.int32, copy=False))
+            self._values.append(tokens.astype(INT32, copy=False))
 
     def append_keys(self, layer: str, vectors_ND: NDArray[np.floating[Any]]) -> None:
         """Add the layer's vectors of the next N positions, [N, D], raw: not centred.
