@@ -115,7 +115,27 @@ def dispersion(vectors_ND: Tensor | NDArray[np.floating]) -> float:
         sums_SE = _span_sums(vectors[None], [Span(0, 0, len(vectors), 0)])
     except BadVector as error:
         raise InputError(f"row {error.position} {error.fault}") from None
-    return float(_from_sum(sums_SE[0, : vectors.shape[1]], len(vectors)))
+    return float(from_sum(sums_SE[0, : vectors.shape[1]], len(vectors)))
+
+
+def span_dispersions(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
+    """The dispersion inside each span, float64 [S]; NaN for a span of one vector.
+
+    :raises NonFinite, ZeroVector: a vector of a span has no direction.
+    """
+    sums_SE = _span_sums(vectors_BTD, spans)
+    counts_S = np.array([span.last - span.first for span in spans])
+    return from_sum(sums_SE[:, : vectors_BTD.shape[2]], counts_S)
+
+
+def from_sum(sum_D: Float64, count: int | NDArray[np.int64]) -> Float64:
+    """Dispersion from the sum of `count` unit vectors, along the last axis; NaN for fewer than two."""
+    count = np.asarray(count, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = count / (count - 1) * (1 - np.vecdot(sum_D, sum_D) / count**2)
+    # Identical vectors leave a rounding error of either sign.
+    result: Float64 = np.where(count >= 2, np.maximum(value, 0.0), np.nan)
+    return result
 
 
 def first_nonfinite(vectors_BTD: Tensor) -> tuple[int, int] | None:
@@ -189,7 +209,7 @@ class DispersionScorer:
             pooled=pooled,
             interval=interval,
             within=self._within_sum / self._within_segments if self._within_segments else math.nan,
-            segments=float(_from_sum(self._last_sum_D, self._num_segments)),
+            segments=float(from_sum(self._last_sum_D, self._num_segments)),
             tokens=tokens,
             num_segments=self._num_segments,
         )
@@ -212,7 +232,7 @@ class DispersionScorer:
     def _add_segments(self, sums_SE: Float64, counts_S: NDArray[np.int64]) -> None:
         unit_SD, last_SD = np.split(sums_SE, 2, axis=1)
         paired_S = counts_S >= 2
-        self._within_sum += float(_from_sum(unit_SD[paired_S], counts_S[paired_S]).sum())
+        self._within_sum += float(from_sum(unit_SD[paired_S], counts_S[paired_S]).sum())
         self._within_segments += int(paired_S.sum())
         self._last_sum_D += last_SD.sum(axis=0)
         self._num_segments += len(counts_S)
@@ -222,8 +242,8 @@ class DispersionScorer:
         sums_GD = np.stack([self._group_sums[group] for group in order])
         counts_G = np.array([self._group_counts[group] for group in order])
         total_D, tokens = sums_GD.sum(axis=0), int(counts_G.sum())
-        pooled = float(_from_sum(total_D, tokens))
-        without_G = _from_sum(total_D - sums_GD, tokens - counts_G)
+        pooled = float(from_sum(total_D, tokens))
+        without_G = from_sum(total_D - sums_GD, tokens - counts_G)
         return pooled, jackknife_interval(pooled, without_G, bounds=(0.0, tokens / (tokens - 1)))
 
 
@@ -276,16 +296,6 @@ def widened(array: NDArray[Any]) -> NDArray[np.floating]:
         bits: NDArray[np.uint32] = np.left_shift(array, 16, dtype=np.uint32)
         return bits.view(np.float32)
     return array
-
-
-def _from_sum(sum_D: Float64, count: int | NDArray[np.int64]) -> Float64:
-    """Dispersion from the sum of `count` unit vectors, along the last axis; NaN for fewer than two."""
-    count = np.asarray(count, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = count / (count - 1) * (1 - np.vecdot(sum_D, sum_D) / count**2)
-    # Identical vectors leave a rounding error of either sign.
-    result: Float64 = np.where(count >= 2, np.maximum(value, 0.0), np.nan)
-    return result
 
 
 def _span_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:

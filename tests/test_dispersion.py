@@ -21,6 +21,7 @@ from knnlm.dispersion import (
     dispersion,
     first_nonfinite,
     jackknife_interval,
+    span_dispersions,
     t_quantile,
 )
 from knnlm.errors import InputError, ModelError
@@ -107,6 +108,17 @@ def test_dispersion_is_of_directions_and_of_no_order(cloud, random):
     order = random.sample(range(len(cloud)), len(cloud))
     assert dispersion((cloud * scales[:, None])[order]) == pytest.approx(value, abs=1e-12)
     assert 0 <= value <= len(cloud) / (len(cloud) - 1) + 1e-12
+
+
+def test_span_dispersions_are_those_of_the_spans_alone():
+    vectors_BTD = batch()
+    expected = [pairwise(vectors_BTD[span.row, span.first : span.last]) for span in SPANS[:4]]
+    found = span_dispersions(vectors_BTD, SPANS)
+    assert found[:4] == pytest.approx(expected, abs=1e-12)
+    assert math.isnan(found[4])  # one vector
+    vectors_BTD[1, 3] = 0
+    with pytest.raises(ZeroVector):
+        span_dispersions(vectors_BTD, SPANS)
 
 
 @pytest.mark.parametrize("bad", [torch.ones(1, 4), torch.ones(0, 4), torch.ones(4)])
