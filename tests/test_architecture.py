@@ -16,10 +16,10 @@ from tests.source_files import ROOT, imports, modules, syntax, tracked_files
 # A module of knnlm/ sees modules of its own line and of the lines above it, never of those below.
 LEVELS = (
     {"version", "errors"},
-    {"config", "results", "progress", "storage"},
-    {"layers", "head", "hardware", "encoding", "fingerprint"},
+    {"config", "results", "progress", "storage", "utf8"},
+    {"layers", "head", "hardware", "encoding", "fingerprint", "push_away"},
     {"windows", "corpus", "overlap", "statistics", "probability"},
-    {"dispersion", "scores", "manifest", "keys", "datastore", "datastore_writer"},
+    {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
     {"lm", "scoring", "choose", "search"},
     {"collect", "plan", "indexing"},
     {"parts"},
