@@ -13,14 +13,8 @@ from torch import Tensor
 from knnlm.dispersion import DispersionScorer, Span
 from knnlm.progress import Advance, ignore
 from knnlm.results import Interval, LayerScore
-from knnlm.scores import (
-    LayerSample,
-    SamplePlan,
-    SampleUpdate,
-    effective_rank,
-    retrieval_probe,
-    standardized_dispersion,
-)
+from knnlm.sample import LayerSample, SamplePlan, SampleUpdate
+from knnlm.scores import effective_rank, retrieval_probe, standardized_dispersion
 
 # Sampled vectors are kept for all layers at once: 8,192 are enough for the probe, and this many bytes are the limit.
 SAMPLE_CAPACITY = 8192

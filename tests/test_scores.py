@@ -1,4 +1,4 @@
-"""The sample is uniform and the same for all layers; each score against a slow definition of it."""
+"""Each score of a sample against a slow definition of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given, strategies
 
-from knnlm import scores
-from knnlm.dispersion import Span, dispersion
+from knnlm.dispersion import dispersion
 from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.scores import (
-    LayerSample,
-    SamplePlan,
     effective_rank,
+    intrinsic_dimension,
+    participation_ratio,
     retrieval_probe,
     standardized_dispersion,
 )
@@ -25,95 +24,6 @@ from tests.test_dispersion import pairwise, rogue_vectors
 
 def normal(rows: int, dim: int, seed: int = 0):
     return np.random.default_rng(seed).normal(size=(rows, dim))
-
-
-# ---- the sample
-
-
-def kept(capacity: int, seed: int, pieces: list[int]) -> np.ndarray:
-    """The numbers of the tokens in the sample after pieces of text, slot by slot."""
-    plan, slots = SamplePlan(capacity, seed), np.full(capacity, -1)
-    start = 0
-    for piece in pieces:
-        indices, taken = plan.rows(piece)
-        assert len(set(taken.tolist())) == len(taken)
-        slots[taken] = start + indices
-        start += piece
-    assert plan.size == min(start, capacity)
-    return slots[: plan.size]
-
-
-def reservoir(capacity: int, seed: int, total: int) -> list[int]:
-    """Algorithm R as Vitter wrote it, one token after the other."""
-    random, slots = np.random.default_rng(seed), []
-    for number in range(total):
-        slot = int(random.integers(0, number + 1))
-        if number < capacity:
-            slots.append(number)
-        elif slot < capacity:
-            slots[slot] = number
-    return slots
-
-
-@given(strategies.integers(1, 20), strategies.lists(strategies.integers(0, 60), max_size=6), strategies.integers(0, 9))
-def test_plan_is_algorithm_r_however_the_text_is_cut(capacity, pieces, seed):
-    assert kept(capacity, seed, pieces).tolist() == reservoir(capacity, seed, sum(pieces))
-
-
-def test_each_token_is_sampled_with_the_same_probability():
-    counts = np.zeros(50)
-    for seed in range(2000):
-        counts[kept(10, seed, [7, 0, 30, 13])] += 1
-    # 2000 draws at p = 0.2: standard deviation 17.9; 4.5 of them for 50 tokens at once.
-    assert counts.sum() == 20_000
-    assert np.abs(counts - 400).max() < 80
-
-
-@pytest.mark.parametrize("host", [True, False])
-def test_all_layers_sample_the_same_positions(monkeypatch, host):
-    """Also by the steps for an accelerator, run on the CPU: they are the same in torch."""
-    monkeypatch.setattr(scores, "on_host", lambda vectors: host)
-    plan = SamplePlan(30, seed=3)
-    tokens = torch.arange(4 * 25).view(4, 25, 1)
-    narrow, wide = LayerSample(plan, 1), LayerSample(plan, 6)
-    for number in range(5):
-        spans = [Span(row, 3 * row, 25, 10 * number + row) for row in range(4)]
-        identity = tokens + 100 * number
-        targets = [identity[span.row, span.first : span.last, 0] + 1 for span in spans]
-        update = plan.add_batch(spans, targets)
-        narrow.write(identity.float(), update)
-        wide.write(identity.bfloat16().expand(-1, -1, 6), update)
-    sample = narrow.sample()
-    ids = sample.vectors_MD[:, 0].astype(int)
-    assert len(set(ids)) == 30
-    assert (ids // 100 > 0).any()
-    assert (sample.next_token_M == ids + 1).all()
-    assert (sample.cluster_M == ids // 100 * 10 + ids % 100 // 25).all()
-    assert (ids % 25 >= 3 * (ids % 100 // 25)).all()
-    expected = torch.from_numpy(ids).bfloat16().float()[:, None].expand(-1, 6).numpy()
-    assert np.array_equal(wide.sample().vectors_MD, expected)
-
-
-def test_sample_of_less_than_its_capacity():
-    plan = SamplePlan(100, seed=0)
-    layer = LayerSample(plan, 4)
-    vectors = torch.randn(2, 5, 4)
-    layer.write(vectors, plan.add_batch([Span(0, 0, 5, 0), Span(1, 3, 5, 1)], [[1, 2, 3, 4, 5], [6, 7]]))
-    sample = layer.sample()
-    assert np.array_equal(sample.vectors_MD, torch.cat((vectors[0], vectors[1, 3:])).numpy())
-    assert sample.next_token_M.tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert sample.cluster_M.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    layer.write(vectors, plan.add_batch([], []))
-    assert plan.size == 7
-
-
-def test_sample_refuses_what_does_not_fit():
-    with pytest.raises(InputError, match="capacity of at least 1, got 0"):
-        SamplePlan(0, 1)
-    plan = SamplePlan(4, 1)
-    with pytest.raises(InputError, match=r"\[2, 3\] positions need as many next tokens, got \[3, 2\]"):
-        plan.add_batch([Span(0, 0, 2, 0), Span(1, 0, 3, 0)], [[1, 2, 3], [4, 5]])
-    assert plan.seen == 0
 
 
 # ---- standardised dispersion
@@ -191,6 +101,56 @@ def test_effective_rank_does_not_see_rotation_scale_or_place(rows, dim, seed):
     value = effective_rank(vectors)
     assert 1 - 1e-9 <= value <= min(rows - 1, dim) + 1e-9
     assert effective_rank(1e3 * vectors @ turn + 5) == pytest.approx(value, rel=1e-5)
+
+
+# ---- participation ratio and intrinsic dimension
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_participation_ratio_by_the_covariance(shape):
+    vectors = rogue_vectors(*shape).numpy() + 3
+    power = np.linalg.eigvalsh(np.cov(vectors.T))
+    assert participation_ratio(vectors) == pytest.approx(power.sum() ** 2 / (power**2).sum(), rel=1e-9)
+
+
+def test_participation_ratio_of_known_clouds():
+    cross = np.concatenate([np.eye(6), -np.eye(6)])
+    assert participation_ratio(cross + 100) == pytest.approx(6, rel=1e-6)
+    assert participation_ratio(np.outer(np.arange(9.0), np.ones(4))) == pytest.approx(1, abs=1e-6)
+    assert participation_ratio(np.full((7, 3), 0.1, dtype=np.float32)) == 0
+
+
+def slow_two_nn(vectors) -> float:
+    """Facco et al. 2017, steps 1 to 5, point by point."""
+    ratios = []
+    for i, vector in enumerate(vectors):
+        near = sorted(float(((vector - other) ** 2).sum()) ** 0.5 for j, other in enumerate(vectors) if j != i)[:2]
+        if near[0] > 0:
+            ratios.append(near[1] / near[0])
+    points = [
+        (math.log(ratio), -math.log(1 - i / len(ratios)))
+        for i, ratio in enumerate(sorted(ratios), 1)
+        if i < len(ratios)
+    ]
+    points = points[: int(0.9 * len(ratios))]
+    return sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+
+
+def test_intrinsic_dimension_as_the_paper_takes_it():
+    vectors = np.concatenate([normal(60, 5), normal(10, 5)[:2].repeat(2, axis=0)])
+    assert intrinsic_dimension(vectors, seed=1) == pytest.approx(slow_two_nn(vectors), rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_intrinsic_dimension_of_a_cube_turned_in_a_larger_space(dim):
+    turn = np.linalg.qr(normal(20, dim))[0]
+    cube = np.random.default_rng(3).random((3000, dim)) @ turn.T
+    assert intrinsic_dimension(cube + 7, seed=0) == pytest.approx(dim, rel=0.12)
+
+
+def test_intrinsic_dimension_of_copies_is_unknown():
+    assert math.isnan(intrinsic_dimension(np.ones((9, 3)), seed=0))
+    assert math.isnan(intrinsic_dimension(np.eye(2), seed=0))
 
 
 # ---- retrieval probe
@@ -288,7 +248,7 @@ def test_probe_ranks_layers_that_know_more():
 # ---- bad input
 
 
-@pytest.mark.parametrize("score", [standardized_dispersion, effective_rank])
+@pytest.mark.parametrize("score", [standardized_dispersion, effective_rank, participation_ratio])
 def test_score_needs_two_finite_vectors(score):
     with pytest.raises(InputError, match=r"at least 2 vectors as \[M, D\], got shape \[1, 3\]"):
         score(np.ones((1, 3)))
