@@ -188,12 +188,13 @@ def run(
         plan = make_plan(lm, text, folder, settings)
         progress.note(plan.sentence)
         documents = _documents(lm, text, settings)
-        held_out = hold_out(documents, seed=settings.seed) if evaluation is None else None
+        budget = settings.evaluation.eval_tokens
+        held_out = hold_out(documents, max_tokens=budget, seed=settings.seed) if evaluation is None else None
         training = held_out.training if held_out else documents
         with clock.time("extract and score"):
             scored = _extract(lm, training, plan.layers, folder, settings, progress, total=plan.tokens)
         if held_out:
-            evaluation = take_slices(held_out.evaluation, settings.evaluation.eval_tokens, seed=settings.seed)
+            evaluation = held_out.evaluation
             check_evaluation(evaluation)
     store = Datastore.open(Path(out))
     with clock.time("evaluate and index"):

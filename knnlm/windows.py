@@ -6,6 +6,7 @@ Legend: B windows of a batch, T positions of the longest of them.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ ENOUGH_DOCUMENTS = 20
 MIN_SECTION = 64
 # Shorter slices leave too many tokens without the context that they would have in their document.
 MIN_SLICE = 512
+# Tokens that are kept of a stream to take slices from, in budgets; without a budget, more than any text has.
+KEPT_BUDGETS = 4
+NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,26 +205,39 @@ def _pad(group: Sequence[Window]) -> Batch:
 
 
 class HeldOut:
-    """Training documents as a stream, and the evaluation documents that the stream came past."""
+    """Training documents as a stream, and of the documents that the stream came past as many as are evaluated."""
 
-    def __init__(self, parts: Iterable[tuple[bool, TokenDocument]]) -> None:
-        self.evaluation: list[TokenDocument] = []
-        """Complete once `training` has run dry."""
+    def __init__(self, parts: Iterable[tuple[bool, TokenDocument]], max_tokens: int | None, seed: int) -> None:
+        self._kept = _Kept(max_tokens, seed)
         self.training = self._pass_on(parts)
+
+    @property
+    def evaluation(self) -> list[TokenDocument]:
+        """The evaluation documents, as `take_slices` takes them; complete once `training` has run dry."""
+        return self._kept.slices()
 
     def _pass_on(self, parts: Iterable[tuple[bool, TokenDocument]]) -> Iterator[TokenDocument]:
         for is_evaluation, document in parts:
             if is_evaluation:
-                self.evaluation.append(document)
+                self._kept.add(document)
             else:
                 yield document
 
 
 def hold_out(
-    documents: Iterable[TokenDocument], *, share: float = 0.1, seed: int = 0, section: int = 4096, gap: int = 256
+    documents: Iterable[TokenDocument],
+    *,
+    max_tokens: int | None = None,
+    share: float = 0.1,
+    seed: int = 0,
+    section: int = 4096,
+    gap: int = 256,
 ) -> HeldOut:
-    """`split_documents` as a stream of training documents with the evaluation documents collected beside it."""
-    return HeldOut(split_documents(documents, share=share, seed=seed, section=section, gap=gap))
+    """`split_documents` as a stream of training documents, with `max_tokens` of the evaluation documents beside it.
+
+    Memory holds a few times `max_tokens`, however long the text is; None keeps all. Raises as both functions.
+    """
+    return HeldOut(split_documents(documents, share=share, seed=seed, section=section, gap=gap), max_tokens, seed)
 
 
 def split_documents(
@@ -292,27 +309,77 @@ def take_slices(documents: Iterable[TokenDocument], max_tokens: int | None, *, s
     """Spread a budget of tokens over documents; all of them, whole, where they fit or `max_tokens` is None.
 
     Each document gives the same number of consecutive tokens from a random start, or all that it has. Where that
-    would be fewer than 512, only documents evenly spread over the text give any.
+    would be fewer than 512, only documents evenly spread over the text give any. Memory holds a few times the budget.
 
     :raises InputError: `max_tokens` is below 2.
     """
-    if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"--eval-tokens is {max_tokens}, but a token and its predecessor take at least 2")
-    documents = list(documents)
-    lengths = np.array([len(document.tokens) for document in documents], np.int64)
-    if max_tokens is None or lengths.sum() <= max_tokens:
-        return documents
-    rng = np.random.default_rng(seed)
-    chosen = _spread(lengths, max_tokens, rng)
-    level = _water_level(lengths[chosen], max_tokens)
-    return [_slice(documents[number], level, rng) for number in chosen]
+    kept = _Kept(max_tokens, seed)
+    for document in documents:
+        kept.add(document)
+    return kept.slices()
+
+
+class _Kept:
+    """Documents of a stream, enough of them to take slices from: all, up to `KEPT_BUDGETS` times the budget of tokens.
+
+    Beyond that, all are cut to a common length, half of what it was, as long as that leaves more than a slice takes of
+    a document; then documents are dropped, so that those kept stay evenly spread over the stream.
+    """
+
+    def __init__(self, max_tokens: int | None, seed: int) -> None:
+        if max_tokens is not None and max_tokens < 2:
+            raise InputError(f"--eval-tokens is {max_tokens}, but a token and its predecessor take at least 2")
+        self._budget = max_tokens or NO_LIMIT
+        self._limit = self._most = KEPT_BUDGETS * self._budget
+        self._seed = seed
+        self._rng = np.random.default_rng((seed, 1))  # not the numbers that `slices` draws
+        self._offset = self._rng.random()
+        self._seen, self._tokens, self._border = 0, 0, 1.0
+        # The next to be dropped is first: minus its place in the golden order, its number, the document.
+        self._heap: list[tuple[float, int, TokenDocument]] = []
+
+    def add(self, document: TokenDocument) -> None:
+        """Take in the stream's next document."""
+        place = float(_golden_places(self._seen, self._offset))
+        self._seen += 1
+        if place >= self._border:
+            return
+        heapq.heappush(self._heap, (-place, self._seen, _slice(document, self._limit, self._rng)))
+        self._tokens += min(len(document.tokens), self._limit)
+        while self._tokens > self._most:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        shortest = min(self._budget, 2 * MIN_SLICE)
+        if self._limit > shortest:
+            self._limit = max(self._limit // 2, shortest)
+            self._heap = [(place, number, _slice(one, self._limit, self._rng)) for place, number, one in self._heap]
+            self._tokens = sum(len(document.tokens) for *_, document in self._heap)
+            return
+        place, _, dropped = heapq.heappop(self._heap)
+        self._border = -place
+        self._tokens -= len(dropped.tokens)
+
+    def slices(self) -> list[TokenDocument]:
+        """What `take_slices` gives of the documents so far, in their order."""
+        documents = [document for _, _, document in sorted(self._heap, key=lambda entry: entry[1])]
+        if self._tokens <= self._budget:
+            return documents
+        lengths = np.array([len(document.tokens) for document in documents], np.int64)
+        rng = np.random.default_rng(self._seed)
+        chosen = _spread(lengths, self._budget, rng)
+        level = _water_level(lengths[chosen], self._budget)
+        return [_slice(documents[number], level, rng) for number in chosen]
+
+
+def _golden_places(numbers: int | NDArray[np.int64], offset: float) -> NDArray[np.float64]:
+    """Multiples of the golden ratio, modulo 1: the numbers whose places are below any threshold are evenly spaced."""
+    return np.asarray((numbers * (1 + 5**0.5) / 2 + offset) % 1)
 
 
 def _spread(lengths: NDArray[np.int64], max_tokens: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """As many documents as can give `MIN_SLICE` tokens (or all they have), evenly spaced, in order."""
-    # Multiples of the golden ratio, modulo 1: those below any threshold are evenly spaced.
-    golden = (1 + 5**0.5) / 2
-    order = np.argsort((np.arange(len(lengths)) * golden + rng.random()) % 1, kind="stable")
+    order = np.argsort(_golden_places(np.arange(len(lengths)), rng.random()), kind="stable")
     needed = np.cumsum(np.minimum(lengths[order], MIN_SLICE))
     count = max(1, int(np.searchsorted(needed, max_tokens, side="right")))
     return np.sort(order[:count])

@@ -237,13 +237,51 @@ def test_hold_out_collects_what_the_training_stream_came_past():
     assert [one.number for one in held.evaluation] == [one.number for one in evaluation]
 
 
+def held_out_of(stream, **settings):
+    held = hold_out(stream, **settings)
+    for _ in held.training:
+        pass
+    return held
+
+
+@pytest.mark.parametrize("length", [40, 700, 9000])
+def test_of_a_long_stream_a_budget_is_held_out_from_everywhere_in_bounded_memory(length):
+    count, budget = 30_000, 8000
+    held = held_out_of((document(length, number) for number in range(count)), max_tokens=budget)
+    assert sum(len(document.tokens) for *_, document in held._kept._heap) <= 4 * budget
+    slices = held.evaluation
+    assert budget - MIN_SLICE - len(slices) < sum(len(one.tokens) for one in slices) <= budget
+    numbers = [one.number for one in slices]
+    assert numbers == sorted(set(numbers)) and max(np.diff([0, *numbers, count])) < 5 * count / len(numbers)
+    again = held_out_of((document(length, number) for number in range(count)), max_tokens=budget).evaluation
+    assert [one.tokens.tolist() for one in again] == [one.tokens.tolist() for one in slices]
+
+
+def test_short_documents_beside_huge_ones_still_fill_the_budget():
+    lengths = [3000 if number % 2 else 2 for number in range(400)]
+    slices = take_slices(documents(*lengths), 100, seed=0)
+    assert sum(len(one.tokens) for one in slices) > 50
+    assert len(take_slices(documents(*[2, 5000] * 1000), 20_000, seed=0)) > 30
+
+
+def test_sections_held_out_of_a_novel_do_not_keep_it_in_memory():
+    for one in held_out_of(documents(90_000), max_tokens=20_000).evaluation:
+        assert one.tokens.base is None
+
+
+def test_a_budget_for_evaluation_that_cannot_be_is_refused_before_the_stream_is_read():
+    with pytest.raises(InputError, match="--eval-tokens is 1,"):
+        hold_out(iter(()), max_tokens=1)
+
+
 # slices
 
 
 def test_a_text_within_the_budget_is_taken_whole():
-    given_documents = documents(10, 20)
-    assert take_slices(given_documents, 30, seed=0) == given_documents
-    assert take_slices(given_documents, None, seed=0) == given_documents
+    for budget in (30, None):
+        assert [one.tokens.tolist() for one in take_slices(documents(10, 20), budget, seed=0)] == [
+            one.tokens.tolist() for one in documents(10, 20)
+        ]
     assert take_slices([], 30, seed=0) == []
 
 
