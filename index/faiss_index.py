@@ -32,6 +32,7 @@ _METRICS = {Metric.L2: faiss.METRIC_L2, Metric.IP: faiss.METRIC_INNER_PRODUCT}
 _EFFORTS = ("nprobe", "efSearch")
 # A graph walk that is longer than this costs more than a scan.
 _LONGEST_WALK = 1 << 15
+_KMEANS_ROUNDS = 25
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -53,6 +54,15 @@ def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids
     pointers = [faiss.swig_ptr(array) for array in (queries_QD, rows_P, keys_ND, keys_P, distances_P)]
     kernel(queries_QD.shape[1], len(rows_P), *pointers)
     return distances_P if metric is Metric.L2 else np.negative(distances_P, out=distances_P)
+
+
+def kmeans(vectors_ND: Floats, clusters: int, *, seed: int) -> Ids:
+    """The cluster of each unit vector, int64 [N], by spherical k-means: the cluster of the nearest mean direction."""
+    settings = {"spherical": True, "min_points_per_centroid": 1, "max_points_per_centroid": len(vectors_ND)}
+    means = faiss.Kmeans(vectors_ND.shape[1], clusters, niter=_KMEANS_ROUNDS, seed=seed, **settings)
+    with _faiss_errors():
+        means.train(vectors_ND)
+        return np.asarray(means.index.search(vectors_ND, 1)[1][:, 0], np.int64)
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,24 @@ def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:
         ) from None
     if native.metric_type != _METRICS[metric]:
         raise UnknownSpec(f"index {text!r} does not search by metric {metric}; take another index or metric")
+    if misfit := _misfit(native):
+        raise UnknownSpec(
+            f"index {text!r} for {dim} dimensions has {misfit}; take another size, or a factory string such as "
+            "'IVF1024,Flat'"
+        )
     return FaissIndex(native)
+
+
+def _misfit(native: Any) -> str:  # noqa: ANN401
+    """What FAISS finds out only in training: a projection that cannot be; empty where there is none."""
+    projected = _unwrapped(native, faiss.IndexPreTransform)
+    for place in range(projected.chain.size() if projected else 0):
+        step = faiss.downcast_VectorTransform(projected.chain.at(place))
+        if isinstance(step, faiss.PCAMatrix | faiss.ITQTransform) and step.d_out > step.d_in:
+            return f"a projection from {step.d_in} to {step.d_out}, but it can only make them fewer"
+        if isinstance(step, faiss.OPQMatrix) and step.d_out % step.M:
+            return f"an OPQ of {step.M} parts, which do not divide {step.d_out} dimensions"
+    return ""
 
 
 def read_index(path: Path) -> FaissIndex:
@@ -204,11 +231,13 @@ def _clusterings(native: Any) -> Iterator[Any]:  # noqa: ANN401
 
 @contextmanager
 def _faiss_errors() -> Iterator[None]:
-    """Only RuntimeError is FAISS's; an OSError of a writer and Ctrl-C are not touched."""
+    """RuntimeError and MemoryError are FAISS's; an OSError of a writer and Ctrl-C are not touched."""
     try:
         yield
     except RuntimeError as error:
         raise FaissFailed(f"FAISS says: {_said(error)}") from None
+    except MemoryError:
+        raise FaissFailed("FAISS has not enough memory for this index; take one with smaller codes, or exact") from None
 
 
 def _said(error: BaseException) -> str:

@@ -95,7 +95,7 @@ class IndexSpec:
 def parse_spec(text: str) -> IndexSpec:
     """Read a spec; whether FAISS understands it is known when dimension and metric are (`index.build.check_spec`).
 
-    :raises UnknownSpec: nothing, or more than one line.
+    :raises UnknownSpec: nothing, more than one line, or a size of 0, on which FAISS ends the whole process.
     """
     stripped = text.strip()
     if stripped.lower() in ("auto", "exact"):
@@ -104,6 +104,8 @@ def parse_spec(text: str) -> IndexSpec:
         raise UnknownSpec(
             f"index is {text!r}, but must be auto, exact, or a FAISS factory string such as 'IVF1024,Flat'"
         )
+    if re.search(r"(?<!\d)0+(?!\d)", stripped):
+        raise UnknownSpec(f"index is {text!r}, but no size in it may be 0; take auto, exact, or sizes above 0")
     return IndexSpec(stripped)
 
 

@@ -134,6 +134,8 @@ WRONG_OPTIONS = {
     "--eval-tokens 0": ("--eval-tokens is 0", "above 0"),
     "--metric hamming": ("--metric is 'hamming'", "l2, cosine, ip"),
     "--index IVFnonsense": ("'IVFnonsense'", "FAISS", "take auto, exact"),
+    "--index IVF0,Flat": ("'IVF0,Flat'", "no size in it may be 0", "take auto, exact"),
+    "--index PCA64,Flat": ("'PCA64,Flat' for 32 dimensions", "a projection from 32 to 64", "take another size"),
     "--index IVF4,PQ7": ("'IVF4,PQ7' for 32 dimensions", "FAISS", "take auto, exact"),
     "--dtype int3": ("--dtype is 'int3'", "take auto, float32"),
     "--device abacus": ("--device is 'abacus'", "take auto, cpu"),

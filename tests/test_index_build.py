@@ -205,6 +205,16 @@ def test_recall_target_is_a_share(target):
         build_index(ArraySource(clustered(10, 4)), recall_target=target)
 
 
+def test_memory_that_is_not_enough_is_an_error_of_the_index():
+    index = create_index("Flat", 4, Metric.L2)
+
+    def full(_piece):
+        raise MemoryError
+
+    with pytest.raises(FaissFailed, match="not enough memory for this index; take one with smaller codes"):
+        index.write(full)
+
+
 def test_adding_before_training():
     with pytest.raises(NotTrained):
         create_index("IVF8,Flat", 4, Metric.L2).add(clustered(10, 4))

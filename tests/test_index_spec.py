@@ -26,6 +26,13 @@ def test_what_is_no_spec(text):
         parse_spec(text)
 
 
+@pytest.mark.parametrize("text", ["IVF0,Flat", "PQ8x0", "HNSW0", "IVF16_HNSW0,Flat", "RQ4x00"])
+def test_size_of_zero(text):
+    """FAISS takes these, and crashes or fails later."""
+    with pytest.raises(UnknownSpec, match=f"'{text}', but no size in it may be 0"):
+        parse_spec(text)
+
+
 @pytest.mark.parametrize(
     ("text", "lists", "least"),
     [
@@ -105,6 +112,11 @@ def test_lists_grow_with_the_root_of_the_keys():
         ("IVF16,Nonsense", Metric.L2, "could not parse"),
         ("LSH", Metric.IP, "METRIC_L2"),
         ("HNSW16,PQ4", Metric.IP, "does not search by metric ip"),
+        ("PCA24,Flat", Metric.L2, "a projection from 16 to 24"),
+        ("Pad32,PCAWR33,IVF4,Flat", Metric.L2, "a projection from 32 to 33"),
+        ("IDMap,PCA24,Flat", Metric.L2, "a projection from 16 to 24"),
+        ("ITQ24,LSH", Metric.L2, "a projection from 16 to 24"),
+        ("OPQ7,PQ8", Metric.L2, "an OPQ of 7 parts, which do not divide 16"),
     ],
 )
 def test_what_faiss_does_not_understand(text, metric, said):
@@ -112,6 +124,11 @@ def test_what_faiss_does_not_understand(text, metric, said):
         check_spec(text, 16, metric)
     assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
     assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["PCA16,Flat", "OPQ8_24,PQ8", "Pad32,PCA24,Flat", "RR24,Flat", "IDMap,PCA8,Flat"])
+def test_projections_that_can_be(text):
+    check_spec(text, 16)
 
 
 def test_check_spec_accepts_what_needs_no_faiss():
