@@ -169,26 +169,29 @@ def summarize(
     queries: Queries,
     outcomes: Sequence[LayerOutcome],
     config: EvalConfig,
-    scored: ScoreResult,
+    scored: ScoreResult | None,
     *,
     seed: int = 0,
 ) -> EvalResult:
-    """The table: perplexity per layer with intervals, the best layer, the regret of the choice, the correlations."""
-    parts, choice = queries.parts, scored.choice
+    """The table: perplexity per layer with intervals, the best layer, the regret of the choice, the correlations.
+
+    Without scores there is no choice: no layer is selected, and nothing has a regret or a correlation.
+    """
+    parts, choice = queries.parts, scored.choice if scored else None
     bootstrap = PairedBootstrap(parts.clusters_Q[parts.reporting_Q], replicates=config.bootstrap, seed=seed)
     measure = _Measure(lm, queries)
-    by_name = {score.layer: score for score in scored.layers}
+    by_name = {score.layer: score for score in scored.layers} if scored else {}
     best = min(outcomes, key=lambda one: one.tuning_loss)
     layers = tuple(_layer_result(one, best, measure, bootstrap, by_name.get(one.layer)) for one in outcomes)
-    chosen = next((one for one in outcomes if one.layer == choice.layer), None)
+    chosen = next((one for one in outcomes if choice and one.layer == choice.layer), None)
     return EvalResult(
         lm=measure.perplexity(measure.lm_losses_Q),
         layers=layers,
         best=best.layer,
-        selected=choice.layer if chosen else None,
+        selected=chosen.layer if chosen else None,
         choice=choice,
         regret=regret(outcomes, chosen, parts, config, seed) if chosen else None,
-        correlations=correlations(layers, choice),
+        correlations=correlations(layers, choice) if choice else (),
         tuning_tokens=int(parts.tuning_Q.sum()) if parts.fitted else 0,
     )
 

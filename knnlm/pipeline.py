@@ -161,7 +161,8 @@ def evaluate(
     settings = replace(settings, text=text)
     documents = _read_evaluation(lm, eval_text, settings)
     names = select_layers(settings.layers.layers or "all", store.layers)
-    scored = score_from_document(store.manifest.scores)
+    scores = store.manifest.scores  # null where Python code wrote the datastore without any
+    scored = None if scores is None else score_from_document(scores)
     exact = settings.knn.index == "exact"
     return _evaluate(lm, store, documents, names, scored, settings, exact=exact, progress=progress or Silent())
 
@@ -308,7 +309,7 @@ def _evaluate(
     store: Datastore,
     documents: Sequence[TokenDocument],
     layers: Sequence[str],
-    scored: ScoreResult,
+    scored: ScoreResult | None,
     settings: Settings,
     *,
     exact: bool,

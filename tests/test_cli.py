@@ -139,6 +139,22 @@ def test_eval_as_json_and_its_report(call, store_folder: Path, text_file: Path, 
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["report.html", "report.json"]
 
 
+def test_eval_of_a_store_without_scores(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """As Python code writes it through DatastoreWriter.finish: nothing was chosen, everything else is told."""
+    manifest = json.loads((store_folder / "datastore.json").read_text())
+    shutil.copytree(store_folder, tmp_path / "copy")
+    (tmp_path / "copy" / "datastore.json").write_text(json.dumps(manifest | {"scores": None}))
+    options = ("--eval-text", text_file, "--eval-tokens", 600, "--report", tmp_path / "report")
+    done = call("eval", tmp_path / "copy", *options)
+    assert (done.status, done.errors) == (0, ())
+    assert "–" in done.out
+    document = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (document["selected"], document["choice"], document["regret"]) == (None, None, None)
+    assert document["layers"][0]["dispersion"] is None
+    assert document["layers"][0]["perplexity"] > 0
+    assert call("info", tmp_path / "copy").status == 0
+
+
 def test_info_shows_the_datastore(call, store_folder: Path, gpt2_folder: Path) -> None:
     shown = call("info", store_folder)
     assert (shown.status, shown.errors) == (0, ())

@@ -219,6 +219,8 @@ def test_other_documents_are_refused():
     document = to_document(sample_result(1))
     with pytest.raises(InputError, match="not a score report"):
         score_from_document(document)
+    with pytest.raises(InputError, match="not a score report"):
+        score_from_document([document])
     with pytest.raises(InputError, match="version"):
         from_document({**document, "version": 99})
     with pytest.raises(InputError, match="lacks the field 'best'"):

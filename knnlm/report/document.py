@@ -49,8 +49,10 @@ def score_document(result: ScoreResult) -> dict[str, Any]:
     return document
 
 
-def score_from_document(document: Mapping[str, Any]) -> ScoreResult:
+def score_from_document(document: object) -> ScoreResult:
     """The scores that `score_document` wrote; as `from_document`."""
+    if not isinstance(document, Mapping):
+        raise InputError(f"not a score report: {type(document).__name__} instead of an object")
     _check_head(document, "score")
     return _build(ScoreResult, document)
 
