@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from knnlm.dispersion import GROUPS, t_quantile
+from knnlm.dispersion import GROUPS
 from knnlm.errors import InputError
 from knnlm.results import Interval
-from knnlm.statistics import ranks
+from knnlm.statistics import ranks, t_quantile
 
 Floats = NDArray[np.float64]
 

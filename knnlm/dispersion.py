@@ -28,6 +28,7 @@ from torch import Tensor
 
 from knnlm.errors import InputError, ModelError
 from knnlm.results import Interval
+from knnlm.statistics import jackknife_interval
 
 Float64 = NDArray[np.float64]
 
@@ -39,9 +40,6 @@ GROUPS = 128
 _HOST_BLOCK = 1 << 17
 # Elements of a float64 block on an accelerator: 256 MB.
 _DEVICE_BLOCK = 1 << 25
-
-_T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
-_Z_975 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -245,36 +243,6 @@ class DispersionScorer:
         pooled = float(from_sum(total_D, tokens))
         without_G = from_sum(total_D - sums_GD, tokens - counts_G)
         return pooled, jackknife_interval(pooled, without_G, bounds=(0.0, tokens / (tokens - 1)))
-
-
-def jackknife_interval(value: float, without_G: Float64, *, bounds: tuple[float, float]) -> Interval:
-    """95 % interval of `value` from the estimates `without_G` that leave out one of G groups each.
-
-    The groups are the sampling units, whatever their sizes (the delete-one-cluster jackknife of survey sampling, Wolter
-    2007, chapter 4), with Student's t at G - 1 degrees of freedom. It is centred on the bias-corrected estimate: pairs
-    inside a cluster are nearer than others, which biases a pooled mean by about 1/G. It always holds `value` and stays
-    within `bounds`, the range that the value can take; fewer than two groups, or NaN among the estimates, say nothing
-    and give the whole range.
-    """
-    low, high = bounds
-    groups = len(without_G)
-    if groups < 2 or not np.isfinite(without_G).all():
-        return Interval(low, high)
-    mean = float(without_G.mean())
-    error = math.sqrt((groups - 1) / groups * float(((without_G - mean) ** 2).sum()))
-    centre, reach = groups * value - (groups - 1) * mean, t_quantile(groups - 1) * error
-    return Interval(max(low, min(value, centre - reach)), min(high, max(value, centre + reach)))
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, right to 0.2 % (Cornish-Fisher: Abramowitz & Stegun 26.7.5)."""
-    if freedom in _T_975:
-        return _T_975[freedom]
-    z, inverse = _Z_975, 1 / freedom
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + inverse * (first + inverse * (second + inverse * third))
 
 
 def on_host(vectors: Tensor) -> bool:

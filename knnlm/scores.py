@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from knnlm.dispersion import Float64, dispersion, jackknife_interval
+from knnlm.dispersion import Float64, dispersion
 from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.sample import Int64
+from knnlm.statistics import jackknife_interval
 
 # Queries scanned at a time: 256 x 8192 float64 distances are 16 MB.
 _QUERY_BLOCK = 256

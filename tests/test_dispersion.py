@@ -20,9 +20,7 @@ from knnlm.dispersion import (
     ZeroVector,
     dispersion,
     first_nonfinite,
-    jackknife_interval,
     span_dispersions,
-    t_quantile,
 )
 from knnlm.errors import InputError, ModelError
 from knnlm.results import Interval
@@ -315,11 +313,6 @@ def test_interval_of_one_group_says_nothing():
     assert scored(batch(), [Span(0, 0, 2, 0), Span(1, 0, 1, 1)]).interval == Interval(0, 3 / 2)
 
 
-def test_interval_holds_the_value_and_keeps_its_bounds():
-    assert jackknife_interval(0.5, np.array([0.4, 0.4, 0.4]), bounds=(0, 1)) == Interval(0.5, pytest.approx(0.7))
-    assert jackknife_interval(0.99, np.array([0.9, 1.0, 0.9]), bounds=(0, 1)).high == 1
-
-
 def coverage_of_clustered_clouds(interval_of) -> float:
     """Share of 150 data sets, 20 documents of 40 tokens with a shift each, whose interval holds the true dispersion."""
     random = np.random.default_rng(0)
@@ -352,8 +345,3 @@ def independent_interval(documents):
 def test_interval_covers_where_tokens_of_a_document_depend_on_one_another():
     assert 0.90 <= coverage_of_clustered_clouds(clustered_interval) <= 0.99
     assert coverage_of_clustered_clouds(independent_interval) < 0.7
-
-
-@pytest.mark.parametrize(("freedom", "table"), [(1, 12.706), (4, 2.776), (5, 2.5706), (9, 2.2622), (30, 2.0423)])
-def test_t_quantile_equals_the_table(freedom, table):
-    assert t_quantile(freedom) == pytest.approx(table, rel=2e-3)

@@ -1,4 +1,4 @@
-"""Rank correlation against textbook values, the bootstrap against its own promise."""
+"""Rank correlation and Student's t against textbook values, intervals against their own promise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from knnlm.statistics import PairedBootstrap, ranks, spearman
+from knnlm.results import Interval
+from knnlm.statistics import PairedBootstrap, jackknife_interval, ranks, spearman, t_quantile
 
 
 def test_ranks_share_ties() -> None:
@@ -41,3 +42,13 @@ def test_no_difference_is_exactly_zero() -> None:
     losses = np.random.default_rng(0).random(100)
     interval = PairedBootstrap(np.arange(100) // 10, replicates=100, seed=0).relative_change(losses, losses)
     assert (interval.low, interval.high) == (0, 0)
+
+
+def test_interval_holds_the_value_and_keeps_its_bounds() -> None:
+    assert jackknife_interval(0.5, np.array([0.4, 0.4, 0.4]), bounds=(0, 1)) == Interval(0.5, pytest.approx(0.7))
+    assert jackknife_interval(0.99, np.array([0.9, 1.0, 0.9]), bounds=(0, 1)).high == 1
+
+
+@pytest.mark.parametrize(("freedom", "table"), [(1, 12.706), (4, 2.776), (5, 2.5706), (9, 2.2622), (30, 2.0423)])
+def test_t_quantile_equals_the_table(freedom: int, table: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(table, rel=2e-3)
