@@ -1,0 +1,87 @@
+"""Vectors from elsewhere: the same scores as everywhere, from .npy files."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from knnlm.errors import InputError
+from knnlm.vectors import score_vectors
+from tests.test_dispersion import pairwise
+
+
+def saved(folder, name: str, array) -> str:
+    np.save(folder / name, array)
+    return str(folder / name)
+
+
+def normal(*shape: int):
+    return np.random.default_rng(0).normal(1, 1, shape)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_are_scored_as_by_definition(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("knnlm.vectors.BLOCK", 70)  # blocks of 14 rows, so that borders count
+    vectors = normal(40, 5).astype(dtype)
+    (score,) = score_vectors([saved(tmp_path, "a.npy", vectors)])
+    assert score.layer == "a"
+    assert score.dispersion == pytest.approx(pairwise(vectors.astype(np.float32)), abs=1e-6)
+    assert score.interval.low < score.dispersion < score.interval.high
+    assert math.isnan(score.dispersion_within)
+    assert math.isnan(score.probe)
+
+
+def test_segments_are_the_second_axis(tmp_path):
+    vectors = normal(6, 9, 5)
+    (score,) = score_vectors([saved(tmp_path, "a.npy", vectors)])
+    within = np.mean([pairwise(segment.astype(np.float32)) for segment in vectors])
+    assert score.dispersion_within == pytest.approx(within, abs=1e-6)
+
+
+def test_labels_are_what_the_probe_compares(tmp_path):
+    """Two clouds far apart, sorted by label, as people save images: rows of one's own label count as neighbours."""
+    vectors = np.concatenate([normal(50, 4) + 100, normal(50, 4) - 100])
+    labels = saved(tmp_path, "labels.npy", np.repeat([7, 8], 50))
+    (score,) = score_vectors([saved(tmp_path, "a.npy", vectors)], labels=labels)
+    assert score.probe == 1
+    mixed = saved(tmp_path, "mixed.npy", np.tile([7, 8], 50))
+    (score,) = score_vectors([saved(tmp_path, "a.npy", vectors)], labels=mixed)
+    assert 0.3 < score.probe < 0.7
+
+
+def test_several_files_in_their_order(tmp_path):
+    files = [saved(tmp_path, f"{name}.npy", normal(9, 3)) for name in "ba"]
+    assert [score.layer for score in score_vectors(files)] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(6), r"int64 \[6\]; vectors are floats"),
+        (normal(1, 3), r"float64 \[1, 3\]; .* at least 2 rows"),
+        (normal(2, 0), r"\[2, 0\]; vectors are floats"),
+        (np.array([[1.0, 2], [math.nan, 1], [1, 1]]), "row 1 of a is not finite; leave it out"),
+        (np.array([[1.0, 2], [3, 1], [0, 0]]), "row 2 of a is zero"),
+    ],
+)
+def test_what_cannot_be_scored(tmp_path, array, message):
+    with pytest.raises(InputError, match=message):
+        score_vectors([saved(tmp_path, "a.npy", array)])
+
+
+def test_files_that_are_no_arrays_and_labels_that_do_not_fit(tmp_path):
+    vectors = saved(tmp_path, "a.npy", normal(4, 3))
+    (tmp_path / "text.npy").write_text("not an array")
+    np.savez(tmp_path / "several.npz", a=normal(2, 2))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name, message in (("text.npy", "no .npy file"), ("several.npz", "archive"), ("objects.npy", "no .npy file")):
+        with pytest.raises(InputError, match=message):
+            score_vectors([tmp_path / name])
+    with pytest.raises(InputError, match="4 rows, but there are 3 labels"):
+        score_vectors([vectors], labels=saved(tmp_path, "l.npy", np.arange(3)))
+    with pytest.raises(InputError, match=r"float64 \[3\]; labels are integers"):
+        score_vectors([vectors], labels=saved(tmp_path, "l.npy", np.ones(3)))
+    with pytest.raises(InputError, match="two files alike"):
+        score_vectors([vectors, vectors])
