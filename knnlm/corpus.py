@@ -14,11 +14,8 @@ set, name and configuration. Without a split, `train` is taken, or the only one 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knnlm import textfiles
 from knnlm.errors import InputError
 from knnlm.windows import TokenDocument
 
@@ -36,9 +34,6 @@ HUB_PREFIX = "hf:"
 HUB_SET = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>[\w.-]+))?", re.ASCII)
 # A document's tokens and text are held at once; longer ones are cut at the borders of paragraphs.
 DOCUMENT_CHARACTERS = 16_000_000
-BLOCK_BYTES = 1 << 20
-# A line is a document and has to be held; without a limit, a file that has no lines would fill the memory.
-LINE_BYTES = 1 << 28
 PARQUET_ROWS = 64
 
 
@@ -68,6 +63,32 @@ def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> 
     if not paths:
         raise InputError("no text was given; name a file, a folder, or a hub set such as hf:wikitext/wikitext-2-raw-v1")
     return _read(_find(paths), text_field)
+
+
+def read_rows(path: str | Path) -> Iterator[textfiles.Row]:
+    """Read the rows of a .jsonl file or a hub set with all their fields, as a stream.
+
+    :raises InputError: at once for a path that is missing, empty or no .jsonl file; while reading as `read_documents`.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        return _hub_set_rows(_parse_hub_set(str(path)))
+    file = Path(path)
+    if file.is_dir() or file.suffix.lower() != ".jsonl":
+        raise InputError(f"{path} is no .jsonl file; give JSON Lines, or a hub set such as hf:REPO/CONFIG:SPLIT")
+    _find_files(file)
+    return _file_rows(file)
+
+
+def _file_rows(path: Path) -> Iterator[textfiles.Row]:
+    try:
+        yield from textfiles.json_rows(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _hub_set_rows(hub_set: _HubSet) -> Iterator[textfiles.Row]:
+    for number, fields in enumerate(_hub_rows(hub_set, None), start=1):
+        yield textfiles.Row(fields, hub_set.name, number, f"row {number} of {hub_set.name}")
 
 
 def text_bytes(paths: Sequence[str | Path]) -> int | None:
@@ -208,7 +229,7 @@ def _read_file(file: _File, text_field: str) -> Iterator[Document]:
 
 
 def _read_txt(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    return enumerate(_cut(_decode_blocks(path)), start=1)
+    return enumerate(_cut(textfiles.decode_blocks(path)), start=1)
 
 
 def _cut(blocks: Iterable[str]) -> Iterator[str]:
@@ -232,61 +253,9 @@ def _border(text: str, limit: int) -> int:
     return limit
 
 
-def _decode_blocks(path: Path) -> Iterator[str]:
-    """The file's text in bounded pieces, with line ends of one character and without a byte-order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines = io.IncrementalNewlineDecoder(None, translate=True)
-    position = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            # Bytes of a character that the last block left unfinished are decoded with this one.
-            begin = position - len(decoder.getstate()[0])
-            text = _decode(block, decoder.decode, begin, path)
-            yield lines.decode(text.removeprefix("\ufeff") if not position else text)
-            position += len(block)
-        begin = position - len(decoder.getstate()[0])
-        yield lines.decode(_decode(b"", lambda rest: decoder.decode(rest, final=True), begin, path), final=True)
-
-
-def _decode(data: bytes, decode: Callable[[bytes], str], begin: int, path: Path) -> str:
-    try:
-        text = decode(data)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {begin + error.start} is 0x{byte:02x}; convert it, or leave it out"
-        ) from None
-    if "\0" in text:
-        place = begin + len(text[: text.index("\0")].encode())
-        raise InputError(f"{path} looks binary: byte {place} is NUL; give text in UTF-8")
-    return text
-
-
 def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    position = 0
-    with path.open("rb") as file:
-        # readline with a limit gives longer lines in pieces.
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
-            where = f"line {number} of {path}"
-            if len(line) > LINE_BYTES:
-                raise InputError(f"{where} is over {LINE_BYTES:,} bytes; JSON Lines has one document on a line")
-            text = _decode(line, lambda data: str(data, "utf-8"), position, path)
-            text = text.removeprefix("\ufeff") if number == 1 else text
-            position += len(line)
-            if not text.isspace() and text:
-                yield from _parts(number, _field(_parse(text, where), text_field, where))
-
-
-def _parse(line: str, where: str) -> Mapping[str, object]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove it") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} cannot be read as JSON: {error}; mend or remove it") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is no JSON object but {type(row).__name__}; write one {{...}} on each line")
-    return row
+    for row in textfiles.json_rows(path):
+        yield from _parts(row.number, _field(row.fields, text_field, row.where))
 
 
 def _field(row: Mapping[str, object], text_field: str, where: str) -> str:
@@ -298,8 +267,7 @@ def _field(row: Mapping[str, object], text_field: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise InputError(f"{text_field!r} in {where} is no string but {type(text).__name__}; choose with --text-field")
-    # Half of a pair, such as "\ud800" in JSON, is no character and cannot be tokenised.
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return textfiles.whole_characters(text)
 
 
 def _no_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
@@ -318,7 +286,7 @@ def _open_parquet(path: Path) -> Any:  # noqa: ANN401 - pyarrow has no types
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES)
+        return pyarrow.parquet.ParquetFile(path, buffer_size=textfiles.BLOCK_BYTES)
     except pyarrow.ArrowException as error:
         raise _not_parquet(path, error) from None
 
@@ -359,14 +327,20 @@ def _read_hub_set(hub_set: _HubSet, text_field: str) -> Iterator[Document]:
                 yield Document(text, hub_set.name, number)
 
 
-def _hub_rows(hub_set: _HubSet, text_field: str) -> Iterator[Mapping[str, object]]:
-    """The split's rows, with one error for whatever the library, the network or a remote file throws."""
+def _hub_rows(hub_set: _HubSet, text_field: str | None) -> Iterator[Mapping[str, object]]:
+    """The split's rows, with one error for whatever the library, the network or a remote file throws.
+
+    :param text_field: the only field wanted; None: all.
+    """
     try:
         dataset = _split(_load(hub_set), hub_set)
-        if dataset.column_names and text_field not in dataset.column_names:
+        if text_field is None or not dataset.column_names:
+            yield from dataset
+            return
+        if text_field not in dataset.column_names:
             raise _no_field(text_field, dataset.column_names, hub_set.name)
         # Other columns (pictures, sound) are not even fetched where the format can skip them.
-        yield from dataset.select_columns([text_field]) if dataset.column_names else dataset
+        yield from dataset.select_columns([text_field])
     except InputError:
         raise
     except Exception as error:

@@ -22,7 +22,7 @@ LEVELS = (
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
     {"lm", "scoring", "choose", "search"},
     {"collect", "plan", "indexing", "vectors"},
-    {"parts"},
+    {"parts", "segments", "clusters"},
     {"evaluation"},
     {"examples"},
     {"pipeline", "tables", "screen"},
@@ -30,10 +30,10 @@ LEVELS = (
     {"__main__"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-# report/ is beside the levels: it sees what a run found, and from `pipeline` on it is seen.
-REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.version"}
+# report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
+REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.version", "knnlm.storage"}
 # The command line only names the errors.
-INDEX_SEEN_BY = {"knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
+INDEX_SEEN_BY = {"knnlm.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
 HEAVY = {"torch", "transformers", "datasets", "faiss"}
 ONLY_IN = {"faiss": "index/faiss_index.py", "transformers": "knnlm/lm.py", "datasets": "knnlm/corpus.py"}
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450

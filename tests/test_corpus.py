@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knnlm import corpus
+from knnlm import corpus, textfiles
 from knnlm.corpus import Document, read_documents, text_bytes, tokenize
 from knnlm.errors import InputError
 
@@ -33,7 +33,7 @@ def write(tmp_path):
 def small_limits(monkeypatch):
     """Documents of at most 100 characters, files read in blocks of 7 bytes."""
     monkeypatch.setattr(corpus, "DOCUMENT_CHARACTERS", 100)
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 7)
 
 
 def parquet(path, **columns):
@@ -80,8 +80,8 @@ def test_text_files_are_decoded_across_blocks(tmp_path_factory, text, block):
     path = tmp_path_factory.mktemp("blocks") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "BLOCK_BYTES", block)
-        assert "".join(corpus._decode_blocks(path)) == text
+        patch.setattr(textfiles, "BLOCK_BYTES", block)
+        assert "".join(textfiles.decode_blocks(path)) == text
 
 
 def test_line_ends_across_blocks_are_one(write, small_limits):
@@ -170,7 +170,7 @@ def test_cutting_loses_nothing(text, block):
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "DOCUMENT_CHARACTERS", 20_000)
-    monkeypatch.setattr(corpus, "BLOCK_BYTES", 5_000)
+    monkeypatch.setattr(textfiles, "BLOCK_BYTES", 5_000)
 
     def peak(path):
         tracemalloc.start()
@@ -299,7 +299,7 @@ def test_bad_json_line_names_its_number(write, line, words):
 
 
 def test_an_endless_json_line_is_not_swallowed(write, monkeypatch):
-    monkeypatch.setattr(corpus, "LINE_BYTES", 50)
+    monkeypatch.setattr(textfiles, "LINE_BYTES", 50)
     assert texts(write("a.jsonl", '{"text": "' + "x" * 38 + '"}')) == ["x" * 38]
     assert "line 1 of" in refusal(write("a.jsonl", '{"text": "' + "x" * 60 + '"}'))
 
@@ -508,3 +508,33 @@ def test_a_text_of_less_than_two_tokens(parts):
 def test_max_tokens_of_one_is_refused():
     with pytest.raises(InputError, match="--max-tokens is 1,"):
         list(tokenize(documents("abc"), codes, max_tokens=1))
+
+
+# Rows with all their fields
+
+
+def test_rows_keep_all_fields_and_say_where_they_stand(write):
+    path = write("a.jsonl", jsonl({"question": "Why?", "choices": ["a", "b"]}) + "\n" + jsonl({"question": "How?"}))
+    first, second = corpus.read_rows(path)
+    assert (first.fields["choices"], first.source, first.number) == (["a", "b"], "a.jsonl", 1)
+    assert (second.fields, second.number, second.where) == ({"question": "How?"}, 3, f"line 3 of {path}")
+
+
+def test_rows_of_a_hub_set(hub):
+    (row,) = corpus.read_rows("hf:wikitext/raw:test")
+    assert (row.fields, row.source, row.number) == ({"text": "t", "id": 0}, "hf:wikitext/raw:test", 1)
+    assert row.where == "row 1 of hf:wikitext/raw:test"
+    with pytest.raises(InputError, match="no split 'dev', only train, test"):
+        list(corpus.read_rows("hf:wikitext/raw:dev"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "."])
+def test_rows_come_from_json_lines_only(write, tmp_path, name):
+    write("a.txt", "text")
+    with pytest.raises(InputError, match=r"is no \.jsonl file; give JSON Lines"):
+        corpus.read_rows(tmp_path / name)
+
+
+def test_rows_of_a_missing_file(tmp_path):
+    with pytest.raises(InputError, match="there is no file or folder"):
+        corpus.read_rows(tmp_path / "nowhere.jsonl")

@@ -1,0 +1,97 @@
+"""Files of UTF-8 text and of JSON Lines, read strictly: what is not text is refused with its place."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from knnlm.errors import InputError
+
+BLOCK_BYTES = 1 << 20
+# A line is a document and has to be held; without a limit, a file that has no lines would fill the memory.
+LINE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of JSON Lines or row of a hub set with all its fields, and where it came from."""
+
+    fields: Mapping[str, object]
+    source: str
+    number: int
+    where: str
+    """For messages: `line 3 of questions.jsonl`."""
+
+
+def decode_blocks(path: Path) -> Iterator[str]:
+    """The file's text in bounded pieces, with line ends of one character and without a byte-order mark.
+
+    :raises InputError: bytes that are not UTF-8, or NUL.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    position = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            # Bytes of a character that the last block left unfinished are decoded with this one.
+            begin = position - len(decoder.getstate()[0])
+            text = _decode(block, decoder.decode, begin, path)
+            yield lines.decode(text.removeprefix("\ufeff") if not position else text)
+            position += len(block)
+        begin = position - len(decoder.getstate()[0])
+        yield lines.decode(_decode(b"", lambda rest: decoder.decode(rest, final=True), begin, path), final=True)
+
+
+def _decode(data: bytes, decoder: Callable[[bytes], str], begin: int, path: Path) -> str:
+    """The text of bytes that stand at byte `begin` of a file."""
+    try:
+        text = decoder(data)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {begin + error.start} is 0x{byte:02x}; convert it, or leave it out"
+        ) from None
+    if "\0" in text:
+        place = begin + len(text[: text.index("\0")].encode())
+        raise InputError(f"{path} looks binary: byte {place} is NUL; give text in UTF-8")
+    return text
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The objects of a file of JSON Lines; blank lines are skipped.
+
+    :raises InputError: a line that is not UTF-8, no JSON object, or too long.
+    """
+    position = 0
+    with path.open("rb") as file:
+        # readline with a limit gives longer lines in pieces.
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
+            where = f"line {number} of {path}"
+            if len(line) > LINE_BYTES:
+                raise InputError(f"{where} is over {LINE_BYTES:,} bytes; JSON Lines has one document on a line")
+            text = _decode(line, lambda data: str(data, "utf-8"), position, path)
+            text = text.removeprefix("\ufeff") if number == 1 else text
+            position += len(line)
+            if not text.isspace() and text:
+                yield Row(_parse(text, where), path.name, number, where)
+
+
+def _parse(line: str, where: str) -> Mapping[str, object]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} cannot be read as JSON: {error}; mend or remove it") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is no JSON object but {type(row).__name__}; write one {{...}} on each line")
+    return row
+
+
+def whole_characters(text: str) -> str:
+    """Replace half of a pair, as JSON can hold it in U+D800 to U+DFFF: it is no character and cannot be tokenised."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
