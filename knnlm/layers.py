@@ -58,16 +58,17 @@ class Decoder:
         self.num_blocks = len(blocks)
 
     @contextmanager
-    def attach(self, names: Sequence[str], receive: Receive) -> Iterator[None]:
+    def attach(self, names: Sequence[str], receive: Receive, *, detach: bool = True) -> Iterator[None]:
         """Call `receive(name, vectors)` for each layer in `names` whenever the model computes it, inside the `with`.
 
-        The vectors are [B, T, D], detached, in the model's type, and the model's own memory: a later module may write
-        to them (Falcon adds in place), so use or copy them before `receive` returns. Layers come as they are computed.
+        The vectors are [B, T, D], in the model's type, and the model's own memory: a later module may write to them
+        (Falcon adds in place), so use or copy them before `receive` returns. Layers come as they are computed. With
+        `detach=False` a loss of them has gradients.
 
         Raises LayerError for a name that the model does not have.
         """
         check_names(names, self.names)
-        shape = _StreamShape()
+        shape = _StreamShape(detach)
         with ExitStack() as stack:
             stack.callback(self._blocks[0].register_forward_pre_hook(shape, with_kwargs=True).remove)
             for name in names:
@@ -78,16 +79,16 @@ class Decoder:
 class _StreamShape:
     """A hook that remembers [B, T] of the residual stream: some feed-forwards work on [B·T, D]."""
 
-    def __init__(self) -> None:
+    def __init__(self, detach: bool) -> None:
         self.value: tuple[int, ...] = ()
+        self._detach = detach
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.value = tuple(_entering(args, kwargs).shape[:2])
 
     def restore(self, vectors: Tensor) -> Tensor:
-        if vectors.ndim == 2 and self.value:
-            return vectors.detach().reshape(*self.value, vectors.shape[-1])
-        return vectors.detach()
+        vectors = vectors.detach() if self._detach else vectors
+        return vectors.reshape(*self.value, vectors.shape[-1]) if vectors.ndim == 2 and self.value else vectors
 
 
 def _register(tap: _Tap, name: str, shape: _StreamShape, receive: Receive) -> Callable[[], None]:
@@ -221,7 +222,7 @@ def _feed_forward(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None
     if found:
         return found[0], found[0] if len(found) == 1 else None
     # OPT and others of fairseq's shape: two linear layers in the block itself.
-    linear = [child for child in block.children() if isinstance(child, nn.Linear)]
+    linear = [child for child in block.children() if hasattr(child, "in_features")]  # LoRA's wrappers too
     if len(linear) == 2 and linear[0].out_features == linear[1].in_features:
         return linear[0], linear[1]
     return None
@@ -248,7 +249,8 @@ def _own_output(module: nn.Module) -> nn.Module:
     """Return what to tap for a sublayer's output: its last linear layer where it adds the residual itself (BLOOM)."""
     if "residual" not in inspect.signature(module.forward).parameters:
         return module
-    return [child for child in module.modules() if _has_matrix(child) and not any(child.children())][-1]
+    # A child, not any module below: under LoRA, the linear layer is a wrapper that holds several.
+    return [child for child in module.children() if _has_matrix(child)][-1]
 
 
 # Names

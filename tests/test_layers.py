@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -259,6 +260,43 @@ def test_only_named_layers_are_received_in_the_model_s_own_memory():
 
 
 # Structures
+
+
+def test_vectors_have_gradients_where_they_are_asked_for():
+    model, received = tiny_model("gpt2"), {}
+    for detach in (True, False):
+        with find_decoder(model).attach(["1.ffn_input"], received.__setitem__, detach=detach):
+            model(TOKENS)
+        assert received["1.ffn_input"].requires_grad is not detach
+    received["1.ffn_input"].sum().backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad is not None
+    assert model.transformer.h[2].mlp.c_fc.weight.grad is None
+
+
+def lora(model):
+    """Every linear layer of the blocks wrapped, with a random change that is not 0."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft on itself: a deprecated attribute, and that it has set an option
+        return peft.get_peft_model(model, config).get_base_model()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom", "mpt", "opt", "falcon"])
+def test_layers_under_lora_are_those_of_the_merged_model(kind):
+    # BLOOM and MPT tap a linear layer inside the sublayer, OPT has its two in the block itself.
+    model, merged = lora(tiny_model(kind).double()).double().eval(), tiny_model(kind).double()
+    (adapted, _), (plain, _) = capture(model), capture(merged)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                merged.get_submodule(name).weight += module.get_delta_weight("default")
+    expected, _ = capture(merged)
+    assert list(adapted) == list(expected)
+    for name, vectors in expected.items():
+        torch.testing.assert_close(adapted[name], vectors, rtol=1e-5, atol=1e-5, msg=name)
+        # What enters block 0 is before any change; in Falcon, attention and the feed-forward read the same.
+        assert name in ("0.attn_input", "0.ffn_input") or not torch.allclose(vectors, plain[name], atol=1e-4)
 
 
 def test_state_space_model_has_no_attention_and_says_what_it_has():

@@ -14,7 +14,7 @@ from tests.source_files import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-DEPENDENCIES = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["test"]
+DEPENDENCIES = PROJECT["project"]["dependencies"] + sum(PROJECT["project"]["optional-dependencies"].values(), [])
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
