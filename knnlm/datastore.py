@@ -32,8 +32,9 @@ from knnlm.datastore_writer import DatastoreWriter
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
 from knnlm.keys import Keys
 from knnlm.manifest import NAME, LayerKeys, Manifest, Shard, read_manifest
+from knnlm.npy import npy_offset, open_npy
 from knnlm.progress import Advance
-from knnlm.storage import disk_error, npy_offset, open_npy, write_json
+from knnlm.storage import disk_error, write_json
 
 __all__ = ["Datastore", "DatastoreWriter", "Keys", "Manifest", "open_datastore"]
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from knnlm.errors import DatastoreError, InputError, ModelError
 from knnlm.manifest import KEY_DTYPES, NAME, LayerKeys, Manifest, Shard
-from knnlm.storage import NpyWriter, disk_error, write_json
+from knnlm.npy import NpyWriter
+from knnlm.storage import disk_error, write_json
 from knnlm.version import __version__
 
 # A shard is at most this large, so that a copy or a checksum of one is a matter of seconds.
@@ -47,6 +48,7 @@ class DatastoreWriter:
 
     :param layers: name and vector size of each layer.
     :param shard_rows: rows of every shard; by default as many as 2 GiB hold, of the widest layer and of the values.
+    :param option: what named the folder, for errors of the disk: `--out`, or `TMPDIR`.
     :raises InputError: no layers, or an unknown `key_dtype`.
     """
 
@@ -57,12 +59,13 @@ class DatastoreWriter:
         *,
         key_dtype: str = "float16",
         shard_rows: int | None = None,
+        option: str = "--out",
     ) -> None:
         if key_dtype not in KEY_DTYPES:
             raise InputError(f"--key-dtype is {key_dtype!r}, but must be one of {', '.join(KEY_DTYPES)}")
         if not layers:
             raise InputError("a datastore needs at least one layer; give --layers")
-        self._folder = Path(folder)
+        self._folder, self._option = Path(folder), option
         dtype = np.dtype(key_dtype)
         rows = shard_rows or max(1, SHARD_BYTES // (max(layers.values()) * dtype.itemsize))
         # As long as the values are one file, they are looked up in it and never loaded: up to 536 million.
@@ -185,7 +188,7 @@ class DatastoreWriter:
             if isinstance(error, _BadKey):
                 raise error.located(self._where(error.row)) from None
             if isinstance(error, OSError):
-                raise disk_error(error, f"in {self._folder.parent}") from error
+                raise disk_error(error, f"in {self._folder.parent}", self._option) from error
             raise
 
     def _wait(self, most_bytes: int) -> None:

@@ -93,7 +93,8 @@ def open_queries(
     progress = progress or Silent()
     total = sum(len(document.tokens) - 1 for document in documents)
     with tempfile.TemporaryDirectory(prefix="knnlm-queries-") as folder:
-        writer = DatastoreWriter(Path(folder), {name: lm.dims[name] for name in layers}, key_dtype="float32")
+        dims = {name: lm.dims[name] for name in layers}
+        writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", option="TMPDIR")
         with writer, progress.stage("evaluation text through the model", "tokens") as advance:
             collected = collect(
                 lm,

@@ -372,12 +372,12 @@ def full_disk(*_given: object, **_named: object) -> None:
 
 def test_full_disk_while_keys_are_written(run_refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, on machines where nothing can be mounted."""
-    monkeypatch.setattr("knnlm.storage.NpyWriter._write", full_disk)
+    monkeypatch.setattr("knnlm.npy.NpyWriter._write", full_disk)
     run_refused("cannot write", "No space left on device", "free some space or choose another --out")
 
 
 @pytest.mark.parametrize(
-    "place", ["index.storage._write_manifest", "knnlm.datastore.write_json", "knnlm.report.html.write_whole"]
+    "place", ["index.storage._write_manifest", "knnlm.datastore.write_json", "knnlm.report.html.write_text"]
 )
 def test_full_disk_after_the_datastore_is_whole(
     place: str, call, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -490,7 +490,7 @@ PHASES = {
     "planning": (stop_in_text, "knnlm.plan.read_documents", False),
     "reading text": (stop_in_text, "knnlm.pipeline.read_documents", False),
     "extracting": (stop_in_stage, "extracting keys", False),
-    "writing keys": (stop_in_call, "knnlm.storage.NpyWriter._write", False),
+    "writing keys": (stop_in_call, "knnlm.npy.NpyWriter._write", False),
     "scoring": (stop_in_stage, "effective rank and retrieval probe", False),
     "writing the manifest": (stop_in_call, "knnlm.datastore_writer.write_json", False),
     "moving the datastore": (stop_in_call, "knnlm.storage._swap", False),
@@ -501,7 +501,7 @@ PHASES = {
     "writing the index": (stop_in_call, "index.storage._write_manifest", True),
     "noting the index": (stop_in_call, "knnlm.datastore.write_json", True),
     "drawing the report": (stop_in_call, "knnlm.report.html.make_charts", True),
-    "writing the report": (stop_in_call, "knnlm.report.html.write_whole", True),
+    "writing the report": (stop_in_call, "knnlm.report.html.write_text", True),
 }
 
 

@@ -432,6 +432,12 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, where):
     assert not writing_threads()
 
 
+def test_full_disk_names_what_chose_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datastore_writer.NpyWriter, "_write", lambda *_: full_disk())
+    with pytest.raises(DatastoreError, match=r"No space left on device; free .* another TMPDIR$"):
+        write_store(tmp_path / "queries", option="TMPDIR")
+
+
 def full_disk():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

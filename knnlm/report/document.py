@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from knnlm.errors import InputError
-from knnlm.report.files import write_whole
 from knnlm.report.names import split
 from knnlm.results import EvalResult, Interval, LayerResult, LayerScore, ScoreResult
+from knnlm.storage import write_text
 
 FORMAT = "knnlm-report"
 VERSION = 1
@@ -67,7 +67,7 @@ def write_document(document: Mapping[str, Any], path: str | Path) -> None:
 
     :raises OSError: the file cannot be written
     """
-    write_whole(path, dumps(document))
+    write_text(path, dumps(document))
 
 
 def _head(kind: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from knnlm.report.charts import colour, make_charts
 from knnlm.report.data import make_view
-from knnlm.report.files import write_whole
 from knnlm.results import EvalResult
+from knnlm.storage import write_text
 
 # In a script element `<` could start `</script` or `<!--`; & and > are replaced as jinja2 and django do.
 _SCRIPT_SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -35,7 +35,7 @@ def write_report(result: EvalResult, path: str | Path, *, title: str | None = No
     :param title: by default made from the model and the text in the result's settings
     :raises OSError: the file cannot be written
     """
-    write_whole(path, render(result, title=title or default_title(result)))
+    write_text(path, render(result, title=title or default_title(result)))
 
 
 def default_title(result: EvalResult) -> str:
