@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from knnlm.datastore import Datastore
 from knnlm.evaluation import LayerOutcome, Queries
 from knnlm.lm import LanguageModel
+from knnlm.probability import neighbor_weights
 from knnlm.results import NeighborText, TokenExample
 from knnlm.search import open_searcher
 
@@ -54,8 +55,8 @@ class _Explainer:
         self._losses_Q = shown.losses_Q
 
     def __call__(self, row: int, ids_K: NDArray[np.int64], distances_K: NDArray[np.float32]) -> TokenExample:
-        weights_K = np.exp((distances_K[0] - distances_K) / self._mix.temperature)
-        weights_K /= weights_K.sum()
+        weights_K = neighbor_weights(distances_K[None], self._mix.temperature)[0]
+        weights_K /= weights_K.sum() or 1  # all are 0 where there is no neighbour
         target = self._queries.targets_Q[row]
         same_K = (self._store.values[ids_K] == target) & (ids_K >= 0)
         before, after = self._around(row)

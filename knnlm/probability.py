@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+# Temperatures that float32 can divide by.
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LAMBDA_CURVE = (*(round(i / 20, 2) for i in range(20)), 0.98)
 
 
@@ -49,20 +51,32 @@ def knn_log_probs(search: Search, k: int, temperature: float) -> Floats:
     return log_probs_Q
 
 
-def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> list[Floats]:
-    """log p_kNN for several ascending k at once, S arrays [Q]: the weights are computed once and summed piece by piece.
+def neighbor_weights(distances_QK: NDArray[np.float32], temperature: float) -> NDArray[np.floating]:
+    """exp(-(d - nearest) / T), 0 for absent neighbours; for any temperature over 0.
 
-    The nearest neighbour's weight is 1, so float32 weights lose nothing that counts; sums are float64.
+    The nearest weighs 1, so float32 weights lose nothing that counts.
     """
-    d_QK = search.distances_QK[:, : ks[-1]]
-    nearest_Q1 = np.where(np.isfinite(d_QK[:, :1]), d_QK[:, :1], 0)
-    weights_QK = np.exp((nearest_Q1 - d_QK) * np.float32(1 / temperature))
+    nearest_Q1 = np.where(np.isfinite(distances_QK[:, :1]), distances_QK[:, :1], 0)
+    # Outside of this range float32 quotients would be 0, inf or 0/0.
+    dtype = np.float32 if _SMALLEST <= temperature <= _LARGEST else np.float64
+    weights_QK: NDArray[np.floating] = np.subtract(nearest_Q1, distances_QK, dtype=dtype)
+    with np.errstate(over="ignore"):
+        weights_QK /= dtype(temperature)
+    np.exp(weights_QK, out=weights_QK)
+    return weights_QK
+
+
+def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> list[Floats]:
+    """log p_kNN for several ascending k at once, S arrays [Q]: weights are computed once and summed piece by piece."""
+    weights_QK = neighbor_weights(search.distances_QK[:, : ks[-1]], temperature)
     starts = [0, *ks[:-1]]
     total_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
     np.multiply(weights_QK, search.hits_QK[:, : ks[-1]], out=weights_QK)
     hit_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return list(np.log(hit_QS / total_QS).T)
+    # No neighbour at all has no weight at all: the target's share is 0.
+    share_QS = np.divide(hit_QS, total_QS, out=np.zeros_like(hit_QS), where=total_QS > 0)
+    with np.errstate(divide="ignore"):
+        return list(np.log(share_QS).T)
 
 
 def mix(lm_log_probs: Floats, knn: Floats, lam: float) -> Floats:
@@ -96,9 +110,11 @@ def distance_scale(search: Search) -> float:
     Layers differ by orders of magnitude. The spread (mean minus nearest) is used because a softmax of -d/T is
     unchanged by a constant added to all of a query's distances.
     """
-    d_QK = np.where(np.isfinite(search.distances_QK), search.distances_QK, np.nan).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        spread_Q = np.nanmean(d_QK, axis=1) - d_QK[:, 0]
+    found_QK = np.isfinite(search.distances_QK)
+    found_Q = found_QK.any(axis=1)
+    # Of what is there, in float64 but without a float64 copy of the distances.
+    sum_Q: Floats = np.sum(search.distances_QK, axis=1, where=found_QK, dtype=np.float64)
+    spread_Q = sum_Q[found_Q] / found_QK.sum(axis=1)[found_Q] - search.distances_QK[found_Q, 0]
     spread_Q = spread_Q[spread_Q > 0]
     return float(np.median(spread_Q)) if spread_Q.size else 1.0
 
@@ -146,6 +162,7 @@ def _best_over_k(
     for k, knn in zip(ks, _log_probs_of_ks(search, ks, temperature), strict=True):
         weight = fit_lambda(lm_log_probs, knn, steps=12) if lam is None else lam
         options.append((-float(np.mean(mix(lm_log_probs, knn, weight))), k, knn))
-    loss, k, knn = min(options, key=lambda option: option[0])
+    # Equal losses: lambda is 0, or it is 1 and a target that no neighbour has makes all infinite.
+    loss, k, knn = min(options, key=lambda option: (option[0], -option[1]))
     weight = fit_lambda(lm_log_probs, knn) if lam is None else lam
     return loss, Mix(k, temperature, weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -43,6 +44,80 @@ def test_far_neighbours_do_not_underflow() -> None:
 def test_absent_neighbours_weigh_nothing() -> None:
     search = Search(np.array([[1.0, np.inf]], np.float32), np.array([[True, False]]))
     assert knn_log_probs(search, 2, 1.0)[0] == 0.0
+
+
+def long_double_log_probs(search: Search, k: int, temperature: float) -> np.ndarray:
+    """The definition in 80-bit floats, whose exponents hold any d / T that float64 can name."""
+    found = []
+    for distances, hits in zip(search.distances_QK[:, :k].astype(np.longdouble), search.hits_QK[:, :k], strict=True):
+        there = np.isfinite(distances)
+        gaps = (distances[there] - distances[there].min()) / np.longdouble(temperature)
+        found.append(np.log(float(np.exp(-gaps)[hits[there]].sum() / np.exp(-gaps).sum())))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    "temperature", [5e-324, 1e-300, 1e-45, 1e-40, 1e-38, 2e-38, 1e-12, 1.0, 1e12, 3e38, 4e38, 1e39, 1e300, 1.7e308]
+)
+def test_any_temperature_gives_the_definition(temperature: float) -> None:
+    """float32(1 / T) was infinite below 3e-39, and infinity times a gap of 0 is NaN."""
+    search = make_search(7, queries=40, neighbors=16)
+    search.distances_QK[:10, 1] = search.distances_QK[:10, 0]  # a tie shares the weight
+    search.distances_QK[10:20, 12:] = np.inf
+    search.hits_QK[:, 0] = True  # so that p_kNN is never 0
+    expected = long_double_log_probs(search, 16, temperature)
+    assert knn_log_probs(search, 16, temperature) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_extreme_temperatures_are_nearest_neighbour_and_uniform() -> None:
+    search = Search(np.array([[3.0, 3.0, 4.0, np.inf]], np.float32), np.array([[True, False, True, False]]))
+    assert np.exp(knn_log_probs(search, 4, 1e-300))[0] == pytest.approx(1 / 2)
+    assert np.exp(knn_log_probs(search, 4, 1e300))[0] == pytest.approx(2 / 3)
+
+
+def no_neighbours_in(search: Search, *rows: int) -> Search:
+    search.distances_QK[list(rows)] = np.inf
+    search.hits_QK[list(rows)] = False
+    return search
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 3.0, 1e300])
+def test_query_without_any_neighbour_is_minus_infinity_for_every_k(temperature: float) -> None:
+    """It was 0 / 0; warnings are errors here."""
+    search = no_neighbours_in(make_search(), 0, 7)
+    for k in (1, 4, 32):
+        knn = knn_log_probs(search, k, temperature)
+        assert (knn[[0, 7]] == -np.inf).all()
+        assert not np.isnan(knn).any()
+    found = fit(search, np.full(50, -2.0))
+    assert 0 < found.lam < 1 and np.isfinite(found.temperature)
+
+
+def test_distance_scale_is_the_median_spread_of_those_who_have_neighbours() -> None:
+    search = make_search(2, queries=301, neighbors=20)
+    search.distances_QK[5, 11:] = np.inf
+    no_neighbours_in(search, 3, 4)
+    spreads = [
+        float(np.mean(found.astype(np.float64))) - float(found[0])
+        for found in (row[np.isfinite(row)] for row in search.distances_QK)
+        if len(found)
+    ]
+    assert distance_scale(search) == pytest.approx(float(np.median(spreads)), rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [range(50), ()])
+def test_distance_scale_without_any_spread_is_one(rows: range) -> None:
+    search = no_neighbours_in(make_search(neighbors=1), *rows)
+    assert distance_scale(search) == 1
+
+
+def test_memory_of_the_scale_is_a_fraction_of_the_distances() -> None:
+    search = make_search(queries=2000, neighbors=512)
+    tracemalloc.start()
+    distance_scale(search)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < search.distances_QK.nbytes / 2  # three copies in float64 were six times as much
 
 
 def test_no_hit_is_minus_infinity_and_mixes_to_the_lm_share() -> None:
@@ -97,6 +172,13 @@ def test_given_settings_are_kept() -> None:
     lm = np.full(50, -2.0)
     assert fit(make_search(), lm, k=5, temperature=3.0, lam=0.2) == Mix(5, 3.0, 0.2)
     assert fit(make_search(), lm, k=5).k == 5
+
+
+def test_lambda_one_takes_the_most_neighbours_where_every_loss_is_infinite() -> None:
+    search = make_search(queries=50)
+    search.hits_QK[0] = False
+    found = fit(search, np.full(50, -2.0), lam=1.0)
+    assert (found.k, found.lam) == (32, 1)
 
 
 def test_temperature_follows_the_scale_of_the_distances() -> None:
