@@ -20,7 +20,7 @@ LEVELS = (
     {"layers", "head", "hardware", "encoding", "fingerprint", "push_away"},
     {"windows", "corpus", "overlap", "statistics", "probability"},
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
-    {"lm", "scoring", "choose", "search"},
+    {"lm", "output_matrix", "scoring", "choose", "search"},
     {"collect", "plan", "indexing", "vectors"},
     {"parts", "segments", "clusters"},
     {"evaluation"},
