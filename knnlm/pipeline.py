@@ -19,7 +19,7 @@ from pathlib import Path
 
 from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
 from knnlm.collect import Collected, collect
-from knnlm.config import Settings
+from knnlm.config import Settings, TextConfig
 from knnlm.corpus import read_documents, tokenize
 from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.errors import InputError
@@ -37,14 +37,14 @@ from knnlm.indexing import index_layer
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.overlap import overlap
-from knnlm.plan import check_choice, estimate_tokens, make_plan, versions, window_config
+from knnlm.plan import check_choice, check_query_room, estimate_tokens, make_plan, versions, window_config
 from knnlm.progress import Progress, Silent
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
 from knnlm.scoring import LayerScorer, Separated
-from knnlm.search import check_count, check_k
+from knnlm.search import check_count, is_exact, searched_layers
 from knnlm.storage import new_folder
-from knnlm.windows import TokenDocument, WindowConfig, hold_out, rows_to_groups, take_slices
+from knnlm.windows import TokenDocument, WindowConfig, count_targets, hold_out, rows_to_groups, take_slices
 
 Paths = Sequence[str | Path]
 DEFAULTS = Settings()
@@ -71,6 +71,7 @@ def score(
     """
     progress = progress or Silent()
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    check_choice(lm, layers, settings)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
     separated = Separated(candidate_layers(settings.layers, layers, lm.layer_names))
     window = window_config(lm, settings.text)
@@ -146,25 +147,34 @@ def evaluate(
 ) -> EvalResult:
     """Perplexity of the plain LM and of the kNN-LM for every layer that the datastore holds.
 
-    A layer with an index is searched through it, unless `settings.knn.index` is `exact`.
+    A layer with an index is searched through it, unless `settings.knn.index` is `exact`. The settings that `build` or
+    `run` took serve here too.
+    :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
     """
     store.check_model(lm.fingerprint)
-    check_k(settings.knn.k, store.count)
-    if settings.knn.index not in ("auto", "exact"):
-        raise InputError(f"--index is {settings.knn.index!r}, but a datastore has its own; take auto, or exact")
-    text = replace(
-        settings.text,
-        context=settings.text.context or store.manifest.context,
-        stride=settings.text.stride or store.manifest.stride,
-    )
-    settings = replace(settings, text=text)
+    names = searched_layers(store, settings)
+    settings = replace(settings, text=_windows_like(store, settings.text))
     documents = _read_evaluation(lm, eval_text, settings)
-    names = select_layers(settings.layers.layers or "all", store.layers)
+    check_query_room(lm, names, count_targets(documents))
     scores = store.manifest.scores  # null where Python code wrote the datastore without any
     scored = None if scores is None else score_from_document(scores)
-    exact = settings.knn.index == "exact"
+    exact = is_exact(settings.knn.index)
     return _evaluate(lm, store, documents, names, scored, settings, exact=exact, progress=progress or Silent())
+
+
+def _windows_like(store: Datastore, text: TextConfig) -> TextConfig:
+    """The datastore's windows where nothing else is asked for; its stride never exceeds a context that is.
+
+    :raises InputError: a stride is asked for that exceeds the datastore's context.
+    """
+    context = text.context or store.manifest.context
+    if text.stride and text.stride > context:
+        raise InputError(
+            f"--stride {text.stride} is over the context of {context} tokens that the datastore was made with; "
+            f"take at most {context}, or a longer --context too"
+        )
+    return replace(text, context=context, stride=text.stride or min(store.manifest.stride, context))
 
 
 def run(
@@ -186,7 +196,7 @@ def run(
     progress, clock = progress or Silent(), _Clock()
     evaluation = _read_evaluation(lm, eval_text, settings) if eval_text else None
     with new_folder(Path(out), overwrite=overwrite) as folder:
-        plan = make_plan(lm, text, folder, settings)
+        plan = make_plan(lm, text, folder, settings, evaluation)
         progress.note(plan.sentence)
         documents = _documents(lm, text, settings)
         budget = settings.evaluation.eval_tokens

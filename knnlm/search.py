@@ -5,8 +5,9 @@ Legend: Q queries, K neighbours, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,10 @@ from index.metric import Metric
 from index.neighbors import Neighbors
 from index.spec import parse_spec
 from index.storage import open_index
-from knnlm.config import KNNConfig
+from knnlm.config import KNNConfig, Settings
 from knnlm.datastore import Datastore
 from knnlm.errors import InputError
+from knnlm.layers import select_layers
 from knnlm.probability import Search
 from knnlm.progress import Advance, ignore
 
@@ -69,13 +71,52 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
     # The manifest and not the folder: a run that is stopped between the two leaves an index that nobody vouches for.
     if exact or layer not in store.manifest.indexes:
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
+    _check_metric(store, layer, metric)
+    return LayerSearcher(store, layer, metric, open_index(store.index_folder(layer), source))
+
+
+def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:
+    """The layers that an evaluation searches. Settings that the datastore was built with always fit it.
+
+    :raises LayerError: a pattern fits no layer of the datastore.
+    :raises InputError: more neighbours than keys, another index than the datastore's, or one for another metric.
+    """
+    pattern, knn = settings.layers.layers, settings.knn
+    same = pattern in (None, _built_with(store).get("layers"))
+    layers = store.layers if same else select_layers(pattern or "all", store.layers)
+    check_k(knn.k, store.count)
+    _check_own_index(store, knn)
+    for layer in layers:
+        if layer in store.manifest.indexes and not is_exact(knn.index):
+            _check_metric(store, layer, knn.metric)
+    return layers
+
+
+def _check_own_index(store: Datastore, knn: KNNConfig) -> None:
+    spec = parse_spec(knn.index)
+    own = {_built_with(store).get("index"), *(one["spec"] for one in store.manifest.indexes.values())}
+    if not (spec.is_auto or spec.is_exact or spec.text in own):
+        raise InputError(f"--index is {knn.index!r}, but a datastore has its own; take auto, or exact")
+
+
+def is_exact(index: str) -> bool:
+    """Whether `settings.knn.index` asks for exact search."""
+    return parse_spec(index).is_exact
+
+
+def _built_with(store: Datastore) -> Mapping[str, Any]:
+    """The settings beside the scores; a datastore that was written without scores has none."""
+    scores = store.manifest.scores
+    return scores.get("settings", {}) if isinstance(scores, Mapping) else {}
+
+
+def _check_metric(store: Datastore, layer: str, metric: str) -> None:
     built_for = store.manifest.index_metric(layer)
     if built_for != metric:
         raise InputError(
             f"the index of {layer} was built for --metric {built_for}, not {metric}; "
             f"take --metric {built_for}, or --index exact"
         )
-    return LayerSearcher(store, layer, metric, open_index(store.index_folder(layer), source))
 
 
 def index_metric(metric: str) -> Metric:

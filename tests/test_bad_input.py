@@ -182,6 +182,7 @@ def test_limit_of_one_token(run_refused) -> None:
         (("run", "--text", "x"), ("Missing option '--model'", "knnlm run --help")),
         (("run", "--text"), ("'--text' requires an argument", "knnlm --help")),
         (("verify",), ("Missing argument 'store'", "knnlm verify --help")),
+        (("eval", "--eval-text", "a.txt", "store"), ("STORE comes first: knnlm eval STORE --eval-text …",)),
         (("walk",), ("No such command 'walk'", "knnlm --help")),
     ],
 )
@@ -402,6 +403,13 @@ def check_whole(call, folder: Path) -> None:
     assert call("verify", out).status == 0
 
 
+@pytest.mark.parametrize("select", ["9.ffn_input", "*.ffn_input"])
+def test_layer_to_select_is_looked_for_before_the_scoring(select: str, check_refused, gpt2_folder: Path, monkeypatch):
+    monkeypatch.setattr("knnlm.pipeline.read_documents", None)  # the work cannot begin
+    options = ("--model", gpt2_folder, "--text", "any.txt", "--select", select)
+    check_refused("score", *options, words=(select, "ffn_input"))
+
+
 # Datastores
 
 
@@ -425,7 +433,7 @@ NOT_IN_THE_DATASTORE = {
     "--layers 0.ffn_input": ("no layer fits '0.ffn_input'", "1-2.ffn_input"),
     "--metric cosine": ("built for --metric l2, not cosine", "--index exact"),
     "--index IVF4,Flat": ("--index is 'IVF4,Flat'", "take auto, or exact"),
-    "--context 8": ("--stride 16 is over --context 8", "take a stride of at most"),
+    "--stride 33": ("--stride 33 is over the context of 32 tokens that the datastore was made with", "take at most 32"),
 }
 
 
@@ -433,8 +441,7 @@ NOT_IN_THE_DATASTORE = {
 def test_eval_of_what_the_datastore_does_not_have(
     given: str, check_refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "--metric" not in given:  # met where the index is opened
-        monkeypatch.setattr("knnlm.evaluation.collect", None)  # the work cannot begin
+    monkeypatch.setattr("knnlm.pipeline.read_documents", None)  # the work cannot begin
     options = ("--eval-text", text_file, "--eval-tokens", 300, *given.split())
     check_refused("eval", store_folder, *options, words=NOT_IN_THE_DATASTORE[given])
 

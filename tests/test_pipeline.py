@@ -136,6 +136,38 @@ def test_plan_falls_back_to_the_candidates_and_says_so(lm: LanguageModel, corpus
         make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=10))
 
 
+@pytest.mark.parametrize("pattern", [None, "-2.ffn_input", "-2.ffn_input,final_norm"])
+@pytest.mark.parametrize("spec", ["auto", "exact", "IVF8,Flat"])
+def test_settings_of_build_serve_evaluate(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, spec: str, pattern: str | None
+) -> None:
+    """-2 counts the model's blocks for `build`, and the datastore has but one block."""
+    layers, knn = LayerConfig(layers=pattern), KNNConfig(max_k=16, index=spec, metric="cosine")
+    settings = replace(SETTINGS, layers=layers, knn=knn)
+    store = build(lm, [corpus], tmp_path / "out", settings=settings)
+    result = evaluate(lm, store, [corpus], settings=settings)
+    assert tuple(one.layer for one in result.layers) == store.layers
+
+
+def test_own_index_serves_by_its_name_and_no_other(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="final_norm"))
+    store = build(lm, [corpus], tmp_path / "out", settings=replace(settings, knn=KNNConfig(index="IVF8,Flat")))
+    evaluate(lm, store, [corpus], settings=replace(settings, knn=KNNConfig(max_k=16, index=" IVF8,Flat ")))
+    with pytest.raises(InputError, match="--index is 'IVF9,Flat', but a datastore has its own"):
+        evaluate(lm, store, [corpus / "not read"], settings=replace(settings, knn=KNNConfig(index="IVF9,Flat")))
+
+
+@pytest.mark.parametrize(("given", "used"), [((None, None), (32, 16)), ((12, None), (12, 12)), ((None, 8), (32, 8))])
+def test_windows_are_the_datastores_where_nothing_else_is_given(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, given: tuple[int | None, int | None], used: tuple[int, int]
+) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="final_norm"))
+    store = build(lm, [corpus], tmp_path / "out", settings=settings)
+    text = TextConfig(context=given[0], stride=given[1])
+    result = evaluate(lm, store, [corpus], settings=replace(settings, text=text))
+    assert (result.settings["context"], result.settings["stride"]) == used
+
+
 def test_an_output_that_is_there_is_refused(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")

@@ -30,6 +30,8 @@ VERBS: dict[str, Callable[..., None]] = {
 for name, verb in VERBS.items():
     app.command(name)(verb)
 
+TAKES_SEVERAL = ("--text", "--eval-text")
+"""Options that may be followed by several values."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
 
@@ -64,7 +66,7 @@ def _spread(arguments: Sequence[str]) -> list[str]:
     option = ""
     for argument in arguments:
         if argument.startswith("-"):
-            option = argument if argument in ("--text", "--eval-text") else ""
+            option = argument if argument in TAKES_SEVERAL else ""
         elif option and spread[-1] != option:
             spread.append(option)
         spread.append(argument)
@@ -75,6 +77,9 @@ def _usage(error: typer.exceptions.TyperException) -> str:
     """What typer says of wrong options, in one line, and where the right ones are listed."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "knnlm"
+    swallowed = next((option for option in TAKES_SEVERAL if option in sys.argv), None)
+    if swallowed and getattr(getattr(error, "param", None), "name", None) == "store":
+        return f"STORE comes first: {command} STORE {swallowed} …"
     return f"{' '.join(error.format_message().split()).rstrip('.')}; {command} --help lists the options"
 
 

@@ -170,11 +170,13 @@ def evaluate(
     from knnlm.datastore import Datastore
     from knnlm.pipeline import evaluate as evaluate_pipeline
     from knnlm.plan import check_report_folder
+    from knnlm.search import searched_layers
 
     screen = Screen(json)
     if report is not None:
         check_report_folder(report)
     opened = Datastore.open(store)
+    searched_layers(opened, settings)
     lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
     show_evaluation(result, screen, report)
