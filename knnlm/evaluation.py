@@ -30,7 +30,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.results import Choice, Correlation, EvalResult, LayerResult, LayerScore, Perplexity, Regret, ScoreResult
 from knnlm.search import check_k, open_searcher
 from knnlm.statistics import PairedBootstrap, spearman
-from knnlm.windows import TokenDocument, WindowConfig
+from knnlm.windows import TokenDocument, WindowConfig, count_targets
 
 Floats = NDArray[np.float64]
 
@@ -91,7 +91,7 @@ def open_queries(
 ) -> Iterator[Queries]:
     """Run the model over the evaluation text and keep its queries on disk while the block lasts."""
     progress = progress or Silent()
-    total = sum(len(document.tokens) - 1 for document in documents)
+    total = count_targets(documents)
     with tempfile.TemporaryDirectory(prefix="knnlm-queries-") as folder:
         dims = {name: lm.dims[name] for name in layers}
         writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", option="TMPDIR")
@@ -290,6 +290,6 @@ def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correla
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:
     """:raises InputError: there are too few tokens to tune on one part and report on the other."""
-    tokens = sum(len(document.tokens) - 1 for document in documents)
+    tokens = count_targets(documents)
     if tokens < 64:
         raise InputError(f"the evaluation text gives {tokens} tokens to predict, but at least 64 are needed; give more")

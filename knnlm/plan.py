@@ -6,6 +6,7 @@ import itertools
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.search import check_index
 from knnlm.storage import refuse_existing
-from knnlm.windows import WindowConfig
+from knnlm.windows import TokenDocument, WindowConfig, count_targets
 
 # How much text is tokenised to learn how many bytes a token has.
 PROBE_CHARACTERS = 200_000
@@ -51,11 +52,32 @@ def window_config(lm: LanguageModel, text: TextConfig) -> WindowConfig:
     return WindowConfig(context, stride, text.protocol)
 
 
-def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings: Settings) -> Plan:
-    """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much."""
+def make_plan(
+    lm: LanguageModel,
+    text: Sequence[str | Path],
+    out: Path,
+    settings: Settings,
+    evaluation: Sequence[TokenDocument] | None = None,
+) -> Plan:
+    """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much.
+
+    :param evaluation: the evaluation text; None where it will be held out of the text.
+    :raises InputError: the keys or the evaluation's queries have no room.
+    """
+    tokens = estimate_tokens(lm, text, settings.text)
+    plan = _plan_keys(lm, tokens, out, settings)
+    if evaluation is None:
+        bounds = [bound for bound in (settings.evaluation.eval_tokens, tokens and tokens // 10) if bound]
+        queries = min(bounds, default=0)
+    else:
+        queries = count_targets(evaluation)
+    check_query_room(lm, plan.layers, queries, out=out.parent, taken=plan.key_bytes or 0)
+    return plan
+
+
+def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Settings) -> Plan:
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
-    tokens = estimate_tokens(lm, text, settings.text)
     if tokens is None:
         return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
     needed = key_bytes(lm, layers, tokens, settings.key_dtype)
@@ -73,6 +95,27 @@ def make_plan(lm: LanguageModel, text: Sequence[str | Path], out: Path, settings
         )
     sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
     return Plan(fewer, tokens, less, sentence)
+
+
+def check_query_room(
+    lm: LanguageModel, layers: Sequence[str], tokens: int, *, out: Path | None = None, taken: int = 0
+) -> None:
+    """Find out before any work whether an evaluation's queries fit into the folder for temporary files.
+
+    They are float32 vectors of every layer at once (`evaluation.open_queries`).
+    :param out: a folder into which `taken` bytes will have been written by then.
+    :raises InputError: names TMPDIR, what is needed and what is there.
+    """
+    folder = Path(tempfile.gettempdir())
+    needed, free = key_bytes(lm, layers, tokens, "float32"), shutil.disk_usage(folder).free
+    if out is not None and os.stat(out).st_dev == os.stat(folder).st_dev:
+        free -= taken
+    if needed > free:
+        raise InputError(
+            f"queries of {len(layers)} layers x {tokens:,} evaluation tokens will take {_size(needed)}, but the folder "
+            f"for temporary files, {folder}, has {_size(max(free, 0))} for them; set TMPDIR to a larger place, or take "
+            "fewer --layers or --eval-tokens"
+        )
 
 
 def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -> None:

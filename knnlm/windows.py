@@ -39,6 +39,11 @@ class TokenDocument:
     """Line, row or part in the source, from 1."""
 
 
+def count_targets(documents: Iterable[TokenDocument]) -> int:
+    """How many tokens have a predecessor in their document: keys of a datastore, predictions of an evaluation."""
+    return sum(max(len(document.tokens) - 1, 0) for document in documents)
+
+
 class Fingerprint:
     """A running SHA-256 over the tokens of documents and the borders between them."""
 
