@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from knnlm.encoding import TextEncoder
 from knnlm.errors import InputError, ModelError
@@ -246,6 +248,79 @@ def load_model(
     model = _load_weights(source, taken, options)
     _place(model, target)
     return LanguageModel(model, tokenizer, name=source, notes=[note] if note else [])
+
+
+def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model without its weights.
+
+    Raises ModelError when there is none.
+    """
+    source = str(name_or_folder)
+    return _load_tokenizer(source, {"local_files_only": _is_local(source)})
+
+
+def model_file(name_or_folder: str | Path, name: str) -> Path | None:
+    """Return where a file of a model is on this machine, fetched from the hub if need be; None if it has no such file.
+
+    Raises ModelError when there is no such model.
+    """
+    source = str(name_or_folder)
+    if _is_local(source):
+        return path if (path := Path(source, name)).is_file() else None
+    try:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:
+        raise ModelError(f"{source} could not be read as a model: {_line(error)}") from error
+    return None if found is None else Path(found)
+
+
+def random_model(
+    name_or_folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Build the model that a configuration describes with the weights that its training began from, not the trained.
+
+    Its name is the given one with ` (random)` behind it; `dtype` auto is float32. Raises as `load_model`.
+    """
+    source = str(name_or_folder)
+    target = pick_device(device)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)}
+    config, tokenizer = _load_config(source, options), _load_tokenizer(source, options)
+    taken, _ = _pick_dtype("float32" if dtype == "auto" else dtype, source, config, target, options)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _from_config(source, config, trust_remote_code).to(taken)
+    _place(model, target)
+    return LanguageModel(model, tokenizer, name=f"{source} (random)")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a model is before its weights are read."""
+
+    layer_names: tuple[str, ...]
+    """In the order of the network; a few may turn out not to be readable."""
+    context_limit: int | None
+
+
+def read_outline(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
+    """Tell a model's layers and context from its configuration alone. Raises ModelError, as `load_model`."""
+    source = str(name_or_folder)
+    config = _load_config(source, {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)})
+    with torch.device("meta"):  # no memory is taken and no number is drawn
+        model = _from_config(source, config, trust_remote_code)
+    return Outline(find_decoder(model).names, _context_limit(config))
+
+
+def _from_config(source: str, config: PretrainedConfig, trust_remote_code: bool) -> Any:  # noqa: ANN401
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{source} could not be built as a causal language model: {_line(error)}") from error
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
