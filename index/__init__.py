@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from index.approximate import ApproximateIndex
     from index.base import VectorIndex
-    from index.build import build_index, check_spec
+    from index.build import build_index, check_spec, tune_index
     from index.errors import (
         CorruptIndex,
         DimensionMismatch,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "approximate": ("ApproximateIndex",),
     "base": ("VectorIndex",),
-    "build": ("build_index", "check_spec"),
+    "build": ("build_index", "check_spec", "tune_index"),
     "errors": (
         "CorruptIndex",
         "DimensionMismatch",
@@ -96,6 +96,7 @@ __all__ = [
     "parse_spec",
     "read_manifest",
     "save_index",
+    "tune_index",
     "verify",
 ]
 

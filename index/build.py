@@ -37,16 +37,16 @@ def build_index(
     *,
     metric: Metric = Metric.L2,
     k: int = TUNE_K,
-    recall_target: float = 0.95,
+    recall_target: float | None = 0.95,
     memory_bytes: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VectorIndex:
-    """Build what a spec says, in memory; `index.storage.save_index` keeps it.
+    """Build what a spec says, in memory, and tune it; `index.storage.save_index` keeps it.
 
     :param spec: `auto`, `exact`, or a FAISS factory string.
     :param k: the neighbours for which `nprobe` or `efSearch` is tuned; clipped to the keys there are.
-    :param recall_target: share of the k nearest to be found; FAISS's own setting is kept where it already suffices.
+    :param recall_target: as in `tune_index`; None: leave that to the caller.
     :param memory_bytes: what `auto` may take; None: half of the memory that is free now.
     :param progress: called with (keys added, N), at 0 before training; it may raise to stop.
     :raises UnknownSpec: FAISS does not understand the spec for this dimension and metric.
@@ -54,8 +54,7 @@ def build_index(
     :raises TooFewKeys: no keys, or fewer than training needs.
     :raises InvalidKeys: NaN or infinity among the keys; the message names the row.
     """
-    if not 0 < recall_target <= 1:
-        raise InvalidQuery(f"recall_target is {recall_target}, but is a share above 0 and at most 1")
+    _check_target(recall_target)
     if not len(source):
         raise TooFewKeys("there are no keys to index")
     tell = progress or _tell_nobody
@@ -65,10 +64,27 @@ def build_index(
         return ExactIndex(source, metric)
     index = _start(source, resolved, Metric(metric), seed, tell)
     _add(index.native, source, index.centre_D, resolved, tell)
-    if len(source) > 1:
-        rng = np.random.default_rng([seed, 2])
-        tune(index, make_trial(source, index.metric, k=k, queries=TUNE_QUERIES, rng=rng), recall_target)
+    if recall_target is not None:
+        tune_index(index, k=k, recall_target=recall_target, seed=seed)
     return index
+
+
+def tune_index(index: VectorIndex, *, k: int = TUNE_K, recall_target: float = 0.95, seed: int = 0) -> None:
+    """Let an approximate index look as far as it has to, for some stored keys, and no farther.
+
+    :param k: neighbours that are to be found, clipped to the keys there are.
+    :param recall_target: share of them to be found; FAISS's own setting is kept where it already suffices.
+    :raises InvalidQuery: a recall_target outside (0, 1].
+    """
+    _check_target(recall_target)
+    if isinstance(index, ApproximateIndex) and len(index) > 1:
+        rng = np.random.default_rng([seed, 2])
+        tune(index, make_trial(index.source, index.metric, k=k, queries=TUNE_QUERIES, rng=rng), recall_target)
+
+
+def _check_target(recall_target: float | None) -> None:
+    if recall_target is not None and not 0 < recall_target <= 1:
+        raise InvalidQuery(f"recall_target is {recall_target}, but is a share above 0 and at most 1")
 
 
 def check_spec(spec: str, dim: int, metric: Metric = Metric.L2) -> None:

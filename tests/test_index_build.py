@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from index.approximate import ApproximateIndex
-from index.build import build_index
+from index.build import build_index, tune_index
 from index.errors import FaissFailed, InvalidKeys, InvalidQuery, NotTrained, TooFewKeys, UnknownSpec
 from index.exact import ExactIndex
 from index.faiss_index import create_index
@@ -80,6 +80,17 @@ def test_effort_is_raised_until_recall_is_reached(spec):
     reached = tune(index, trial, 0.97)
     assert before < 0.97 <= reached == run_trial(index, trial).recall
     assert index.effort.value > effort
+
+
+def test_tuning_may_come_after_the_build():
+    """For callers that show where they are."""
+    source = ArraySource(clustered(2000, 8))
+    at_once = build_index(source, "IVF64,PQ2", k=20)
+    later = build_index(source, "IVF64,PQ2", k=20, recall_target=None)
+    assert later.parameters["nprobe"] == 1 < at_once.parameters["nprobe"]
+    tune_index(later, k=20)
+    assert later.parameters == at_once.parameters
+    tune_index(build_index(source, "exact"))
 
 
 def test_effort_is_not_raised_further_than_needed():
