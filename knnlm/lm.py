@@ -318,7 +318,7 @@ def read_outline(name_or_folder: str | Path, *, trust_remote_code: bool = False)
 
 def _from_config(source: str, config: PretrainedConfig, trust_remote_code: bool) -> Any:  # noqa: ANN401
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"{source} could not be built as a causal language model: {_line(error)}") from error
 
