@@ -15,6 +15,7 @@ set, name and configuration. Without a split, `train` is taken, or the only one 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import re
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm import textfiles
+from knnlm import parquet, textfiles
 from knnlm.errors import InputError
 from knnlm.windows import TokenDocument
 
@@ -34,7 +35,12 @@ HUB_PREFIX = "hf:"
 HUB_SET = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>[\w.-]+))?", re.ASCII)
 # A document's tokens and text are held at once; longer ones are cut at the borders of paragraphs.
 DOCUMENT_CHARACTERS = 16_000_000
-PARQUET_ROWS = 64
+# Rows of JSON Lines, over all files, from which the share of text in them is estimated.
+SAMPLE_ROWS = 200
+
+
+# What each type of file is read with: (number, text) of each document.
+Readers = Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]]
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,15 @@ def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> 
     :raises InputError: at once for paths that are missing, empty or of an unknown type; while reading for text that
         cannot be read, and at the end when there was no text at all.
     """
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    if not paths:
-        raise InputError("no text was given; name a file, a folder, or a hub set such as hf:wikitext/wikitext-2-raw-v1")
-    return _read(_find(paths), text_field)
+    return (document for document in _read(_find(paths), text_field, READERS) if not _is_blank(document))
+
+
+def read_text_rows(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
+    """The same text in the rows that `datasets` makes of it, empty ones too: each line of a .txt, with its line end.
+
+    Raises as `read_documents`.
+    """
+    return _read(_find(paths), text_field, {**READERS, ".txt": _read_txt_lines})
 
 
 def read_rows(path: str | Path) -> Iterator[textfiles.Row]:
@@ -91,14 +101,29 @@ def _hub_set_rows(hub_set: _HubSet) -> Iterator[textfiles.Row]:
         yield textfiles.Row(fields, hub_set.name, number, f"row {number} of {hub_set.name}")
 
 
-def text_bytes(paths: Sequence[str | Path]) -> int | None:
-    """About how many bytes of text the paths hold, from the sizes of files; None where a hub set is among them.
+def text_bytes(paths: Sequence[str | Path], *, text_field: str = "text") -> int | None:
+    """About how many bytes of text the paths hold, other columns apart; None where a hub set is among them.
 
-    :raises InputError: a path is missing, empty or of an unknown type.
+    By the sizes of files, of .parquet those of the column, and of .jsonl by the share of text in the first rows.
+
+    :raises InputError: a path is missing, empty or of an unknown type, or the first rows cannot be read.
     """
-    found = _find([paths] if isinstance(paths, str | Path) else paths)
-    sizes = [_file_bytes(one.path) for one in found if isinstance(one, _File)]
-    return sum(sizes) if len(sizes) == len(found) else None
+    found = _find(paths)
+    files = [one.path for one in found if isinstance(one, _File)]
+    if len(files) < len(found):
+        return None
+    sample = max(1, SAMPLE_ROWS // max(1, sum(path.suffix.lower() == ".jsonl" for path in files)))
+    return sum(_file_bytes(path, text_field, sample) for path in files)
+
+
+def _file_bytes(path: Path, text_field: str, sample: int) -> int:
+    try:
+        if path.suffix.lower() == ".parquet":
+            return parquet.column_bytes(path, text_field)
+        size = path.stat().st_size
+        return int(size * textfiles.text_share(path, text_field, sample)) if path.suffix.lower() == ".jsonl" else size
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def tokenize(
@@ -142,6 +167,10 @@ class _HubSet:
 
 def _find(paths: Sequence[str | Path]) -> list[_File | _HubSet]:
     """Everything that is wrong with a path is said here, before any work."""
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    if not paths:
+        raise InputError("no text was given; name a file, a folder, or a hub set such as hf:wikitext/wikitext-2-raw-v1")
     found: dict[object, _File | _HubSet] = {}
     for path in map(str, paths):
         ones = [_parse_hub_set(path)] if path.startswith(HUB_PREFIX) else _find_files(Path(path))
@@ -193,43 +222,43 @@ def _unreadable(path: object, error: OSError) -> InputError:
     return InputError(f"cannot read {path}: {error.strerror or _first_line(error)}; check the path and its permissions")
 
 
-def _file_bytes(path: Path) -> int:
-    try:
-        if path.suffix.lower() != ".parquet":
-            return path.stat().st_size
-        with _open_parquet(path) as file:
-            # Pages are compressed; what they take unpacked is in the file's metadata.
-            groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
-            return sum(int(group.total_byte_size) for group in groups)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _read(found: Iterable[_File | _HubSet], text_field: str) -> Iterator[Document]:
-    empty = True
+def _read(found: Iterable[_File | _HubSet], text_field: str, readers: Readers) -> Iterator[Document]:
+    """Every document, blank ones too, but not if there are no others."""
+    blank = True
     for one in found:
-        for document in _read_file(one, text_field) if isinstance(one, _File) else _read_hub_set(one, text_field):
-            empty = False
+        stream = _read_file(one, text_field, readers) if isinstance(one, _File) else _read_hub_set(one, text_field)
+        for document in stream:
+            blank = blank and _is_blank(document)
             yield document
-    if empty:
+    if blank:
         raise InputError("there is no text in what was given, only empty documents; give a file with text")
 
 
-def _read_file(file: _File, text_field: str) -> Iterator[Document]:
-    empty = True
+def _is_blank(document: Document) -> bool:
+    return not document.text or document.text.isspace()
+
+
+def _read_file(file: _File, text_field: str, readers: Readers) -> Iterator[Document]:
+    blank = True
     try:
-        for number, text in READERS[file.path.suffix.lower()](file.path, text_field):
-            if text and not text.isspace():
-                empty = False
-                yield Document(text, file.path.name, number)
+        for number, text in readers[file.path.suffix.lower()](file.path, text_field):
+            document = Document(text, file.path.name, number)
+            blank = blank and _is_blank(document)
+            yield document
     except OSError as error:
         raise _unreadable(file.path, error) from None
-    if empty and file.named:
+    if blank and file.named:
         raise InputError(f"{file.path} has no text, only white space or empty documents; give a file with text")
 
 
 def _read_txt(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     return enumerate(_cut(textfiles.decode_blocks(path)), start=1)
+
+
+def _read_txt_lines(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    parts = _cut(textfiles.decode_blocks(path))
+    # Not `splitlines`, which also cuts at form feeds and Unicode's separators.
+    return enumerate(itertools.chain.from_iterable(map(io.StringIO, parts)), start=1)
 
 
 def _cut(blocks: Iterable[str]) -> Iterator[str]:
@@ -255,25 +284,7 @@ def _border(text: str, limit: int) -> int:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     for row in textfiles.json_rows(path):
-        yield from _parts(row.number, _field(row.fields, text_field, row.where))
-
-
-def _field(row: Mapping[str, object], text_field: str, where: str) -> str:
-    """The row's text; null counts as empty."""
-    if text_field not in row:
-        raise _no_field(text_field, list(row), where)
-    text = row[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise InputError(f"{text_field!r} in {where} is no string but {type(text).__name__}; choose with --text-field")
-    return textfiles.whole_characters(text)
-
-
-def _no_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
-    return InputError(
-        f"{where} has no field {text_field!r}, only {', '.join(fields) or 'none'}; name it with --text-field"
-    )
+        yield from _parts(row.number, textfiles.text_of(row.fields, text_field, row.where))
 
 
 def _parts(number: int, text: str) -> Iterator[tuple[int, str]]:
@@ -281,38 +292,13 @@ def _parts(number: int, text: str) -> Iterator[tuple[int, str]]:
     return ((number, part) for part in _cut([text]))
 
 
-def _open_parquet(path: Path) -> Any:  # noqa: ANN401 - pyarrow has no types
-    import pyarrow  # here, because it takes a third of a second
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(path, buffer_size=textfiles.BLOCK_BYTES)
-    except pyarrow.ArrowException as error:
-        raise _not_parquet(path, error) from None
-
-
-def _not_parquet(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not readable Parquet: {_first_line(error)}; write it again, or leave it out")
-
-
 def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    import pyarrow
-
-    with _open_parquet(path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise _no_field(text_field, file.schema_arrow.names, str(path))
-        batches = file.iter_batches(PARQUET_ROWS, columns=[text_field])
-        values = itertools.chain.from_iterable(batch.column(text_field) for batch in batches)
-        try:
-            for number, value in enumerate(values, start=1):
-                text = _field({text_field: value.as_py()}, text_field, f"row {number} of {path}")
-                yield from _parts(number, text)
-        except pyarrow.ArrowException as error:
-            raise _not_parquet(path, error) from None
+    for number, value in enumerate(parquet.column_values(path, text_field), start=1):
+        text = textfiles.text_of({text_field: value}, text_field, f"row {number} of {path}")
+        yield from _parts(number, text)
 
 
-# What each type of file is read with: (number, text) of each document.
-READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]] = {
+READERS: Readers = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -322,9 +308,8 @@ TYPES = ", ".join(READERS)
 
 def _read_hub_set(hub_set: _HubSet, text_field: str) -> Iterator[Document]:
     for number, row in enumerate(_hub_rows(hub_set, text_field), start=1):
-        for _, text in _parts(number, _field(row, text_field, f"row {number} of {hub_set.name}")):
-            if text and not text.isspace():
-                yield Document(text, hub_set.name, number)
+        text = textfiles.text_of(row, text_field, f"row {number} of {hub_set.name}")
+        yield from (Document(part, hub_set.name, number) for _, part in _parts(number, text))
 
 
 def _hub_rows(hub_set: _HubSet, text_field: str | None) -> Iterator[Mapping[str, object]]:
@@ -338,7 +323,7 @@ def _hub_rows(hub_set: _HubSet, text_field: str | None) -> Iterator[Mapping[str,
             yield from dataset
             return
         if text_field not in dataset.column_names:
-            raise _no_field(text_field, dataset.column_names, hub_set.name)
+            raise textfiles.no_field(text_field, dataset.column_names, hub_set.name)
         # Other columns (pictures, sound) are not even fetched where the format can skip them.
         yield from dataset.select_columns([text_field])
     except InputError:

@@ -20,7 +20,7 @@ from pathlib import Path
 from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
 from knnlm.collect import Collected, collect
 from knnlm.config import Settings, TextConfig
-from knnlm.corpus import read_documents, tokenize
+from knnlm.corpus import read_documents, read_text_rows, tokenize
 from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.errors import InputError
 from knnlm.evaluation import (
@@ -222,15 +222,13 @@ def _setting(one: LayerResult) -> dict[str, float]:
 
 def _documents(lm: LanguageModel, text: Paths, settings: Settings, every: int = 1) -> Iterator[TokenDocument]:
     """The text as the protocol cuts it: documents, or groups of rows."""
-    documents = islice(read_documents(text, text_field=settings.text.text_field), 0, None, every)
-    if settings.text.protocol == "documents":
-        return tokenize(documents, lm.encode, max_tokens=settings.text.max_tokens)
-    rows = (
-        TokenDocument(lm.encode(row), document.source, document.number)
-        for document in documents
-        for row in document.text.splitlines(keepends=True)
-    )
-    return rows_to_groups(rows, window_config(lm, settings.text))
+    config = settings.text
+    if config.protocol == "documents":
+        documents = islice(read_documents(text, text_field=config.text_field), 0, None, every)
+        return tokenize(documents, lm.encode, max_tokens=config.max_tokens)
+    rows = islice(read_text_rows(text, text_field=config.text_field), 0, None, every)
+    tokens = (TokenDocument(lm.encode(row.text), row.source, row.number) for row in rows)
+    return rows_to_groups(tokens, window_config(lm, config))
 
 
 def _read_evaluation(lm: LanguageModel, eval_text: Paths, settings: Settings) -> list[TokenDocument]:

@@ -172,8 +172,8 @@ def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: 
 
 
 def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
-    """From the sizes of the files and the tokens of their beginning; the limit where that is smaller or all we know."""
-    total = text_bytes(text)
+    """From the bytes of text and the tokens of its beginning; the limit where that is smaller or all that is known."""
+    total = text_bytes(text, text_field=config.text_field)
     if total is None:
         return config.max_tokens
     bytes_seen, tokens_seen = 0, 0

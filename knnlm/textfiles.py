@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from knnlm.errors import InputError
@@ -66,6 +67,17 @@ def json_rows(path: Path) -> Iterator[Row]:
 
     :raises InputError: a line that is not UTF-8, no JSON object, or too long.
     """
+    return (row for row, _ in _rows_and_ends(path))
+
+
+def text_share(path: Path, text_field: str, rows: int) -> float:
+    """How much of a JSON Lines file is the text of one field, by the bytes of its first rows. Raises as `json_rows`."""
+    sample = [(text_of(row.fields, text_field, row.where), end) for row, end in islice(_rows_and_ends(path), rows)]
+    return sum(len(text.encode()) for text, _ in sample) / sample[-1][1] if sample else 0.0
+
+
+def _rows_and_ends(path: Path) -> Iterator[tuple[Row, int]]:
+    """Each row with the bytes of the file up to its end."""
     position = 0
     with path.open("rb") as file:
         # readline with a limit gives longer lines in pieces.
@@ -77,7 +89,7 @@ def json_rows(path: Path) -> Iterator[Row]:
             text = text.removeprefix("\ufeff") if number == 1 else text
             position += len(line)
             if not text.isspace() and text:
-                yield Row(_parse(text, where), path.name, number, where)
+                yield Row(_parse(text, where), path.name, number, where), position
 
 
 def _parse(line: str, where: str) -> Mapping[str, object]:
@@ -90,6 +102,28 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
     if not isinstance(row, dict):
         raise InputError(f"{where} is no JSON object but {type(row).__name__}; write one {{...}} on each line")
     return row
+
+
+def text_of(row: Mapping[str, object], text_field: str, where: str) -> str:
+    """The row's text; null counts as empty.
+
+    :raises InputError: the row has no such field, or it is no string.
+    """
+    if text_field not in row:
+        raise no_field(text_field, row, where)
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise InputError(f"{text_field!r} in {where} is no string but {type(text).__name__}; choose with --text-field")
+    return whole_characters(text)
+
+
+def no_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
+    """The error for text that lacks the field, with those that it has."""
+    return InputError(
+        f"{where} has no field {text_field!r}, only {', '.join(fields) or 'none'}; name it with --text-field"
+    )
 
 
 def whole_characters(text: str) -> str:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm import corpus, textfiles
-from knnlm.corpus import Document, read_documents, text_bytes, tokenize
+from knnlm.corpus import Document, read_documents, read_text_rows, text_bytes, tokenize
 from knnlm.errors import InputError
 
 
@@ -349,12 +349,66 @@ def test_a_folder_without_permission(write, tmp_path, monkeypatch):
 
 def test_text_bytes_adds_files_and_gives_up_on_hub_sets(write, tmp_path):
     write("a.txt", "12345")
-    write("sub/b.jsonl", "1234567")
+    write("sub/b.jsonl", jsonl({"text": "1234567"}))
     write("c.md", "not counted")
     assert text_bytes([tmp_path]) == 12
     assert text_bytes([tmp_path, "hf:some/set"]) is None
     path = parquet(tmp_path / "c.parquet", text=["some words " * 10_000])
     assert text_bytes([path]) > 110_000 > 10 * path.stat().st_size  # not the size of the compressed file
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_text_bytes_are_those_of_the_field(write, tmp_path, copies):
+    """Of JSON Lines by the first rows, whatever else is in them and however its characters are escaped."""
+    words = [f"the {number}th row “of” words\n" * (5 + number % 7) for number in range(999)]
+    other = ["x" * 900] * len(words)
+    for place in range(copies):
+        write(f"{place}.jsonl", jsonl(*({"other": o, "body": w} for o, w in zip(other, words, strict=True))))
+        parquet(tmp_path / f"{place}.parquet", other=[f"{number}{o}" for number, o in enumerate(other)], body=words)
+    true = copies * sum(len(text.encode()) for text in words)
+    for suffix in ("jsonl", "parquet"):
+        found = text_bytes([tmp_path / f"{place}.{suffix}" for place in range(copies)], text_field="body")
+        assert found == pytest.approx(true, rel=0.1)
+        with pytest.raises(InputError, match="no field 'text', only other, body"):
+            text_bytes([tmp_path / f"0.{suffix}"])
+
+
+# rows as they are
+
+
+def library_rows(kind, path, **options):
+    """What `datasets` itself makes of a file, as run_clm.py asks it to."""
+    stream = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+    return [row["text"] for row in stream]
+
+
+def text_rows(path):
+    return [row.text for row in read_text_rows(path)]
+
+
+def test_rows_of_a_text_file_are_those_of_the_library(write):
+    path = write("a.txt", " = T = \n\n one\x0ctwo\u2028three\x85four\r\n \t\nend\rlast".encode())
+    assert text_rows(path) == library_rows("text", path, keep_linebreaks=True)
+    assert text_rows(path)[:3] == [" = T = \n", "\n", " one\x0ctwo\u2028three\x85four\n"]
+
+
+def test_rows_of_a_text_file_are_whole_over_parts_of_it(write, small_limits):
+    path = write("a.txt", "".join(f"line {number}\n\n" for number in range(100)))
+    assert text_rows(path) == library_rows("text", path, keep_linebreaks=True)
+    assert [row.number for row in read_text_rows(path)] == list(range(1, 201))
+
+
+def test_other_rows_are_those_of_the_library_empty_ones_too(write, tmp_path):
+    rows = [" = T = \n", "", "two\nlines\n", " ", "", "end"]
+    path = write("a.jsonl", jsonl(*({"text": row} for row in rows)))
+    assert text_rows(path) == library_rows("json", path) == rows
+    path = parquet(tmp_path / "a.parquet", text=rows)
+    assert text_rows(path) == library_rows("parquet", path) == rows
+
+
+def test_rows_without_any_text_are_refused(write):
+    with pytest.raises(InputError, match="only white space or empty documents"):
+        text_rows(write("a.jsonl", jsonl({"text": ""}, {"text": " "})))
 
 
 # hub sets
@@ -413,6 +467,7 @@ def test_hub_set_by_name_and_configuration(hub):
     assert found == [Document("one", "hf:wikitext/raw", 1), Document("three", "hf:wikitext/raw", 3)]
     assert hub == [("wikitext/raw", None), ("wikitext", "raw")]
     assert texts("hf:wikitext/raw:test") == ["t"]
+    assert text_rows("hf:wikitext/raw") == ["one", "", "three"]
 
 
 def test_hub_set_by_organisation_and_name_takes_the_only_split(hub):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.lm import LanguageModel
-from knnlm.pipeline import run
+from knnlm.pipeline import _documents, run
 from knnlm.windows import TokenDocument, WindowConfig, rows_to_groups, windows
 from tests import oracle
 from tests.test_evaluate_oracle import texts
@@ -53,6 +54,20 @@ def test_counted_targets_per_window() -> None:
     groups = rows_to_groups([TokenDocument(np.arange(3000, dtype=np.int32), "rows", 1)], config)
     counted = [len(window.targets) - window.first for window in windows(groups, config)]
     assert counted == [511, 512, 512, 512]
+
+
+def test_rows_of_json_lines_are_rows_whatever_they_hold(tmp_path: Path) -> None:
+    """As in wikitext on the hub, every second row is empty and gives no token, and counts among a group's 1,000."""
+    block, stride = 16, 8
+    lm = LanguageModel.from_model(tiny_model("gpt2"), tiny_tokenizer(), name="gpt2")
+    rows = [f"row {number}\nof two lines\n" if number % 2 else "" for number in range(2100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    settings = Settings(text=TextConfig(context=block, stride=stride, protocol="knn-transformers"))
+    found = windows(
+        _documents(lm, [tmp_path / "rows.jsonl"], settings), WindowConfig(block, stride, "knn-transformers")
+    )
+    theirs = their_windows([lm.encode(row).tolist() for row in rows], block, stride)
+    assert [window.inputs.tolist() for window in found] == [ids[:-1] for ids, _ in theirs if ids[:-1]]
 
 
 def test_perplexity_under_the_protocol_equals_their_procedure(tmp_path: Path) -> None:
