@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,12 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=40, help="every N-th document is kept for validation")
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="slower steps, but no wait for torch.compile")
     return parser.parse_args()
 
 
 def read_documents(paths: list[Path]) -> list[str]:
-    return [json.loads(line)["text"] for path in paths for line in path.open(encoding="utf-8")]
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8").split("\n"))
+    return [json.loads(line)["text"] for line in lines if line.strip()]
 
 
 def train_tokenizer(texts: list[str], size: int, context: int) -> PreTrainedTokenizerFast:
@@ -98,8 +100,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], end: int) -> Te
     """One long row of token numbers: the documents, each closed by END."""
     import torch
 
-    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for row in rows for token in [*row, end]])
+    rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return torch.tensor([token for row in rows for token in [*row, end]], dtype=torch.long)
+
+
+def check_length(stream: Tensor, documents: int, args: argparse.Namespace) -> None:
+    """A step takes --windows windows; one context more may be lost to the offset of an epoch."""
+    needed = (args.windows + 1) * args.context + 1
+    if len(stream) < needed:
+        sys.exit(
+            f"{documents} documents leave {len(stream):,} tokens to train on, but a step of {args.windows} windows of "
+            f"{args.context} needs {needed:,}; give more text, or smaller --windows or --context"
+        )
 
 
 def batches(stream: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
@@ -117,15 +129,12 @@ def batches(stream: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
 
 
 def bfloat16_pays() -> bool:
-    """Machines differ by three hundred times in bfloat16 products, so ask this one."""
+    """Machines differ by three hundred times in bfloat16 products, so ask this one: the best of several, warmed up."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.randn(512, 512).to(dtype)
-        a @ a
-        start = time.perf_counter()
-        a @ a
-        return time.perf_counter() - start
+        return min(timeit.repeat(lambda: a @ a, repeat=5, number=1))
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
 
@@ -162,9 +171,10 @@ def validation_perplexity(
 ) -> float:
     import torch
 
+    size = args.context + 1
+    windows = valid[: len(valid) // size * size].view(-1, size)
     model.eval()
     with torch.no_grad():
-        windows = valid[: len(valid) // 513 * 513].view(-1, 513)[:, : args.context + 1]
         return torch.stack([loss_of(w) for w in windows.split(args.windows)][:8]).mean().exp().item()
 
 
@@ -194,7 +204,7 @@ def train(
             print(f"step {step} loss {loss.item():.3f} {rate:,.0f} tokens/s", flush=True)
         if args.save_every and step % args.save_every == 0 and step < args.steps:
             save(model, tokenizer, args.out / f"step-{step}")
-        if step % 250 == 0 or step == args.steps:
+        if len(valid) > args.context and (step % 250 == 0 or step == args.steps):
             perplexity = validation_perplexity(model, loss_of, valid, args)
             print(f"step {step} validation perplexity {perplexity:.2f}", flush=True)
 
@@ -225,6 +235,9 @@ def main() -> None:
         tokenizer = train_tokenizer(train_texts, args.vocabulary, args.context)
     end = tokenizer.eos_token_id
     stream, valid = encode(tokenizer, train_texts, end), encode(tokenizer, documents[:: args.held_out], end)
+    check_length(stream, len(train_texts), args)
+    if len(valid) <= args.context:
+        print(f"no validation: {len(valid):,} tokens held out are less than one window", flush=True)
     model = make_model(args, len(tokenizer))
     train(model, stream, valid, args, tokenizer)
     save(model, tokenizer, args.out)
