@@ -104,17 +104,22 @@ def kmeans_distances(units_SD: NDArray[np.float32], size: int, *, seed: int) -> 
 
     :raises InputError: too few vectors for two clusters.
     """
-    count = len(units_SD) // size
-    if count < 2:
-        raise InputError(
-            f"{len(units_SD)} contexts make {count} cluster(s) of {size}, but distances between clusters need 2; "
-            "take a smaller --cluster-size, or more text"
-        )
+    count = check_kmeans(len(units_SD), size)
     units_SD = np.ascontiguousarray(units_SD)
     cluster_S = kmeans(units_SD, count, seed=seed)
     sums_CD = np.zeros((count, units_SD.shape[1]))
     np.add.at(sums_CD, cluster_S, units_SD)
     return distances_from_sums(sums_CD, np.bincount(cluster_S, minlength=count))
+
+
+def check_kmeans(contexts: int, size: int) -> int:
+    """The number of clusters of about `size` contexts; raises InputError where it would be below 2."""
+    if contexts < 2 * size:
+        raise InputError(
+            f"{contexts} contexts make {contexts // size} cluster(s) of {size}, but distances between clusters need 2; "
+            "take a smaller --cluster-size, or more text"
+        )
+    return contexts // size
 
 
 def distances_from_sums(sums_CD: Float64, counts_C: Int64) -> ClusterDistances:

@@ -25,7 +25,7 @@ LEVELS = (
     {"parts", "segments", "clusters"},
     {"evaluation"},
     {"examples"},
-    {"pipeline", "tables", "screen"},
+    {"pipeline", "correlate", "correlate_document", "tables", "screen"},
     {"cli"},
     {"__main__"},
 )
