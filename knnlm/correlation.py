@@ -78,13 +78,19 @@ def _check(x_N: Floats, y_N: Floats, group_N: NDArray[np.generic]) -> None:
 def _pearson(x_N: Floats, y_N: Floats) -> float:
     if len(x_N) < 3 or np.ptp(x_N) == 0 or np.ptp(y_N) == 0:
         return math.nan
-    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
-    cosine = float(x_N @ y_N / (np.linalg.norm(x_N) * np.linalg.norm(y_N)))
+    x_N, y_N = _centred(x_N), _centred(y_N)
+    # One root of the product: equal lists give exactly 1.
+    cosine = float(x_N @ y_N) / math.sqrt(float(x_N @ x_N) * float(y_N @ y_N))
     return min(1.0, max(-1.0, cosine))
 
 
+def _centred(values_N: Floats) -> Floats:
+    """Less their mean, and divided by the largest, so that no square is lost."""
+    values_N = values_N - values_N.mean()
+    return np.asarray(values_N / np.abs(values_N).max())
+
+
 def _spearman(x_N: Floats, y_N: Floats) -> float:
-    # Ranks are exact halves: equal orders give exactly 1.
     return _pearson(ranks(x_N.tolist()), ranks(y_N.tolist()))
 
 

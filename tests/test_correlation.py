@@ -79,6 +79,19 @@ def test_names_of_clusters_do_not_matter():
     assert correlate(x, y, clusters=clusters) == correlate(x, y, clusters=1000 - 7 * clusters)
 
 
+@pytest.mark.parametrize("count", [3, 5, 8, 33, 100])
+def test_equal_and_opposite_orders_are_exactly_one(count):
+    values = np.random.default_rng(count).normal(size=count)
+    assert correlate(values, np.exp(values)).spearman == 1
+    assert correlate(values, -values).spearman == correlate(values, -values).pearson == -1
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_size_of_the_figures_does_not_matter(scale):
+    x, y = pairs(np.random.default_rng(7), 20, 0.5)
+    assert correlate(scale * x, y / scale).pearson == pytest.approx(correlate(x, y).pearson, abs=1e-12)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_perfect_order_of_eight_is_not_certain(sign):
     found = correlate(range(8), sign * np.exp(np.arange(8.0)))
