@@ -62,7 +62,7 @@ def colour(part: str) -> str:
 def _dispersion_chart(data: ChartData, points: Sequence[Point]) -> Chart:
     traces = _part_lines(points, "dispersion")
     marks = _marks(points, lambda point: (point.x, point.dispersion))
-    layout = _layout(_block_axis(data), {"title": {"text": "dispersion"}})
+    layout = base_layout(_block_axis(data), {"title": {"text": "dispersion"}})
     caption = "How differently a layer’s vectors point, by block, one line for each part. Bars are 95 % intervals."
     return Chart("dispersion", "Dispersion by depth", caption, {"data": [*traces, *marks], "layout": layout})
 
@@ -70,7 +70,7 @@ def _dispersion_chart(data: ChartData, points: Sequence[Point]) -> Chart:
 def _perplexity_chart(data: ChartData, points: Sequence[Point]) -> Chart:
     traces = _part_lines(points, "perplexity")
     marks = _marks(points, lambda point: (point.x, point.perplexity))
-    layout = _layout(_block_axis(data), _perplexity_axis(data, points)) | _lm_line(data, "end")
+    layout = base_layout(_block_axis(data), _perplexity_axis(data, points)) | _lm_line(data, "end")
     caption = "Perplexity of the kNN-LM with keys from each layer, by block; lower is better. Dashed: the plain LM."
     return Chart("perplexity", "Perplexity by layer", caption, {"data": [*traces, *marks], "layout": layout})
 
@@ -78,7 +78,7 @@ def _perplexity_chart(data: ChartData, points: Sequence[Point]) -> Chart:
 def _scatter_chart(data: ChartData, points: Sequence[Point]) -> Chart:
     traces = [_scatter_trace(part, group) for part, group in _by_part(points)]
     marks = _marks(points, lambda point: (point.dispersion, point.perplexity))
-    layout = _layout({"title": {"text": "dispersion"}}, _perplexity_axis(data, points)) | _lm_line(data, "end")
+    layout = base_layout({"title": {"text": "dispersion"}}, _perplexity_axis(data, points)) | _lm_line(data, "end")
     caption = (
         "Where dispersion orders layers well, points fall from left to right. Filled: candidates; hollow: the rest."
     )
@@ -89,7 +89,7 @@ def _lambda_chart(data: ChartData) -> Chart:
     curves = [curve for curve in data.curves if len(curve.points) > 1]
     traces = [trace for curve in curves for trace in _curve_traces(curve)]
     axis = {"title": {"text": "λ, weight of the neighbours"}, "range": [-0.02, 1.02], "dtick": 0.2}
-    layout = _layout(axis, _curve_axis(data, curves)) | _lm_line(data, "middle")
+    layout = base_layout(axis, _curve_axis(data, curves)) | _lm_line(data, "middle")
     layout |= {"showlegend": len(curves) > 1}
     caption = "Perplexity as the neighbours’ weight grows, at the fitted k and temperature. The dot is the fitted λ."
     return Chart("lambda", "Weight of retrieval", caption, {"data": traces, "layout": layout})
@@ -224,14 +224,14 @@ def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
     # A few hopeless layers must not press the good ones flat.
     scale: Figure = {}
     if high > 4 * low > 0:
-        ticks = _ticks_125(low, high)
+        ticks = ticks_125(low, high)
         scale = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
         low, high = math.log10(low), math.log10(high)
     room = (high - low) or 1.0
     return {"title": {"text": "perplexity"}, "range": [low - 0.1 * room, high + 0.14 * room]} | scale
 
 
-def _ticks_125(low: float, high: float) -> list[float]:
+def ticks_125(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten around low to high; plotly itself would label 50 as 5."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     return [
@@ -257,7 +257,8 @@ def _lm_line(data: ChartData, side: str) -> Figure:
     return {"shapes": [line | {"line": {"color": MUTED, "width": 1.5, "dash": "dash"}, "label": label}]}
 
 
-def _layout(xaxis: Figure, yaxis: Figure) -> Figure:
+def base_layout(xaxis: Figure, yaxis: Figure) -> Figure:
+    """What all figures share: grounds, fonts, margins, grid; the axes as given."""
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "ticks": "", "automargin": True}
     return {
         "autosize": True,

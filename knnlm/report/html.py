@@ -22,11 +22,15 @@ _SCRIPT_SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\
 
 def render(result: EvalResult, *, title: str) -> str:
     """The page as text."""
+    view = make_view(result, title=title)
+    return render_template("report.html.j2", view=view, charts=make_charts(view.charts))
+
+
+def render_template(name: str, **values: object) -> str:
+    """A template of this package, filled; it has plotly's script under `plotly`."""
     from plotly.offline import get_plotlyjs  # slow to import, and needed by this function alone
 
-    view = make_view(result, title=title)
-    page = _environment().get_template("report.html.j2")
-    return page.render(view=view, charts=make_charts(view.charts), plotly=Markup(get_plotlyjs()))
+    return _environment().get_template(name).render(plotly=Markup(get_plotlyjs()), **values)
 
 
 def write_report(result: EvalResult, path: str | Path, *, title: str | None = None) -> None:

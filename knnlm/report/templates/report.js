@@ -1,32 +1,6 @@
 "use strict";
 (() => {
-  const root = document.documentElement;
-  root.classList.remove("no-script");
   const hidden = new Set();
-  const figures = [...document.querySelectorAll("script[data-chart]")].map((element) => ({
-    box: document.getElementById(element.dataset.chart),
-    figure: JSON.parse(element.textContent),
-  }));
-
-  // Figures name colours as CSS variables; plotly needs their values, which differ between light and dark.
-  function themed(value, style) {
-    if (typeof value === "string") return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
-    if (Array.isArray(value)) return value.map((item) => themed(item, style));
-    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item, style)]));
-    return value;
-  }
-
-  function draw() {
-    const style = getComputedStyle(root);
-    // A finger on a chart scrolls the page; only a mouse drags to zoom.
-    const dragmode = matchMedia("(pointer: fine)").matches ? "zoom" : false;
-    for (const { box, figure } of figures) {
-      const { data, layout } = themed(figure, style);
-      for (const trace of data) if (trace.meta && hidden.has(trace.meta.part)) trace.visible = false;
-      Plotly.react(box, data, { ...layout, dragmode }, { responsive: true, displayModeBar: false });
-    }
-  }
-
   const table = document.getElementById("layers");
   const body = table.tBodies[0];
 
@@ -50,7 +24,7 @@
     hidden.has(part) ? hidden.delete(part) : hidden.add(part);
     for (const button of document.querySelectorAll("button.part")) button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.part)));
     for (const row of body.rows) row.hidden = hidden.has(row.dataset.part) && !row.dataset.marked;
-    draw();
+    pageCharts.draw(hidden);
   }
 
   table.tHead.addEventListener("click", (event) => {
@@ -60,6 +34,6 @@
   for (const button of document.querySelectorAll("button.part")) button.addEventListener("click", () => togglePart(button.dataset.part));
   const more = document.querySelector(".extra-toggle");
   more.addEventListener("click", () => more.setAttribute("aria-pressed", String(table.classList.toggle("all-columns"))));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  draw();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => pageCharts.draw(hidden));
+  pageCharts.draw(hidden);
 })();

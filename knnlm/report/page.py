@@ -1,0 +1,46 @@
+"""A page of charts, tables and lists in the style of the report: one file, offline, light or dark, on a phone too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from knnlm.report.charts import Chart
+from knnlm.report.html import render_template
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names the rows."""
+
+    title: str
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A list of sentences."""
+
+    title: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything on a page, in order."""
+
+    title: str
+    headline: str
+    lead: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    """Warnings, in a box."""
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
+    lists: Sequence[Lines] = ()
+
+
+def render_page(page: Page) -> str:
+    """The page as text; all words are escaped."""
+    return render_template("page.html.j2", page=page)
