@@ -8,16 +8,18 @@ Each file is a case: a model on a text.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from knnlm.choose import choose
-from knnlm.config import LayerConfig
+from knnlm.choose import by_dispersion
 from knnlm.evaluation import SCORES
-from knnlm.report.document import from_document
+from knnlm.layers import select_layers
+from knnlm.results import Interval, LayerScore
 from knnlm.statistics import spearman
 
 Study = dict[str, Any]
@@ -28,28 +30,43 @@ def percent(value: float) -> str:
     return f"{value:+.2%}"
 
 
+def spread(value: float, interval: Sequence[float]) -> str:
+    """A change with its interval."""
+    return f"{percent(value)} ({percent(interval[0])} … {percent(interval[1])})"
+
+
 def default(study: Study) -> dict[str, Any]:
     """What the default rule of `knnlm.choose` takes in one case, and its regret."""
-    scores = [one.score for one in from_document(study | {"seconds": {}}).layers if one.score is not None]
-    names = [score.layer for score in scores]
-    layer = choose(scores, LayerConfig(), names).layer
+    names = select_layers("candidates", [row["layer"] for row in study["layers"]])
+    layer = by_dispersion([score_of(row) for row in study["layers"] if row["layer"] in names]).layer
     return next(one for one in study["choices"] if one["layer"] == layer)
+
+
+def score_of(row: dict[str, Any]) -> LayerScore:
+    """The scores of one layer, as they stand in its row."""
+    values = {field.name: row.get(field.name, math.nan) for field in fields(LayerScore)}
+    return LayerScore(
+        **{name: Interval(*value) if isinstance(value, list) else value for name, value in values.items()}
+    )
 
 
 def overview(studies: Sequence[Study]) -> Iterator[str]:
     """One line a case: the LM, the best layer, what the default takes, its regret."""
-    yield "| case | keys | LM | best layer, perplexity | default takes | regret (95 % interval) | last `ffn_input` |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield (
+        "| case | keys | LM | best layer, perplexity | default takes | regret (95 % interval) "
+        "| against the last `ffn_input` (95 % interval) | regret of the last `ffn_input` |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for study in studies:
         by_name = {layer["layer"]: layer for layer in study["layers"]}
         best = study["best"]
         ours = default(study)
         last = pick(study, "always", "the last ffn_input")
-        low, high = ours["interval"]
         yield (
             f"| {study['case']} | {study['keys']:,} | {study['lm']['perplexity']:.1f} "
             f"| {best} {by_name[best]['perplexity']:.2f} | {ours['layer']} "
-            f"| {percent(ours['regret'])} ({percent(low)} … {percent(high)}) | {percent(last['regret'])} |"
+            f"| {spread(ours['regret'], ours['interval'])} "
+            f"| {spread(ours['against_last_ffn_input'], ours['against_interval'])} | {percent(last['regret'])} |"
         )
 
 
