@@ -10,17 +10,17 @@ Each takes one `Settings`; what is not said there has a default, and `None` mean
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
 from knnlm.collect import Collected, collect
 from knnlm.config import Settings, TextConfig
-from knnlm.corpus import read_documents, read_text_rows, tokenize
 from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.errors import InputError
 from knnlm.evaluation import (
@@ -33,26 +33,28 @@ from knnlm.evaluation import (
     summarize,
 )
 from knnlm.examples import find_examples
-from knnlm.indexing import index_layer
+from knnlm.indexing import try_index
+from knnlm.job import Clock, Job, Paths
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.overlap import overlap
-from knnlm.plan import check_choice, check_query_room, estimate_tokens, make_plan, versions, window_config
-from knnlm.progress import Progress, Silent
+from knnlm.plan import check_choice, check_query_room, estimate_tokens, make_plan, versions
+from knnlm.progress import Advance, Progress, Silent, toward
 from knnlm.report.document import score_document, score_from_document
-from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult
+from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult, TokenExample
 from knnlm.scoring import LayerScorer, Separated
 from knnlm.search import check_count, is_exact, searched_layers
 from knnlm.storage import new_folder
-from knnlm.windows import TokenDocument, WindowConfig, count_targets, hold_out, rows_to_groups, take_slices
+from knnlm.windows import TokenDocument, count_targets, hold_out
 
-Paths = Sequence[str | Path]
 DEFAULTS = Settings()
 
 # Tokens on which `build` chooses before the one pass that stores the chosen layer.
 SAMPLE_TOKENS = 200_000
 # Shared 13-grams in more than this share of the evaluation text are worth a warning.
 OVERLAP_SHARE = 0.02
+# Values that are looked through between two moves of the bar.
+OVERLAP_TOKENS = 1 << 20
 
 
 def score(
@@ -69,24 +71,15 @@ def score(
     :param stop_early: stop when the most dispersed candidate's interval lies above all others'.
     :param every: look at every so-manieth document only, to spread a budget of tokens over a large text.
     """
-    progress = progress or Silent()
+    job = Job(lm, settings, progress or Silent())
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
+    total = estimate_tokens(lm, text, settings.text)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
     separated = Separated(candidate_layers(settings.layers, layers, lm.layer_names))
-    window = window_config(lm, settings.text)
-    with progress.stage("scoring layers", "tokens") as advance:
-        collected = collect(
-            lm,
-            _documents(lm, text, settings, every),
-            window,
-            layers,
-            batch_tokens=settings.text.batch_tokens(window.context),
-            scorer=scorer,
-            advance=lambda done, _: advance(done, settings.text.max_tokens),
-            stop=separated if stop_early else None,
-        )
-    return _score_result(lm, scorer, collected, window, settings, progress, stopped_early=separated.met)
+    stop = separated if stop_early else None
+    collected = _collect(job, "scoring layers", job.documents(text, every), layers, total, scorer=scorer, stop=stop)
+    return _score_result(job, scorer, collected, stopped_early=separated.met)
 
 
 def build(
@@ -100,40 +93,47 @@ def build(
 ) -> Datastore:
     """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys, index them.
 
+    Where the index cannot be built, the datastore is searched exactly, and a note says so.
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
-    progress = progress or Silent()
+    job = Job(lm, settings, progress or Silent())
     with new_folder(Path(out), overwrite=overwrite) as folder:
         check_choice(lm, select_layers(settings.layers.layers or "all", lm.layer_names), settings)
-        sampled = _choose_on_sample(lm, text, settings, progress)
-        layers = (sampled.choice.layer,) if sampled else _named_layers(lm, settings)
-        documents = _documents(lm, text, settings)
-        scored = _extract(lm, documents, layers, folder, settings, progress, sampled=sampled)
+        total = estimate_tokens(lm, text, settings.text)
+        sampled = _choose_on_sample(job, text, total)
+        layers = (sampled.choice.layer,) if sampled else _named_layers(job)
+        scored = _extract(job, job.documents(text), layers, folder, total=total, sampled=sampled)
     store = Datastore.open(Path(out))
-    index_layer(store, scored.choice.layer, settings, progress)
+    _, warnings = try_index(store, scored.choice.layer, settings, job.progress)
+    for warning in warnings:
+        job.progress.note(warning)
     return store
 
 
-def _named_layers(lm: LanguageModel, settings: Settings) -> tuple[str, ...]:
-    return select_layers(settings.layers.layers or settings.layers.select, lm.layer_names)
+def _named_layers(job: Job) -> tuple[str, ...]:
+    layers = job.settings.layers
+    return select_layers(layers.layers or layers.select, job.lm.layer_names)
 
 
-def _choose_on_sample(lm: LanguageModel, text: Paths, settings: Settings, progress: Progress) -> ScoreResult | None:
-    """The scores of the candidates on a sample that ends when the choice is clear; None where layers are named."""
-    layers = settings.layers
+def _choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | None:
+    """The scores of the candidates on a sample that ends when the choice is clear; None where layers are named.
+
+    :param total: about how many tokens the text has; the sample is spread over them.
+    """
+    settings, layers = job.settings, job.settings.layers
     if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
         return None
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
-    every = max(1, (estimate_tokens(lm, text, settings.text) or 0) // tokens)
     sample = replace(
         settings,
         text=replace(settings.text, max_tokens=tokens),
         layers=replace(layers, layers=layers.candidates),
     )
-    sampled = score(lm, text, settings=sample, stop_early=layers.select == "dispersion", every=every, progress=progress)
-    progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
+    stop_early, every = layers.select == "dispersion", max(1, (total or 0) // tokens)
+    sampled = score(job.lm, text, settings=sample, stop_early=stop_early, every=every, progress=job.progress)
+    job.progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
     if sampled.choice.disagreement:
-        progress.note(sampled.choice.disagreement)
+        job.progress.note(sampled.choice.disagreement)
     return sampled
 
 
@@ -153,14 +153,14 @@ def evaluate(
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
     """
     store.check_model(lm.fingerprint)
-    names = searched_layers(store, settings)
-    settings = replace(settings, text=_windows_like(store, settings.text))
-    documents = _read_evaluation(lm, eval_text, settings)
-    check_query_room(lm, names, count_targets(documents))
+    layers = searched_layers(store, settings)
+    job = Job(lm, replace(settings, text=_windows_like(store, settings.text)), progress or Silent())
+    documents = job.evaluation_documents(eval_text)
+    check_evaluation(documents)
+    check_query_room(lm, layers, count_targets(documents))
     scores = store.manifest.scores  # null where Python code wrote the datastore without any
     scored = None if scores is None else score_from_document(scores)
-    exact = is_exact(settings.knn.index)
-    return _evaluate(lm, store, documents, names, scored, settings, exact=exact, progress=progress or Silent())
+    return _evaluate(job, store, documents, layers, scored, exact=is_exact(settings.knn.index))
 
 
 def _windows_like(store: Datastore, text: TextConfig) -> TextConfig:
@@ -191,64 +191,48 @@ def run(
 
     Without `eval_text`, a tenth of the documents is held out. The folder `out` becomes a datastore. Layers are
     compared under exact search; the chosen one is then indexed, and its perplexity measured again with the index.
+    Where the index cannot be built, a warning says so, and all else stands.
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
-    progress, clock = progress or Silent(), _Clock()
-    evaluation = _read_evaluation(lm, eval_text, settings) if eval_text else None
-    with new_folder(Path(out), overwrite=overwrite) as folder:
-        plan = make_plan(lm, text, folder, settings, evaluation)
-        progress.note(plan.sentence)
-        documents = _documents(lm, text, settings)
-        budget = settings.evaluation.eval_tokens
-        held_out = hold_out(documents, max_tokens=budget, seed=settings.seed) if evaluation is None else None
-        training = held_out.training if held_out else documents
-        with clock.time("extract and score"):
-            scored = _extract(lm, training, plan.layers, folder, settings, progress, total=plan.tokens)
-        if held_out:
-            evaluation = held_out.evaluation
-            check_evaluation(evaluation)
+    job, clock = Job(lm, settings, progress or Silent()), Clock()
+    with clock.time("extract and score"), new_folder(Path(out), overwrite=overwrite) as folder:
+        scored, documents = _extract_beside_evaluation(job, text, eval_text, folder)
     store = Datastore.open(Path(out))
     with clock.time("evaluate and index"):
-        result = _evaluate(
-            lm, store, evaluation or [], plan.layers, scored, settings, exact=True, index=True, progress=progress
-        )
+        result = _evaluate(job, store, documents, store.layers, scored, exact=True, index=True)
     store.update_manifest(fitted={one.layer: _setting(one) for one in result.layers})
     return replace(result, seconds=clock.seconds)
+
+
+def _extract_beside_evaluation(
+    job: Job, text: Paths, eval_text: Paths | None, folder: Path
+) -> tuple[ScoreResult, Sequence[TokenDocument]]:
+    """The scores of the stored layers, and the documents to evaluate on: given, or held out of the text."""
+    given = job.evaluation_documents(eval_text) if eval_text else None
+    if given is not None:
+        check_evaluation(given)
+    plan = make_plan(job.lm, text, folder, job.settings, given)
+    job.progress.note(plan.sentence)
+    documents = job.documents(text)
+    if given is not None:
+        return _extract(job, documents, plan.layers, folder, total=plan.tokens), given
+    held_out = hold_out(documents, max_tokens=job.settings.evaluation.eval_tokens, seed=job.settings.seed)
+    scored = _extract(job, held_out.training, plan.layers, folder, total=plan.tokens)
+    check_evaluation(held_out.evaluation)
+    return scored, held_out.evaluation
 
 
 def _setting(one: LayerResult) -> dict[str, float]:
     return {"k": one.k, "lambda": one.lam, "temperature": one.temperature}
 
 
-def _documents(lm: LanguageModel, text: Paths, settings: Settings, every: int = 1) -> Iterator[TokenDocument]:
-    """The text as the protocol cuts it: documents, or groups of rows."""
-    config = settings.text
-    if config.protocol == "documents":
-        documents = islice(read_documents(text, text_field=config.text_field), 0, None, every)
-        return tokenize(documents, lm.encode, max_tokens=config.max_tokens)
-    rows = islice(read_text_rows(text, text_field=config.text_field), 0, None, every)
-    tokens = (TokenDocument(lm.encode(row.text), row.source, row.number) for row in rows)
-    return rows_to_groups(tokens, window_config(lm, config))
-
-
-def _read_evaluation(lm: LanguageModel, eval_text: Paths, settings: Settings) -> list[TokenDocument]:
-    """The evaluation text, cut to its budget; groups of rows are never cut, which would move their windows."""
-    whole = replace(settings, text=replace(settings.text, max_tokens=None))
-    budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
-    sliced = take_slices(_documents(lm, eval_text, whole), budget, seed=settings.seed)
-    check_evaluation(sliced)
-    return sliced
-
-
 def _extract(
-    lm: LanguageModel,
+    job: Job,
     documents: Iterable[TokenDocument],
     layers: Sequence[str],
     folder: Path,
-    settings: Settings,
-    progress: Progress,
     *,
-    total: int | None = None,
+    total: int | None,
     sampled: ScoreResult | None = None,
 ) -> ScoreResult:
     """One pass: keys of the layers into the folder, their scores and the choice into its manifest.
@@ -256,30 +240,17 @@ def _extract(
     :param total: about how many tokens there are, for the time left.
     :param sampled: the scores by which the layers were chosen before; they are kept in place of new ones.
     """
-    window = window_config(lm, settings.text)
-    dims = {name: lm.dims[name] for name in layers}
-    scorer = None if sampled else LayerScorer(dims, seed=settings.seed)
-    with DatastoreWriter(folder, dims, key_dtype=settings.key_dtype) as writer:
-        with progress.stage("extracting keys", "tokens") as advance:
-            collected = collect(
-                lm,
-                documents,
-                window,
-                layers,
-                batch_tokens=settings.text.batch_tokens(window.context),
-                scorer=scorer,
-                writer=writer,
-                advance=lambda done, _: advance(done, max(total, done) if total else None),
-            )
-        check_count(settings.knn, collected.tokens)
-        scored = sampled
-        if scorer is not None:
-            scored = _score_result(lm, scorer, collected, window, settings, progress)
+    dims = {name: job.lm.dims[name] for name in layers}
+    scorer = None if sampled else LayerScorer(dims, seed=job.settings.seed)
+    with DatastoreWriter(folder, dims, key_dtype=job.settings.key_dtype) as writer:
+        collected = _collect(job, "extracting keys", documents, layers, total, scorer=scorer, writer=writer)
+        check_count(job.settings.knn, collected.tokens)
+        scored = _score_result(job, scorer, collected) if scorer else sampled
         assert scored is not None
         writer.finish(
-            fingerprint=lm.fingerprint,
-            context=window.context,
-            stride=window.stride,
+            fingerprint=job.lm.fingerprint,
+            context=job.window.context,
+            stride=job.window.stride,
             corpus=collected.fingerprint,
             scores=score_document(scored),
             versions=versions(),
@@ -287,18 +258,36 @@ def _extract(
     return scored
 
 
-def _score_result(
-    lm: LanguageModel,
-    scorer: LayerScorer,
-    collected: Collected,
-    window: WindowConfig,
-    settings: Settings,
-    progress: Progress,
+def _collect(
+    job: Job,
+    stage: str,
+    documents: Iterable[TokenDocument],
+    layers: Sequence[str],
+    total: int | None,
     *,
-    stopped_early: bool = False,
-) -> ScoreResult:
+    scorer: LayerScorer | None = None,
+    writer: DatastoreWriter | None = None,
+    stop: Callable[[LayerScorer], bool] | None = None,
+) -> Collected:
+    """`collect` as a stage of the job."""
+    with job.progress.stage(stage, "tokens") as advance:
+        return collect(
+            job.lm,
+            documents,
+            job.window,
+            layers,
+            batch_tokens=job.batch_tokens,
+            scorer=scorer,
+            writer=writer,
+            advance=toward(total, advance),
+            stop=stop,
+        )
+
+
+def _score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stopped_early: bool = False) -> ScoreResult:
     """The scores of a finished pass, and the choice that follows from them."""
-    with progress.stage("effective rank and retrieval probe", "layers") as advance:
+    lm, settings = job.lm, job.settings
+    with job.progress.stage("effective rank and retrieval probe", "layers") as advance:
         scores = scorer.scores(advance)
     return ScoreResult(
         layers=scores,
@@ -307,65 +296,80 @@ def _score_result(
         segments=scorer.segments,
         documents=collected.documents,
         stopped_early=stopped_early,
-        settings=_record(lm, window, settings),
+        settings=job.record(),
         versions=versions(),
     )
 
 
 def _evaluate(
-    lm: LanguageModel,
+    job: Job,
     store: Datastore,
     documents: Sequence[TokenDocument],
     layers: Sequence[str],
     scored: ScoreResult | None,
-    settings: Settings,
     *,
     exact: bool,
     index: bool = False,
-    progress: Progress,
 ) -> EvalResult:
     """Perplexity of the layers, beside the scores and the choice that the datastore was made with.
 
     :param exact: search exactly, whatever index there is.
     :param index: then index the chosen layer and measure what that costs.
     """
-    window = window_config(lm, settings.text)
-    knn, config = settings.knn, settings.evaluation
-    fitted = None in (knn.k, knn.temperature, knn.lam)
-    warnings = _overlap_warning(documents, store)
-    batch_tokens = settings.text.batch_tokens(window.context)
-    with open_queries(
-        lm, documents, window, layers, batch_tokens=batch_tokens, fitted=fitted, progress=progress
-    ) as queries:
+    warnings = _overlap_warning(job, documents, store)
+    with _open_queries(job, documents, layers) as queries:
+        knn, progress = job.settings.knn, job.progress
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
-        result = summarize(lm, queries, outcomes, config, scored, seed=settings.seed)
+        config, seed = job.settings.evaluation, job.settings.seed
+        result = summarize(job.lm, queries, outcomes, config, scored, seed=seed)
         shown = next(one for one in outcomes if one.layer == (result.selected or result.best))
-        helped, hurt = find_examples(lm, store, queries, shown, config.examples, metric=knn.metric, exact=exact)
-        report = _index(store, queries, shown, settings, progress) if index else None
+        helped, hurt = _examples(job, store, queries, shown, exact)
+        report, failures = _index(job, store, queries, shown) if index else (None, ())
     return replace(
         result,
         helped=helped,
         hurt=hurt,
         index=report,
         keys=store.count,
-        warnings=(*result.warnings, *warnings),
-        settings=_record(lm, window, settings),
+        warnings=(*result.warnings, *warnings, *failures),
+        settings=job.record(),
         versions=versions(),
     )
 
 
+def _open_queries(
+    job: Job, documents: Sequence[TokenDocument], layers: Sequence[str]
+) -> AbstractContextManager[Queries]:
+    fitted = None in (job.settings.knn.k, job.settings.knn.temperature, job.settings.knn.lam)
+    return open_queries(
+        job.lm, documents, job.window, layers, batch_tokens=job.batch_tokens, fitted=fitted, progress=job.progress
+    )
+
+
+def _examples(
+    job: Job, store: Datastore, queries: Queries, shown: LayerOutcome, exact: bool
+) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
+    """The tokens that retrieval helped most, and those that it hurt most."""
+    count, metric = job.settings.evaluation.examples, job.settings.knn.metric
+    with job.progress.stage("finding examples", "tokens"):
+        return find_examples(job.lm, store, queries, shown, count, metric=metric, exact=exact)
+
+
 def _index(
-    store: Datastore, queries: Queries, one: LayerOutcome, settings: Settings, progress: Progress
-) -> IndexReport:
-    """Index the layer; where the index is not exact, measure the perplexity that it gives."""
-    report = index_layer(store, one.layer, settings, progress, queries.vectors(one.layer))
-    if report.spec == "exact":
-        return report
-    return replace(report, perplexity=perplexity_through_index(store, queries, one, settings.knn.metric))
+    job: Job, store: Datastore, queries: Queries, one: LayerOutcome
+) -> tuple[IndexReport | None, tuple[str, ...]]:
+    """Index the layer; where the index is not exact, measure the perplexity that it gives. As `try_index`."""
+    report, warnings = try_index(store, one.layer, job.settings, job.progress, queries.vectors(one.layer))
+    if report is None or report.spec == "exact":
+        return report, warnings
+    with job.progress.stage("perplexity through the index", "queries"):
+        perplexity = perplexity_through_index(store, queries, one, job.settings.knn.metric)
+    return replace(report, perplexity=perplexity), warnings
 
 
-def _overlap_warning(documents: Sequence[TokenDocument], store: Datastore) -> tuple[str, ...]:
-    share = overlap(documents, [store.values])
+def _overlap_warning(job: Job, documents: Sequence[TokenDocument], store: Datastore) -> tuple[str, ...]:
+    with job.progress.stage("looking for the evaluation text in the datastore", "tokens") as advance:
+        share = overlap(documents, _pieces(store.values, advance))
     if share < OVERLAP_SHARE:
         return ()
     return (
@@ -374,22 +378,7 @@ def _overlap_warning(documents: Sequence[TokenDocument], store: Datastore) -> tu
     )
 
 
-def _record(lm: LanguageModel, window: WindowConfig, settings: Settings) -> Mapping[str, object]:
-    """The settings as they were used, for the report."""
-    record: dict[str, object] = {"model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device)}
-    for name, group in asdict(settings).items():
-        record |= group if isinstance(group, dict) else {name: group}
-    return record | {"context": window.context, "stride": window.stride}
-
-
-class _Clock:
-    """Seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - start
+def _pieces(values_N: NDArray[np.int32], advance: Advance) -> Iterator[NDArray[np.int32]]:
+    for start in range(0, len(values_N), OVERLAP_TOKENS):
+        yield values_N[start : start + OVERLAP_TOKENS]
+        advance(min(start + OVERLAP_TOKENS, len(values_N)), len(values_N))

@@ -14,6 +14,11 @@ def ignore(done: int, total: int | None) -> None:
     """An `Advance` that tells nobody."""
 
 
+def toward(total: int | None, advance: Advance) -> Advance:
+    """An `Advance` for work that does not know its total: about so much, or, where `total` is None, no one knows."""
+    return lambda done, _: advance(done, total and max(total, done))
+
+
 class Progress(Protocol):
     """What a caller gives to be told: a bar for each stage, and lines worth reading."""
 

@@ -21,7 +21,7 @@ LEVELS = (
     {"windows", "corpus", "overlap", "statistics", "probability"},
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
     {"lm", "output_matrix", "token_sets", "scoring", "choose", "search"},
-    {"collect", "plan", "indexing", "vectors", "model_ranking"},
+    {"collect", "plan", "job", "indexing", "vectors", "model_ranking"},
     {"parts", "segments", "clusters"},
     {"evaluation"},
     {"examples"},

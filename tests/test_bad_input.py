@@ -405,7 +405,7 @@ def check_whole(call, folder: Path) -> None:
 
 @pytest.mark.parametrize("select", ["9.ffn_input", "*.ffn_input"])
 def test_layer_to_select_is_looked_for_before_the_scoring(select: str, check_refused, gpt2_folder: Path, monkeypatch):
-    monkeypatch.setattr("knnlm.pipeline.read_documents", None)  # the work cannot begin
+    monkeypatch.setattr("knnlm.job.read_documents", None)  # the work cannot begin
     options = ("--model", gpt2_folder, "--text", "any.txt", "--select", select)
     check_refused("score", *options, words=(select, "ffn_input"))
 
@@ -441,7 +441,7 @@ NOT_IN_THE_DATASTORE = {
 def test_eval_of_what_the_datastore_does_not_have(
     given: str, check_refused, store_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("knnlm.pipeline.read_documents", None)  # the work cannot begin
+    monkeypatch.setattr("knnlm.job.read_documents", None)  # the work cannot begin
     options = ("--eval-text", text_file, "--eval-tokens", 300, *given.split())
     check_refused("eval", store_folder, *options, words=NOT_IN_THE_DATASTORE[given])
 
@@ -495,12 +495,13 @@ def stop_in_call(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
 PHASES = {
     "loading": (stop_in_call, "knnlm.lm.load_model", False),
     "planning": (stop_in_text, "knnlm.plan.read_documents", False),
-    "reading text": (stop_in_text, "knnlm.pipeline.read_documents", False),
+    "reading text": (stop_in_text, "knnlm.job.read_documents", False),
     "extracting": (stop_in_stage, "extracting keys", False),
     "writing keys": (stop_in_call, "knnlm.npy.NpyWriter._write", False),
     "scoring": (stop_in_stage, "effective rank and retrieval probe", False),
     "writing the manifest": (stop_in_call, "knnlm.datastore_writer.write_json", False),
     "moving the datastore": (stop_in_call, "knnlm.storage._swap", False),
+    "overlap": (stop_in_stage, "looking for the evaluation text", True),
     "evaluation text": (stop_in_stage, "evaluation text through the model", True),
     "evaluating": (stop_in_stage, "searching 2.ffn_input", True),
     "examples": (stop_in_call, "knnlm.pipeline.find_examples", True),

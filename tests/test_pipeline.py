@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index.errors import FaissFailed
 from knnlm.choose import candidate_layers
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+from knnlm.datastore import open_datastore
 from knnlm.errors import DatastoreExists, InputError
+from knnlm.indexing import index_layer, verify_store
 from knnlm.lm import LanguageModel
 from knnlm.pipeline import build, evaluate, run, score
 from knnlm.plan import make_plan
+from knnlm.progress import Silent
 from knnlm.results import Interval
 from knnlm.scoring import Separated
 from tests.test_evaluate_oracle import texts, write_jsonl
@@ -55,8 +59,6 @@ def test_evaluating_the_store_again_gives_the_same_perplexities(
     held_out = write_jsonl(tmp_path / "eval.jsonl", texts(1, 9))
     settings = replace(SETTINGS, layers=LayerConfig(layers="*.ffn_input"))
     first = run(lm, [corpus], tmp_path / "out", eval_text=[held_out], settings=settings)
-    from knnlm.datastore import open_datastore
-
     again = evaluate(lm, open_datastore(tmp_path / "out"), [held_out], settings=SETTINGS)
     assert [one.perplexity for one in again.layers] == pytest.approx([one.perplexity for one in first.layers], rel=1e-9)
     assert again.selected == first.selected
@@ -107,6 +109,76 @@ def test_an_index_that_is_not_exact_reports_its_own_perplexity(lm: LanguageModel
     assert result.index.spec == "IVF8,Flat"
     assert 0.9 <= result.index.recall <= 1
     assert result.index.perplexity == pytest.approx(result.layers[0].perplexity, rel=0.05)
+
+
+def fail_to_build(*_given: object, **_named: object) -> None:
+    raise FaissFailed("FAISS says: no")
+
+
+NO_INDEX = " has no index: FAISS says: no; the datastore is whole and is searched exactly, until"
+
+
+@pytest.mark.parametrize("place", ["build_index", "tune_index", "measure_recall"])
+def test_run_keeps_the_evaluation_where_the_index_fails(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="-1.ffn_input"), knn=KNNConfig(max_k=16, index="IVF8,Flat"))
+    monkeypatch.setattr(f"knnlm.indexing.{place}", fail_to_build)
+    result = run(lm, [corpus], tmp_path / "out", settings=settings)
+    assert result.index is None
+    layer = "2.ffn_input"
+    *_, warning = result.warnings
+    assert warning.startswith(f"{layer}{NO_INDEX}")
+    store = open_datastore(tmp_path / "out")
+    assert (store.manifest.indexes, (tmp_path / "out" / "index").exists()) == ({}, False)
+    assert store.manifest.fitted[layer]["k"] == result.layers[0].k
+
+
+def test_build_keeps_the_datastore_where_the_index_fails(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the sentence that says so is true: `index_layer` makes the index later."""
+    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input"), knn=KNNConfig(max_k=16, index="IVF8,Flat"))
+    told: list[str] = []
+    progress = Silent()
+    monkeypatch.setattr(progress, "note", told.append)
+    with monkeypatch.context() as patched:
+        patched.setattr("knnlm.indexing.build_index", fail_to_build)
+        store = build(lm, [corpus], tmp_path / "out", settings=settings, progress=progress)
+    assert told == ["1.ffn_input" + NO_INDEX + " knnlm.indexing.index_layer makes an index"]
+    assert verify_store(store, progress) == ()
+    exactly = evaluate(lm, store, [corpus], settings=settings)
+    assert index_layer(store, "1.ffn_input", settings).spec == "IVF8,Flat"
+    assert evaluate(lm, store, [corpus], settings=settings).layers[0].perplexity == pytest.approx(
+        exactly.layers[0].perplexity, rel=0.05
+    )
+
+
+def test_index_that_was_never_noted_is_made_again(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run was stopped when the index was in its place and the manifest did not yet say so."""
+    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input"), knn=KNNConfig(max_k=16, index="IVF8,Flat"))
+
+    def stopped(*_given: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("knnlm.datastore.write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build(lm, [corpus], tmp_path / "out", settings=settings)
+    store = open_datastore(tmp_path / "out")
+    assert (tmp_path / "out" / "index" / "1.ffn_input").exists()
+    assert index_layer(store, "1.ffn_input", settings).spec == "IVF8,Flat"
+
+
+def test_recall_of_exact_search_is_not_measured(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knnlm.indexing.measure_recall", fail_to_build)
+    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input"), knn=KNNConfig(max_k=16))
+    store = build(lm, [corpus], tmp_path / "out", settings=settings)
+    assert store.manifest.indexes == {"1.ffn_input": {"metric": "l2", "spec": "exact", "recall": 1.0, "k": 16}}
 
 
 def test_score_agrees_with_the_definition_over_all_keys(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
