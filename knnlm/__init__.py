@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ModelError,
     )
     from knnlm.lm import LanguageModel, load_model
+    from knnlm.model_ranking import ModelGap, Ranking, rank_models
     from knnlm.pipeline import build, evaluate, run, score
     from knnlm.results import (
         Choice,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         ScoreResult,
         TokenExample,
     )
+    from knnlm.token_sets import TokenSource
 
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
@@ -63,6 +65,7 @@ _NAMES = {
         "ModelError",
     ),
     "lm": ("LanguageModel", "load_model"),
+    "model_ranking": ("ModelGap", "Ranking", "rank_models"),
     "pipeline": ("build", "evaluate", "run", "score"),
     "results": (
         "Choice",
@@ -78,6 +81,7 @@ _NAMES = {
         "ScoreResult",
         "TokenExample",
     ),
+    "token_sets": ("TokenSource",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -102,18 +106,22 @@ __all__ = [
     "LayerResult",
     "LayerScore",
     "ModelError",
+    "ModelGap",
     "NeighborText",
     "Perplexity",
+    "Ranking",
     "Regret",
     "ScoreResult",
     "Settings",
     "TextConfig",
     "TokenExample",
+    "TokenSource",
     "__version__",
     "build",
     "evaluate",
     "load_model",
     "open_datastore",
+    "rank_models",
     "run",
     "score",
 ]

@@ -340,3 +340,58 @@ def test_sources_that_do_not_fit(options: dict, words: str) -> None:
 def test_no_models(ids) -> None:
     with pytest.raises(InputError, match="no model was given"):
         rank_models([], ids)
+
+
+# The verb
+
+
+def test_verb_gives_the_ranking_as_json(models, ids, tmp_path: Path, call) -> None:
+    scores = write(tmp_path / "scores.csv", [f"{model},{place}" for place, model in enumerate(models, start=10)])
+    files = ("--domain-tokens", ids.domain_tokens, "--general-tokens", ids.general_tokens)
+    done = call("rank-models", *models, *files, "--scores", scores, "--json")
+    assert (done.status, done.errors) == (0, ())
+    document, expected = json.loads(done.out), rank_models(models, ids, scores=read_scores(scores))
+    shown = [(row["model"], row["gap"], row["within"], row["between"], row["measured"]) for row in document["models"]]
+    assert shown == [(one.model, one.gap, one.within, one.between, one.measured) for one in expected.models]
+    assert document["spearman"] == expected.correlation.spearman
+    assert document["spearman_interval"] == [-1, 1]
+    assert document["regret"] == expected.regret
+
+
+def test_verb_without_figures_has_nulls_for_them(models, call) -> None:
+    done = call("rank-models", *models, "--domain", "mathematics", "--json")
+    document = json.loads(done.out)
+    assert document["spearman"] is document["pearson_interval"] is document["regret"] is None
+    assert [row["measured"] for row in document["models"]] == [None] * 3
+
+
+def test_verb_shows_the_ranking(models, tmp_path: Path, call) -> None:
+    done = call(
+        "rank-models",
+        *models,
+        "--domain",
+        "mathematics",
+        "--scores",
+        write(tmp_path / "s.csv", "gpt2,1\nllama,2\ngpt-neox,3"),
+    )
+    assert done.status == 0
+    assert all(str(model)[-9:] in done.out for model in models)
+    assert "Spearman of the gap with what was measured" in done.out and "3 models" in done.out
+    assert "token lists are not published" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give one of --domain, --domain-tokens and --domain-text"),
+        (("--domain", "law"), "--domain is 'law'"),
+        (("--domain", "code", "--scores", "gone.csv"), "there is no file gone.csv"),
+        (("--domain", "code", "--general-tokens", "gone.txt"), "there is no file gone.txt"),
+        (("--domain-text", "gone.txt", "--general-text", "gone.txt"), "there is no file or folder gone.txt"),
+        (("--nonsense",), "knnlm rank-models --help lists the options"),
+    ],
+)
+def test_verb_refuses_in_one_line(options: tuple[str, ...], words: str, models, call) -> None:
+    done = call("rank-models", models[0], *options)
+    assert (done.status, done.out, len(done.errors)) == (2, "", 1)
+    assert words in done.errors[0]
