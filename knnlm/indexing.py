@@ -6,6 +6,7 @@ Legend: Q queries, D dimension.
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from index.storage import save_index
 from index.storage import verify as verify_index
 from knnlm.config import KNNConfig, Settings
 from knnlm.datastore import Datastore
+from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
+from knnlm.manifest import read_manifest
 from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
 from knnlm.search import index_metric
@@ -90,8 +93,16 @@ def _keep(
     return IndexReport(layer, built.spec, recall, k, built.size_bytes)
 
 
-def verify_store(store: Datastore, progress: Progress) -> tuple[str, ...]:
-    """What is wrong with the datastore's files and indexes, a line each; nothing when it is whole."""
+def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
+    """What is wrong with a datastore's files and indexes, a line each; nothing when it is whole.
+
+    Also of one that cannot be opened: every file is looked at, whatever is wrong with others.
+    :raises DatastoreError: the folder is no datastore.
+    """
+    try:
+        store = Datastore(Path(folder), read_manifest(Path(folder)))
+    except DatastoreCorrupt as error:
+        return (str(error),)
     with progress.stage("verifying", "bytes") as advance:
         problems = list(store.verify(advance))
     for layer in store.manifest.indexes:
@@ -103,6 +114,6 @@ def verify_store(store: Datastore, progress: Progress) -> tuple[str, ...]:
 def _index_problems(store: Datastore, layer: str) -> list[str]:
     try:
         verify_index(store.index_folder(layer))
-    except VectorIndexError as error:
+    except (VectorIndexError, DatastoreMismatch) as error:
         return [str(error)]
     return []

@@ -421,11 +421,15 @@ def test_no_datastore(command: str, check_refused, text_file: Path, tmp_path: Pa
     check_refused(command, tmp_path / "nowhere", *text, words=words)
 
 
-@pytest.mark.parametrize("command", ["info", "verify"])
-def test_file_of_a_datastore_is_gone(command: str, check_refused, store_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["info", "eval"])
+def test_file_of_a_datastore_is_gone(
+    command: str, check_refused, store_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     shutil.copytree(store_folder, tmp_path / "store")
     (tmp_path / "store" / "values-00000.npy").unlink()
-    check_refused(command, tmp_path / "store", words=("values-00000.npy is missing", "build the datastore again"))
+    text = ("--eval-text", text_file) if command == "eval" else ()
+    words = ("values-00000.npy is missing", "build the datastore again")
+    check_refused(command, tmp_path / "store", *text, words=words)
 
 
 NOT_IN_THE_DATASTORE = {

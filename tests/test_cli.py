@@ -186,6 +186,28 @@ def test_verify_names_what_is_damaged(call, store_folder: Path, tmp_path: Path) 
     assert (done.status, document["whole"], len(document["problems"])) == (2, False, 2)
 
 
+DAMAGE = {
+    "keys/1.ffn_input/00000.npy": (b"cut", ("1.ffn_input/00000.npy cannot be read", "values-00000.npy is missing")),
+    "datastore.json": (b'{"format": "knnlm-datastore", "version": 1}', ("datastore.json is damaged",)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_verify_names_all_that_keeps_a_datastore_from_being_opened(
+    name: str, call, store_folder: Path, tmp_path: Path
+) -> None:
+    content, words = DAMAGE[name]
+    shutil.copytree(store_folder, tmp_path / "store")
+    (tmp_path / "store" / "values-00000.npy").unlink()
+    (tmp_path / "store" / name).write_bytes(content)
+    done = call("verify", tmp_path / "store", "--json")
+    document = json.loads(done.out)
+    assert (done.status, done.errors) == (2, ())
+    assert (document["store"], document["whole"]) == (str(tmp_path / "store"), False)
+    assert len(document["problems"]) == len(words)
+    assert all(any(word in problem for problem in document["problems"]) for word in words)
+
+
 # Options
 
 

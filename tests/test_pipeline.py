@@ -146,7 +146,7 @@ def test_build_keeps_the_datastore_where_the_index_fails(
         patched.setattr("knnlm.indexing.build_index", fail_to_build)
         store = build(lm, [corpus], tmp_path / "out", settings=settings, progress=progress)
     assert told == ["1.ffn_input" + NO_INDEX + " knnlm.indexing.index_layer makes an index"]
-    assert verify_store(store, progress) == ()
+    assert verify_store(store.folder, progress) == ()
     exactly = evaluate(lm, store, [corpus], settings=settings)
     assert index_layer(store, "1.ffn_input", settings).spec == "IVF8,Flat"
     assert evaluate(lm, store, [corpus], settings=settings).layers[0].perplexity == pytest.approx(

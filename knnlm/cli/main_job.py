@@ -197,11 +197,10 @@ def verify(store: options.Store, json: options.Json = False) -> None:
 
     Example: knnlm verify nursing.knn
     """
-    from knnlm.datastore import Datastore
     from knnlm.indexing import verify_store
 
     screen = Screen(json)
-    problems = verify_store(Datastore.open(store), screen)
+    problems = verify_store(store, screen)
     screen.result({"store": str(store), "whole": not problems, "problems": problems})
     for problem in problems:
         screen.say(problem)
