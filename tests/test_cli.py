@@ -12,7 +12,7 @@ import pytest
 
 from knnlm.cli.entry import _spread
 
-COMMANDS = ("run", "score", "build", "eval", "info", "verify")
+COMMANDS = ("run", "score", "build", "eval", "info", "verify", "correlate")
 WINDOWS = ("--context", "32", "--stride", "16")
 SHORT = ("--eval-tokens", "600", "--layers", "*.ffn_input")
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import main_job, rank
+from knnlm.cli import correlate, main_job, rank
 
 app = typer.Typer(
     name="knnlm",
@@ -26,6 +26,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": main_job.evaluate,
     "info": main_job.info,
     "verify": main_job.verify,
+    "correlate": correlate.correlate,
     "rank-models": rank.rank_models,
 }
 for name, verb in VERBS.items():

@@ -1,0 +1,195 @@
+"""The verb `correlate`: does dispersion go with perplexity?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knnlm.cli import options
+from knnlm.cli.shared import load
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from knnlm.correlate import CorrelateConfig, Study
+    from knnlm.lm import LanguageModel
+
+Models = Annotated[
+    list[str], typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM; may be repeated.")
+]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens of a segment; 512 when not given.")]
+Contexts = Annotated[str | None, typer.Option("--contexts", help="More lengths of segments to look at, as 16,64,128.")]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, …; *.block_output,final_norm when not given.")
+]
+Clusters = Annotated[
+    str | None,
+    typer.Option("--clusters", help="ngram (contexts with the same next tokens), kmeans (nearest contexts), or both."),
+]
+Ngram = Annotated[int, typer.Option("--ngram", help="Next tokens that contexts of a cluster share.")]
+ClusterSize = Annotated[
+    int, typer.Option("--cluster-size", help="Contexts of a cluster: with ngram the fewest, with kmeans on average.")
+]
+Random = Annotated[bool, typer.Option("--random", help="Also the first model with random weights, as a control.")]
+MaxSegments = Annotated[int, typer.Option("--max-segments", help="Drawn at random where the text has more.")]
+Join = Annotated[bool, typer.Option("--join", help="All documents as one, joined by a space: for WikiText's rows.")]
+GroupSize = Annotated[int | None, typer.Option("--group-size", help="Segments of a group; 100 when not given.")]
+MaxPerplexity = Annotated[
+    float | None, typer.Option("--max-perplexity", help="Groups with this mean perplexity or more are left out.")
+]
+Report = Annotated[Path | None, typer.Option("--report", help="Write correlate.json and correlate.html here.")]
+
+
+def correlate(
+    model: Models,
+    text: options.Text,
+    context: Context = None,
+    contexts: Contexts = None,
+    layers: Layers = None,
+    clusters: Clusters = None,
+    ngram: Ngram = 10,
+    cluster_size: ClusterSize = 100,
+    random: Random = False,
+    max_segments: MaxSegments = 100_000,
+    join: Join = False,
+    group_size: GroupSize = None,
+    max_perplexity: MaxPerplexity = None,
+    report: Report = None,
+    text_field: options.TextField = "text",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Does dispersion go with perplexity? Segments of a text, one by one and in groups, for every layer asked for.
+
+    Example: knnlm correlate --model gpt2 --text wiki.txt --report wiki-correlate
+    """
+    config = _config(locals())
+    from dataclasses import asdict
+
+    from knnlm.correlate_document import correlate_document
+    from knnlm.plan import versions
+
+    screen = Screen(json)
+    _check(model, text, config, report, trust_remote_code)
+    loading = (dtype, device, trust_remote_code)
+    studies = [
+        study for lm in _models(model, random, seed, loading, screen) for study in _studies(lm, text, config, screen)
+    ]
+    settings = asdict(config) | {"models": list(model), "text": list(text), "random": random, "dtype": dtype}
+    document = correlate_document(studies, settings=settings, versions=versions())
+    for study in studies:
+        _show(study, screen)
+    screen.result(document)
+    if report is not None:
+        from knnlm.report.correlate import write_correlate
+
+        report.mkdir(parents=True, exist_ok=True)
+        screen.say(f"Report: {write_correlate(document, report)}")
+
+
+def _config(given: dict[str, Any]) -> CorrelateConfig:
+    """The options that are settings; what is None keeps the default."""
+    from knnlm.correlate import CorrelateConfig
+
+    names = ("context", "layers", "ngram", "cluster_size", "max_segments", "join", "group_size", "max_perplexity")
+    values = {name: given[name] for name in (*names, "text_field", "seed") if given[name] is not None}
+    if given["contexts"] is not None:
+        values["contexts"] = tuple(_number(piece) for piece in given["contexts"].split(","))
+    if given["clusters"] is not None:
+        values["clusters"] = tuple(piece.strip() for piece in given["clusters"].split(","))
+    return CorrelateConfig(**values)
+
+
+def _number(piece: str) -> int:
+    if not piece.strip().isdecimal():
+        raise typer.BadParameter(f"{piece.strip()!r} is no number of tokens; write 16,64,128", param_hint="--contexts")
+    return int(piece)
+
+
+def _check(
+    models: Sequence[str], text: Sequence[str], config: CorrelateConfig, report: Path | None, trust: bool
+) -> None:
+    """Find out before any work whether every model and the text can serve, and the report be written."""
+    from knnlm.corpus import text_bytes
+    from knnlm.correlate import check_model
+    from knnlm.lm import read_outline
+    from knnlm.plan import check_report_folder
+
+    if report is not None:
+        check_report_folder(report)
+    text_bytes(text)
+    for name in models:
+        outline = read_outline(name, trust_remote_code=trust)
+        check_model(name, outline.layer_names, outline.context_limit, config)
+
+
+def _models(
+    names: Sequence[str], random: bool, seed: int, loading: tuple[str, str, bool], screen: Screen
+) -> Iterator[LanguageModel]:
+    """One after the other, so that memory holds one; the random one comes last."""
+    from knnlm.lm import random_model
+
+    dtype, device, trust = loading
+    for name in names:
+        yield load(name, dtype, device, trust, screen)
+    if random:
+        yield random_model(names[0], seed=seed, dtype=dtype, device=device, trust_remote_code=trust)
+
+
+def _studies(lm: LanguageModel, text: Sequence[str], config: CorrelateConfig, screen: Screen) -> tuple[Study, ...]:
+    from knnlm.correlate import study_correlation
+
+    return study_correlation(lm, text, config=config, progress=screen)
+
+
+def _show(study: Study, screen: Screen) -> None:
+    screen.say(_table(study))
+    if study.clusters:
+        screen.say(_cluster_table(study))
+    for note in study.notes:
+        screen.say(f"Note: {note}")
+
+
+def _cluster_table(study: Study) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"{study.model}: mean cosine distance of contexts", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("layer", "clusters by", "within", "between", "clusters", "contexts"):
+        table.add_column(name, justify="left" if name in ("layer", "clusters by") else "right", no_wrap=True)
+    for one in study.clusters:
+        found = one.distances
+        distances = (f"{found.within:.4f}", f"{found.between:.4f}")
+        table.add_row(one.layer, one.kind, *distances, f"{found.clusters:,}", f"{found.contexts:,}")
+    return table
+
+
+def _table(study: Study) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = (
+        f"{study.model}: {study.segments:,} segments of {study.context} tokens, perplexity {study.perplexity:.2f}, "
+        f"{study.groups} groups of {study.group_size}"
+    )
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("layer", "within", "Pearson", "Spearman", "95 %", "grouped", "95 %", "across", "final token"):
+        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    for one in study.layers:
+        low, high = one.ungrouped.spearman_interval.low, one.ungrouped.spearman_interval.high
+        least, most = one.grouped.spearman_interval.low, one.grouped.spearman_interval.high
+        table.add_row(
+            *(one.layer, f"{one.within:.4f}", f"{one.ungrouped.pearson:+.2f}"),
+            *(f"{one.ungrouped.spearman:+.2f}", f"{low:+.2f} … {high:+.2f}"),
+            *(f"{one.grouped.spearman:+.2f}", f"{least:+.2f} … {most:+.2f}"),
+            *(f"{one.across.spearman:+.2f}", f"{one.final_ungrouped.spearman:+.2f}"),
+        )
+    table.caption = "Of perplexity with dispersion within segments; grouped, across and final token are Spearman's."
+    return table
