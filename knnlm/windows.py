@@ -229,20 +229,12 @@ class HeldOut:
                 yield document
 
 
-def hold_out(
-    documents: Iterable[TokenDocument],
-    *,
-    max_tokens: int | None = None,
-    share: float = 0.1,
-    seed: int = 0,
-    section: int = 4096,
-    gap: int = 256,
-) -> HeldOut:
+def hold_out(documents: Iterable[TokenDocument], *, max_tokens: int | None = None, seed: int = 0) -> HeldOut:
     """`split_documents` as a stream of training documents, with `max_tokens` of the evaluation documents beside it.
 
     Memory holds a few times `max_tokens`, however long the text is; None keeps all. Raises as both functions.
     """
-    return HeldOut(split_documents(documents, share=share, seed=seed, section=section, gap=gap), max_tokens, seed)
+    return HeldOut(split_documents(documents, seed=seed), max_tokens, seed)
 
 
 def split_documents(
