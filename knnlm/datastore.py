@@ -181,9 +181,7 @@ class Datastore:
             "keys": manifest.count,
             "documents": manifest.documents.rows,
             "sources": len(manifest.sources),
-            "layers": {
-                name: {"dim": one.dim, "dtype": one.dtype, "scale": one.scale} for name, one in manifest.layers.items()
-            },
+            "layers": {name: self._describe_keys(one) for name, one in manifest.layers.items()},
             "context": manifest.context,
             "stride": manifest.stride,
             "bytes": self.size_bytes,
@@ -192,6 +190,10 @@ class Datastore:
             "fitted": manifest.fitted,
             "versions": manifest.versions,
         }
+
+    def _describe_keys(self, layer: LayerKeys) -> dict[str, Any]:
+        size = self.count * layer.dim * np.dtype(layer.dtype).itemsize
+        return {"dim": layer.dim, "dtype": layer.dtype, "scale": layer.scale, "bytes": size}
 
     def update_manifest(
         self,

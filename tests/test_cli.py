@@ -6,11 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from knnlm.cli.entry import _spread
+from knnlm.screen import Screen
 
 COMMANDS = ("run", "score", "build", "eval", "info", "verify", "correlate")
 WINDOWS = ("--context", "32", "--stride", "16")
@@ -155,12 +159,116 @@ def test_eval_of_a_store_without_scores(call, store_folder: Path, text_file: Pat
     assert call("info", tmp_path / "copy").status == 0
 
 
-def test_info_shows_the_datastore(call, store_folder: Path, gpt2_folder: Path) -> None:
-    shown = call("info", store_folder)
+def test_info_shows_the_datastore(call, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Whatever docs/usage.md promises, of a datastore that `run` made."""
+    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--index", "IVF4,Flat")
+    assert call("run", *options, *WINDOWS, *SHORT).status == 0
+    shown, told = call("info", tmp_path / "out"), json.loads(call("info", tmp_path / "out", "--json").out)
     assert (shown.status, shown.errors) == (0, ())
-    told = json.loads(call("info", store_folder, "--json").out)
-    assert str(told["keys"]) in shown.out
-    assert "1.ffn_input, 2.ffn_input" in shown.out
+    lines = shown.out.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'out'}: ")
+    assert f"Model: {gpt2_folder}" in lines
+    assert f"Keys of each layer: {told['keys']:,} (documents: 22, sources: 1)" in lines
+    assert "Windows: 32 tokens, of which 16 are new" in lines
+    assert f"Chosen: {told['choice']['reason']}." in lines
+    assert any(line.startswith("Made with: python ") for line in lines)
+    rows = {line.split()[0]: line.split() for line in lines if ".ffn_input " in line and "Chosen" not in line}
+    assert list(rows) == list(told["layers"])
+    for layer, cells in rows.items():
+        chosen, index, fitted = layer == told["choice"]["layer"], told["indexes"].get(layer), told["fitted"][layer]
+        middle = ["IVF4,Flat", "(l2)", f"{index['recall']:.4f}", f"@{index['k']}"] if index else ["–", "–"]
+        ends = [str(fitted["k"]), f"{fitted['lambda']:.3f}", f"{fitted['temperature']:.4g}"]
+        size = f"{told['layers'][layer]['bytes'] / 1000:.1f}"
+        assert cells == [layer, *["◀", "chosen"][: 2 * chosen], "32", "float16", size, "kB", *middle, *ends]
+        keys = (tmp_path / "out" / "keys" / layer).glob("0*.npy")
+        assert told["layers"][layer]["bytes"] == sum(path.stat().st_size - 128 for path in keys)  # without headers
+    assert list(told["indexes"]) == [told["choice"]["layer"]]
+    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_info_of_a_datastore_without_index_and_scores(call, tmp_path: Path) -> None:
+    from knnlm.datastore import DatastoreWriter
+
+    with DatastoreWriter(tmp_path, {"final_norm": 2}) as writer:
+        writer.begin_document(0, "text.txt", 1)
+        writer.append_values(np.array([1, 2, 3], np.int32))
+        writer.append_keys("final_norm", np.eye(3, 2, dtype=np.float32))
+        writer.finish(fingerprint={"model": "mine"}, context=8, stride=4)
+    lines = call("info", tmp_path).out.splitlines()
+    assert ["final_norm", "2", "float16", "12", "bytes", *["–"] * 5] in [line.split() for line in lines]
+    assert not any(line.startswith(("Chosen", "Note")) for line in lines)
+
+
+# Progress
+
+STAGES = {
+    "run": (
+        "loading the model",
+        "extracting keys",
+        "effective rank and retrieval probe",
+        "looking for the evaluation text in the datastore",
+        "evaluation text through the model",
+        "searching 2.ffn_input",
+        "finding examples",
+        "indexing 2.ffn_input",
+        "tuning the index",
+        "measuring recall",
+        "perplexity through the index",
+        "writing the report",
+    ),
+    "build": (
+        "loading the model",
+        "scoring layers",
+        "effective rank and retrieval probe",
+        "extracting keys",
+        "indexing 2.ffn_input",
+        "tuning the index",
+        "measuring recall",
+    ),
+    "eval": (
+        "loading the model",
+        "reading the evaluation text",
+        "looking for the evaluation text in the datastore",
+        "evaluation text through the model",
+        "searching 1.ffn_input",
+        "searching 2.ffn_input",
+        "finding examples",
+    ),
+}
+WITHOUT_TOTAL = {
+    "loading the model",
+    "reading the evaluation text",
+    "finding examples",
+    "tuning the index",
+    "measuring recall",
+    "perplexity through the index",
+    "writing the report",
+}
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_every_phase_is_shown(
+    command: str, call, store_folder: Path, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """In this order, and with the time left wherever it can be known."""
+    stages: dict[str, list[int | None]] = {}
+
+    @contextmanager
+    def stage(self: Screen, name: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+        totals = stages.setdefault(name, [])
+        yield lambda done, total: totals.append(total)
+
+    monkeypatch.setattr(Screen, "stage", stage)
+    made = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--index", "IVF4,Flat", *WINDOWS)
+    options = {
+        "run": (*made, "--layers", "2.ffn_input", "--eval-tokens", 600),
+        "build": (*made, "--candidates", "2.ffn_input"),
+        "eval": (store_folder, "--eval-text", text_file, "--eval-tokens", 600),
+    }
+    assert call(command, *options[command]).status == 0
+    assert tuple(stages) == STAGES[command]
+    for name, totals in stages.items():
+        assert all(total is None for total in totals) if name in WITHOUT_TOTAL else totals and all(totals), name
 
 
 def test_verify_says_whole(call, store_folder: Path) -> None:

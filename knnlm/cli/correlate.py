@@ -120,7 +120,7 @@ def _check(
     from knnlm.corpus import text_bytes
     from knnlm.correlate import check_model
     from knnlm.lm import read_outline
-    from knnlm.plan import check_report_folder
+    from knnlm.places import check_report_folder
 
     if report is not None:
         check_report_folder(report)

@@ -1,4 +1,7 @@
-"""The verbs of the main job: build, score, choose, index, evaluate; and two that look at what was made."""
+"""The verbs of the main job: build, score, choose, index, evaluate; and two that look at what was made.
+
+`knnlm.pipeline` is imported after the model is loaded: what takes seconds to import is imported while loading is shown.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from typing import Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load, settings_from, show_evaluation, show_info, show_scores
+from knnlm.cli.describe import show_store
+from knnlm.cli.shared import load, settings_from, show_evaluation, show_scores
 from knnlm.screen import Screen
 
 
@@ -46,12 +50,13 @@ def run(
     Example: knnlm run --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = settings_from(locals())
-    from knnlm.pipeline import run as run_pipeline
-    from knnlm.plan import check_new_folder
+    from knnlm.places import check_new_folder
 
-    screen = Screen(json)
     check_new_folder(out, overwrite=overwrite)
+    screen = Screen(json)
     lm = load(model, dtype, device, trust_remote_code, screen)
+    from knnlm.pipeline import run as run_pipeline
+
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
     show_evaluation(result, screen, out)
 
@@ -84,8 +89,7 @@ def score(
     Example: knnlm score --model gpt2 --text nursing.jsonl --max-tokens 200000
     """
     settings = settings_from(locals())
-    from knnlm.pipeline import score as score_pipeline
-    from knnlm.plan import check_new_file
+    from knnlm.places import check_new_file
     from knnlm.report.document import score_document
     from knnlm.storage import write_json
 
@@ -93,6 +97,8 @@ def score(
         check_new_file(out, overwrite=overwrite)
     screen = Screen(json)
     lm = load(model, dtype, device, trust_remote_code, screen)
+    from knnlm.pipeline import score as score_pipeline
+
     result = score_pipeline(lm, text, settings=settings, stop_early=stop_early, progress=screen)
     show_scores(result, screen)
     if out is not None:
@@ -129,14 +135,15 @@ def build(
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = settings_from(locals())
-    from knnlm.pipeline import build as build_pipeline
-    from knnlm.plan import check_new_folder
+    from knnlm.places import check_new_folder
 
-    screen = Screen(json)
     check_new_folder(out, overwrite=overwrite)
+    screen = Screen(json)
     lm = load(model, dtype, device, trust_remote_code, screen)
+    from knnlm.pipeline import build as build_pipeline
+
     store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)
-    show_info(store.describe(), screen)
+    show_store(store.describe(), screen)
 
 
 def evaluate(
@@ -168,16 +175,17 @@ def evaluate(
     """
     settings = settings_from(locals())
     from knnlm.datastore import Datastore
-    from knnlm.pipeline import evaluate as evaluate_pipeline
-    from knnlm.plan import check_report_folder
+    from knnlm.places import check_report_folder
     from knnlm.search import searched_layers
 
-    screen = Screen(json)
     if report is not None:
         check_report_folder(report)
     opened = Datastore.open(store)
     searched_layers(opened, settings)
+    screen = Screen(json)
     lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    from knnlm.pipeline import evaluate as evaluate_pipeline
+
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
     show_evaluation(result, screen, report)
 
@@ -189,7 +197,7 @@ def info(store: options.Store, json: options.Json = False) -> None:
     """
     from knnlm.datastore import Datastore
 
-    show_info(Datastore.open(store).describe(), Screen(json))
+    show_store(Datastore.open(store).describe(), Screen(json))
 
 
 def verify(store: options.Store, json: options.Json = False) -> None:

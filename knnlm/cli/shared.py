@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,13 @@ def settings_from(options: dict[str, Any]) -> Settings:
 
 def load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
     """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
-    from knnlm.lm import load_model
+    downloaded = not Path(name).is_dir()
+    if not downloaded:  # Hugging Face's own bars are for downloads, whose time they tell
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with nullcontext() if downloaded else screen.stage("loading the model", "bytes"):
+        from knnlm.lm import load_model  # seconds
 
-    lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
+        lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
     for note in lm.notes:
         screen.note(note)
     return lm
@@ -63,7 +68,9 @@ def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None) -> 
     screen.result(to_document(result))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        screen.say(f"Report: {write_reports(result, folder).html}")
+        with screen.stage("writing the report", "files"):
+            written = write_reports(result, folder)
+        screen.say(f"Report: {written.html}")
 
 
 def show_scores(result: ScoreResult, screen: Screen) -> None:
@@ -75,21 +82,3 @@ def show_scores(result: ScoreResult, screen: Screen) -> None:
     for line in choice_lines(result):
         screen.say(line)
     screen.result(score_document(result))
-
-
-def show_info(description: dict[str, object], screen: Screen) -> None:
-    """What a datastore is, a line for each fact."""
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for name, value in description.items():
-        table.add_row(name, _folded(value))
-    screen.say(table)
-    screen.result(description)
-
-
-def _folded(value: object) -> str:
-    """A value of any size in a line or two: of a mapping of mappings, the names only."""
-    if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
-        return ", ".join(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,72 @@
+"""What a datastore is, for people: `info`, and the end of `build`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("layer", "dim", "type", "size", "index", "recall", "k", "λ", "T")
+LEFT = ("layer", "type", "index")
+
+
+def show_store(description: Mapping[str, Any], screen: Screen) -> None:
+    """Everything of `Datastore.describe`: the layers as a table, the rest as lines.
+
+    `recall` is recall@k of the layer's index; k, λ and T are those that the last `run` fitted.
+    """
+    for line in _head_lines(description):
+        screen.say(line)
+    screen.say(_layer_table(description))
+    for line in _end_lines(description):
+        screen.say(line)
+    screen.result(description)
+
+
+def _head_lines(store: Mapping[str, Any]) -> Iterator[str]:
+    from rich.filesize import decimal
+
+    yield f"{store['folder']}: {decimal(store['bytes'])}"
+    yield f"Model: {store['model']}"
+    yield f"Keys of each layer: {store['keys']:,} (documents: {store['documents']:,}, sources: {store['sources']:,})"
+    yield f"Windows: {store['context']:,} tokens, of which {store['stride']:,} are new"
+
+
+def _layer_table(store: Mapping[str, Any]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    for layer in store["layers"]:
+        table.add_row(*_layer_cells(store, layer))
+    return table
+
+
+def _layer_cells(store: Mapping[str, Any], layer: str) -> Iterator[str]:
+    from rich.filesize import decimal
+
+    keys, choice = store["layers"][layer], store["choice"]
+    index, fitted = store["indexes"].get(layer), (store["fitted"] or {}).get(layer)
+    yield f"{layer} ◀ chosen" if choice and choice["layer"] == layer else layer
+    yield f"{keys['dim']}"
+    yield keys["dtype"] if keys["scale"] == 1 else f"{keys['dtype']} x {keys['scale']:g}"
+    yield decimal(keys["bytes"])
+    yield f"{index['spec']} ({index['metric']})" if index else "–"
+    yield f"{index['recall']:.4f} @{index['k']}" if index else "–"
+    yield f"{fitted['k']}" if fitted else "–"
+    yield f"{fitted['lambda']:.3f}" if fitted else "–"
+    yield f"{fitted['temperature']:.4g}" if fitted else "–"
+
+
+def _end_lines(store: Mapping[str, Any]) -> Iterator[str]:
+    if choice := store["choice"]:
+        yield f"Chosen: {choice['reason']}."
+        if choice.get("disagreement"):
+            yield f"Note: {choice['disagreement']}."
+    yield f"Made with: {', '.join(f'{name} {version}' for name, version in store['versions'].items())}"
