@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
+from knnlm.job import Job
 from knnlm.lm import LanguageModel
-from knnlm.pipeline import _documents, run
+from knnlm.pipeline import run
+from knnlm.progress import Silent
 from knnlm.windows import TokenDocument, WindowConfig, rows_to_groups, windows
 from tests import oracle
 from tests.test_evaluate_oracle import texts
@@ -63,9 +65,8 @@ def test_rows_of_json_lines_are_rows_whatever_they_hold(tmp_path: Path) -> None:
     rows = [f"row {number}\nof two lines\n" if number % 2 else "" for number in range(2100)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     settings = Settings(text=TextConfig(context=block, stride=stride, protocol="knn-transformers"))
-    found = windows(
-        _documents(lm, [tmp_path / "rows.jsonl"], settings), WindowConfig(block, stride, "knn-transformers")
-    )
+    job = Job(lm, settings, Silent())
+    found = windows(job.documents([tmp_path / "rows.jsonl"]), job.window)
     theirs = their_windows([lm.encode(row).tolist() for row in rows], block, stride)
     assert [window.inputs.tolist() for window in found] == [ids[:-1] for ids, _ in theirs if ids[:-1]]
 
