@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, PushAway, Settings, TextConfig, TrainConfig
     from knnlm.datastore import Datastore, open_datastore
     from knnlm.errors import (
         DatastoreCorrupt,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from knnlm.lm import LanguageModel, load_model
     from knnlm.model_ranking import ModelGap, Ranking, rank_models
     from knnlm.pipeline import build, evaluate, run, score
+    from knnlm.push_away import different_token_distance, distance_between, mean_distance, uniformity
     from knnlm.results import (
         Choice,
         Correlation,
@@ -46,13 +47,18 @@ if TYPE_CHECKING:
         Regret,
         ScoreResult,
         TokenExample,
+        TrainPoint,
+        TrainResult,
+        Validation,
     )
     from knnlm.token_sets import TokenSource
+    from knnlm.trainer import PushAwayTrainer
+    from knnlm.training import train
 
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
-    "config": ("EvalConfig", "KNNConfig", "LayerConfig", "Settings", "TextConfig"),
+    "config": ("EvalConfig", "KNNConfig", "LayerConfig", "PushAway", "Settings", "TextConfig", "TrainConfig"),
     "datastore": ("Datastore", "open_datastore"),
     "errors": (
         "DatastoreCorrupt",
@@ -67,6 +73,7 @@ _NAMES = {
     "lm": ("LanguageModel", "load_model"),
     "model_ranking": ("ModelGap", "Ranking", "rank_models"),
     "pipeline": ("build", "evaluate", "run", "score"),
+    "push_away": ("different_token_distance", "distance_between", "mean_distance", "uniformity"),
     "results": (
         "Choice",
         "Correlation",
@@ -80,8 +87,13 @@ _NAMES = {
         "Regret",
         "ScoreResult",
         "TokenExample",
+        "TrainPoint",
+        "TrainResult",
+        "Validation",
     ),
     "token_sets": ("TokenSource",),
+    "trainer": ("PushAwayTrainer",),
+    "training": ("train",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -109,6 +121,8 @@ __all__ = [
     "ModelGap",
     "NeighborText",
     "Perplexity",
+    "PushAway",
+    "PushAwayTrainer",
     "Ranking",
     "Regret",
     "ScoreResult",
@@ -116,14 +130,23 @@ __all__ = [
     "TextConfig",
     "TokenExample",
     "TokenSource",
+    "TrainConfig",
+    "TrainPoint",
+    "TrainResult",
+    "Validation",
     "__version__",
     "build",
+    "different_token_distance",
+    "distance_between",
     "evaluate",
     "load_model",
+    "mean_distance",
     "open_datastore",
     "rank_models",
     "run",
     "score",
+    "train",
+    "uniformity",
 ]
 
 

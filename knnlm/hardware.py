@@ -51,6 +51,13 @@ def pick_dtype_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:
     return torch.float32, f"the checkpoint is bfloat16 and computed in float32: {reason}"
 
 
+def trains_in_bfloat16() -> bool:
+    """Return whether the device that a Trainer takes here multiplies bfloat16 faster than float32."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return pick_device("auto").type == "cpu" and bfloat16_speed() >= _WORTHWHILE
+
+
 @cache
 def bfloat16_speed() -> float:
     """Return how many times as fast as float32 this CPU multiplies bfloat16 matrices, measured once per process."""
