@@ -212,6 +212,15 @@ def test_text_for_the_general_set_alone(tmp_path: Path) -> None:
     assert len(sets.general) == np.count_nonzero(text_counts(general, tokenizer)) - 3
 
 
+def test_domain_takes_no_place_of_a_general_token(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    text = "0123456789" * 9 + "".join(map(chr, range(0x21, 0x250)))
+    general = write(tmp_path / "general.txt", text)
+    assert np.count_nonzero(text_counts(general, tokenizer)) > 120
+    sets = choose_tokens(TokenSource(domain="mathematics", general_text=general), tokenizer)
+    assert len(sets.general) == 100
+
+
 def test_models_with_one_tokenizer_share_the_work(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr("knnlm.model_ranking.choose_tokens", lambda *args: calls.append(args) or choose_tokens(*args))
