@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 from knnlm.errors import InputError
 
@@ -20,6 +21,12 @@ LARGEST_SEED = (1 << 31) - 1
 def _positive(name: str, value: float | None) -> None:
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise InputError(f"--{name} is {value}, but must be a finite number above 0")
+
+
+def _whole(name: str, value: object, *, least: int) -> None:
+    """NumPy's integers are whole too; True is not."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise InputError(f"{name} is {value}, but must be a whole number of at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,9 @@ class KNNConfig:
     """The largest k that fitting tries."""
 
     def __post_init__(self) -> None:
-        _positive("k", self.k)
+        if self.k is not None:
+            _whole("--k", self.k, least=1)
+        _whole("max_k", self.max_k, least=1)
         _positive("temperature", self.temperature)
         if self.lam is not None and not 0 <= self.lam <= 1:
             raise InputError(f"--lambda is {self.lam}, but is the weight of the kNN distribution, from 0 to 1")
@@ -102,10 +111,10 @@ class EvalConfig:
     """A budget, spread over the documents; None: all of the evaluation text."""
     examples: int = 12
     """Tokens shown with their neighbours, of those helped most and of those hurt most."""
-    bootstrap: int = 1000
 
     def __post_init__(self) -> None:
         _positive("eval-tokens", self.eval_tokens)
+        _whole("examples", self.examples, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

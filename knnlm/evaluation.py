@@ -20,19 +20,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.collect import Collected, collect
-from knnlm.config import BATCH_TOKENS, EvalConfig, KNNConfig
+from knnlm.config import BATCH_TOKENS, KNNConfig
 from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
 from knnlm.parts import Parts, split_parts
 from knnlm.probability import LAMBDA_CURVE, Mix, Search, fit, knn_log_probs, mix
 from knnlm.progress import Progress, Silent
-from knnlm.results import Choice, Correlation, EvalResult, LayerResult, LayerScore, Perplexity, Regret, ScoreResult
+from knnlm.results import (
+    Choice,
+    Correlation,
+    EvalResult,
+    Interval,
+    LayerResult,
+    LayerScore,
+    Perplexity,
+    Regret,
+    ScoreResult,
+)
 from knnlm.search import check_k, open_searcher
-from knnlm.statistics import PairedBootstrap, spearman
+from knnlm.statistics import relative_change, spearman
 from knnlm.windows import TokenDocument, WindowConfig, count_targets
 
 Floats = NDArray[np.float64]
+
+# Of each of the two parts: fewer say nothing of k, temperature and lambda.
+LEAST_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,8 @@ def open_queries(
                 advance=lambda done, _: advance(done, total),
             )
             writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
-        yield Queries(Datastore.open(Path(folder)), collected, split_parts(collected, fitted=fitted))
+        assert collected.documents_N is not None
+        yield Queries(Datastore.open(Path(folder)), collected, split_parts(collected.documents_N, fitted=fitted))
 
 
 def evaluate_layers(
@@ -162,38 +176,54 @@ def _losses(search: Search, lm_log_probs: Floats, setting: Mix) -> Floats:
 
 
 def _perplexity(losses: Floats) -> float:
-    return float(np.exp(np.mean(losses)))
+    return _exp(float(np.mean(losses)))
+
+
+def _exp(value: float) -> float:
+    """exp, infinite where float64 ends: such is the word perplexity of a long text without white space."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
 
 
 def summarize(
     lm: LanguageModel,
     queries: Queries,
     outcomes: Sequence[LayerOutcome],
-    config: EvalConfig,
     scored: ScoreResult | None,
-    *,
-    seed: int = 0,
 ) -> EvalResult:
     """The table: perplexity per layer with intervals, the best layer, the regret of the choice, the correlations.
 
     Without scores there is no choice: no layer is selected, and nothing has a regret or a correlation.
     """
     parts, choice = queries.parts, scored.choice if scored else None
-    bootstrap = PairedBootstrap(parts.clusters_Q[parts.reporting_Q], replicates=config.bootstrap, seed=seed)
     measure = _Measure(lm, queries)
     by_name = {score.layer: score for score in scored.layers} if scored else {}
     best = min(outcomes, key=lambda one: one.tuning_loss)
-    layers = tuple(_layer_result(one, best, measure, bootstrap, by_name.get(one.layer)) for one in outcomes)
+    layers = tuple(_layer_result(one, best, measure, by_name.get(one.layer)) for one in outcomes)
     chosen = next((one for one in outcomes if choice and one.layer == choice.layer), None)
     return EvalResult(
         lm=measure.perplexity(measure.lm_losses_Q),
         layers=layers,
-        best=best.layer,
+        best=best.layer if math.isfinite(best.tuning_loss) else "",
         selected=chosen.layer if chosen else None,
         choice=choice,
-        regret=regret(outcomes, chosen, parts, config, seed) if chosen else None,
+        regret=regret(outcomes, chosen, parts) if chosen and len(outcomes) > 1 else None,
         correlations=correlations(layers, choice) if choice else (),
         tuning_tokens=int(parts.tuning_Q.sum()) if parts.fitted else 0,
+        warnings=_impossible_tokens(outcomes, chosen),
+    )
+
+
+def _impossible_tokens(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome | None) -> tuple[str, ...]:
+    """A warning where the neighbours alone are asked and have not every target."""
+    infinite = [one for one in outcomes if one.mix.lam == 1 and np.isinf(one.losses_Q).any()]
+    if not infinite:
+        return ()
+    one = next((one for one in infinite if one is chosen), infinite[0])
+    count, total = int(np.isinf(one.losses_Q).sum()), len(one.losses_Q)
+    return (
+        f"with --lambda 1, {count:,} of {total:,} tokens have probability zero under the kNN distribution of "
+        f"{one.layer}, which makes perplexity infinite; a --lambda below 1 mends it",
     )
 
 
@@ -203,7 +233,8 @@ class _Measure:
     def __init__(self, lm: LanguageModel, queries: Queries) -> None:
         self.reporting_Q = reporting = queries.parts.reporting_Q
         self.lm_losses_Q = -queries.lm_Q[reporting]
-        targets, clusters = queries.targets_Q[reporting], queries.parts.clusters_Q[reporting]
+        self._clusters_Q = clusters = queries.parts.clusters_Q[reporting]
+        targets = queries.targets_Q[reporting]
         texts = [lm.decode(targets[clusters == cluster]) for cluster in np.unique(clusters)]
         self._bytes = sum(len(text.encode()) for text in texts)
         self._words = sum(len(text.split()) for text in texts)
@@ -213,23 +244,27 @@ class _Measure:
         return Perplexity(
             perplexity=_perplexity(losses_Q),
             bits_per_byte=total / math.log(2) / max(self._bytes, 1),
-            word_perplexity=float(np.exp(total / max(self._words, 1))),
+            word_perplexity=_exp(total / max(self._words, 1)),
             tokens=len(losses_Q),
         )
 
+    def change(self, losses_Q: Floats, base_Q: Floats) -> tuple[float, Interval]:
+        """Relative change of perplexity, with its interval."""
+        return relative_change(losses_Q, base_Q, self._clusters_Q)
 
-def _layer_result(
-    one: LayerOutcome, best: LayerOutcome, measure: _Measure, bootstrap: PairedBootstrap, score: LayerScore | None
-) -> LayerResult:
+
+def _layer_result(one: LayerOutcome, best: LayerOutcome, measure: _Measure, score: LayerScore | None) -> LayerResult:
     ours_Q, best_Q = one.losses_Q[measure.reporting_Q], best.losses_Q[measure.reporting_Q]
     figures = measure.perplexity(ours_Q)
+    change, interval = measure.change(ours_Q, measure.lm_losses_Q)
+    versus_best, versus_best_interval = measure.change(ours_Q, best_Q)
     return LayerResult(
         layer=one.layer,
         perplexity=figures.perplexity,
-        change=float(np.expm1(np.mean(ours_Q) - np.mean(measure.lm_losses_Q))),
-        interval=bootstrap.relative_change(ours_Q, measure.lm_losses_Q),
-        versus_best=float(np.expm1(np.mean(ours_Q) - np.mean(best_Q))),
-        versus_best_interval=bootstrap.relative_change(ours_Q, best_Q),
+        change=change,
+        interval=interval,
+        versus_best=versus_best,
+        versus_best_interval=versus_best_interval,
         k=one.mix.k,
         lam=one.mix.lam,
         temperature=one.mix.temperature,
@@ -240,21 +275,23 @@ def _layer_result(
     )
 
 
-def regret(
-    outcomes: Sequence[LayerOutcome], chosen: LayerOutcome, parts: Parts, config: EvalConfig, seed: int = 0
-) -> Regret:
-    """Perplexity of the chosen layer over that of the best layer, minus 1, cross-fitted.
+def regret(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome, parts: Parts) -> Regret | None:
+    """Perplexity of the chosen layer over that of the best layer, minus 1, cross-fitted; None if one is infinite.
 
     The best is picked (and fitted) on one part and compared on the other; then the roles are swapped, and each token
-    counts once. Picking the best on the very tokens that report it would flatter it by 1 to 2 % at 2,500 tokens.
+    counts once. Picking the best on the very tokens that report it, as `against_hindsight` does, flatters it by 1 to
+    2 % at 2,500 tokens; picking it on half of them by noise makes `value` too low.
     """
     best = min(outcomes, key=lambda one: one.tuning_loss)
     swapped_best = min(outcomes, key=lambda one: one.swapped_loss)
     both = parts.tuning_Q | parts.fitting_Q
-    theirs_Q = np.where(parts.tuning_Q, swapped_best.losses_Q, best.losses_Q)[both]
     ours_Q = chosen.losses_Q[both]
-    bootstrap = PairedBootstrap(parts.clusters_Q[both], replicates=config.bootstrap, seed=seed)
-    return Regret(float(np.expm1(np.mean(ours_Q) - np.mean(theirs_Q))), bootstrap.relative_change(ours_Q, theirs_Q))
+    theirs_Q = np.where(parts.tuning_Q, swapped_best.losses_Q, best.losses_Q)[both]
+    value, interval = relative_change(ours_Q, theirs_Q, parts.clusters_Q[both])
+    if math.isnan(value):
+        return None
+    least = min(float(np.mean(one.losses_Q[both])) for one in outcomes)
+    return Regret(value, interval, against_hindsight=math.expm1(float(np.mean(ours_Q)) - least))
 
 
 # Attributes of LayerScore that are correlated with perplexity.
@@ -290,6 +327,11 @@ def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correla
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:
     """:raises InputError: there are too few tokens to tune on one part and report on the other."""
-    tokens = count_targets(documents)
-    if tokens < 64:
-        raise InputError(f"the evaluation text gives {tokens} tokens to predict, but at least 64 are needed; give more")
+    lengths = [count_targets([document]) for document in documents]
+    parts = split_parts(np.repeat(np.arange(len(lengths)), lengths)) if any(lengths) else None
+    smaller = int(min(parts.tuning_Q.sum(), parts.fitting_Q.sum())) if parts else 0
+    if smaller < LEAST_TOKENS:
+        raise InputError(
+            f"the evaluation text gives {sum(lengths):,} tokens to predict, {smaller} of them in the smaller of its "
+            f"two parts, but at least {LEAST_TOKENS} are needed in each; give more"
+        )

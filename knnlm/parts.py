@@ -1,4 +1,4 @@
-"""The tuning part and the reporting part of an evaluation text, and the clusters that its bootstrap resamples.
+"""The tuning part and the reporting part of an evaluation text, and the clusters that its intervals leave out.
 
 Legend: Q query tokens.
 """
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.collect import Collected
+from knnlm.statistics import effective_number
 
-# With this many documents, whole documents are tuning or reporting; else runs of one document are.
+# Documents are tuning or reporting as a whole where they tell as much as this many of one size. None then has over
+# 1 / sqrt(8) = 35 % of the tokens, so that the lighter part has 32 % at least.
 ENOUGH_DOCUMENTS = 8
+# Else runs of tokens are.
 RUNS = 24
-# Share of a run's tokens dropped at its start: their context lies in the run before, of the other part.
+# Share of a run's tokens dropped at its start: their context lies in the run before, which may be of the other part.
 GAP = 1 / 8
 
 
@@ -32,27 +34,30 @@ class Parts:
     fitted: bool
 
 
-def split_parts(collected: Collected, *, fitted: bool = True) -> Parts:
-    """Halve the text: whole documents where there are enough of them, else runs of tokens with a gap between."""
-    assert collected.documents_N is not None
-    documents_Q = collected.documents_N
-    if len(np.unique(documents_Q)) >= ENOUGH_DOCUMENTS:
-        clusters_Q, kept_Q = documents_Q, np.ones(len(documents_Q), np.bool_)
-    else:
+def split_parts(documents_Q: NDArray[np.int64], *, fitted: bool = True) -> Parts:
+    """Halve the text: whole documents where there are enough of them, else runs of tokens with a gap between.
+
+    :param documents_Q: the document that each query token belongs to; at least one token.
+    """
+    clusters_Q, kept_Q = documents_Q, np.ones(len(documents_Q), np.bool_)
+    if effective_number(np.unique(documents_Q, return_counts=True)[1]) < ENOUGH_DOCUMENTS:
         clusters_Q, kept_Q = _runs(documents_Q)
-    tuning_Q = np.isin(clusters_Q, _lighter_half(clusters_Q)) & kept_Q
+    tuning_Q = np.isin(clusters_Q, _lighter_half(clusters_Q[kept_Q])) & kept_Q
     fitting_Q = ~tuning_Q & kept_Q
     reporting_Q = fitting_Q if fitted else np.ones(len(documents_Q), np.bool_)
     return Parts(tuning_Q, fitting_Q, reporting_Q, clusters_Q, fitted)
 
 
 def _runs(documents_Q: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """About `RUNS` runs of equal length, none over a document's border; the start of each is dropped."""
+    """About `RUNS` runs of equal length, none over a document's border, and which tokens are kept.
+
+    The start of a run is dropped, but not of a document, which has no context before it.
+    """
     length = max(len(documents_Q) // RUNS, 8)
     starts = np.flatnonzero(np.diff(documents_Q, prepend=documents_Q[0] - 1))
     position_Q = np.arange(len(documents_Q)) - np.repeat(starts, np.diff([*starts, len(documents_Q)]))
     changes_Q = np.diff(documents_Q * len(documents_Q) + position_Q // length, prepend=-1) != 0
-    return changes_Q.cumsum() - 1, position_Q % length >= int(length * GAP)
+    return changes_Q.cumsum() - 1, (position_Q < length) | (position_Q % length >= int(length * GAP))
 
 
 def _lighter_half(clusters_Q: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -320,9 +320,8 @@ def _evaluate(
     with _open_queries(job, documents, layers) as queries:
         knn, progress = job.settings.knn, job.progress
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
-        config, seed = job.settings.evaluation, job.settings.seed
-        result = summarize(job.lm, queries, outcomes, config, scored, seed=seed)
-        shown = next(one for one in outcomes if one.layer == (result.selected or result.best))
+        result = summarize(job.lm, queries, outcomes, scored)
+        shown = next(one for one in outcomes if one.layer == (result.selected or result.best or layers[0]))
         helped, hurt = _examples(job, store, queries, shown, exact)
         report, failures = _index(job, store, queries, shown) if index else (None, ())
     return replace(

@@ -85,11 +85,11 @@ class LayerResult:
     layer: str
     perplexity: float
     interval: Interval
-    """Of `change`, by a paired bootstrap over documents or runs of windows."""
+    """Of `change`, by a paired jackknife over documents or runs of tokens."""
     change: float
-    """Perplexity relative to the plain LM's, minus 1."""
+    """Perplexity relative to the plain LM's, minus 1; NaN, as its interval, where one of the two is infinite."""
     versus_best: float
-    """Perplexity relative to the best layer's, minus 1; 0 for the best."""
+    """Perplexity relative to the best layer's, minus 1; 0 for the best; NaN, as its interval, as for `change`."""
     versus_best_interval: Interval
     k: int
     lam: float
@@ -104,10 +104,14 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Regret:
-    """Perplexity of the selected layer over that of the layer best on the tuning part, minus 1, cross-fitted."""
+    """Perplexity of the selected layer over that of the best layer, minus 1: between two ends."""
 
     value: float
+    """Against the layer best on one part, on the other part, then with swapped roles: the lower end, as noise picks."""
     interval: Interval
+    """Of `value`."""
+    against_hindsight: float
+    """Against the layer best on those very tokens, which flatters it: the upper end, never below 0."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +172,11 @@ class EvalResult:
     lm: Perplexity
     layers: tuple[LayerResult, ...]
     best: str
+    """Lowest perplexity on the tuning part; empty where all layers' are infinite."""
     selected: str | None = None
     choice: Choice | None = None
     regret: Regret | None = None
+    """None without a choice, without another layer to compare it with, or with infinite perplexity."""
     correlations: tuple[Correlation, ...] = ()
     helped: tuple[TokenExample, ...] = ()
     hurt: tuple[TokenExample, ...] = ()

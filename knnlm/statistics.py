@@ -1,6 +1,6 @@
-"""Rank correlation, the jackknife and the paired bootstrap: what the result tables are judged with.
+"""Rank correlation and the jackknife's intervals: what the result tables are judged with.
 
-Legend: Q tokens, C clusters (documents or runs of windows), G groups of clusters, R bootstrap replicates.
+Legend: Q tokens, C clusters (documents or runs of tokens), G groups of clusters.
 """
 
 from __future__ import annotations
@@ -28,21 +28,49 @@ def ranks(values: Sequence[float]) -> Floats:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation; NaN where one side is constant or there are fewer than three pairs."""
+    """Spearman's rank correlation; NaN for a value that is not finite, a constant side, or fewer than three pairs."""
     x, y = ranks(a), ranks(b)
-    if len(x) < 3 or x.std() == 0 or y.std() == 0:
-        return float("nan")
+    if not np.isfinite([*a, *b]).all() or len(x) < 3 or x.std() == 0 or y.std() == 0:
+        return math.nan
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def jackknife_interval(value: float, without_G: Floats, *, bounds: tuple[float, float]) -> Interval:
+def relative_change(losses_Q: Floats, base_Q: Floats, clusters_Q: NDArray[np.int64]) -> tuple[float, Interval]:
+    """exp(mean loss - mean base loss) - 1, the relative change of perplexity, with its interval; NaN for infinite ones.
+
+    Losses are paired token by token, and tokens of a cluster depend on one another: the interval is the jackknife of
+    the mean difference that leaves out one cluster each. Clusters of unequal sizes count as the `effective_number` of
+    equal ones; in simulations with 5 to 24 clusters it covered 93 to 97 % (docs/log.md).
+    """
+    if not (np.isfinite(losses_Q).all() and np.isfinite(base_Q).all()):
+        return math.nan, Interval(math.nan, math.nan)
+    _, cluster_of_Q, sizes_C = np.unique(clusters_Q, return_inverse=True, return_counts=True)
+    sums_C = np.bincount(cluster_of_Q, weights=losses_Q - base_Q)
+    total, count = float(sums_C.sum()), len(losses_Q)
+    if len(sizes_C) < 2:
+        return math.expm1(total / count), Interval(math.nan, math.nan)
+    without_C = (total - sums_C) / (count - sizes_C)
+    freedom = max(1, int(effective_number(sizes_C)) - 1)
+    found = jackknife_interval(total / count, without_C, bounds=(-math.inf, math.inf), freedom=freedom)
+    low, high = np.expm1([found.low, found.high])
+    return math.expm1(total / count), Interval(float(low), float(high))
+
+
+def effective_number(sizes_C: NDArray[np.int64]) -> float:
+    """How many clusters of one size tell as much as these: (sum n)² / sum n² (Kish 1965, section 8.2)."""
+    return float(sizes_C.sum() ** 2 / (sizes_C**2).sum())
+
+
+def jackknife_interval(
+    value: float, without_G: Floats, *, bounds: tuple[float, float], freedom: int | None = None
+) -> Interval:
     """95 % interval of `value` from the estimates `without_G` that leave out one of G groups each.
 
     The groups are the sampling units, whatever their sizes (the delete-one-cluster jackknife of survey sampling, Wolter
-    2007, chapter 4), with Student's t at G - 1 degrees of freedom. It is centred on the bias-corrected estimate: pairs
-    inside a cluster are nearer than others, which biases a pooled mean by about 1/G. It always holds `value` and stays
-    within `bounds`, the range that the value can take; fewer than two groups, or NaN among the estimates, say nothing
-    and give the whole range.
+    2007, chapter 4), with Student's t at G - 1 degrees of freedom, or at `freedom`. It is centred on the bias-corrected
+    estimate: pairs inside a cluster are nearer than others, which biases a pooled mean by about 1/G. It always holds
+    `value` and stays within `bounds`, the range that the value can take; fewer than two groups, or NaN among the
+    estimates, say nothing and give the whole range.
     """
     low, high = bounds
     groups = len(without_G)
@@ -50,7 +78,7 @@ def jackknife_interval(value: float, without_G: Floats, *, bounds: tuple[float, 
         return Interval(low, high)
     mean = float(without_G.mean())
     error = math.sqrt((groups - 1) / groups * float(((without_G - mean) ** 2).sum()))
-    centre, reach = groups * value - (groups - 1) * mean, t_quantile(groups - 1) * error
+    centre, reach = groups * value - (groups - 1) * mean, t_quantile(freedom or groups - 1) * error
     return Interval(max(low, min(value, centre - reach)), min(high, max(value, centre + reach)))
 
 
@@ -63,21 +91,3 @@ def t_quantile(freedom: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + inverse * (first + inverse * (second + inverse * third))
-
-
-class PairedBootstrap:
-    """Resamples whole clusters, the same ones for every comparison, so that differences are paired."""
-
-    def __init__(self, clusters_Q: NDArray[np.int64], *, replicates: int, seed: int) -> None:
-        _, self._cluster_of_Q, sizes_C = np.unique(clusters_Q, return_inverse=True, return_counts=True)
-        count = len(sizes_C)
-        self._sizes_C = sizes_C.astype(np.float64)
-        draws_RC = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=replicates)
-        self._weights_RC = draws_RC.astype(np.float64)
-
-    def relative_change(self, losses_Q: Floats, base_Q: Floats) -> Interval:
-        """95 % interval of exp(mean loss - mean base loss) - 1: the relative change of perplexity."""
-        sums_C = np.bincount(self._cluster_of_Q, weights=losses_Q - base_Q, minlength=len(self._sizes_C))
-        means_R = (self._weights_RC @ sums_C) / (self._weights_RC @ self._sizes_C)
-        low, high = np.expm1(np.quantile(means_R, [0.025, 0.975]))
-        return Interval(float(low), float(high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
@@ -9,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from knnlm.results import EvalResult, Interval, LayerResult, LayerScore, ScoreResult
+
+UNKNOWN = "–"
 
 
 def score_table(result: ScoreResult) -> Table:
@@ -26,11 +29,11 @@ def _score_cells(one: LayerScore, chosen: bool) -> Iterator[str]:
     yield f"{one.layer} ◀ chosen" if chosen else one.layer
     yield f"{one.dispersion:.4f}"
     yield interval(one.interval)
-    yield f"{one.dispersion_within:.4f}"
-    yield f"{one.dispersion_segments:.4f}"
+    yield _known(one.dispersion_within, ".4f")
+    yield _known(one.dispersion_segments, ".4f")
     yield f"{one.dispersion_standardized:.4f}"
     yield f"{one.effective_rank:.1f}"
-    yield f"{one.probe:.4f}"
+    yield _known(one.probe, ".4f")
 
 
 def eval_table(result: EvalResult) -> Table:
@@ -48,13 +51,17 @@ def eval_table(result: EvalResult) -> Table:
 def _eval_cells(one: LayerResult, result: EvalResult) -> Iterator[str]:
     marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == one.layer]
     yield f"{one.layer} ◀ {', '.join(marks)}" if marks else one.layer
-    yield f"{one.score.dispersion:.4f} ± {_half(one.score.interval):.3f}" if one.score else "–"
-    yield f"{one.score.probe:.3f}" if one.score else "–"
+    yield f"{one.score.dispersion:.4f} ± {_half(one.score.interval):.3f}" if one.score else UNKNOWN
+    yield _known(one.score.probe, ".3f") if one.score else UNKNOWN
     yield f"{one.perplexity:.3f}"
-    yield f"{one.change:+.1%} ± {_half(one.interval):.1%}"
+    yield UNKNOWN if math.isnan(one.change) else f"{one.change:+.1%} ± {_known(_half(one.interval), '.1%')}"
     yield f"{one.k}"
     yield f"{one.lam:.3f}"
     yield f"{one.temperature:.4g}"
+
+
+def _known(value: float, form: str) -> str:
+    return UNKNOWN if math.isnan(value) else format(value, form)
 
 
 def interval(value: Interval) -> str:
@@ -79,10 +86,15 @@ def choice_lines(result: ScoreResult | EvalResult) -> Iterator[Text]:
 def _verdict_lines(result: EvalResult) -> Iterator[Text]:
     if result.regret:
         low, high = result.regret.interval.low, result.regret.interval.high
-        yield Text(f"Regret of the choice: {result.regret.value:+.2%} (95 % interval {low:+.2%} … {high:+.2%}).")
+        told = f"{result.regret.value:+.2%} (95 % interval {low:+.2%} … {high:+.2%})"
+        yield Text(
+            f"Regret of the choice: {told}; against the best in hindsight {result.regret.against_hindsight:+.2%}."
+        )
     found = [one for one in result.correlations if one.score in ("dispersion", "probe")]
     if found:
-        told = ", ".join(f"{one.score} {one.spearman:+.2f} ({one.among}, {one.layers} layers)" for one in found)
+        told = ", ".join(
+            f"{one.score} {_known(one.spearman, '+.2f')} ({one.among}, {one.layers} layers)" for one in found
+        )
         yield Text(f"Rank correlation with perplexity: {told}.")
     if result.index:
         one = result.index

@@ -65,7 +65,7 @@ def split_text(paths: Sequence[Path], folder: Path) -> tuple[Path, Path]:
 
 
 def choices(
-    scores: Sequence[LayerScore], outcomes: Sequence[LayerOutcome], queries: Queries, config: EvalConfig
+    scores: Sequence[LayerScore], outcomes: Sequence[LayerOutcome], queries: Queries
 ) -> Iterator[dict[str, object]]:
     """Who chooses what, and what it costs against the best layer."""
     by_name = {one.layer: one for one in outcomes}
@@ -80,14 +80,17 @@ def choices(
     # Each candidate by name too, so that a rule made later can be judged without another run.
     rules += [("named", name, name) for name in select_layers("candidates", names)]
     for score, among, layer in rules:
-        found = regret(outcomes, by_name[layer], queries.parts, config)
-        against = regret([by_name[last]], by_name[layer], queries.parts, config)
+        found = regret(outcomes, by_name[layer], queries.parts)
+        against = regret([by_name[last]], by_name[layer], queries.parts)
+        assert found is not None
+        assert against is not None
         yield {
             "score": score,
             "among": among,
             "layer": layer,
             "regret": found.value,
             "interval": [found.interval.low, found.interval.high],
+            "against_hindsight": found.against_hindsight,
             "against_last_ffn_input": against.value,
             "against_interval": [against.interval.low, against.interval.high],
         }
@@ -125,8 +128,8 @@ def main() -> None:
             for one in evaluate_layers(store, queries, store.layers, settings.knn, exact=True):
                 outcomes.append(one)
                 print(f"{one.layer} {one.tuning_loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-            result = summarize(lm, queries, outcomes, config, scored)
-            found = list(choices(scored.layers, outcomes, queries, config))
+            result = summarize(lm, queries, outcomes, scored)
+            found = list(choices(scored.layers, outcomes, queries))
         shared = overlap(documents, [store.values])
     document = to_document(result) | {"choices": found, "keys": store.count, "overlap": shared, "study": vars(args)}
     document["study"] = {name: str(value) for name, value in document["study"].items()}

@@ -182,7 +182,7 @@ def sample_result(num_blocks: int = 8, *, seed: int = 3) -> EvalResult:
             reason=f"{selected} is the most dispersed of {len(candidates)} candidates (ffn_input of the upper half).",
             disagreement=None,
         ),
-        regret=Regret(0.0042, Interval(-0.003, 0.011)),
+        regret=Regret(0.0042, Interval(-0.003, 0.011), 0.0061),
         correlations=(
             Correlation("dispersion", 0.31, len(layers)),
             Correlation("dispersion_within", 0.28, len(layers)),

@@ -96,7 +96,7 @@ def test_text_of_one_token(command: str, check_refused, gpt2_folder: Path, tmp_p
 def test_evaluation_text_is_looked_at_before_the_work(run_refused, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("knnlm.pipeline.make_plan", None)  # the work cannot begin
     (tmp_path / "short.txt").write_text("too short")
-    run_refused("gives 7 tokens", "at least 64 are needed", options=("--eval-text", tmp_path / "short.txt"))
+    run_refused("gives 7 tokens", "at least 32 are needed in each", options=("--eval-text", tmp_path / "short.txt"))
     run_refused("nowhere.txt", "check the path", options=("--eval-text", tmp_path / "nowhere.txt"))
 
 
@@ -125,7 +125,7 @@ WRONG_OPTIONS = {
     "--lambda nan": ("--lambda is nan", "from 0 to 1"),
     "--temperature 0": ("--temperature is 0", "above 0"),
     "--temperature inf": ("--temperature is inf", "finite"),
-    "--k 0": ("--k is 0", "above 0"),
+    "--k 0": ("--k is 0", "a whole number of at least 1"),
     "--k ten": ("'--k'", "valid integer", "knnlm run --help lists the options"),
     "--stride 64": ("--stride 64 is over --context 32", "take a stride of at most"),
     "--stride 0": ("--stride is 0", "above 0"),

@@ -56,7 +56,7 @@ def run_tiny(
         layers=LayerConfig(layers=layers),
         knn=knn,
         key_dtype=key_dtype,
-        evaluation=EvalConfig(eval_tokens=None, bootstrap=50),
+        evaluation=EvalConfig(eval_tokens=None),
     )
     training = write_jsonl(folder / "train.jsonl", texts(0, 6))
     held_out = write_jsonl(folder / "eval.jsonl", texts(1, 2))

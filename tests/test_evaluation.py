@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from knnlm.config import EvalConfig, KNNConfig
-from knnlm.evaluation import LayerOutcome, outcome, regret
+from knnlm.config import KNNConfig
+from knnlm.errors import InputError
+from knnlm.evaluation import LayerOutcome, check_evaluation, outcome, regret, summarize
 from knnlm.parts import Parts
 from knnlm.probability import Mix, Search, fit, knn_log_probs, mix
+from knnlm.results import EvalResult
+from knnlm.windows import TokenDocument
+from tests.sample_results import sample_scores
 
 TOKENS = 400
 TUNING = np.arange(TOKENS) % 2 == 0
@@ -63,12 +68,115 @@ def test_regret_compares_the_best_of_one_part_on_the_other() -> None:
     a = hand_made("a", on_tuning=2.0, on_rest=3.0, tuning_loss=1.0, swapped_loss=9.0)
     b = hand_made("b", on_tuning=5.0, on_rest=7.0, tuning_loss=9.0, swapped_loss=1.0)
     chosen = hand_made("chosen", on_tuning=5.5, on_rest=4.0, tuning_loss=5.0, swapped_loss=5.0)
-    found = regret([a, b, chosen], chosen, PARTS, EvalConfig(bootstrap=50))
+    found = regret([a, b, chosen], chosen, PARTS)
+    assert found is not None
     assert found.value == pytest.approx(np.expm1(((5.5 - 5.0) + (4.0 - 3.0)) / 2))
     assert found.interval.low == pytest.approx(found.value)
+    # Over all tokens `a` is best: (2 + 3) / 2 against (5.5 + 4) / 2.
+    assert found.against_hindsight == pytest.approx(np.expm1(4.75 - 2.5))
 
 
 def test_regret_of_the_layer_that_both_parts_pick_is_zero() -> None:
     best = hand_made("best", 2.0, 3.0, 1.0, 1.0)
     other = hand_made("other", 1.0, 1.0, 2.0, 2.0)
-    assert regret([best, other], best, PARTS, EvalConfig(bootstrap=50)).value == 0
+    found = regret([best, other], best, PARTS)
+    assert found is not None
+    assert found.value == 0
+    # And yet another layer was better on the very tokens that are compared.
+    assert found.against_hindsight == pytest.approx(np.expm1(2.5 - 1.0))
+
+
+def test_hindsight_is_never_below_zero() -> None:
+    """The cross-fitted value is, where noise picked a worse layer than the chosen one."""
+    chosen = hand_made("chosen", 2.0, 2.0, tuning_loss=2.0, swapped_loss=2.0)
+    lucky = hand_made("lucky", 3.0, 3.0, tuning_loss=1.0, swapped_loss=1.0)
+    found = regret([chosen, lucky], chosen, PARTS)
+    assert found is not None
+    assert found.value == pytest.approx(np.expm1(-1.0))
+    assert found.against_hindsight == 0
+
+
+def with_infinite_token(one: LayerOutcome, row: int) -> LayerOutcome:
+    losses_Q = one.losses_Q.copy()
+    losses_Q[row] = np.inf
+    return replace(one, losses_Q=losses_Q, mix=Mix(1, 1.0, 1.0))
+
+
+def summary(outcomes: list[LayerOutcome], chosen: str) -> EvalResult:
+    """`summarize` with a decoder that turns every token into a word."""
+    scores = sample_scores(1)
+    layers = tuple(replace(scores.layers[0], layer=one.layer, probe=float(i)) for i, one in enumerate(outcomes))
+    choice = replace(scores.choice, layer=chosen, candidates=tuple(one.layer for one in outcomes))
+    queries = SimpleNamespace(parts=PARTS, lm_Q=np.full(TOKENS, -3.0), targets_Q=np.arange(TOKENS))
+    lm = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
+    return summarize(lm, queries, outcomes, replace(scores, layers=layers, choice=choice))  # type: ignore[arg-type]
+
+
+LAYERS = [hand_made(name, loss, loss, loss, loss) for name, loss in (("a", 2.0), ("b", 2.5), ("c", 2.2))]
+
+
+def test_single_layer_has_nothing_to_regret() -> None:
+    result = summary(LAYERS[:1], "a")
+    assert (result.regret, result.best, result.selected, result.warnings) == (None, "a", "a", ())
+    several = summary(LAYERS, "c").regret
+    assert several is not None
+    assert [several.value, several.against_hindsight] == pytest.approx([np.expm1(0.2)] * 2)
+
+
+def test_infinite_perplexity_is_undefined_wherever_it_is_compared() -> None:
+    """`--lambda 1` gave a regret and changes of -100 % with nan beside them."""
+    outcomes = [replace(with_infinite_token(one, 1), tuning_loss=np.inf, swapped_loss=np.inf) for one in LAYERS]
+    result = summary(outcomes, "b")
+    assert (result.best, result.selected, result.regret) == ("", "b", None)
+    for layer in result.layers:
+        assert layer.perplexity == layer.word_perplexity == layer.bits_per_byte == np.inf
+        unknown = (layer.change, layer.versus_best, *vars(layer.interval).values())
+        assert np.isnan([*unknown, *vars(layer.versus_best_interval).values()]).all()
+    assert np.isnan([one.spearman for one in result.correlations]).all()
+    assert result.warnings == (
+        "with --lambda 1, 1 of 400 tokens have probability zero under the kNN distribution of b, "
+        "which makes perplexity infinite; a --lambda below 1 mends it",
+    )
+
+
+def test_one_infinite_layer_leaves_the_others_alone() -> None:
+    outcomes = [*LAYERS[:2], replace(with_infinite_token(LAYERS[2], 1), tuning_loss=2.2)]
+    result = summary(outcomes, "b")
+    assert result.best == "a"
+    assert result.regret is not None
+    assert [layer.perplexity == np.inf for layer in result.layers] == [False, False, True]
+    assert result.layers[1].versus_best == pytest.approx(np.expm1(0.5))
+    assert "of c, " in result.warnings[0]
+
+
+def test_infinity_on_the_tuning_part_alone_is_warned_of_too() -> None:
+    result = summary([replace(with_infinite_token(one, 0), tuning_loss=np.inf) for one in LAYERS], "b")
+    assert result.layers[0].perplexity == pytest.approx(np.exp(2.0))
+    assert result.regret is None
+    assert result.warnings
+
+
+def test_word_perplexity_of_a_text_without_white_space_may_be_infinite() -> None:
+    """exp of some thousand nats for the one word overflowed with a warning."""
+    long = hand_made("a", 9.0, 9.0, 9.0, 9.0)
+    queries = SimpleNamespace(parts=PARTS, lm_Q=np.full(TOKENS, -9.0), targets_Q=np.arange(TOKENS))
+    lm = SimpleNamespace(decode=lambda tokens: "字" * len(tokens))
+    wide = Parts(TUNING, ~TUNING, ~TUNING, np.zeros(TOKENS, np.int64), True)
+    queries.parts = wide
+    result = summarize(lm, queries, [long], None)  # type: ignore[arg-type]
+    assert result.lm.word_perplexity == np.inf
+
+
+def token_documents(*lengths: int) -> list[TokenDocument]:
+    return [TokenDocument(np.zeros(length, np.int32), "text", number) for number, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("lengths", [(70,), (8,), (0,), (1,) * 9, (), (7,) * 10])
+def test_too_little_text_for_two_parts_is_refused(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="but at least 32 are needed in each; give more"):
+        check_evaluation(token_documents(*lengths))
+
+
+@pytest.mark.parametrize("lengths", [(100,), (9,) * 10, (3000, *[2] * 40)])
+def test_enough_text_for_two_parts_is_taken(lengths: tuple[int, ...]) -> None:
+    check_evaluation(token_documents(*lengths))

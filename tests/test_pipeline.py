@@ -27,7 +27,7 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 SETTINGS = Settings(
     text=TextConfig(context=32, stride=16),
     knn=KNNConfig(max_k=32),
-    evaluation=EvalConfig(eval_tokens=800, bootstrap=50, examples=2),
+    evaluation=EvalConfig(eval_tokens=800, examples=2),
 )
 
 

@@ -110,8 +110,8 @@ def test_row_of_a_layer_without_scores_or_perplexity_is_last():
 @pytest.mark.parametrize(
     ("changes", "words", "tone"),
     [
-        ({"regret": Regret(0.004, Interval(-0.003, 0.011))}, "within the measurement", "good"),
-        ({"regret": Regret(0.03, Interval(0.01, 0.05))}, "not the best and costs 3.0", "poor"),
+        ({"regret": Regret(0.004, Interval(-0.003, 0.011), 0.006)}, "within the measurement", "good"),
+        ({"regret": Regret(0.03, Interval(0.01, 0.05), 0.04)}, "was not the best", "poor"),
         ({"best": "7.ffn_input"}, "was right: of 41 layers", "good"),
         ({"selected": None, "regret": None}, "No choice was made", "open"),
     ],
@@ -119,6 +119,14 @@ def test_row_of_a_layer_without_scores_or_perplexity_is_last():
 def test_headline_says_whether_the_choice_was_right(changes, words, tone):
     headline = make_headline(replace(sample_result(), **changes))
     assert words in headline.verdict and headline.tone == tone
+
+
+def test_headline_gives_both_ends_of_the_regret():
+    result = replace(sample_result(), regret=Regret(-0.0004, Interval(-0.0073, 0.006), 0.0041))
+    words = make_headline(result).verdict.replace(numbers.SPACE, " ")
+    assert words.endswith("Regret −0.04 %; against the best in hindsight +0.41 %.")
+    tile = next(tile for tile in make_view(result, title="").tiles if tile.label == "Regret")
+    assert tile.note.endswith(f"against hindsight +0.41{numbers.SPACE}%")
 
 
 @pytest.mark.parametrize(
@@ -314,12 +322,63 @@ def unknown_numbers() -> EvalResult:
     return replace(result, lm=Perplexity(math.inf, math.nan, math.nan, 0), layers=layers)
 
 
+def infinite_perplexity(**changes: object) -> EvalResult:
+    """What `--lambda 1` gives where every layer's neighbours miss a target."""
+    result, nowhere = sample_result(), Interval(math.nan, math.nan)
+    unknown = {"change": math.nan, "interval": nowhere, "versus_best": math.nan, "versus_best_interval": nowhere}
+    infinite = {"perplexity": math.inf, "bits_per_byte": math.inf, "word_perplexity": math.inf, "lam": 1.0}
+    layers = tuple(replace(layer, **unknown, **infinite) for layer in result.layers)
+    correlations = tuple(replace(one, spearman=math.nan) for one in result.correlations)
+    fields = {"layers": layers, "best": "", "regret": None, "correlations": correlations}
+    return replace(result, **{**fields, **changes})
+
+
+@pytest.mark.parametrize("selected", ["7.ffn_input", None])
+def test_infinite_perplexity_is_shown_as_such_and_nothing_is_made_of_it(selected):
+    result = infinite_perplexity(selected=selected)
+    headline, view = make_headline(result), make_view(result, title="")
+    assert (headline.verb, headline.after, headline.change, headline.interval) == ("raise", "∞", "–", "")
+    assert (headline.verdict, headline.tone) == (
+        "None of 41 layers has a finite perplexity, so nothing says which is best.",
+        "open",
+    )
+    cells = view.rows[0].cells
+    assert [cells[key].text for key in ("perplexity", "change", "versus_best")] == ["∞", "–", "–"]
+    assert not any(row.best for row in view.rows)
+    assert {value for _, values in view.correlations.rows for value in values} == {numbers.MISSING}
+    assert "Regret" not in [tile.label for tile in view.tiles]
+    words = Page(render(result, title="")).text
+    assert not re.search(r"\bnan\b|\binf\b|−100", words, re.IGNORECASE)
+
+
+def test_infinite_perplexity_is_null_in_json():
+    document = strict(dumps(to_document(infinite_perplexity())))
+    row = document["layers"][0]
+    assert [row[key] for key in ("perplexity", "change", "versus_best")] == [None] * 3
+    assert (row["change_interval"], row["versus_best_interval"]) == ([None, None], [None, None])
+    assert (document["best"], document["regret"], document["correlations"][0]["spearman"]) == ("", None, None)
+    again = from_document(document)
+    assert to_document(again) == document
+    assert render(again, title="A title")
+
+
+def test_choice_of_an_infinite_layer_was_not_the_best():
+    result = infinite_perplexity()
+    first, *others = result.layers
+    finite_one = replace(sample_result().layers[0], versus_best=0.0)
+    mixed = replace(result, layers=(finite_one, *others), best=first.layer)
+    headline = make_headline(mixed)
+    assert headline.tone == "poor" and headline.verdict.startswith("The choice was not the best: 0.attn_input")
+    assert render(mixed, title="A title")
+
+
 @pytest.mark.parametrize(
     ("result", "charts"),
     [
         (EvalResult(Perplexity(10.0, 1.0, 30.0, 5), layers=(), best=""), []),
         (replace(sample_result(1), layers=sample_result(1).layers[:1]), []),
         (unknown_numbers(), ["dispersion"]),
+        (infinite_perplexity(), ["dispersion", "lambda"]),
         (sample_result(40), ["dispersion", "perplexity", "scatter", "lambda"]),
     ],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from knnlm.results import Interval
-from knnlm.statistics import PairedBootstrap, jackknife_interval, ranks, spearman, t_quantile
+from knnlm.statistics import effective_number, jackknife_interval, ranks, relative_change, spearman, t_quantile
 
 
 def test_ranks_share_ties() -> None:
@@ -25,23 +26,83 @@ def test_spearman_of_a_constant_is_nan() -> None:
     assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
 
 
-def test_paired_bootstrap_covers_the_true_change_of_clustered_losses() -> None:
-    """95 % intervals over 200 data sets whose clusters share a shift; a bootstrap of tokens would cover ~40 %."""
+def test_spearman_of_what_is_not_finite_is_nan() -> None:
+    assert math.isnan(spearman([1, 2, 3], [5, math.inf, 7]))
+    assert math.isnan(spearman([1, math.nan, 3, 4], [5, 6, 7, 8]))
+
+
+def coverage(sizes: list[int], sets: int, interval_of: Callable[..., Interval]) -> float:
+    """Share of data sets whose interval holds the true change; tokens of a cluster share a shift."""
     rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        clusters = np.repeat(np.arange(30), 50)
-        base = rng.normal(5, 1, 1500)
-        losses = base - 0.1 + np.repeat(rng.normal(0, 0.2, 30), 50) + rng.normal(0, 0.2, 1500)
-        interval = PairedBootstrap(clusters, replicates=300, seed=1).relative_change(losses, base)
+    clusters, covered = np.repeat(np.arange(len(sizes)), sizes), 0
+    for _ in range(sets):
+        base = rng.normal(5, 1, len(clusters))
+        losses = base - 0.1 + rng.normal(0, 0.2, len(sizes))[clusters] + rng.normal(0, 0.2, len(clusters))
+        interval = interval_of(losses, base, clusters)
         covered += interval.low <= math.expm1(-0.1) <= interval.high
-    assert 0.88 <= covered / 200 <= 0.99
+    return covered / sets
+
+
+def jackknife(losses: np.ndarray, base: np.ndarray, clusters: np.ndarray) -> Interval:
+    return relative_change(losses, base, clusters)[1]
+
+
+def bootstrap(losses: np.ndarray, base: np.ndarray, clusters: np.ndarray) -> Interval:
+    """The paired percentile bootstrap over clusters."""
+    sums, sizes = np.bincount(clusters, losses - base), np.bincount(clusters)
+    draws = np.random.default_rng(1).multinomial(len(sizes), [1 / len(sizes)] * len(sizes), size=300)
+    low, high = np.expm1(np.quantile((draws @ sums) / (draws @ sizes), [0.025, 0.975]))
+    return Interval(low, high)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[50] * 4, [50] * 30, [100, 80, 40, 30, 10], [130, 60, 40, 30, 30, 20, 10, 10], [160, 160] + [4] * 20]
+)
+def test_interval_of_the_change_covers_what_it_promises(sizes: list[int]) -> None:
+    assert 0.92 <= coverage(sizes, 600, jackknife) <= 0.99
+
+
+def test_bootstrap_would_not_with_few_clusters() -> None:
+    assert coverage([50] * 4, 300, bootstrap) < 0.85
+    assert coverage([100, 80, 40, 30, 10], 300, bootstrap) < 0.85
+
+
+def test_change_equals_its_definition() -> None:
+    rng = np.random.default_rng(3)
+    losses, base, clusters = rng.random(90), rng.random(90), np.repeat([7, 3, 5], [20, 30, 40])
+    value, interval = relative_change(losses, base, clusters)
+    assert value == pytest.approx(math.exp(losses.mean()) / math.exp(base.mean()) - 1, rel=1e-12)
+    difference = losses - base
+    without = [difference[clusters != name].mean() for name in (3, 5, 7)]
+    error = math.sqrt(2 / 3 * sum((w - np.mean(without)) ** 2 for w in without))
+    centre = 3 * difference.mean() - 2 * np.mean(without)
+    # 20, 30 and 40 tokens tell as much as 90² / 2900 = 2.8 equal clusters: one degree of freedom.
+    assert interval.high == pytest.approx(math.expm1(centre + 12.7062 * error), rel=1e-5)
+    assert interval.low == pytest.approx(math.expm1(centre - 12.7062 * error), rel=1e-5)
+
+
+def test_change_of_infinite_losses_is_unknown() -> None:
+    finite, infinite = np.ones(40), np.ones(40)
+    infinite[3] = math.inf
+    for losses, base in ((finite, infinite), (infinite, finite), (infinite, infinite)):
+        value, interval = relative_change(losses, base, np.arange(40) // 10)
+        assert math.isnan(value) and math.isnan(interval.low) and math.isnan(interval.high)
+
+
+def test_change_of_one_cluster_has_no_interval() -> None:
+    value, interval = relative_change(np.full(9, 2.0), np.full(9, 1.0), np.zeros(9, np.int64))
+    assert value == pytest.approx(math.e - 1)
+    assert math.isnan(interval.low) and math.isnan(interval.high)
 
 
 def test_no_difference_is_exactly_zero() -> None:
     losses = np.random.default_rng(0).random(100)
-    interval = PairedBootstrap(np.arange(100) // 10, replicates=100, seed=0).relative_change(losses, losses)
-    assert (interval.low, interval.high) == (0, 0)
+    assert relative_change(losses, losses, np.arange(100) // 10) == (0, Interval(0, 0))
+
+
+def test_effective_number_of_clusters() -> None:
+    assert effective_number(np.array([9] * 8)) == 8
+    assert effective_number(np.array([100, 1, 1])) == pytest.approx(1.04, abs=0.001)
 
 
 def test_interval_holds_the_value_and_keeps_its_bounds() -> None:

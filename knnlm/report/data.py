@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from knnlm.report import numbers
 from knnlm.report.examples import ExampleView, example_view
-from knnlm.report.headline import Headline, make_headline
+from knnlm.report.headline import Headline, make_headline, shown_layer
 from knnlm.report.names import network_order, split
 from knnlm.report.table import COLUMNS, Column, Row, layer_rows
 from knnlm.results import Correlation, EvalResult, Interval, LayerResult, Perplexity
@@ -128,16 +128,16 @@ def make_view(result: EvalResult, *, title: str) -> ReportView:
 
 def _tiles(result: EvalResult) -> Iterable[Tile]:
     yield Tile("Plain LM", numbers.perplexity(result.lm.perplexity), _other_units(result.lm))
-    layers = {layer.layer: layer for layer in result.layers}
-    shown = layers.get(result.selected or "") or layers.get(result.best)
+    shown = shown_layer(result)
     if shown is not None:
-        name = "chosen" if shown.layer == result.selected else "best"
-        yield Tile(f"kNN-LM, {name} layer", numbers.perplexity(shown.perplexity), _other_units(shown))
+        name = {result.best: "best layer", result.selected: "chosen layer"}.get(shown.layer, shown.layer)
+        yield Tile(f"kNN-LM, {name}", numbers.perplexity(shown.perplexity), _other_units(shown))
         interval = _interval_note(shown.interval)
         yield Tile("Change", numbers.percent(shown.change, signed=True), interval)
     if result.regret is not None:
-        interval = _interval_note(result.regret.interval)
-        yield Tile("Regret", numbers.percent(result.regret.value, signed=True), interval)
+        hindsight = f"against hindsight {numbers.percent(result.regret.against_hindsight, signed=True)}"
+        note = ", ".join(filter(None, (_interval_note(result.regret.interval), hindsight)))
+        yield Tile("Regret", numbers.percent(result.regret.value, signed=True), note)
     tuned = f", tuned on {result.tuning_tokens:,}" if result.tuning_tokens else ""
     yield Tile("Keys", f"{result.keys:,}", f"reported on {result.lm.tokens:,} tokens{tuned}")
 

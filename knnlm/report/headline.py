@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from knnlm.report import numbers
@@ -27,12 +28,11 @@ class Headline:
 
 
 def make_headline(result: EvalResult) -> Headline | None:
-    """The sentences about the chosen layer, or about the best one where none was chosen; None without any layer."""
-    layers = {layer.layer: layer for layer in result.layers}
-    shown = layers.get(result.selected or "") or layers.get(result.best)
+    """The sentences about the layer that is shown; None without any layer."""
+    shown = shown_layer(result)
     if shown is None:
         return None
-    verdict, tone = _verdict(result, layers)
+    verdict, tone = _verdict(result, {layer.layer: layer for layer in result.layers})
     return Headline(
         layer=shown.layer,
         verb=_verb(shown),
@@ -47,6 +47,12 @@ def make_headline(result: EvalResult) -> Headline | None:
     )
 
 
+def shown_layer(result: EvalResult) -> LayerResult | None:
+    """The chosen layer, or the best one where none was chosen, or the first where none is best."""
+    layers = {layer.layer: layer for layer in result.layers}
+    return layers.get(result.selected or "") or layers.get(result.best) or next(iter(result.layers), None)
+
+
 def _sentence(text: str | None) -> str:
     """With a full stop, which a reason may come without."""
     return f"{text.rstrip('.')}." if text else ""
@@ -55,23 +61,35 @@ def _sentence(text: str | None) -> str:
 def _verb(layer: LayerResult) -> str:
     if layer.interval.high < 0:
         return "lower"
-    return "raise" if layer.interval.low > 0 else "hardly change"
+    return "raise" if layer.interval.low > 0 or math.isinf(layer.perplexity) else "hardly change"
 
 
 def _verdict(result: EvalResult, layers: dict[str, LayerResult]) -> tuple[str, str]:
     count, best = len(layers), layers.get(result.best)
     if count == 1:
         return "Only this layer was evaluated, so nothing says whether another would do better.", "open"
-    if result.selected not in layers or best is None:
+    if best is None:
+        return f"None of {count} layers has a finite perplexity, so nothing says which is best.", "open"
+    if result.selected not in layers:
         return f"No choice was made; of {count} layers, this one was the best on the tuning text.", "open"
-    if result.selected == result.best:
+    sentence, tone = _judgement(result, layers[result.selected], best, count)
+    return f"{sentence}{_regret(result)}", tone
+
+
+def _judgement(result: EvalResult, chosen: LayerResult, best: LayerResult, count: int) -> tuple[str, str]:
+    if chosen.layer == best.layer:
         return f"The choice was right: of {count} layers, this one was also the best on the tuning text.", "good"
-    chosen = layers[result.selected]
     rival = f"{best.layer}, the best layer on the tuning text, reaches {numbers.perplexity(best.perplexity)}."
     if _within_error(result, chosen):
         return f"The choice was right within the measurement’s error: {rival}", "good"
-    cost = result.regret.value if result.regret else chosen.versus_best
-    return f"The choice was not the best and costs {numbers.percent(cost)}: {rival}", "poor"
+    return f"The choice was not the best: {rival}", "poor"
+
+
+def _regret(result: EvalResult) -> str:
+    if result.regret is None:
+        return ""
+    value, upper = (numbers.percent(end, signed=True) for end in (result.regret.value, result.regret.against_hindsight))
+    return f" Regret {value}; against the best in hindsight {upper}."
 
 
 def _within_error(result: EvalResult, chosen: LayerResult) -> bool:

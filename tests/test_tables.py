@@ -1,0 +1,46 @@
+"""Tables for people: what is unknown is a dash, never nan; both ends of the regret."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from rich.console import Console
+
+from knnlm.results import EvalResult, Interval, Regret, ScoreResult
+from knnlm.tables import choice_lines, eval_table, score_table
+from tests.sample_results import sample_result, sample_scores
+from tests.test_report import infinite_perplexity
+
+
+def shown(result: EvalResult | ScoreResult) -> str:
+    console = Console(width=200, color_system=None)
+    table = eval_table(result) if isinstance(result, EvalResult) else score_table(result)
+    with console.capture() as captured:
+        console.print(table, *choice_lines(result), sep="\n")
+    return captured.get()
+
+
+def test_regret_has_two_ends_in_one_line() -> None:
+    result = replace(sample_result(), regret=Regret(-0.0004, Interval(-0.0073, 0.006), 0.0041))
+    line = "Regret of the choice: -0.04% (95 % interval -0.73% … +0.60%); against the best in hindsight +0.41%.\n"
+    assert line in shown(result)
+
+
+def test_infinite_perplexity_makes_dashes_of_what_depends_on_it() -> None:
+    text = shown(infinite_perplexity())
+    row = next(line for line in text.splitlines() if "7.ffn_input ◀ chosen " in line)
+    assert row.split()[-5:-3] == ["inf", "–"]
+    assert "Regret" not in text
+    assert "best" not in text
+    assert "dispersion – (all, 41 layers)" in text
+    assert "nan" not in text.lower()
+    assert "100" not in row
+
+
+def test_probe_of_a_single_cluster_is_a_dash() -> None:
+    result, scores = sample_result(), sample_scores()
+    layers = tuple(replace(one, score=replace(one.score, probe=math.nan)) for one in result.layers if one.score)
+    assert "nan" not in shown(replace(result, layers=layers, warnings=()))
+    unknown = {"probe": math.nan, "dispersion_segments": math.nan, "dispersion_within": math.nan}
+    assert "nan" not in shown(replace(scores, layers=tuple(replace(one, **unknown) for one in scores.layers)))
