@@ -19,6 +19,7 @@ from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from knnlm.config import EvalConfig, KNNConfig, LayerConfig, PushAway, Settings, TextConfig, TrainConfig
+    from knnlm.correlate import CorrelateConfig, Study, study_correlation
     from knnlm.datastore import Datastore, open_datastore
     from knnlm.errors import (
         DatastoreCorrupt,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         LayerError,
         ModelError,
     )
-    from knnlm.lm import LanguageModel, load_model
+    from knnlm.lm import LanguageModel, load_model, random_model
     from knnlm.model_ranking import ModelGap, Ranking, rank_models
     from knnlm.pipeline import build, evaluate, run, score
     from knnlm.push_away import different_token_distance, distance_between, mean_distance, uniformity
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
     "config": ("EvalConfig", "KNNConfig", "LayerConfig", "PushAway", "Settings", "TextConfig", "TrainConfig"),
+    "correlate": ("CorrelateConfig", "Study", "study_correlation"),
     "datastore": ("Datastore", "open_datastore"),
     "errors": (
         "DatastoreCorrupt",
@@ -70,7 +72,7 @@ _NAMES = {
         "LayerError",
         "ModelError",
     ),
-    "lm": ("LanguageModel", "load_model"),
+    "lm": ("LanguageModel", "load_model", "random_model"),
     "model_ranking": ("ModelGap", "Ranking", "rank_models"),
     "pipeline": ("build", "evaluate", "run", "score"),
     "push_away": ("different_token_distance", "distance_between", "mean_distance", "uniformity"),
@@ -99,6 +101,7 @@ _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names
 
 __all__ = [
     "Choice",
+    "CorrelateConfig",
     "Correlation",
     "Datastore",
     "DatastoreCorrupt",
@@ -127,6 +130,7 @@ __all__ = [
     "Regret",
     "ScoreResult",
     "Settings",
+    "Study",
     "TextConfig",
     "TokenExample",
     "TokenSource",
@@ -142,9 +146,11 @@ __all__ = [
     "load_model",
     "mean_distance",
     "open_datastore",
+    "random_model",
     "rank_models",
     "run",
     "score",
+    "study_correlation",
     "train",
     "uniformity",
 ]
