@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from knnlm.config import LayerConfig
 from knnlm.errors import InputError
 from knnlm.layers import select_layers
-from knnlm.results import Choice, LayerScore
+from knnlm.results import Choice, Interval, LayerScore
 
 SCORES_THAT_CHOOSE = ("dispersion", "probe")
 # Candidates within this share of the most dispersed count as equally dispersed, and depth decides (docs/layers.md).
@@ -24,11 +24,16 @@ def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: 
     return tuple(name for name in looked_at if name in wanted) or tuple(looked_at)
 
 
-def choose(scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequence[str]) -> Choice:
+def choose(
+    scores: Sequence[LayerScore],
+    config: LayerConfig,
+    all_layers: Sequence[str],
+    probe_difference: Callable[[str, str], Interval],
+) -> Choice:
     """Take the named layer, the candidate with the highest probe, or by dispersion (`by_dispersion`).
 
-    `all_layers` are the names of the model, of which the scores may be of a part.
-
+    :param all_layers: the names of the model, of which the scores may be of a part.
+    :param probe_difference: the interval of one layer's probe minus another's, paired (`LayerScorer.probe_difference`).
     :raises LayerError: a named layer or pattern that was not looked at.
     :raises InputError: the probe is to choose, and the text was too short for one.
     """
@@ -39,20 +44,14 @@ def choose(scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequen
         layer = one_layer(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
     allowed = [by_name[name] for name in candidates]
-    dispersed, probed = by_dispersion(allowed), by_probe(allowed)
-    chosen = dispersed if config.select == "dispersion" else probed
+    chosen = by_dispersion(allowed) if config.select == "dispersion" else by_probe(allowed)
     if chosen is None:
         raise InputError(
             "--select probe compares two documents, or runs of 8,192 tokens, but the text has one; "
             "give more text, or take --select dispersion"
         )
-    return Choice(
-        chosen.layer,
-        config.select,
-        candidates,
-        _reason(chosen, allowed, config.select),
-        _disagreement(dispersed, probed, config.select),
-    )
+    reason, disagreement = _reason(chosen, allowed, config.select), _disagreement(chosen, scores, probe_difference)
+    return Choice(chosen.layer, config.select, candidates, reason, disagreement)
 
 
 def by_dispersion(candidates: Sequence[LayerScore]) -> LayerScore:
@@ -97,12 +96,18 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
     )
 
 
-def _disagreement(dispersed: LayerScore, probed: LayerScore | None, select: str) -> str | None:
-    """A sentence where the probe ranks another layer first and their probe intervals do not overlap."""
-    if probed is None or not probed.probe_interval.low > dispersed.probe_interval.high:
+def _disagreement(
+    chosen: LayerScore, looked_at: Sequence[LayerScore], probe_difference: Callable[[str, str], Interval]
+) -> str | None:
+    """A sentence where the probe puts another layer that was looked at, candidate or not, above the chosen one."""
+    probed = by_probe(looked_at)
+    if probed is None or probed is chosen:
         return None
-    other = "probe" if select == "dispersion" else "dispersion"
+    difference = probe_difference(probed.layer, chosen.layer)
+    if difference.low <= 0:
+        return None
     return (
-        f"the scores disagree: dispersion takes {dispersed.layer} (probe {dispersed.probe:.4f}), the retrieval probe "
-        f"takes {probed.layer} (probe {probed.probe:.4f}); --select {other} takes the other"
+        f"the scores disagree: the retrieval probe puts {probed.layer} ({probed.probe:.4f}) above the chosen "
+        f"{chosen.layer} ({chosen.probe:.4f}), interval of the difference {difference.low:.4f} to "
+        f"{difference.high:.4f}; --select {probed.layer} takes it"
     )

@@ -116,7 +116,9 @@ def _named_layers(job: Job) -> tuple[str, ...]:
 
 
 def _choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | None:
-    """The scores of the candidates on a sample that ends when the choice is clear; None where layers are named.
+    """The scores of all layers on a sample that ends when the choice is clear; None where layers are named.
+
+    Of all, not of the candidates alone, so that the probe can tell of a better layer elsewhere.
 
     :param total: about how many tokens the text has; the sample is spread over them.
     """
@@ -124,11 +126,7 @@ def _choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult |
     if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
         return None
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
-    sample = replace(
-        settings,
-        text=replace(settings.text, max_tokens=tokens),
-        layers=replace(layers, layers=layers.candidates),
-    )
+    sample = replace(settings, text=replace(settings.text, max_tokens=tokens))
     stop_early, every = layers.select == "dispersion", max(1, (total or 0) // tokens)
     sampled = score(job.lm, text, settings=sample, stop_early=stop_early, every=every, progress=job.progress)
     job.progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
@@ -291,7 +289,7 @@ def _score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stoppe
         scores = scorer.scores(advance)
     return ScoreResult(
         layers=scores,
-        choice=choose(scores, settings.layers, lm.layer_names),
+        choice=choose(scores, settings.layers, lm.layer_names, scorer.probe_difference),
         tokens=scorer.tokens,
         segments=scorer.segments,
         documents=collected.documents,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,8 +32,10 @@ class Probe:
 
     value: float
     interval: Interval
-    queries: int
-    """Queries that had a key in another cluster."""
+    rate_Q: Float64 = field(compare=False, repr=False)
+    """The share of each query that had a key in another cluster."""
+    cluster_Q: Int64 = field(compare=False, repr=False)
+    """Those queries' clusters; the same for all layers of a sample."""
 
 
 def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
@@ -125,7 +127,9 @@ def retrieval_probe(
     keys_MD, token_M, group_M = _centred(_checked(sample_MD))[order_M], next_token_M[order_M], cluster_M[order_M]
     rate_Q = np.concatenate(list(_agreement(keys_MD, token_M, group_M, neighbors, min(queries, len(keys_MD)))))
     counts_Q = ~np.isnan(rate_Q)
-    return _probe(rate_Q[counts_Q], group_M[: len(rate_Q)][counts_Q])
+    rate_Q, cluster_Q = rate_Q[counts_Q], group_M[: len(rate_Q)][counts_Q]
+    value, interval = _mean_over_clusters(rate_Q, cluster_Q, bounds=(0.0, 1.0))
+    return Probe(value, interval, rate_Q, cluster_Q)
 
 
 def _half_distances(keys_MD: Float64, queries: int) -> Iterator[tuple[slice, Float64]]:
@@ -168,17 +172,29 @@ def _two_nearest(keys_MD: Float64, queries: int) -> Iterator[Float64]:
         yield np.sort(np.vecdot(difference_Q2D, difference_Q2D), axis=1)
 
 
-def _probe(rate_Q: Float64, cluster_Q: Int64) -> Probe:
-    """Mean of the queries' rates with its interval."""
-    if not len(rate_Q):
-        return Probe(math.nan, Interval(0.0, 1.0), 0)
+def probe_difference(a: Probe, b: Probe, *, comparisons: int = 1) -> Interval:
+    """95 % interval of a.value - b.value for two layers of one sample: paired, as both have the same queries.
+
+    Far narrower than the two intervals of their own, which mostly tell how texts differ.
+
+    :param comparisons: from how many differences this one is picked; their intervals then hold together (Bonferroni).
+    """
+    return _mean_over_clusters(a.rate_Q - b.rate_Q, a.cluster_Q, bounds=(-1.0, 1.0), comparisons=comparisons)[1]
+
+
+def _mean_over_clusters(
+    value_Q: Float64, cluster_Q: Int64, *, bounds: tuple[float, float], comparisons: int = 1
+) -> tuple[float, Interval]:
+    """Mean with its interval by a jackknife over clusters; NaN and all that is possible without values."""
+    if not len(value_Q):
+        return math.nan, Interval(*bounds)
     _, cluster_Q = np.unique(cluster_Q, return_inverse=True)
-    sum_C = np.bincount(cluster_Q, weights=rate_Q)
+    sum_C = np.bincount(cluster_Q, weights=value_Q)
     count_C = np.bincount(cluster_Q)
-    total, count = float(sum_C.sum()), len(rate_Q)
+    total, count = float(sum_C.sum()), len(value_Q)
     with np.errstate(invalid="ignore"):
         without_C = (total - sum_C) / (count - count_C)
-    return Probe(total / count, jackknife_interval(total / count, without_C, bounds=(0.0, 1.0)), count)
+    return total / count, jackknife_interval(total / count, without_C, bounds=bounds, comparisons=comparisons)
 
 
 def _checked(sample_MD: NDArray[np.floating]) -> Float64:

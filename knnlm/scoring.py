@@ -14,7 +14,7 @@ from knnlm.dispersion import DispersionScorer, Span
 from knnlm.progress import Advance, ignore
 from knnlm.results import Interval, LayerScore
 from knnlm.sample import LayerSample, SamplePlan, SampleUpdate
-from knnlm.scores import effective_rank, retrieval_probe, standardized_dispersion
+from knnlm.scores import Probe, effective_rank, probe_difference, retrieval_probe, standardized_dispersion
 
 # Sampled vectors are kept for all layers at once: 8,192 are enough for the probe, and this many bytes are the limit.
 SAMPLE_CAPACITY = 8192
@@ -31,6 +31,7 @@ class LayerScorer:
         self._samples = {name: LayerSample(self._plan, dim) for name, dim in dims.items()}
         self._spans: Sequence[Span] = ()
         self._update: SampleUpdate | None = None
+        self._probes: dict[str, Probe] = {}
         self._seed = seed
         self.tokens = 0
         self.segments = 0
@@ -64,9 +65,18 @@ class LayerScorer:
             advance(len(scores), len(self._dispersion))
         return tuple(scores)
 
+    def probe_difference(self, one: str, other: str) -> Interval:
+        """How much higher one layer's probe is than another's, with the interval widened for all layers looked at.
+
+        For after `scores`.
+        """
+        comparisons = max(1, len(self._probes) - 1)
+        return probe_difference(self._probes[one], self._probes[other], comparisons=comparisons)
+
     def _score(self, name: str) -> LayerScore:
         result, sample = self._dispersion[name].result(), self._samples[name].sample()
         probe = retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self._seed)
+        self._probes[name] = probe
         return LayerScore(
             layer=name,
             dispersion=result.pooled,

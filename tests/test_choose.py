@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 
-from knnlm.choose import candidate_layers, choose
+from knnlm.choose import candidate_layers
+from knnlm.choose import choose as choose_by
 from knnlm.config import LayerConfig
 from knnlm.errors import InputError, LayerError
 from knnlm.layers import PARTS
-from knnlm.results import Interval, LayerScore
+from knnlm.results import Choice, Interval, LayerScore
 
+APART, TOGETHER = Interval(0.01, 0.03), Interval(-0.01, 0.03)
 NAMES = (*(f"{block}.{part}" for block in range(4) for part in PARTS), "final_norm")
 
 
 def score(layer: str, dispersion: float, probe: float, width: float = 0.01) -> LayerScore:
     interval, probe_interval = (Interval(value - width, value + width) for value in (dispersion, probe))
     return LayerScore(layer, dispersion, interval, 0.5, 0.5, 0.5, 10.0, probe, probe_interval)
+
+
+def choose(
+    scores: list[LayerScore], config: LayerConfig, names: Sequence[str], difference: Interval = TOGETHER
+) -> Choice:
+    """With probes that differ by the given interval, whatever the two layers are."""
+    return choose_by(scores, config, names, lambda one, other: difference)
 
 
 def test_default_candidates_are_ffn_input_of_the_upper_half() -> None:
@@ -63,16 +73,28 @@ def test_probe_chooses_when_asked() -> None:
     assert (choice.layer, choice.select) == ("2.ffn_input", "probe")
 
 
-def test_disagreement_beyond_the_intervals_names_both_and_the_way_out() -> None:
+def test_a_probe_that_is_higher_beyond_doubt_is_told_with_the_way_out() -> None:
+    """Also of a layer that is no candidate: in a model hardly trained the first block may be the better key."""
+    scores = [score("0.attn_input", 0.9, 0.4), score("2.ffn_input", 0.6, 0.2), score("3.ffn_input", 0.7, 0.3)]
+    choice = choose(scores, LayerConfig(), NAMES, APART)
+    assert choice.layer == "3.ffn_input"
+    assert choice.disagreement == (
+        "the scores disagree: the retrieval probe puts 0.attn_input (0.4000) above the chosen 3.ffn_input (0.3000), "
+        "interval of the difference 0.0100 to 0.0300; --select 0.attn_input takes it"
+    )
+
+
+def test_the_difference_is_that_of_the_highest_probe_and_the_chosen_layer() -> None:
+    asked = []
     scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
-    sentence = choose(scores, LayerConfig(), NAMES).disagreement
-    assert sentence is not None
-    assert all(part in sentence for part in ("2.ffn_input", "3.ffn_input", "--select probe"))
+    choose_by(scores, LayerConfig(), NAMES, lambda one, other: asked.append((one, other)) or TOGETHER)
+    assert asked == [("2.ffn_input", "3.ffn_input")]
 
 
-def test_disagreement_within_the_intervals_is_not_told() -> None:
-    scores = [score("2.ffn_input", 0.6, 0.4, width=0.06), score("3.ffn_input", 0.7, 0.3, width=0.06)]
-    assert choose(scores, LayerConfig(), NAMES).disagreement is None
+def test_no_disagreement_within_the_interval_or_where_the_chosen_has_the_highest_probe() -> None:
+    scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
+    assert choose(scores, LayerConfig(), NAMES, TOGETHER).disagreement is None
+    assert choose(scores, LayerConfig(select="probe"), NAMES, APART).disagreement is None
 
 
 def test_a_named_layer_is_taken() -> None:

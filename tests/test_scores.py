@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from knnlm.scores import (
     effective_rank,
     intrinsic_dimension,
     participation_ratio,
+    probe_difference,
     retrieval_probe,
     standardized_dispersion,
 )
@@ -181,7 +183,7 @@ def test_probe_equals_brute_force(rows, neighbors):
     vectors, tokens, clusters = text_like(rows, 10)
     probe = retrieval_probe(vectors, tokens, clusters, neighbors=neighbors, queries=rows, seed=5)
     assert probe.value == pytest.approx(np.mean(slow_probe(vectors, tokens, clusters, neighbors)), abs=1e-12)
-    assert probe.queries == rows
+    assert len(probe.rate_Q) == rows
     assert 0 <= probe.interval.low <= probe.value <= probe.interval.high <= 1
 
 
@@ -206,7 +208,7 @@ def test_probe_of_one_cluster_knows_nothing():
     vectors, tokens, _ = text_like(50, 4)
     probe = retrieval_probe(vectors, tokens, np.zeros(50, dtype=np.int64), seed=0)
     assert math.isnan(probe.value)
-    assert (probe.interval, probe.queries) == (Interval(0, 1), 0)
+    assert (probe.interval, len(probe.rate_Q)) == (Interval(0, 1), 0)
 
 
 def test_probe_draws_its_queries_by_the_seed():
@@ -214,7 +216,7 @@ def test_probe_draws_its_queries_by_the_seed():
     first, again, other = (retrieval_probe(vectors, tokens, clusters, queries=100, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first.value != other.value
-    assert first.queries == 100
+    assert len(first.rate_Q) == 100
     everything = np.mean(slow_probe(vectors, tokens, clusters, 8))
     assert abs(first.value - everything) < 0.15
 
@@ -236,8 +238,22 @@ def test_probe_interval_is_the_jackknife_over_clusters():
     without = np.array([rates[clusters % 3 != cluster].mean() for cluster in range(3)])
     error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
     centre = 3 * rates.mean() - 2 * without.mean()
-    assert probe.interval.low == pytest.approx(max(0, centre - 4.3027 * error), abs=1e-9)
-    assert probe.interval.high == pytest.approx(min(1, centre + 4.3027 * error), abs=1e-9)
+    assert probe.interval.low == pytest.approx(max(0, centre - 4.302652729749 * error), abs=1e-9)
+    assert probe.interval.high == pytest.approx(min(1, centre + 4.302652729749 * error), abs=1e-9)
+
+
+def test_probe_difference_is_paired():
+    """Query by query, by clusters; 12 comparisons widen it (Bonferroni: t at 2 degrees, 0.05 / 12)."""
+    one, other = (retrieval_probe(*text_like(60, 5, noise=noise), seed=0) for noise in (0.7, 1.0))
+    one, other = (replace(probe, cluster_Q=probe.cluster_Q % 3) for probe in (one, other))
+    rates = one.rate_Q - other.rate_Q
+    without = np.array([rates[one.cluster_Q != cluster].mean() for cluster in range(3)])
+    error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
+    centre = 3 * rates.mean() - 2 * without.mean()
+    for comparisons, quantile in ((1, 4.302652729749), (12, 15.4435)):
+        found = probe_difference(one, other, comparisons=comparisons)
+        assert found.low == pytest.approx(max(-1, centre - quantile * error), abs=1e-5)
+        assert found.high == pytest.approx(min(1, centre + quantile * error), abs=1e-5)
 
 
 def test_probe_ranks_layers_that_know_more():
