@@ -5,7 +5,8 @@ Legend: B windows of a batch, T positions, D dimension, N counted positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,44 +40,6 @@ class Collected:
     documents_N: NDArray[np.int64] | None = None
 
 
-class _Clusters:
-    """Numbers the runs of text, in the order in which windows come."""
-
-    def __init__(self) -> None:
-        self._document, self._tokens, self._number = -1, 0, -1
-
-    def of(self, window: Window) -> int:
-        if window.document != self._document or self._tokens >= CLUSTER_TOKENS:
-            self._document, self._tokens, self._number = window.document, 0, self._number + 1
-        self._tokens += len(window.targets) - window.first
-        return self._number
-
-
-class _Targets:
-    """Keeps the plain LM's log-probability of every counted target, with its document."""
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self._lm = lm
-        self._final_BTD = torch.empty(0)
-        self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]] = []
-
-    def hold(self, final_BTD: Tensor) -> None:
-        """Keep the final vectors until the forward pass is over: the head must not run inside its own hook."""
-        self._final_BTD = final_BTD
-
-    def add(self, spans: Sequence[Span], batch: Batch) -> None:
-        """Score the targets of the batch that was held."""
-        for span, window in zip(spans, batch.windows, strict=True):
-            targets = window.targets[span.first : span.last]
-            final_ND = self._final_BTD[span.row, span.first : span.last]
-            log_probs = self._lm.target_log_probs(final_ND, torch.from_numpy(targets.astype(np.int64)))
-            self._parts.append((targets, log_probs.cpu().numpy(), np.full(len(targets), window.document)))
-
-    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]:
-        targets, log_probs, documents = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        return targets, log_probs, documents
-
-
 def collect(
     lm: LanguageModel,
     documents: Iterable[TokenDocument],
@@ -99,23 +62,13 @@ def collect(
     :raises InputError: no document has two tokens.
     """
     fingerprint, clusters, targets = Fingerprint(), _Clusters(), _Targets(lm) if log_probs else None
+    sinks = _sinks(layers, scorer, writer, targets)
     needed = tuple(dict.fromkeys([*layers, *([FINAL] if log_probs else [])]))
-    tokens, last_document = 0, -1
+    tokens = last_document = 0
     for batch in batches(windows(_fingerprinted(documents, fingerprint), config), batch_tokens):
-        spans = [
-            Span(row, window.first, len(window.targets), clusters.of(window))
-            for row, window in enumerate(batch.windows)
-        ]
-        if writer is not None:
-            _append_values(writer, batch, last_document)
-        if scorer is not None:
-            scorer.begin_batch(spans, [window.targets[window.first :] for window in batch.windows])
-        receive = _receiver(layers, batch, spans, scorer, writer, targets)
-        _forward(lm, batch, needed, receive)
-        if targets is not None:
-            targets.add(spans, batch)
-        last_document = batch.windows[-1].document
-        tokens += sum(span.last - span.first for span in spans)
+        spans = clusters.spans(batch)
+        _pass_on(lm, batch, spans, needed, sinks)
+        tokens, last_document = tokens + sum(span.last - span.first for span in spans), batch.windows[-1].document
         advance(tokens, None)
         if stop is not None and scorer is not None and stop(scorer):
             break
@@ -131,66 +84,151 @@ def _fingerprinted(documents: Iterable[TokenDocument], fingerprint: Fingerprint)
         yield document
 
 
-def _append_values(writer: DatastoreWriter, batch: Batch, last_document: int) -> None:
-    for window in batch.windows:
-        if window.document != last_document:
-            writer.begin_document(int(window.inputs[0]), window.source, window.number)
-            last_document = window.document
-        writer.append_values(window.targets[window.first :])
+class _Clusters:
+    """Numbers the runs of text, in the order in which windows come."""
+
+    def __init__(self) -> None:
+        self._document, self._tokens, self._number = -1, 0, -1
+
+    def spans(self, batch: Batch) -> list[Span]:
+        """The positions of each window that count, and the run that they lie in."""
+        return [
+            Span(row, window.first, len(window.targets), self._of(window)) for row, window in enumerate(batch.windows)
+        ]
+
+    def _of(self, window: Window) -> int:
+        if window.document != self._document or self._tokens >= CLUSTER_TOKENS:
+            self._document, self._tokens, self._number = window.document, 0, self._number + 1
+        self._tokens += len(window.targets) - window.first
+        return self._number
 
 
-def _receiver(
-    layers: Sequence[str],
-    batch: Batch,
-    spans: Sequence[Span],
-    scorer: LayerScorer | None,
-    writer: DatastoreWriter | None,
-    targets: _Targets | None,
-) -> Callable[[str, Tensor], None]:
+class _Sink(ABC):
+    """Is told of a batch, is given its layers' vectors one after the other, and is told that these were all."""
+
+    windows: Sequence[Window] = ()
+    spans: Sequence[Span] = ()
+
+    def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
+        self.windows, self.spans = batch.windows, spans
+
+    @abstractmethod
+    def receive(self, name: str, vectors_BTD: Tensor) -> None: ...
+
+    def end(self) -> None:
+        self.windows = self.spans = ()
+
+
+class _Check(_Sink):
+    """Looks for NaN and infinite values where no scorer meets them in its sums."""
+
+    def __init__(self, but: Collection[str]) -> None:
+        self._but = but
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        # What enters the head is checked though no layer asked for: NaN there would be the LM's perplexity.
+        if name in self._but:
+            return
+        for span in self.spans:
+            vectors_1TD = vectors_BTD[span.row : span.row + 1, span.first : span.last]
+            if not torch.isfinite(vectors_1TD.sum()) and (place := first_nonfinite(vectors_1TD)):
+                raise NonFinite(span.row, span.first + place[1])
+
+
+class _Score(_Sink):
+    """Passes wanted layers on to the scorer."""
+
+    def __init__(self, layers: Collection[str], scorer: LayerScorer) -> None:
+        self._layers, self._scorer = layers, scorer
+
+    def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
+        self._scorer.begin_batch(spans, [window.targets[window.first :] for window in batch.windows])
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        if name in self._layers:
+            self._scorer.receive(name, vectors_BTD)
+
+
+class _Store(_Sink):
+    """Writes values, and the keys of wanted layers."""
+
+    def __init__(self, layers: Collection[str], writer: DatastoreWriter) -> None:
+        self._layers, self._writer = layers, writer
+        self._document = -1
+
+    def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
+        super().begin(batch, spans)
+        for window in batch.windows:
+            if window.document != self._document:
+                self._writer.begin_document(int(window.inputs[0]), window.source, window.number)
+                self._document = window.document
+            self._writer.append_values(window.targets[window.first :])
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        if name in self._layers:
+            rows = [vectors_BTD[span.row, span.first : span.last] for span in self.spans]
+            self._writer.append_keys(name, torch.cat(rows).float().cpu().numpy())
+
+
+class _Targets(_Sink):
+    """Keeps the plain LM's log-probability of every counted target, with its document."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._final_BTD = torch.empty(0)
+        self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]] = []
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        if name == FINAL:  # held until the forward pass is over: the head must not run inside its own hook
+            self._final_BTD = vectors_BTD
+
+    def end(self) -> None:
+        for span, window in zip(self.spans, self.windows, strict=True):
+            targets = window.targets[span.first : span.last]
+            final_ND = self._final_BTD[span.row, span.first : span.last]
+            log_probs = self._lm.target_log_probs(final_ND, torch.from_numpy(targets.astype(np.int64)))
+            self._parts.append((targets, log_probs.cpu().numpy(), np.full(len(targets), window.document)))
+
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]:
+        targets, log_probs, documents = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        return targets, log_probs, documents
+
+
+def _sinks(
+    layers: Sequence[str], scorer: LayerScorer | None, writer: DatastoreWriter | None, targets: _Targets | None
+) -> tuple[_Sink, ...]:
+    """Those that are wanted; checking and scoring come first, so that no bad vector is stored."""
     wanted = frozenset(layers)
+    return (
+        _Check(but=wanted if scorer else ()),
+        *([_Score(wanted, scorer)] if scorer else []),
+        *([_Store(wanted, writer)] if writer else []),
+        *([targets] if targets else []),
+    )
+
+
+def _pass_on(
+    lm: LanguageModel, batch: Batch, spans: Sequence[Span], layers: Sequence[str], sinks: Sequence[_Sink]
+) -> None:
+    """One forward pass, whose vectors go to every sink."""
 
     def receive(name: str, vectors_BTD: Tensor) -> None:
-        # What enters the head is checked though no layer asked for: NaN there would be the LM's perplexity.
-        _score_or_check(name, vectors_BTD, batch, spans, scorer if name in wanted else None)
-        if writer is not None and name in wanted:
-            writer.append_keys(name, _counted(vectors_BTD, spans))
-        if targets is not None and name == FINAL:
-            targets.hold(vectors_BTD)
+        try:
+            for sink in sinks:
+                sink.receive(name, vectors_BTD)
+        except BadVector as error:
+            raise _located(error, name, batch) from None
 
-    return receive
-
-
-def _score_or_check(
-    name: str, vectors_BTD: Tensor, batch: Batch, spans: Sequence[Span], scorer: LayerScorer | None
-) -> None:
-    """Refuse NaN and infinite values: the scorer meets them in its sums, without one they are looked for."""
-    try:
-        if scorer is not None:
-            scorer.receive(name, vectors_BTD)
-        else:
-            _check_finite(vectors_BTD, spans)
-    except BadVector as error:
-        window = batch.windows[error.row]
-        raise ModelError(
-            f"layer {name} gives a vector that {error.fault}, at token {window.start + error.position} of "
-            f"{window.source}, document {window.number}; try --dtype float32, or leave the layer out with --layers"
-        ) from None
+    for sink in sinks:
+        sink.begin(batch, spans)
+    lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, receive)
+    for sink in sinks:
+        sink.end()
 
 
-def _check_finite(vectors_BTD: Tensor, spans: Sequence[Span]) -> None:
-    for span in spans:
-        vectors_1TD = vectors_BTD[span.row : span.row + 1, span.first : span.last]
-        if not torch.isfinite(vectors_1TD.sum()) and (place := first_nonfinite(vectors_1TD)):
-            raise NonFinite(span.row, span.first + place[1])
-
-
-def _counted(vectors_BTD: Tensor, spans: Sequence[Span]) -> NDArray[np.float32]:
-    """The counted positions' vectors in one new float32 array [N, D]."""
-    rows = [vectors_BTD[span.row, span.first : span.last] for span in spans]
-    keys: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy()
-    return keys
-
-
-def _forward(lm: LanguageModel, batch: Batch, layers: Sequence[str], receive: Callable[[str, Tensor], None]) -> None:
-    tokens_BT, lengths_B = torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B)
-    lm.forward(tokens_BT, lengths_B, layers, receive)
+def _located(error: BadVector, layer: str, batch: Batch) -> ModelError:
+    window = batch.windows[error.row]
+    return ModelError(
+        f"layer {layer} gives a vector that {error.fault}, at token {window.start + error.position} of "
+        f"{window.source}, document {window.number}; try --dtype float32, or leave the layer out with --layers"
+    )
