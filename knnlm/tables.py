@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from knnlm.results import EvalResult, Interval, LayerResult, LayerScore, ScoreResult
+from knnlm.results import Correlation, EvalResult, Interval, LayerResult, LayerScore, ScoreResult
 
 UNKNOWN = "–"
+# Scores as the table of scores names them.
+SCORE_NAMES = {
+    "dispersion_within": "within",
+    "dispersion_segments": "segments",
+    "dispersion_standardized": "standardised",
+    "effective_rank": "eff. rank",
+}
 
 
 def score_table(result: ScoreResult) -> Table:
@@ -90,15 +98,18 @@ def _verdict_lines(result: EvalResult) -> Iterator[Text]:
         yield Text(
             f"Regret of the choice: {told}; against the best in hindsight {result.regret.against_hindsight:+.2%}."
         )
-    found = [one for one in result.correlations if one.score in ("dispersion", "probe")]
-    if found:
-        told = ", ".join(
-            f"{one.score} {_known(one.spearman, '+.2f')} ({one.among}, {one.layers} layers)" for one in found
-        )
-        yield Text(f"Rank correlation with perplexity: {told}.")
+    yield from _correlation_lines(result.correlations)
     if result.index:
         one = result.index
         with_it = f", perplexity {one.perplexity:.3f} with it" if one.perplexity else ""
         yield Text(f"Index of {one.layer}: {one.spec}, recall@{one.recall_k} {one.recall:.4f}{with_it}.")
     for warning in result.warnings:
         yield Text(f"Warning: {warning}.", style="yellow")
+
+
+def _correlation_lines(correlations: Sequence[Correlation]) -> Iterator[Text]:
+    """Every score, a line for each group of layers."""
+    for (among, layers), group in groupby(correlations, key=lambda one: (one.among, one.layers)):
+        told = ", ".join(f"{SCORE_NAMES.get(one.score, one.score)} {_known(one.spearman, '+.2f')}" for one in group)
+        over = f"{among} {layers} layers" if among == "all" else f"{layers} {among}"
+        yield Text(f"Rank correlation with perplexity over {over}: {told}.")

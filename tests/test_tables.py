@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from knnlm.results import EvalResult, Interval, Regret, ScoreResult
+from knnlm.results import Correlation, EvalResult, Interval, Regret, ScoreResult
 from knnlm.tables import choice_lines, eval_table, score_table
 from tests.sample_results import sample_result, sample_scores
 from tests.test_report import infinite_perplexity
@@ -33,9 +33,26 @@ def test_infinite_perplexity_makes_dashes_of_what_depends_on_it() -> None:
     assert row.split()[-5:-3] == ["inf", "–"]
     assert "Regret" not in text
     assert "best" not in text
-    assert "dispersion – (all, 41 layers)" in text
+    assert "over all 41 layers: dispersion –, " in text
     assert "nan" not in text.lower()
     assert "100" not in row
+
+
+def test_correlation_of_every_score_is_shown() -> None:
+    """A line for all layers, one for the candidates."""
+    scores = ("dispersion", "dispersion_within", "dispersion_segments", "dispersion_standardized", "effective_rank")
+    groups = (("all", 9, 0.0), ("candidates", 4, 0.5))
+    found = [
+        Correlation(score, place / 10 - more, layers, among)
+        for among, layers, more in groups
+        for place, score in enumerate((*scores, "probe"))
+    ]
+    text = shown(replace(sample_result(), correlations=tuple(found)))
+    said = "dispersion {}, within {}, segments {}, standardised {}, eff. rank {}, probe {}."
+    first = said.format("+0.00", "+0.10", "+0.20", "+0.30", "+0.40", "+0.50")
+    second = said.format("-0.50", "-0.40", "-0.30", "-0.20", "-0.10", "+0.00")
+    assert f"Rank correlation with perplexity over all 9 layers: {first}\n" in text
+    assert f"Rank correlation with perplexity over 4 candidates: {second}\n" in text
 
 
 def test_probe_of_a_single_cluster_is_a_dash() -> None:
