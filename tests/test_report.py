@@ -29,7 +29,15 @@ from tests.source_files import ROOT
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(36.414, "36.41"), (458.66, "458.7"), (12_345.6, "12,346"), (math.inf, "∞"), (math.nan, "–"), (-1.5, "−1.50")],
+    [
+        (36.414, "36.41"),
+        (458.66, "458.7"),
+        (12_345.6, "12,346"),
+        (math.inf, "∞"),
+        (math.nan, "–"),
+        (-1.5, "−1.50"),
+        (3.7528e26, "3.75e+26"),
+    ],
 )
 def test_perplexity_has_about_four_digits(value, text):
     assert numbers.perplexity(value) == text

@@ -25,7 +25,9 @@ def decimal(value: float, places: int = 2, *, signed: bool = False) -> str:
 
 
 def perplexity(value: float) -> str:
-    """About four digits: `36.41`, `458.7`, `12,345`."""
+    """About four digits: `36.41`, `458.7`, `12,345`; `3.75e+26` for what a word of a text without spaces gives."""
+    if 1e9 <= value < math.inf:
+        return significant(value)
     return decimal(value, 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0)
 
 
