@@ -60,15 +60,18 @@ def _layer(one: LayerCorrelation) -> dict[str, Any]:
         "part": part,
         "depth": one.depth,
         "within": one.within,
-        "ungrouped": _estimate(one.ungrouped),
-        "grouped": _estimate(one.grouped),
-        "across": {"grouped": _estimate(one.across)},
-        "final_token": {"ungrouped": _estimate(one.final_ungrouped), "grouped": _estimate(one.final_grouped)},
+        "ungrouped": correlation_fields(one.ungrouped),
+        "grouped": correlation_fields(one.grouped),
+        "across": {"grouped": correlation_fields(one.across)},
+        "final_token": {
+            "ungrouped": correlation_fields(one.final_ungrouped),
+            "grouped": correlation_fields(one.final_grouped),
+        },
     }
 
 
-def _estimate(estimate: CorrelationEstimate) -> dict[str, Any]:
-    """`interval` is Pearson's."""
+def correlation_fields(estimate: CorrelationEstimate) -> dict[str, Any]:
+    """A correlation; `interval` is Pearson's. NaN becomes null."""
     return {
         "pearson": _number(estimate.pearson),
         "spearman": _number(estimate.spearman),

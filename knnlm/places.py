@@ -19,14 +19,14 @@ def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
     _check_writable(Path(path), "--out")
 
 
-def check_new_file(path: str | Path, *, overwrite: bool = False) -> None:
-    """:raises InputError: before any work, that the file is there already or cannot be written."""
+def check_new_file(path: str | Path, *, option: str = "--out", overwrite: bool = False) -> None:
+    """:raises InputError: before any work, that the file is there already or cannot be written; names the option."""
     file = Path(path)
     if file.is_dir():
-        raise InputError(f"--out {file} is a folder; name a file for the scores, such as {file / 'scores.json'}")
+        raise InputError(f"{option} {file} is a folder; name a file for the scores, such as {file / 'scores.json'}")
     if file.exists() and not overwrite:
-        raise InputError(f"--out {file} exists; choose another --out, or add --overwrite")
-    _check_writable(file, "--out")
+        raise InputError(f"{option} {file} exists; choose another {option}, or add --overwrite")
+    _check_writable(file, option)
 
 
 def check_report_folder(path: str | Path) -> None:

@@ -16,16 +16,17 @@ from tests.source_files import ROOT, imports, modules, syntax, tracked_files
 # A module of knnlm/ sees modules of its own line and of the lines above it, never of those below.
 LEVELS = (
     {"version", "errors"},
-    {"config", "results", "progress", "storage", "npy", "textfiles", "parquet"},
+    {"config", "results", "progress", "storage", "places", "npy", "textfiles", "parquet"},
     {"layers", "head", "hardware", "encoding", "fingerprint", "push_away"},
     {"windows", "corpus", "overlap", "statistics", "probability"},
-    {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
+    {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer", "questions"},
     {"lm", "trainer", "output_matrix", "token_sets", "scoring", "choose", "search"},
-    {"collect", "plan", "job", "indexing", "vectors", "model_ranking", "training_text"},
-    {"parts", "segments", "clusters"},
-    {"evaluation"},
+    {"queries", "choice_scoring", "slice_statistics"},
+    {"collect", "plan", "job", "indexing", "vectors", "training_text", "model_ranking"},
+    {"parts", "segments", "clusters", "items"},
+    {"evaluation", "slices"},
     {"examples"},
-    {"pipeline", "training", "correlate", "correlate_document", "tables", "screen"},
+    {"pipeline", "correlate", "correlate_document", "slices_document", "training", "tables", "screen"},
     {"cli"},
     {"__main__"},
 )
@@ -144,7 +145,7 @@ def test_loaded_by_sees_a_heavy_library():
 
 
 @pytest.mark.parametrize(
-    "module", ["knnlm", "index", "knnlm.report.data", "knnlm.errors", "knnlm.config", "knnlm.results"]
+    "module", ["knnlm", "index", "knnlm.report.data", "knnlm.errors", "knnlm.config", "knnlm.places", "knnlm.results"]
 )
 def test_import_loads_nothing_heavy(module):
     assert loaded_by(f"import {module}") == set()

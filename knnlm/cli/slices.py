@@ -1,0 +1,203 @@
+"""The verb `slices`: how hard is this set, without labels?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knnlm.cli import options
+from knnlm.cli.shared import load
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from knnlm.slice_statistics import Estimate
+    from knnlm.slices import SetSlices, SliceConfig
+
+Questions = Annotated[
+    list[str] | None,
+    typer.Option("--questions", help="Questions with choices: .jsonl files or hf:NAME/CONFIG:SPLIT; one or more."),
+]
+Cloze = Annotated[
+    list[str] | None, typer.Option("--cloze", help="Text given like --text: is its next token the most likely one?")
+]
+Layers = Annotated[
+    str | None, typer.Option("--layers", help="Layers whose vectors are looked at; final_norm when not given.")
+]
+SliceSize = Annotated[int, typer.Option("--slice-size", help="Items of a slice; fewer where a set has too few.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Draws of each slice.")]
+Tail = Annotated[int | None, typer.Option("--tail", help="Items of lowest dispersion to write for each set.")]
+TailOut = Annotated[Path | None, typer.Option("--tail-out", help="JSON Lines file to write them to.")]
+Context = Annotated[
+    int | None, typer.Option("--context", help="Tokens before the one that a cloze item asks for; 128 when not given.")
+]
+MaxSegments = Annotated[
+    int, typer.Option("--max-segments", help="Cloze items of a text, drawn at random where it has more.")
+]
+Report = Annotated[Path | None, typer.Option("--report", help="Write slices.json and slices.html here.")]
+
+
+def slices(
+    model: options.Model,
+    questions: Questions = None,
+    cloze: Cloze = None,
+    layers: Layers = None,
+    slice_size: SliceSize = 100,
+    seeds: Seeds = 10,
+    tail: Tail = None,
+    tail_out: TailOut = None,
+    context: Context = None,
+    max_segments: MaxSegments = 100_000,
+    text_field: options.TextField = "text",
+    report: Report = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    overwrite: options.Overwrite = False,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """How hard is this set? Dispersion of its prompts, by itself and against the right answers where they are known.
+
+    Example: knnlm slices --model gpt2 --questions hf:allenai/ai2_arc/ARC-Easy:test --cloze nursing.jsonl
+    """
+    config = _config(locals())
+    from knnlm.plan import versions
+    from knnlm.slices import measure_slices
+    from knnlm.slices_document import slices_document
+
+    screen = Screen(json)
+    questions, cloze = questions or [], cloze or []
+    _check_places(tail, tail_out, report, overwrite)
+    _check_sets(questions, cloze)
+    _check_model(model, config, trust_remote_code)
+    lm = load(model, dtype, device, trust_remote_code, screen)
+    result = measure_slices(lm, questions, cloze=cloze, config=config, progress=screen)
+    settings = asdict(config) | {"model": model, "questions": questions, "cloze": cloze, "dtype": dtype}
+    document = slices_document(result, model=lm.name, settings=settings, versions=versions())
+    _show(result.sets, screen)
+    screen.result(document)
+    if tail_out is not None:
+        _write_tail(result.sets, tail_out)
+        screen.say(f"Items of lowest dispersion: {tail_out}")
+    if report is not None:
+        from knnlm.report.slices import write_slices
+
+        report.mkdir(parents=True, exist_ok=True)
+        screen.say(f"Report: {write_slices(document, report)}")
+
+
+def _config(given: dict[str, Any]) -> SliceConfig:
+    """The options that are settings; what is None keeps the default."""
+    from knnlm.slices import SliceConfig
+
+    names = ("layers", "slice_size", "seeds", "tail", "context", "max_segments", "text_field", "seed")
+    return SliceConfig(**{name: given[name] for name in names if given[name] is not None})
+
+
+def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, overwrite: bool) -> None:
+    """Find out before any work whether the files can be written."""
+    from knnlm.errors import InputError
+    from knnlm.places import check_new_file, check_report_folder
+
+    if (tail is None) != (tail_out is None):
+        raise InputError("--tail N and --tail-out FILE go together: how many items, and where to write them")
+    if tail_out is not None:
+        check_new_file(tail_out, option="--tail-out", overwrite=overwrite)
+    if report is not None:
+        check_report_folder(report)
+
+
+def _check_sets(questions: Sequence[str], cloze: Sequence[str]) -> None:
+    """Find out before the model is loaded whether files can serve as sets; hub sets are looked at later."""
+    from knnlm.corpus import HUB_PREFIX, text_bytes
+    from knnlm.errors import InputError
+    from knnlm.questions import read_questions
+
+    if not questions and not cloze:
+        raise InputError("no set was given; name questions with --questions, or a text with --cloze")
+    for path in questions:
+        if not path.startswith(HUB_PREFIX):
+            read_questions(path)
+    if cloze:
+        text_bytes(cloze)
+
+
+def _check_model(model: str, config: SliceConfig, trust: bool) -> None:
+    from knnlm.layers import select_layers
+    from knnlm.lm import read_outline
+
+    select_layers(config.layers, read_outline(model, trust_remote_code=trust).layer_names)
+
+
+def _write_tail(sets: Sequence[SetSlices], path: Path) -> None:
+    from json import dumps
+
+    from knnlm.storage import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(dumps(row, ensure_ascii=False) + "\n" for one in sets for row in one.tail))
+
+
+def _show(sets: Sequence[SetSlices], screen: Screen) -> None:
+    screen.say(_set_table(sets))
+    if any(layer.curve for one in sets for layer in one.layers):
+        screen.say(_slice_table(sets))
+    for one in sets:
+        for note in one.notes:
+            screen.say(f"Note: {note}")
+
+
+def _set_table(sets: Sequence[SetSlices]) -> Table:
+    heads = ("set", "items", "right", "normalised", "chance", "layer", "inside a prompt", "tail AUC", "confidence AUC")
+    table = _table("Sets, the hardest first if low dispersion inside a prompt means hard", heads)
+    for one in sets:
+        for layer in one.layers:
+            rights = (_percent(part.value if part else None) for part in (one.accuracy, one.accuracy_normalized))
+            table.add_row(
+                *(one.name, f"{one.items:,}", *rights, _percent(one.chance), layer.layer),
+                *(_estimate(layer.within, 4), _estimate(layer.tail_auc, 3), _estimate(one.confidence_auc, 3)),
+            )
+    table.caption = "AUC: how often a wrong item ranks below a right one; 0.5 is chance. In brackets 95 % intervals."
+    return table
+
+
+def _slice_table(sets: Sequence[SetSlices]) -> Table:
+    heads = ("set", "layer", "items", "0 % right", "50 %", "100 %", "right minus wrong", "Spearman")
+    table = _table("Dispersion between the queries of slices", heads)
+    for one in sets:
+        for layer in one.layers:
+            if layer.curve is None:
+                continue
+            shown = (layer.curve.slices[at].dispersion for at in (0, 5, 10))
+            table.add_row(
+                *(one.name, layer.layer, f"{layer.curve.size}", *(f"{value:.4f}" for value in shown)),
+                *(_estimate(layer.right_minus_wrong, 4), f"{layer.curve.correlation.spearman:+.2f}"),
+            )
+    return table
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in heads:
+        table.add_column(name, justify="left" if name in ("set", "layer") else "right", no_wrap=True)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _estimate(estimate: Estimate | None, places: int) -> str:
+    if estimate is None:
+        return "–"
+    low, high = estimate.interval.low, estimate.interval.high
+    return f"{estimate.value:.{places}f} ({low:.{places}f} … {high:.{places}f})"
