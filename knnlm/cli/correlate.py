@@ -68,7 +68,7 @@ def correlate(
 ) -> None:
     """Does dispersion go with perplexity? Segments of a text, one by one and in groups, for every layer asked for.
 
-    Example: knnlm correlate --model gpt2 --text wiki.txt --report wiki-correlate
+    Example: knnlm correlate --model gpt2 --text wiki.txt --random
     """
     config = _config(locals())
     from dataclasses import asdict
