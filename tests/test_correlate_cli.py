@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_page_tells_what_was_released_and_what_was_ours(call, gpt2_folder, corpu
     for key in ("scatter", "ungrouped", "grouped", "contexts"):
         assert f'id="chart-{key}"' in page
     for sentence in document["protocol"]["ours"]:
-        assert sentence.split(" (")[0].split("`")[0] in page
+        assert sentence.split(" (")[0].replace("`", "") in html.unescape(page)
 
 
 @pytest.mark.parametrize(

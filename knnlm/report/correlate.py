@@ -65,12 +65,17 @@ def render_correlate(document: Study) -> str:
         charts=charts,
         tables=[_table(studies), *_cluster_tables(same_length)],
         lists=[
-            Lines("As in the released code of arXiv 2506.24106", document["protocol"]["released"]),
-            Lines("What was ours", document["protocol"]["ours"]),
+            _steps("As in the released code of arXiv 2506.24106", document["protocol"]["released"]),
+            _steps("What was ours", document["protocol"]["ours"]),
             Lines("Settings", [f"{name}: {value}" for name, value in document["settings"].items()]),
         ],
     )
     return render_page(page)
+
+
+def _steps(title: str, sentences: Sequence[str]) -> Lines:
+    """Sentences of the protocol, which name options and fields in Markdown."""
+    return Lines(title, [sentence.replace("`", "") for sentence in sentences])
 
 
 def _headline(study: Study) -> str:
@@ -85,7 +90,7 @@ def _lead(study: Study) -> list[str]:
     ungrouped = _with_interval(row["ungrouped"])
     grouped = _with_interval(row["grouped"])
     return [
-        f"{study['segments']:,} segments of {study['context']} tokens from {study['documents']:,} documents; "
+        f"{study['segments']:,} segments of {study['context']} tokens, documents: {study['documents']:,}; "
         f"perplexity {numbers.perplexity(study['perplexity'])}.",
         f"Segment by segment, Spearman is {ungrouped}. Averaged in {study['groups']} groups of {study['group_size']} "
         f"segments with like perplexity, it is {grouped}: averages hide how much single segments scatter. The second "
@@ -252,7 +257,7 @@ def _cluster_line(study: Study, kind: str, what: str, number: int, name: str) ->
 def _table(studies: Sequence[Study]) -> Table:
     rows = [_cells(study, row, studies) for study in studies for row in study["layers"]]
     caption = (
-        "Sequence-level perplexity against dispersion within the segment; `across` is against the dispersion between "
+        "Sequence-level perplexity against dispersion within the segment; across is against the dispersion between "
         "the last vectors of a group, and the last two are of the last token’s perplexity, all three Spearman’s."
     )
     return Table("Every layer", caption, _HEADS, rows)
