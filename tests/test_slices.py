@@ -205,6 +205,19 @@ def test_right_minus_wrong_against_pairs_and_a_jackknife_by_hand():
     assert found.interval.high == pytest.approx(by_hand.interval.high)
 
 
+def test_right_minus_wrong_finds_nothing_in_random_answers_where_slices_seem_to():
+    steady, covered = [], []
+    for seed in range(100):
+        units, correct = vectors_and_answers(60, 60, seed=seed)
+        found = right_minus_wrong(units, correct, np.arange(120)).interval
+        covered.append(found.low <= 0 <= found.high)
+        along = draw_slices(units, correct, 50, draws=5, seed=seed).correlation.spearman_interval
+        steady.append(along.low > 0 or along.high < 0)
+    assert 0.9 <= np.mean(covered) <= 0.99
+    # The draws share their items: their correlation is no test, and the page says so.
+    assert np.mean(steady) > 0.5
+
+
 # The verb
 
 

@@ -84,13 +84,13 @@ def _lead(one: Set) -> str:
 
 
 def _slice_chart(one: Set) -> Chart:
-    traces = [trace for number, layer in enumerate(one["layers"]) for trace in _band(layer, number)]
+    traces = [_slice_line(layer, number) for number, layer in enumerate(one["layers"])]
     layout = base_layout(
-        {"title": {"text": "right answers in the slice"}, "tickformat": ".0%", "range": [-0.03, 1.03]},
+        {"title": {"text": "right answers in the slice"}, "tickformat": ".0%", "range": [-0.03, 1.05]},
         {"title": {"text": "dispersion between queries"}},
     )
     caption = (
-        f"{one['draws']} draws of {one['slice_size']} items at each accuracy. Band: where 95 % of such draws fall. "
+        f"{one['draws']} draws of {one['slice_size']} items at each accuracy. Bars: where 95 % of such draws fall. "
         f"{_difference(one)}"
     )
     key = f"slices-{_key(one['set'])}"
@@ -103,30 +103,21 @@ def _difference(one: Set) -> str:
     return f"Right minus wrong items at {one['layer']}: {found}."
 
 
-def _band(layer: Set, number: int) -> Iterator[Trace]:
+def _slice_line(layer: Set, number: int) -> Trace:
     look = colour(_COLOURS[number % len(_COLOURS)])
-    x = [each["accuracy"] for each in layer["slices"]]
-    for side, fill in ((0, {}), (1, {"fill": "tonexty", "fillcolor": look})):
-        yield {
-            "type": "scatter",
-            "mode": "lines",
-            "x": x,
-            "y": [each["interval"][side] for each in layer["slices"]],
-            "line": {"width": 0},
-            "opacity": 0.16,
-            "hoverinfo": "skip",
-            "showlegend": False,
-            **fill,
-        }
-    yield {
+    slices = layer["slices"]
+    return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": escape(layer["layer"]),
-        "x": x,
-        "y": [each["dispersion"] for each in layer["slices"]],
+        # Bars of several layers stand beside one another.
+        "x": [each["accuracy"] + 0.008 * number for each in slices],
+        "y": [each["dispersion"] for each in slices],
+        "error_y": _arms([(each["dispersion"], *each["interval"]) for each in slices], look),
         "line": {"color": look, "width": 2},
         "marker": {"color": look, "size": 7},
-        "hovertemplate": "%{x:.0%} right: %{y:.4f}<extra></extra>",
+        "customdata": [_share(each) for each in slices],
+        "hovertemplate": "%{customdata} right: %{y:.4f}<extra></extra>",
         "showlegend": True,
     }
 
@@ -158,20 +149,21 @@ def _points(sets: Sequence[Set], field: str, words: str, number: int) -> Trace:
         "name": words,
         "x": [escape(one["set"]) for one in shown],
         "y": [one[field] for one in shown],
-        "error_y": _arms(shown, field) | {"color": look},
+        "error_y": _arms([(one[field], *one[f"{field}_interval"]) for one in shown], look),
         "marker": {"color": look, "size": 9},
         "hovertemplate": f"{words}: %{{y:.4f}}<extra></extra>",
     }
 
 
-def _arms(sets: Sequence[Set], field: str) -> Figure:
-    ends = [(one[field], *one[f"{field}_interval"]) for one in sets]
+def _arms(ends: Sequence[tuple[float, float, float]], look: str) -> Figure:
+    """Error bars of (value, low, high)."""
     return {
         "type": "data",
         "array": [high - value for value, _, high in ends],
         "arrayminus": [value - low for value, low, _ in ends],
         "thickness": 1.5,
         "width": 0,
+        "color": look,
     }
 
 
@@ -200,7 +192,7 @@ def _cells(one: Set, layer: Set) -> list[str]:
 def _slice_tables(sets: Sequence[Set]) -> Iterator[Table]:
     if not sets:
         return
-    shares = [numbers.percent(each["accuracy"]) for each in sets[0]["slices"]]
+    shares = [_share(each) for each in sets[0]["slices"]]
     heads = ("set", "layer", "items", *shares, "right minus wrong", "95 %", "Spearman")
     rows = [
         [
@@ -214,9 +206,13 @@ def _slice_tables(sets: Sequence[Set]) -> Iterator[Table]:
     ]
     caption = (
         "Dispersion between the queries of a slice, by the share of right answers in it. Spearman is over all draws, "
-        "which share their items; whether right items are more dispersed than wrong ones, `right minus wrong` tells."
+        "which share their items; whether right items are more dispersed than wrong ones, the column before tells."
     )
     yield Table("Slices", caption, heads, rows)
+
+
+def _share(one: Set) -> str:
+    return f"{100 * one['accuracy']:.0f}{numbers.SPACE}%"
 
 
 def _key(name: str) -> str:
