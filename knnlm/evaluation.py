@@ -135,12 +135,14 @@ def evaluate_layers(
 ) -> Iterator[LayerOutcome]:
     """Search, fit and score one layer after the other."""
     check_k(knn.k, store.count)
-    k = min(knn.search_k, store.count)
+    progress, k = progress or Silent(), min(knn.search_k, store.count)
     for layer in layers:
         searcher = open_searcher(store, layer, knn.metric, exact=exact)
-        with (progress or Silent()).stage(f"searching {layer}", "queries") as advance:
+        with progress.stage(f"searching {layer}", "queries") as advance:
             search = searcher.cached(queries.vectors(layer), queries.targets_Q, k, advance)
-        yield outcome(layer, search, queries, knn)
+        with progress.stage(f"fitting k, λ and T for {layer}", "settings"):
+            found = outcome(layer, search, queries, knn)
+        yield found
 
 
 def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> LayerOutcome:
