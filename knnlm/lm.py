@@ -1,4 +1,4 @@
-"""The language model: a Hugging Face causal LM with its tokenizer. The only import of `transformers`.
+"""The language model: a Hugging Face causal LM with its tokenizer. The import of `transformers`.
 
 A model is probed once when it is loaded: two short sequences run through all of it, which gives the size of each
 layer's vectors and proves that the head is understood, that no layer holds NaN, and that no position sees later tokens.
@@ -248,20 +248,6 @@ def load_model(
     model = _load_weights(source, taken, options)
     _place(model, target)
     return LanguageModel(model, tokenizer, name=source, notes=[note] if note else [])
-
-
-def new_model(name_or_folder: str | Path, *, seed: int) -> LanguageModel:
-    """Make a model of the shape and with the tokenizer of another, with new random weights in float32.
-
-    The other's weights are not read, and may be absent. Raises ModelError like `load_model`.
-    """
-    source = str(name_or_folder)
-    options = {"trust_remote_code": False, "local_files_only": _is_local(source)}
-    config, tokenizer = _load_config(source, options), _load_tokenizer(source, options)
-    torch.manual_seed(seed)
-    made: Any = AutoModelForCausalLM  # its from_config has no types
-    model: PreTrainedModel = made.from_config(config, dtype=torch.float32)
-    return LanguageModel(model, tokenizer, name=source)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:

@@ -21,7 +21,7 @@ from typing import Any
 from knnlm.errors import DatastoreError, DatastoreExists
 
 # A folder with one of these, holding a JSON object whose "format" starts so, was made by this package.
-OUR_MANIFESTS = ("datastore.json", "report.json")
+OUR_MANIFESTS = ("datastore.json", "report.json", "train.json")
 OUR_FORMAT = "knnlm-"
 # Errors of the disk and not of the code or the input.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)

@@ -16,16 +16,18 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from knnlm.config import TextConfig, TrainConfig
 from knnlm.errors import InputError
 from knnlm.hardware import trains_in_bfloat16
-from knnlm.lm import LanguageModel, load_model, new_model
+from knnlm.lm import LanguageModel, load_model, random_model
 from knnlm.places import check_new_folder
 from knnlm.plan import versions, window_config
 from knnlm.progress import Advance, Progress, Silent
@@ -69,7 +71,8 @@ def train(
     _check_libraries(config)
     if other_text:
         config = replace(config, push_away=replace(config.push_away, between_domains=True))
-    lm = new_model(model, seed=config.seed) if config.from_scratch else load_model(model, dtype="float32", device="cpu")
+    load = partial(random_model, seed=config.seed) if config.from_scratch else load_model
+    lm = load(model, dtype="float32", device="cpu")
     config = _settle(config, lm)
     texts = {"--text": text} | ({"--other-text": other_text} if other_text else {})
     domains = [_read(lm, paths, config, option) for option, paths in texts.items()]
@@ -162,7 +165,7 @@ def _make_trainer(
     lm.model.loss_type = "ForCausalLM"
     model: nn.Module = lm.model.requires_grad_(not config.lora)
     if config.lora:
-        model = _add_lora(model, config.lora)
+        model = _add_lora(model, config.lora, config.seed)
     arguments = training_arguments(folder, config, config.learning_rate, use_bfloat16=config.dtype == "bfloat16")
     rows = [domain.training_N for domain in domains]
     held_out = [validation_windows(domain.validation_N, config.context) for domain in domains]
@@ -176,14 +179,15 @@ def _make_trainer(
     )
 
 
-def _add_lora(model: nn.Module, rank: int) -> nn.Module:
+def _add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
     """Low-rank changes to every linear layer of the blocks; the weights themselves stay (Hu et al. 2022)."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         # peft tells of an option that it sets right itself, and reads an attribute that transformers has renamed.
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(model, config)
     return adapted
 
@@ -215,13 +219,13 @@ def _result(
     seconds: float,
 ) -> TrainResult:
     assert config.context is not None
-    trained: Any = trainer.model
+    trained = [one.numel() for one in lm.model.parameters() if one.requires_grad]
     return TrainResult(
         folder=str(out),
         points=tuple(_points(trainer.state.log_history)),
         layer=config.push_away.layer,
-        parameters=lm.model.num_parameters(),
-        trained_parameters=sum(one.numel() for one in trained.parameters() if one.requires_grad),
+        parameters=lm.model.num_parameters() - (sum(trained) if config.lora else 0),
+        trained_parameters=sum(trained),
         tokens=config.steps * config.batch_size * config.context,
         text_tokens=sum(len(domain.training_N) for domain in domains),
         seconds=seconds,

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, main_job, rank, slices
+from knnlm.cli import correlate, main_job, rank, train
 
 app = typer.Typer(
     name="knnlm",
@@ -27,13 +27,13 @@ VERBS: dict[str, Callable[..., None]] = {
     "info": main_job.info,
     "verify": main_job.verify,
     "correlate": correlate.correlate,
-    "slices": slices.slices,
     "rank-models": rank.rank_models,
+    "train": train.train,
 }
 for name, verb in VERBS.items():
     app.command(name)(verb)
 
-TAKES_SEVERAL = ("--text", "--eval-text", "--questions", "--cloze")
+TAKES_SEVERAL = ("--text", "--other-text", "--eval-text")
 """Options that may be followed by several values."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""

@@ -44,16 +44,21 @@ def settings_from(options: dict[str, Any]) -> Settings:
 
 def load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
     """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
-    downloaded = not Path(name).is_dir()
-    if not downloaded:  # Hugging Face's own bars are for downloads, whose time they tell
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with nullcontext() if downloaded else screen.stage("loading the model", "bytes"):
+    with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
         from knnlm.lm import load_model  # seconds
 
         lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
     for note in lm.notes:
         screen.note(note)
     return lm
+
+
+def quiet_loading(name: str) -> bool:
+    """Whether the model is in a folder here; then Hugging Face's own bars, which are for downloads, are turned off."""
+    local = Path(name).is_dir()
+    if local:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return local
 
 
 def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None) -> None:

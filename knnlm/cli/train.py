@@ -1,0 +1,137 @@
+"""The verb `train`: a model on text, with or without a push-away loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knnlm.cli import options
+from knnlm.cli.shared import quiet_loading
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from knnlm.config import TrainConfig
+    from knnlm.results import TrainPoint, TrainResult
+
+OtherText = Annotated[
+    list[str] | None,
+    typer.Option("--other-text", help="A second domain, half of each batch; push-away is then between the two."),
+]
+Weight = Annotated[float, typer.Option("--push-away", help="λ: weight of the push-away loss; 0.001 to 0.1.")]
+Regularizer = Annotated[
+    str, typer.Option("--regularizer", help="push-away, uniformity (Wang & Isola 2020) or different-tokens.")
+]
+Layer = Annotated[str, typer.Option("--layer", help="Whose vectors are pushed away, such as final_norm, -1.ffn_input.")]
+Lora = Annotated[int | None, typer.Option("--lora", help="Train low-rank changes of this rank, merged in the end.")]
+Scratch = Annotated[
+    bool, typer.Option("--from-scratch", help="Only the shape and the tokenizer of --model; new random weights.")
+]
+Steps = Annotated[int, typer.Option("--steps", help="Batches to learn from.")]
+BatchSize = Annotated[str, typer.Option("--batch-size", help="Windows in a step; auto: 8.")]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens of a window; the model's limit, at most 512.")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", help="5e-4 from scratch and with LoRA, 5e-5 for all weights of a model."),
+]
+Schedule = Annotated[str, typer.Option("--schedule", help="After a short rise: cosine (falls to 0) or constant.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was stopped, if it was.")]
+
+
+def train(
+    model: options.Model,
+    text: options.Text,
+    out: options.Out,
+    other_text: OtherText = None,
+    push_away: Weight = 0.0,
+    regularizer: Regularizer = "push-away",
+    layer: Layer = "final_norm",
+    lora: Lora = None,
+    from_scratch: Scratch = False,
+    steps: Steps = 1000,
+    batch_size: BatchSize = "auto",
+    context: Context = None,
+    learning_rate: Rate = None,
+    schedule: Schedule = "cosine",
+    text_field: options.TextField = "text",
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    resume: Resume = False,
+    json: options.Json = False,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Train a model on text, from scratch or further, with or without a push-away loss: CE - λ·d.
+
+    Example: knnlm train --model gpt2 --text nursing.jsonl --out gpt2-nursing --push-away 0.01 --lora 8
+    """
+    config = _config(locals())
+    from knnlm.places import check_new_folder
+
+    check_new_folder(out, overwrite=overwrite)
+    screen = Screen(json)
+    quiet_loading(model)
+    from knnlm.training import train as train_model
+    from knnlm.training import train_document
+
+    result = train_model(
+        model, text, out, other_text=other_text, config=config, resume=resume, overwrite=overwrite, progress=screen
+    )
+    screen.say(_table(result))
+    for line in _lines(result):
+        screen.say(line)
+    screen.result(train_document(result))
+
+
+def _config(given: dict[str, Any]) -> TrainConfig:
+    from knnlm.config import PushAway, TrainConfig
+
+    size = given["batch_size"]
+    if size != "auto" and not size.isdecimal():
+        raise typer.BadParameter(f"{size!r} is neither auto nor a number", param_hint="--batch-size")
+    names = ("steps", "context", "learning_rate", "schedule", "from_scratch", "lora", "text_field", "dtype", "seed")
+    values = {name: given[name] for name in names}
+    if size != "auto":
+        values["batch_size"] = int(size)
+    return TrainConfig(
+        push_away=PushAway(
+            weight=given["push_away"],
+            regularizer=given["regularizer"],
+            layer=given["layer"],
+            between_domains=bool(given["other_text"]),
+        ),
+        **values,
+    )
+
+
+def _table(result: TrainResult) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"Training; dispersion of {result.layer}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    other = result.points[0].other is not None
+    for name in ("step", "loss", "raised", "dispersion", "validation perplexity", *(["other's"] if other else [])):
+        table.add_column(name, justify="right")
+    for point in result.points:
+        table.add_row(*_cells(point))
+    return table
+
+
+def _cells(point: TrainPoint) -> Iterator[str]:
+    yield f"{point.step}"
+    for value in (point.cross_entropy, point.spread):
+        yield "–" if value is None else f"{value:.4f}"
+    yield f"{point.text.dispersion:.4f}"
+    yield f"{point.text.perplexity:.2f}"
+    if point.other is not None:
+        yield f"{point.other.perplexity:.2f}"
+
+
+def _lines(result: TrainResult) -> Iterator[str]:
+    yield (
+        f"{result.trained_parameters:,} of {result.parameters:,} parameters, {result.tokens:,} tokens of a text of "
+        f"{result.text_tokens:,}, in {result.seconds:,.0f} s."
+    )
+    yield f"Model: {result.folder}, for --model of every command; what happened on the way is in its train.json."

@@ -1,0 +1,306 @@
+"""`knnlm train`: the folder that it makes, LoRA, two domains, going on after a stop, and what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import knnlm.training
+from knnlm.config import PushAway, Settings, TextConfig, TrainConfig
+from knnlm.corpus import read_documents, tokenize
+from knnlm.errors import DatastoreExists, InputError, LayerError
+from knnlm.lm import load_model
+from knnlm.pipeline import score
+from knnlm.training import train, train_document
+from knnlm.training_text import VALIDATION_TOKENS, training_windows, validation_windows
+from knnlm.windows import split_documents
+from tests.test_evaluate_oracle import texts, write_jsonl
+from tests.tiny_models import tiny_model
+
+CONFIG = TrainConfig(
+    steps=6, batch_size=4, context=32, evaluations=3, learning_rate=1e-2, push_away=PushAway(weight=0.1)
+)
+
+
+class StopAt:
+    """A Progress that is interrupted, as by Ctrl-C, after some steps."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    @contextmanager
+    def stage(self, name: str, unit: str) -> Iterator:
+        def advance(done: int, total: int | None) -> None:
+            assert (name, unit, total) == ("training", "steps", CONFIG.steps)
+            if done == self._step:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    def note(self, line: str) -> None:
+        pass
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if torch.equal(a[name], b[name])]
+
+
+# The result
+
+
+def test_result_is_a_model_folder_with_what_happened(gpt2_folder, text_file, tmp_path):
+    result = train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not list((tmp_path / "out").glob("*.bin")) and not list((tmp_path / "out").glob("*.pt"))
+    assert json.loads((tmp_path / "out" / "train.json").read_text()) == json.loads(json.dumps(train_document(result)))
+    assert [point.step for point in result.points] == [0, 2, 4, 6]
+    first, last = result.points[0], result.points[-1]
+    assert first.cross_entropy is None and last.text.perplexity < first.text.perplexity
+    assert result.tokens == 6 * 4 * 32 and result.parameters == result.trained_parameters
+    lm = load_model(tmp_path / "out")
+    assert lm.model.config.use_cache is True
+    assert not same(weights(gpt2_folder), weights(tmp_path / "out"))
+    assert score(lm, [text_file], settings=Settings(text=TextConfig(context=32, max_tokens=500))).tokens > 490
+
+
+def test_validation_perplexity_is_that_of_transformers_on_the_held_out_tenth(gpt2_folder, text_file, tmp_path):
+    result = train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, dtype="float32"))
+    lm = load_model(gpt2_folder)
+    documents = split_documents(tokenize(read_documents([text_file]), lm.encode))
+    end = [lm.tokenizer.eos_token_id]
+    row = np.concatenate([part for held_out, one in documents if held_out for part in (one.tokens, end)])
+    inputs = torch.from_numpy(row[: len(row) // 32 * 32].reshape(-1, 32)).long()
+    for folder, point in ((gpt2_folder, result.points[0]), (tmp_path / "out", result.points[-1])):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(folder).eval()(inputs).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
+        assert point.text.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_lora_changes_the_linear_layers_of_the_blocks_only_and_is_merged(gpt2_folder, text_file, tmp_path):
+    config = replace(CONFIG, lora=2)
+    result = train(gpt2_folder, [text_file], tmp_path / "out", config=config)
+    kept = same(weights(gpt2_folder), weights(tmp_path / "out"))
+    changed = set(weights(gpt2_folder)) - set(kept)
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert changed == {f"transformer.h.{block}.{part}.weight" for block in range(3) for part in parts}
+    # Rank 2: (in + out) of each of the four matrices.
+    assert result.trained_parameters == 2 * 3 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
+    assert result.parameters == tiny_model("gpt2").num_parameters()
+    assert load_model(tmp_path / "out").layer_names == load_model(gpt2_folder).layer_names
+
+
+def test_from_scratch_takes_the_shape_only(gpt2_folder, text_file, tmp_path):
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (shape / name).write_bytes((gpt2_folder / name).read_bytes())
+    config = replace(CONFIG, from_scratch=True, learning_rate=1e-9)
+    made = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(shape, [text_file], tmp_path / name, config=replace(config, seed=seed))
+        made.append(weights(tmp_path / name)["transformer.wte.weight"])
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert made[0].std().item() == pytest.approx(0.02, rel=0.05)  # GPT-2's initialisation
+
+
+def test_two_domains_share_each_batch_and_are_validated_apart(gpt2_folder, text_file, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", ["zebra quilt " * 100] * 24)
+    result = train(gpt2_folder, [text_file], tmp_path / "out", other_text=[other], config=CONFIG)
+    assert result.settings["between_domains"] is True
+    last = result.points[-1]
+    assert last.other is not None and last.other.perplexity < last.text.perplexity
+    assert last.spread != pytest.approx(last.dispersion, rel=1e-3)
+
+
+# Windows
+
+
+def test_an_epoch_has_each_window_once_and_the_next_has_other_borders():
+    row = np.arange(100, dtype=np.int32)
+    windows = training_windows([row], 10, 27, seed=3)
+    starts = [int(windows[number]["input_ids"][0]) for number in range(27)]
+    assert all((windows[n]["input_ids"] == torch.arange(10) + starts[n]).all() for n in range(27))
+    first, second = starts[:9], starts[9:18]
+    for epoch in (first, second):
+        # An offset of 1 to 9 leaves nine whole windows.
+        assert len({start % 10 for start in epoch}) == 1 and len(set(epoch)) == 9
+        assert epoch != sorted(epoch)
+    assert first[0] % 10 != second[0] % 10
+
+
+def test_domains_take_turns():
+    rows = [np.full(50, domain, np.int32) for domain in (7, 8)]
+    windows = training_windows(rows, 10, 12, seed=0)
+    assert len(windows) == 12
+    assert [int(windows[number]["input_ids"][0]) for number in range(12)] == [7, 8] * 6
+    assert [int(windows[number]["domain"]) for number in range(12)] == [0, 1] * 6
+
+
+def test_validation_windows_do_not_overlap_and_have_a_budget():
+    row = np.arange(VALIDATION_TOKENS * 3, dtype=np.int32)
+    windows = validation_windows(row, 128)
+    starts = [int(windows[number]["input_ids"][0]) for number in range(len(windows))]
+    assert len(starts) == VALIDATION_TOKENS // 128 and starts[0] == 0 and starts[-1] == len(row) - 128
+    assert min(np.diff(starts)) >= 128
+    assert len(validation_windows(row[:700], 128)) == 5
+
+
+# Going on
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(lora, gpt2_folder, text_file, tmp_path):
+    # GPT-2 has dropout, so the random numbers have to go on too.
+    config = replace(CONFIG, lora=lora)
+    whole = train(gpt2_folder, [text_file], tmp_path / "whole", config=config)
+    with pytest.raises(KeyboardInterrupt):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=config, progress=StopAt(5))
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints" / "checkpoint-4").is_dir()
+    with pytest.raises(InputError, match=r"out.checkpoints holds a training that was stopped; add --resume"):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=config)
+    resumed = train(gpt2_folder, [text_file], tmp_path / "out", config=config, resume=True)
+    assert not (tmp_path / "out.checkpoints").exists()
+    assert resumed.points == whole.points
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out")) == list(weights(tmp_path / "out"))
+
+
+def test_a_half_written_checkpoint_is_passed_over(gpt2_folder, text_file, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, progress=StopAt(3))
+    half = tmp_path / "out.checkpoints" / "checkpoint-4"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    result = train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, resume=True)
+    assert [point.step for point in result.points] == [0, 2, 4, 6]
+
+
+def test_another_training_does_not_go_on(gpt2_folder, text_file, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, progress=StopAt(3))
+    other = write_jsonl(tmp_path / "other.jsonl", texts(5, 24))
+    for text, config, words in [
+        (text_file, replace(CONFIG, steps=8), "another training: steps was 6, and now is 8; give the same"),
+        (text_file, replace(CONFIG, push_away=PushAway(weight=0.2)), "another training: weight was 0.1, and now is"),
+        (other, CONFIG, "another training: text 1 was"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            train(gpt2_folder, [text], tmp_path / "out", config=config, resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(gpt2_folder, text_file, tmp_path):
+    result = train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, resume=True)
+    assert result.points[0].step == 0
+
+
+# What cannot be: found before the training, and nothing is left
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"push_away": PushAway(layer="9.ffn_input")}, LayerError, r"no layer fits '9.ffn_input'; this model has"),
+        ({"context": 129}, InputError, "--context is 129, but .* sees at most 128 tokens"),
+    ],
+)
+def test_settings_that_the_model_cannot_have(changed, error, words, gpt2_folder, text_file, tmp_path):
+    with pytest.raises(error, match=words):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, **changed))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("documents", "words"),
+    [
+        (texts(0, 1), r"--text has \d+ tokens, too few to train on; give at least 640"),
+        (texts(0, 4), r"--text has [\d,]+ tokens to train on and \d+ held out, but a window takes 128; give more text"),
+    ],
+)
+def test_text_that_is_too_short(documents, words, gpt2_folder, tmp_path):
+    text = write_jsonl(tmp_path / "short.jsonl", documents)
+    with pytest.raises(InputError, match=words):
+        train(gpt2_folder, [text], tmp_path / "out", config=replace(CONFIG, context=128))
+    with pytest.raises(InputError, match=words.replace("--text", "--other-text")):
+        long = write_jsonl(tmp_path / "long.jsonl", texts(1, 40))
+        train(gpt2_folder, [long], tmp_path / "out", other_text=[text], config=replace(CONFIG, context=128))
+    assert {path.name for path in tmp_path.iterdir()} == {"short.jsonl", "long.jsonl"}
+
+
+def test_place_that_is_taken_unless_it_is_ours(gpt2_folder, text_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(DatastoreExists, match="exists and is not empty"):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG)
+    with pytest.raises(DatastoreExists, match="is not a knnlm folder"):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, overwrite=True)
+    (tmp_path / "out" / "mine.txt").unlink()
+    train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG)
+    train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, steps=3), overwrite=True)
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["settings"]["steps"] == 3
+
+
+@pytest.mark.parametrize(("missing", "lora"), [("accelerate", None), ("peft", 4)])
+def test_extra_that_is_not_installed(missing, lora, gpt2_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(knnlm.training, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(InputError, match=rf"training needs {missing}, which is not installed; pip install 'knnlm"):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, lora=lora))
+
+
+# The command line
+
+COMMAND = ("train", "--steps", 4, "--batch-size", 4, "--context", 32, "--dtype", "float32")
+
+
+def test_command_prints_one_document(call, gpt2_folder, text_file, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", texts(5, 24))
+    places = ("--model", gpt2_folder, "--text", text_file, "--other-text", other, other, "--out", tmp_path / "out")
+    ended = call(*COMMAND, *places, "--push-away", 0.01, "--json")
+    assert (ended.status, ended.errors) == (0, ())
+    document = json.loads(ended.out)
+    assert document == json.loads((tmp_path / "out" / "train.json").read_text())
+    assert document["settings"]["weight"] == 0.01 and document["points"][-1]["other"]["perplexity"] > 1
+
+
+def test_command_shows_a_table(call, gpt2_folder, text_file, tmp_path):
+    ended = call(*COMMAND, "--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--lora", 2)
+    assert (ended.status, ended.errors) == (0, ())
+    assert "validation perplexity" in ended.out and "3,072 of 51,488 parameters" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--push-away", "-1"), ("--push-away is -1.0", "finite number of at least 0")),
+        (("--push-away", "nan"), ("--push-away is nan", "finite number")),
+        (("--regularizer", "repel"), ("--regularizer is 'repel'", "push-away, uniformity, different-tokens")),
+        (("--layer", "9.ffn_input"), ("no layer fits '9.ffn_input'", "final_norm")),
+        (("--layer", "*.ffn_input"), ("--layer '*.ffn_input' fits 3 layers", "has to name one")),
+        (("--lora", "0"), ("--lora is 0",)),
+        (("--batch-size", "few"), ("'few' is neither auto nor a number", "--batch-size")),
+        (("--steps", "0"), ("--steps is 0",)),
+        (("--context", "4000"), ("--context is 4000", "sees at most 128 tokens")),
+        (("--text", "nowhere.txt"), ("there is no file or folder nowhere.txt", "check the path")),
+    ],
+)
+def test_command_refuses_in_one_line(options, words, call, gpt2_folder, text_file, tmp_path):
+    given = {"--model": gpt2_folder, "--text": text_file, "--out": tmp_path / "out"} | {options[0]: options[1]}
+    ended = call(*COMMAND, *(part for pair in given.items() for part in pair))
+    assert (ended.status, ended.out, len(ended.errors)) == (2, "", 1)
+    assert [word for word in words if word not in ended.errors[0]] == []
+    assert list(tmp_path.iterdir()) == []
