@@ -28,6 +28,7 @@ from knnlm.parts import Parts, split_parts
 from knnlm.probability import LAMBDA_CURVE, Mix, Search, fit, knn_log_probs, mix
 from knnlm.progress import Progress, Silent
 from knnlm.results import (
+    SCORES,
     Choice,
     Correlation,
     EvalResult,
@@ -296,17 +297,6 @@ def regret(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome, parts: Parts)
     return Regret(value, interval, against_hindsight=math.expm1(float(np.mean(ours_Q)) - least))
 
 
-# Attributes of LayerScore that are correlated with perplexity.
-SCORES = (
-    "dispersion",
-    "dispersion_within",
-    "dispersion_segments",
-    "dispersion_standardized",
-    "effective_rank",
-    "probe",
-)
-
-
 def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correlation, ...]:
     """Spearman's correlation of each score with perplexity, over all layers and over the candidates."""
     scored = [layer for layer in layers if layer.score is not None]
@@ -316,13 +306,13 @@ def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correla
     }
     return tuple(
         Correlation(
-            name,
-            spearman([getattr(one.score, name) for one in group], [one.perplexity for one in group]),
+            kind.name,
+            spearman([getattr(one.score, kind.name) for one in group], [one.perplexity for one in group]),
             len(group),
             among,
         )
         for among, group in groups.items()
-        for name in SCORES
+        for kind in SCORES
         if len(group) > 2
     )
 

@@ -6,8 +6,9 @@ Perplexities are per token (base e inside, as usual), intervals are 95 %, relati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -19,25 +20,70 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class ScoreKind:
+    """What people are told of a label-free score, wherever it is shown."""
+
+    name: str
+    """Its field of `LayerScore`."""
+    title: str
+    """At the head of a column."""
+    digits: int
+    """Decimals that are worth showing."""
+    meaning: str
+    """One sentence, with its source."""
+
+    @property
+    def short(self) -> str:
+        """What people may call it too: `within` for `dispersion_within`."""
+        return self.name.removeprefix("dispersion_")
+
+
+def _score(title: str, digits: int, meaning: str) -> Mapping[str, object]:
+    """Makes a field of `LayerScore` one of `SCORES`."""
+    return {"title": title, "digits": digits, "meaning": meaning}
+
+
+@dataclass(frozen=True)
 class LayerScore:
-    """The label-free scores of one layer."""
+    """The label-free scores of one layer; an interval is that of the score before it.
+
+    A new score is a field here and a function in `knnlm.scoring.FUNCTIONS`. It is NaN where an older version wrote the
+    file.
+    """
 
     layer: str
-    dispersion: float
-    """Pooled over keys of the whole sample: the score that chooses."""
+    dispersion: float = field(
+        metadata=_score("dispersion", 4, "mean of 1 - cosine over all pairs of keys (arXiv 2506.24106)")
+    )
     interval: Interval
-    """Of `dispersion`, by a jackknife over runs of text."""
-    dispersion_within: float
-    """Mean over segments of the dispersion inside a segment: what the paper's released code computes."""
-    dispersion_segments: float
-    """Between the last vectors of segments: what the paper's text defines."""
-    dispersion_standardized: float
-    """Pooled, each dimension divided by its standard deviation first, so that no rogue dimension decides."""
-    effective_rank: float
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007)."""
-    probe: float
-    """Share of a sampled key's nearest keys from other documents that have the same next token."""
+    dispersion_within: float = field(
+        metadata=_score("within", 4, "dispersion inside a segment, averaged (released code of arXiv 2506.24106)")
+    )
+    dispersion_segments: float = field(
+        metadata=_score("segments", 4, "dispersion between the last vectors of segments (text of arXiv 2506.24106)")
+    )
+    dispersion_standardized: float = field(
+        metadata=_score("standardised", 4, "dispersion, no rogue dimension decides (Timkey & van Schijndel 2021)")
+    )
+    effective_rank: float = field(
+        metadata=_score("eff. rank", 1, "exp of the entropy of the normalised singular values (Roy & Vetterli 2007)")
+    )
+    probe: float = field(
+        metadata=_score("probe", 3, "share of nearest keys from other documents with the same next token")
+    )
     probe_interval: Interval
+    participation_ratio: float = field(
+        default=math.nan,
+        metadata=_score("part. ratio", 1, "how many directions carry the variance (Gao et al. 2017)"),
+    )
+    intrinsic_dimension: float = field(
+        default=math.nan,
+        metadata=_score("intr. dim.", 1, "TwoNN: from the distances to the two nearest keys (Facco et al. 2017)"),
+    )
+
+
+SCORES = tuple(ScoreKind(one.name, **one.metadata) for one in fields(LayerScore) if one.metadata)
+"""All label-free scores, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)

@@ -54,29 +54,42 @@ def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
     return dispersion(vectors_MD[:, varies_D] / deviation_D[varies_D])
 
 
-def effective_rank(sample_MD: NDArray[np.floating]) -> float:
-    """exp of the entropy of the normalised singular values of the centred sample (Roy & Vetterli 2007): 1 to min(M, D).
+def spectrum(sample_MD: NDArray[np.floating]) -> Float64:
+    """The squared singular values of the centred sample that are above 0, ascending; none if all vectors are identical.
 
-    From the smaller Gram matrix in float64: min(M, D)^3 operations. Identical vectors span nothing and give 0.
+    From the smaller Gram matrix in float64: min(M, D)^3 operations.
 
     :raises InputError: fewer than two vectors, or a row that is not finite.
     """
-    singular = np.sqrt(_spectrum(sample_MD))
-    if not len(singular):
+    vectors_MD = _checked(sample_MD)
+    centred_MD = _centred(vectors_MD)[:, _deviation(vectors_MD)[1]]
+    if not centred_MD.size:
+        return np.empty(0)
+    matrix = torch.from_numpy(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
+    with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
+        power = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
+    # Below this an eigenvalue is what rounding left of a zero.
+    positive: Float64 = power[power > len(power) * np.finfo(np.float64).eps * power[-1]]
+    return positive
+
+
+def effective_rank(power: Float64) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to min(M, D).
+
+    Of the centred sample, whose squares `spectrum` gives. Identical vectors span nothing and give 0.
+    """
+    if not len(power):
         return 0.0
-    share = singular / singular.sum()
+    share = np.sqrt(power) / np.sqrt(power).sum()
     return math.exp(-float((share * np.log(share)).sum()))
 
 
-def participation_ratio(sample_MD: NDArray[np.floating]) -> float:
+def participation_ratio(power: Float64) -> float:
     """(sum of the covariance's eigenvalues)^2 / sum of their squares: 1 to min(M, D); identical vectors give 0.
 
     How many directions carry the variance (Gao et al. 2017); one rogue dimension pulls it to 1 sooner than it does the
-    effective rank.
-
-    :raises InputError: fewer than two vectors, or a row that is not finite.
+    effective rank. From what `spectrum` gives.
     """
-    power = _spectrum(sample_MD)
     return float(power.sum() ** 2 / (power**2).sum()) if len(power) else 0.0
 
 
@@ -217,20 +230,6 @@ def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
     """Each dimension's standard deviation, and whether it varies at all beyond float32 rounding."""
     deviation_D: Float64 = vectors_MD.std(axis=0)
     return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
-
-
-def _spectrum(sample_MD: NDArray[np.floating]) -> Float64:
-    """The eigenvalues above 0, ascending, of the centred sample's Gram matrix; none where the vectors are identical."""
-    vectors_MD = _checked(sample_MD)
-    centred_MD = _centred(vectors_MD)[:, _deviation(vectors_MD)[1]]
-    if not centred_MD.size:
-        return np.empty(0)
-    matrix = torch.from_numpy(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
-    with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
-        power = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
-    # Below this an eigenvalue is what rounding left of a zero.
-    positive: Float64 = power[power > len(power) * np.finfo(np.float64).eps * power[-1]]
-    return positive
 
 
 @contextmanager

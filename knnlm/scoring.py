@@ -5,20 +5,67 @@ Legend: B windows of a batch, T positions, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from knnlm.dispersion import DispersionScorer, Span
+from knnlm.dispersion import DispersionResult, DispersionScorer, Float64, Span
 from knnlm.progress import Advance, ignore
 from knnlm.results import Interval, LayerScore
-from knnlm.sample import LayerSample, SamplePlan, SampleUpdate
-from knnlm.scores import Probe, effective_rank, probe_difference, retrieval_probe, standardized_dispersion
+from knnlm.sample import LayerSample, Sample, SamplePlan, SampleUpdate
+from knnlm.scores import (
+    Probe,
+    effective_rank,
+    intrinsic_dimension,
+    participation_ratio,
+    probe_difference,
+    retrieval_probe,
+    spectrum,
+    standardized_dispersion,
+)
 
 # Sampled vectors are kept for all layers at once: 8,192 are enough for the probe, and this many bytes are the limit.
 SAMPLE_CAPACITY = 8192
 SAMPLE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass saw of a layer: the dispersion of all its keys, and a sample of them."""
+
+    dispersion: DispersionResult
+    sample: Sample
+    seed: int
+
+    @cached_property
+    def spectrum(self) -> Float64:
+        """Of the sample."""
+        return spectrum(self.sample.vectors_MD)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Of the sample, with its interval."""
+        sample = self.sample
+        return retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self.seed)
+
+
+# Each field of LayerScore but the layer's name: knnlm.results says what it means.
+FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
+    "dispersion": lambda seen: seen.dispersion.pooled,
+    "interval": lambda seen: seen.dispersion.interval,
+    "dispersion_within": lambda seen: seen.dispersion.within,
+    "dispersion_segments": lambda seen: seen.dispersion.segments,
+    "dispersion_standardized": lambda seen: standardized_dispersion(seen.sample.vectors_MD),
+    "effective_rank": lambda seen: effective_rank(seen.spectrum),
+    "probe": lambda seen: seen.probe.value,
+    "probe_interval": lambda seen: seen.probe.interval,
+    "participation_ratio": lambda seen: participation_ratio(seen.spectrum),
+    "intrinsic_dimension": lambda seen: intrinsic_dimension(seen.sample.vectors_MD, seed=seen.seed),
+}
 
 
 class LayerScorer:
@@ -74,20 +121,9 @@ class LayerScorer:
         return probe_difference(self._probes[one], self._probes[other], comparisons=comparisons)
 
     def _score(self, name: str) -> LayerScore:
-        result, sample = self._dispersion[name].result(), self._samples[name].sample()
-        probe = retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self._seed)
-        self._probes[name] = probe
-        return LayerScore(
-            layer=name,
-            dispersion=result.pooled,
-            interval=result.interval,
-            dispersion_within=result.within,
-            dispersion_segments=result.segments,
-            dispersion_standardized=standardized_dispersion(sample.vectors_MD),
-            effective_rank=effective_rank(sample.vectors_MD),
-            probe=probe.value,
-            probe_interval=probe.interval,
-        )
+        seen = Seen(self._dispersion[name].result(), self._samples[name].sample(), self._seed)
+        self._probes[name] = seen.probe
+        return LayerScore(layer=name, **{field: function(seen) for field, function in FUNCTIONS.items()})
 
 
 class Separated:

@@ -10,57 +10,77 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from knnlm.results import Correlation, EvalResult, Interval, LayerResult, LayerScore, ScoreResult
+from knnlm.errors import InputError
+from knnlm.results import SCORES, Correlation, EvalResult, Interval, LayerResult, LayerScore, ScoreKind, ScoreResult
 
 UNKNOWN = "–"
-# Scores as the table of scores names them.
-SCORE_NAMES = {
-    "dispersion_within": "within",
-    "dispersion_segments": "segments",
-    "dispersion_standardized": "standardised",
-    "effective_rank": "eff. rank",
-}
+TITLES = {kind.name: kind.title for kind in SCORES}
+# What stands in the tables without --show.
+IN_SCORE_TABLE = (
+    *("dispersion", "dispersion_within", "dispersion_segments", "dispersion_standardized"),
+    *("effective_rank", "probe"),
+)
+IN_EVAL_TABLE = ("dispersion", "probe")
 
 
-def score_table(result: ScoreResult) -> Table:
-    """Every layer's label-free scores; the chosen layer is marked."""
+def shown_scores(names: str | None, default: Sequence[str]) -> tuple[ScoreKind, ...]:
+    """The scores that `--show` names, as `probe,effective_rank` or `all`; those of `default` for None.
+
+    :raises InputError: there is no such score.
+    """
+    if names == "all":
+        return SCORES
+    known = {name: kind for kind in SCORES for name in (kind.name, kind.short)}
+    wanted = default if names is None else [name.strip() for name in names.split(",")]
+    if unknown := next((name for name in wanted if name not in known), None):
+        raise InputError(f"--show {unknown!r} is no score; there are all, {', '.join(kind.short for kind in SCORES)}")
+    return tuple(known[name] for name in wanted)
+
+
+def score_table(result: ScoreResult, show: str | None = None) -> Table:
+    """Every layer's label-free scores, those of `--show`; the chosen layer is marked."""
+    kinds = shown_scores(show, IN_SCORE_TABLE)
     table = Table(title=f"Layers by dispersion, on {result.tokens:,} tokens of {result.documents:,} documents")
-    for name in ("layer", "dispersion", "95 % interval", "within", "segments", "standardised", "eff. rank", "probe"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    table.add_column("layer")
+    for kind in kinds:
+        table.add_column(kind.title, justify="right")
+        if kind.name == "dispersion":
+            table.add_column("95 % interval", justify="right")
     for one in result.layers:
         chosen = one.layer == result.choice.layer
-        table.add_row(*_score_cells(one, chosen), style="bold green" if chosen else None)
+        table.add_row(*_score_cells(one, kinds, chosen), style="bold green" if chosen else None)
     return table
 
 
-def _score_cells(one: LayerScore, chosen: bool) -> Iterator[str]:
+def _score_cells(one: LayerScore, kinds: Sequence[ScoreKind], chosen: bool) -> Iterator[str]:
     yield f"{one.layer} ◀ chosen" if chosen else one.layer
-    yield f"{one.dispersion:.4f}"
-    yield interval(one.interval)
-    yield _known(one.dispersion_within, ".4f")
-    yield _known(one.dispersion_segments, ".4f")
-    yield f"{one.dispersion_standardized:.4f}"
-    yield f"{one.effective_rank:.1f}"
-    yield _known(one.probe, ".4f")
+    for kind in kinds:
+        yield _known(getattr(one, kind.name), f".{kind.digits}f")
+        if kind.name == "dispersion":
+            yield interval(one.interval)
 
 
-def eval_table(result: EvalResult) -> Table:
-    """Perplexity of the LM and of the kNN-LM for every layer; the chosen and the best layer are marked."""
+def eval_table(result: EvalResult, show: str | None = None) -> Table:
+    """Perplexity of the LM and of the kNN-LM for every layer, beside the scores of `--show`; the chosen and the best
+    layer are marked.
+    """
+    kinds = shown_scores(show, IN_EVAL_TABLE)
     title = f"Perplexity on {result.lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {result.lm.perplexity:.3f}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "dispersion", "probe", "perplexity", "against LM", "k", "λ", "T"):
+    for name in ("layer", *(kind.title for kind in kinds), "perplexity", "against LM", "k", "λ", "T"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     for one in result.layers:
         style = "bold green" if one.layer == result.selected else "bold" if one.layer == result.best else None
-        table.add_row(*_eval_cells(one, result), style=style)
+        table.add_row(*_eval_cells(one, kinds, result), style=style)
     return table
 
 
-def _eval_cells(one: LayerResult, result: EvalResult) -> Iterator[str]:
+def _eval_cells(one: LayerResult, kinds: Sequence[ScoreKind], result: EvalResult) -> Iterator[str]:
     marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == one.layer]
     yield f"{one.layer} ◀ {', '.join(marks)}" if marks else one.layer
-    yield f"{one.score.dispersion:.4f} ± {_half(one.score.interval):.3f}" if one.score else UNKNOWN
-    yield _known(one.score.probe, ".3f") if one.score else UNKNOWN
+    for kind in kinds:
+        value = _known(getattr(one.score, kind.name), f".{kind.digits}f") if one.score else UNKNOWN
+        yield f"{value} ± {_half(one.score.interval):.3f}" if one.score and kind.name == "dispersion" else value
     yield f"{one.perplexity:.3f}"
     yield UNKNOWN if math.isnan(one.change) else f"{one.change:+.1%} ± {_known(_half(one.interval), '.1%')}"
     yield f"{one.k}"
@@ -110,6 +130,6 @@ def _verdict_lines(result: EvalResult) -> Iterator[Text]:
 def _correlation_lines(correlations: Sequence[Correlation]) -> Iterator[Text]:
     """Every score, a line for each group of layers."""
     for (among, layers), group in groupby(correlations, key=lambda one: (one.among, one.layers)):
-        told = ", ".join(f"{SCORE_NAMES.get(one.score, one.score)} {_known(one.spearman, '+.2f')}" for one in group)
+        told = ", ".join(f"{TITLES.get(one.score, one.score)} {_known(one.spearman, '+.2f')}" for one in group)
         over = f"{among} {layers} layers" if among == "all" else f"{layers} {among}"
         yield Text(f"Rank correlation with perplexity over {over}: {told}.")

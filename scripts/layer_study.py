@@ -20,14 +20,14 @@ from pathlib import Path
 
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.corpus import read_documents, tokenize
-from knnlm.evaluation import SCORES, LayerOutcome, Queries, evaluate_layers, open_queries, regret, summarize
+from knnlm.evaluation import LayerOutcome, Queries, evaluate_layers, open_queries, regret, summarize
 from knnlm.layers import FINAL, select_layers
 from knnlm.lm import load_model
 from knnlm.overlap import overlap
 from knnlm.pipeline import build
 from knnlm.plan import window_config
 from knnlm.report.document import score_from_document, to_document
-from knnlm.results import LayerScore
+from knnlm.results import SCORES, LayerScore
 from knnlm.windows import take_slices
 
 SECTION_CHARACTERS = 20_000
@@ -73,7 +73,7 @@ def choices(
     rules = [
         (score, among, max((one for one in scores if one.layer in allowed), key=lambda one: getattr(one, score)).layer)
         for among, allowed in candidate_sets(names).items()
-        for score in SCORES
+        for score in (kind.name for kind in SCORES)
     ]
     last = select_layers("-1.ffn_input", names)[0]
     rules += [("always", "the last ffn_input", last)]

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.choose import by_dispersion
-from knnlm.evaluation import SCORES
 from knnlm.layers import select_layers
-from knnlm.results import Interval, LayerScore
+from knnlm.results import SCORES, Interval, LayerScore
 from knnlm.statistics import spearman
 
 Study = dict[str, Any]
@@ -70,6 +69,11 @@ def overview(studies: Sequence[Study]) -> Iterator[str]:
         )
 
 
+def known_scores(studies: Sequence[Study]) -> list[str]:
+    """Those that every file has: older ones lack later scores."""
+    return [kind.name for kind in SCORES if all(kind.name in study["layers"][0] for study in studies)]
+
+
 def pick(study: Study, score: str, among: str) -> dict[str, Any]:
     """What one rule chose in one case."""
     return next(one for one in study["choices"] if (one["score"], one["among"]) == (score, among))
@@ -77,10 +81,10 @@ def pick(study: Study, score: str, among: str) -> dict[str, Any]:
 
 def regrets(studies: Sequence[Study]) -> Iterator[str]:
     """Median and worst regret of every score in every candidate set."""
-    sets = list(dict.fromkeys(one["among"] for one in studies[0]["choices"] if one["score"] in SCORES))
+    sets = list(dict.fromkeys(one["among"] for one in studies[0]["choices"] if one["score"] in known_scores(studies)))
     yield f"| score | {' | '.join(sets)} |"
     yield f"| --- {'| --- ' * len(sets)}|"
-    for score in SCORES:
+    for score in known_scores(studies):
         cells = []
         for among in sets:
             values = [pick(study, score, among)["regret"] for study in studies]
@@ -102,7 +106,7 @@ def rank_correlations(studies: Sequence[Study]) -> Iterator[str]:
     }
     yield f"| score | {' | '.join(groups)} |"
     yield f"| --- {'| --- ' * len(groups)}|"
-    for score in SCORES:
+    for score in known_scores(studies):
         cells = []
         for belongs in groups.values():
             found = []

@@ -72,6 +72,8 @@ def sample_score(name: str, depth: float, rng: random.Random) -> LayerScore:
         effective_rank=40 + 300 * depth * gain,
         probe=probe,
         probe_interval=Interval(probe - 0.012, probe + 0.012),
+        participation_ratio=20 + 90 * depth * gain,
+        intrinsic_dimension=9 + 8 * depth,
     )
 
 

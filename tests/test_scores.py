@@ -10,18 +10,26 @@ import pytest
 import torch
 from hypothesis import given, strategies
 
+from knnlm import scores
 from knnlm.dispersion import dispersion
 from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.scores import (
-    effective_rank,
     intrinsic_dimension,
-    participation_ratio,
     probe_difference,
     retrieval_probe,
+    spectrum,
     standardized_dispersion,
 )
 from tests.test_dispersion import pairwise, rogue_vectors
+
+
+def effective_rank(vectors) -> float:
+    return scores.effective_rank(spectrum(vectors))
+
+
+def participation_ratio(vectors) -> float:
+    return scores.participation_ratio(spectrum(vectors))
 
 
 def normal(rows: int, dim: int, seed: int = 0):
@@ -264,7 +272,7 @@ def test_probe_ranks_layers_that_know_more():
 # ---- bad input
 
 
-@pytest.mark.parametrize("score", [standardized_dispersion, effective_rank, participation_ratio])
+@pytest.mark.parametrize("score", [standardized_dispersion, spectrum])
 def test_score_needs_two_finite_vectors(score):
     with pytest.raises(InputError, match=r"at least 2 vectors as \[M, D\], got shape \[1, 3\]"):
         score(np.ones((1, 3)))

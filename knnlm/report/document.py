@@ -95,7 +95,7 @@ def _layer_row(layer: LayerResult) -> dict[str, Any]:
 def _layer_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     written = {new: old for old, new in RENAMED.items()}
     measured = {written.get(key, key): value for key, value in row.items() if key not in SCORE_FIELDS}
-    score = {key: _get(row, key) for key in SCORE_FIELDS}
+    score = {key: row[key] for key in SCORE_FIELDS if key in row}
     unscored = all(value is None for value in score.values())
     return measured | {"score": None if unscored else score | {"layer": row.get("layer")}}
 

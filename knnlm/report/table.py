@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from knnlm.report import numbers
 from knnlm.report.names import network_order, split
-from knnlm.results import EvalResult, Interval, LayerResult, LayerScore
+from knnlm.results import SCORES, EvalResult, Interval, LayerResult, LayerScore, ScoreKind
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,22 @@ class Row:
     cells: dict[str, Cell]
 
 
+def _score_columns(*, extra: bool) -> tuple[Column, ...]:
+    """Of all scores: the two that always stand before perplexity, or the others."""
+    return tuple(
+        Column(kind.name, _sentence(kind.name.replace("_", " ")), _sentence(kind.meaning), extra)
+        for kind in SCORES
+        if (kind.name not in ("dispersion", "probe")) == extra
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 COLUMNS = (
     Column("layer", "Layer", "Block and part of the network whose vectors are the keys"),
-    Column("dispersion", "Dispersion", "Mean of 1 − cosine over pairs of keys, ± half of its 95 % interval"),
-    Column("probe", "Probe", "Share of nearest keys from other documents that have the same next token"),
+    *_score_columns(extra=False),
     Column("perplexity", "Perplexity", "Of the kNN-LM whose keys come from this layer"),
     Column("change", "Against the LM", "Change of perplexity relative to the plain LM, with its 95 % interval"),
     Column("k", "k", "Neighbours retrieved for each token"),
@@ -57,10 +69,7 @@ COLUMNS = (
     Column("versus_best", "Against the best", "Perplexity relative to the best layer's", extra=True),
     Column("bits", "Bits per byte", "Of the kNN-LM; comparable across tokenizers", extra=True),
     Column("word", "Word perplexity", "Of the kNN-LM, for each word of the text", extra=True),
-    Column("within", "Dispersion within", "Inside each segment of text, then averaged", extra=True),
-    Column("segments", "Dispersion of segments", "Between the last vectors of segments", extra=True),
-    Column("standardized", "Standardised", "Dispersion, each dimension divided by its deviation", extra=True),
-    Column("rank", "Effective rank", "exp of the entropy of the normalised singular values", extra=True),
+    *_score_columns(extra=True),
 )
 
 
@@ -115,20 +124,15 @@ def _cells(layer: LayerResult, places: int) -> dict[str, Cell]:
 
 def _score_cells(score: LayerScore | None, places: int) -> dict[str, Cell]:
     if score is None:
-        names = ("dispersion", "probe", "within", "segments", "standardized", "rank")
-        return dict.fromkeys(names, Cell(numbers.MISSING))
+        return {kind.name: Cell(numbers.MISSING) for kind in SCORES}
+    notes = {"dispersion": score.interval, "probe": score.probe_interval}
+    return {kind.name: _score_cell(kind, score, places, notes.get(kind.name)) for kind in SCORES}
 
-    def share(value: float) -> str:
-        return numbers.decimal(value, places)
 
-    return {
-        "dispersion": _cell(score.dispersion, share, note=_plus_minus(score.interval, places)),
-        "probe": _cell(score.probe, share, note=_plus_minus(score.probe_interval, places)),
-        "within": _cell(score.dispersion_within, share),
-        "segments": _cell(score.dispersion_segments, share),
-        "standardized": _cell(score.dispersion_standardized, share),
-        "rank": _cell(score.effective_rank, lambda value: numbers.decimal(value, 1)),
-    }
+def _score_cell(kind: ScoreKind, score: LayerScore, places: int, interval: Interval | None) -> Cell:
+    digits = min(kind.digits, places)
+    note = _plus_minus(interval, digits) if interval else ""
+    return _cell(getattr(score, kind.name), lambda value: numbers.decimal(value, digits), note)
 
 
 def _cell(value: float, show: Callable[[float], str], note: str = "") -> Cell:
