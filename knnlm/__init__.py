@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         TrainResult,
         Validation,
     )
+    from knnlm.slices import SliceConfig, SlicesResult, measure_slices
     from knnlm.token_sets import TokenSource
     from knnlm.trainer import PushAwayTrainer
     from knnlm.training import train
@@ -94,6 +95,7 @@ _NAMES = {
         "Validation",
     ),
     "token_sets": ("TokenSource",),
+    "slices": ("SliceConfig", "SlicesResult", "measure_slices"),
     "trainer": ("PushAwayTrainer",),
     "training": ("train",),
 }
@@ -130,6 +132,8 @@ __all__ = [
     "Regret",
     "ScoreResult",
     "Settings",
+    "SliceConfig",
+    "SlicesResult",
     "Study",
     "TextConfig",
     "TokenExample",
@@ -145,6 +149,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "mean_distance",
+    "measure_slices",
     "open_datastore",
     "random_model",
     "rank_models",
