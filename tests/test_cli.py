@@ -172,7 +172,11 @@ def test_info_shows_the_datastore(call, gpt2_folder: Path, text_file: Path, tmp_
     assert "Windows: 32 tokens, of which 16 are new" in lines
     assert f"Chosen: {told['choice']['reason']}." in lines
     assert any(line.startswith("Made with: python ") for line in lines)
-    rows = {line.split()[0]: line.split() for line in lines if ".ffn_input " in line and "Chosen" not in line}
+    rows = {
+        line.split()[0]: line.split()
+        for line in lines
+        if line.startswith(tuple(f" {name} " for name in told["layers"]))
+    }
     assert list(rows) == list(told["layers"])
     for layer, cells in rows.items():
         chosen, index, fitted = layer == told["choice"]["layer"], told["indexes"].get(layer), told["fitted"][layer]
