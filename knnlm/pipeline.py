@@ -38,13 +38,14 @@ from knnlm.job import Clock, Job, Paths
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel
 from knnlm.overlap import overlap
-from knnlm.plan import check_choice, check_query_room, estimate_tokens, make_plan, versions
+from knnlm.plan import check_choice, check_query_room, estimate_tokens, make_plan
 from knnlm.progress import Advance, Progress, Silent, toward
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult, TokenExample
 from knnlm.scoring import LayerScorer, Separated
 from knnlm.search import check_count, is_exact, searched_layers
 from knnlm.storage import new_folder
+from knnlm.version import versions
 from knnlm.windows import TokenDocument, count_targets, hold_out
 
 DEFAULTS = Settings()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from knnlm.choose import SCORES_THAT_CHOOSE, candidate_layers, one_layer
@@ -152,9 +150,3 @@ def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextC
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def versions() -> dict[str, str]:
-    """Of everything whose change can change a number."""
-    packages = ("knnlm", "torch", "transformers", "tokenizers", "faiss-cpu", "numpy", "datasets")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}

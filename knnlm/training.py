@@ -29,12 +29,13 @@ from knnlm.errors import InputError
 from knnlm.hardware import trains_in_bfloat16
 from knnlm.lm import LanguageModel, load_model, random_model
 from knnlm.places import check_new_folder
-from knnlm.plan import versions, window_config
+from knnlm.plan import window_config
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import TrainPoint, TrainResult, Validation
 from knnlm.storage import new_folder, write_json
 from knnlm.trainer import PushAwayTrainer, Watch, find_layer, training_arguments
 from knnlm.training_text import Domain, read_domain, training_windows, validation_windows
+from knnlm.version import versions
 
 Paths = Sequence[str | Path]
 DEFAULTS = TrainConfig()

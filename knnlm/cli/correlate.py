@@ -74,7 +74,7 @@ def correlate(
     from dataclasses import asdict
 
     from knnlm.correlate_document import correlate_document
-    from knnlm.plan import versions
+    from knnlm.version import versions
 
     screen = Screen(json)
     _check(model, text, config, report, trust_remote_code)

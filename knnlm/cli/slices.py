@@ -67,9 +67,9 @@ def slices(
     Example: knnlm slices --model gpt2 --questions hf:allenai/ai2_arc/ARC-Easy:test --cloze nursing.jsonl
     """
     config = _config(locals())
-    from knnlm.plan import versions
     from knnlm.slices import measure_slices
     from knnlm.slices_document import slices_document
+    from knnlm.version import versions
 
     screen = Screen(json)
     questions, cloze = questions or [], cloze or []
