@@ -1,23 +1,23 @@
-"""Does a push-away loss help a small GPT-2, and its kNN-LM? One training a call, so that a queue can be stopped.
+"""Does a push-away loss help a small GPT-2, and its kNN-LM? Trainings one after the other, that can be stopped.
 
-    .venv/bin/python scripts/push_away_study.py --out study --text corpora --list
-    .venv/bin/python scripts/push_away_study.py --out study --text corpora --run single-none-0
-    .venv/bin/python scripts/push_away_study.py --out study --table
+    .venv/bin/python scripts/push_away_study.py --out study --list
+    .venv/bin/python scripts/push_away_study.py --out study --text corpora --run "*-0" "*-1" "*-2"
 
-Each run writes OUT/NAME.json, and is skipped where that is. `--text` is a folder with the texts named in RUNS. GPT-2
-shape, 4 blocks x 128, the demo model's tokenizer, windows of 128 tokens, 4 in a step, constant learning rate, three
-seeds: each gives other weights, another order of windows and another held-out tenth. docs/train.md has the results.
+Each run writes OUT/NAME.json, and is skipped where that is; `scripts/push_away_table.py` makes tables and the picture.
+`--text` is a folder with the texts named in RUNS. GPT-2 shape, 4 blocks x 128, the demo model's tokenizer, windows of
+128 tokens, 4 in a step, constant learning rate, three seeds: each gives other weights, another order of windows and
+another held-out tenth. docs/train.md has the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from knnlm.config import EvalConfig, KNNConfig, LayerConfig, PushAway, Settings,
 from knnlm.lm import load_model
 from knnlm.pipeline import run, score
 from knnlm.progress import Advance
+from knnlm.storage import write_json
 from knnlm.training import train, train_document
 
 DEMO = Path(__file__).parent / "demo_data" / "model"
@@ -139,13 +140,15 @@ def measure(name: str, texts: Path, folder: Path) -> dict[str, Any]:
     if one.other_text is None and one.from_scratch:
         document["knn"] = knn(measured, texts / one.text, folder / "stores" / name, seed)
     document["dispersion"] = dispersions(measured, texts / one.text)
+    if not one.from_scratch:
+        document["dispersion_before"] = dispersions(DEMO, texts / one.text)
     return document
 
 
 def knn(model: Path, text: Path, store: Path, seed: int) -> dict[str, Any]:
     """Perplexity of the LM and of the kNN-LM on text that neither has read, keys from the layer KEY_LAYER."""
     settings = Settings(
-        text=TextConfig(context=128, stride=64, max_tokens=150_000),
+        text=TextConfig(context=128, stride=64, max_tokens=100_000),
         layers=LayerConfig(layers=KEY_LAYER, select=KEY_LAYER),
         knn=KNNConfig(index="exact"),
         evaluation=EvalConfig(eval_tokens=8_000, examples=0),
@@ -169,15 +172,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", type=Path, help="folder with the texts")
     parser.add_argument("--list", action="store_true", help="print the names of runs that are not done")
-    parser.add_argument("--run", choices=RUNS, metavar="NAME")
+    parser.add_argument("--run", nargs="+", default=[], metavar="NAME", help="names of runs, or patterns of them")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    left = [name for name in RUNS if not (args.out / f"{name}.json").exists()]
     if args.list:
-        print(*(name for name in RUNS if not (args.out / f"{name}.json").exists()), sep="\n")
-    if args.run and not (args.out / f"{args.run}.json").exists():
-        begun = time.perf_counter()
-        document = measure(args.run, args.text, args.out) | {"total_seconds": time.perf_counter() - begun}
-        (args.out / f"{args.run}.json").write_text(json.dumps(document, indent=1, default=str), encoding="utf-8")
+        print(*left, sep="\n")
+    for name in left:
+        if any(fnmatchcase(name, pattern) for pattern in args.run):
+            begun = time.process_time()
+            document = measure(name, args.text, args.out) | {"cpu_seconds": time.process_time() - begun}
+            write_json(args.out / f"{name}.json", document)
+            print(f"{name}: {document['cpu_seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
