@@ -302,8 +302,9 @@ def test_interval_is_the_jackknife_over_groups_of_clusters():
     without = [pairwise(torch.cat([g for g in groups if g is not left_out])) for left_out in groups]
     error = math.sqrt(2 / 3 * sum((w - np.mean(without)) ** 2 for w in without))
     centre = 3 * result.pooled - 2 * np.mean(without)
-    assert result.interval.low == pytest.approx(min(result.pooled, centre - 4.3027 * error), abs=1e-12)
-    assert result.interval.high == pytest.approx(min(24 / 23, centre + 4.3027 * error), abs=1e-12)
+    quantile = math.sqrt(2) * 0.95 / math.sqrt(1 - 0.95**2)  # of Student's t at two degrees of freedom
+    assert result.interval.low == pytest.approx(min(result.pooled, centre - quantile * error), abs=1e-12)
+    assert result.interval.high == pytest.approx(min(24 / 23, centre + quantile * error), abs=1e-12)
 
 
 def test_interval_of_one_group_says_nothing():
