@@ -202,15 +202,24 @@ class DispersionScorer:
         tokens = self.tokens
         if tokens < 2:
             raise InputError(f"dispersion needs at least 2 vectors, got {tokens}: give it more text")
-        pooled, interval = self._pooled()
+        pooled, without_G, counts_G = self._estimates()
         return DispersionResult(
             pooled=pooled,
-            interval=interval,
+            interval=jackknife_interval(pooled, without_G, bounds=(0.0, tokens / (tokens - 1)), sizes_G=counts_G),
             within=self._within_sum / self._within_segments if self._within_segments else math.nan,
             segments=float(from_sum(self._last_sum_D, self._num_segments)),
             tokens=tokens,
             num_segments=self._num_segments,
         )
+
+    def margin(self, other: DispersionScorer, share: float) -> Interval:
+        """95 % interval of this layer's dispersion minus `share` times that of another layer of the same text, paired.
+
+        Both scorers have seen the same spans, so that a group is left out of both.
+        """
+        (ours, ours_G, counts_G), (theirs, theirs_G, _) = self._estimates(), other._estimates()
+        value, without_G = ours - share * theirs, ours_G - share * theirs_G
+        return jackknife_interval(value, without_G, bounds=(-math.inf, math.inf), sizes_G=counts_G)
 
     def _check_shape(self, vectors_BTD: Tensor, spans: Sequence[Span]) -> None:
         shape = list(vectors_BTD.shape)
@@ -235,14 +244,14 @@ class DispersionScorer:
         self._last_sum_D += last_SD.sum(axis=0)
         self._num_segments += len(counts_S)
 
-    def _pooled(self) -> tuple[float, Interval]:
+    def _estimates(self) -> tuple[float, Float64, NDArray[np.int64]]:
+        """The pooled dispersion, that without each group [G], and the vectors of each group [G]."""
         order = sorted(self._group_sums)
         sums_GD = np.stack([self._group_sums[group] for group in order])
         counts_G = np.array([self._group_counts[group] for group in order])
         total_D, tokens = sums_GD.sum(axis=0), int(counts_G.sum())
-        pooled = float(from_sum(total_D, tokens))
         without_G = from_sum(total_D - sums_GD, tokens - counts_G)
-        return pooled, jackknife_interval(pooled, without_G, bounds=(0.0, tokens / (tokens - 1)))
+        return float(from_sum(total_D, tokens)), without_G, counts_G
 
 
 def on_host(vectors: Tensor) -> bool:

@@ -42,7 +42,7 @@ from knnlm.plan import check_choice, check_query_room, estimate_tokens, make_pla
 from knnlm.progress import Advance, Progress, Silent, toward
 from knnlm.report.document import score_document, score_from_document
 from knnlm.results import EvalResult, IndexReport, LayerResult, ScoreResult, TokenExample
-from knnlm.scoring import LayerScorer, Separated
+from knnlm.scoring import LayerScorer, Settled
 from knnlm.search import check_count, is_exact, searched_layers
 from knnlm.storage import new_folder
 from knnlm.version import versions
@@ -69,7 +69,7 @@ def score(
 ) -> ScoreResult:
     """Dispersion and the other label-free scores of every layer asked for, and the choice; writes nothing.
 
-    :param stop_early: stop when the most dispersed candidate's interval lies above all others'.
+    :param stop_early: stop when it is settled which candidate dispersion takes.
     :param every: look at every so-manieth document only, to spread a budget of tokens over a large text.
     """
     job = Job(lm, settings, progress or Silent())
@@ -77,10 +77,10 @@ def score(
     check_choice(lm, layers, settings)
     total = estimate_tokens(lm, text, settings.text)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
-    separated = Separated(candidate_layers(settings.layers, layers, lm.layer_names))
-    stop = separated if stop_early else None
+    settled = Settled(candidate_layers(settings.layers, layers, lm.layer_names))
+    stop = settled if stop_early else None
     collected = _collect(job, "scoring layers", job.documents(text, every), layers, total, scorer=scorer, stop=stop)
-    return _score_result(job, scorer, collected, stopped_early=separated.met)
+    return _score_result(job, scorer, collected, stopped_early=settled.met)
 
 
 def build(

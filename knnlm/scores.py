@@ -207,7 +207,8 @@ def _mean_over_clusters(
     total, count = float(sum_C.sum()), len(value_Q)
     with np.errstate(invalid="ignore"):
         without_C = (total - sum_C) / (count - count_C)
-    return total / count, jackknife_interval(total / count, without_C, bounds=bounds, comparisons=comparisons)
+    mean = total / count
+    return mean, jackknife_interval(mean, without_C, bounds=bounds, sizes_G=count_C, comparisons=comparisons)
 
 
 def _checked(sample_MD: NDArray[np.floating]) -> Float64:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from knnlm.dispersion import DispersionResult, DispersionScorer, Float64, Span
+from knnlm.choose import NEAR
+from knnlm.dispersion import DispersionResult, DispersionScorer, Float64, Span, dispersion
 from knnlm.progress import Advance, ignore
 from knnlm.results import Interval, LayerScore
 from knnlm.sample import LayerSample, Sample, SamplePlan, SampleUpdate
@@ -67,6 +69,15 @@ FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
     "intrinsic_dimension": lambda seen: intrinsic_dimension(seen.sample.vectors_MD, seed=seen.seed),
 }
 
+# Those that make sense of one segment, of its vectors [T, D] alone; T of at most 1,024 is searched whole.
+SEGMENT_FUNCTIONS: Mapping[str, Callable[[NDArray[np.floating]], float]] = {
+    "dispersion_within": dispersion,
+    "dispersion_standardized": standardized_dispersion,
+    "effective_rank": lambda vectors_TD: effective_rank(spectrum(vectors_TD)),
+    "participation_ratio": lambda vectors_TD: participation_ratio(spectrum(vectors_TD)),
+    "intrinsic_dimension": lambda vectors_TD: intrinsic_dimension(vectors_TD, seed=0),
+}
+
 
 class LayerScorer:
     """Dispersion of every key, and a bounded sample of keys for the other scores; the same positions for all layers."""
@@ -99,10 +110,13 @@ class LayerScorer:
         self._dispersion[name].add_batch(vectors_BTD, self._spans)
         self._samples[name].write(vectors_BTD, self._update)
 
-    def dispersion_interval(self, name: str) -> tuple[float, Interval]:
-        """The pooled dispersion so far with its interval: what early stopping looks at."""
-        result = self._dispersion[name].result()
-        return result.pooled, result.interval
+    def dispersion(self, name: str) -> float:
+        """The layer's pooled dispersion so far."""
+        return self._dispersion[name].result().pooled
+
+    def margin(self, name: str, leader: str, share: float) -> Interval:
+        """The interval of a layer's dispersion minus `share` times the leader's: which side of it the layer is on."""
+        return self._dispersion[name].margin(self._dispersion[leader], share)
 
     def scores(self, advance: Advance = ignore) -> tuple[LayerScore, ...]:
         """All scores of every layer, in the order in which the layers were given."""
@@ -126,8 +140,8 @@ class LayerScorer:
         return LayerScore(layer=name, **{field: function(seen) for field, function in FUNCTIONS.items()})
 
 
-class Separated:
-    """Asked after each batch: does the leading candidate's interval lie above every other's?"""
+class Settled:
+    """Asked after each batch: is it settled which candidate `choose.by_dispersion` takes?"""
 
     # The jackknife needs a fair number of tokens before its interval can be believed.
     MINIMUM_TOKENS = 50_000
@@ -139,10 +153,20 @@ class Separated:
         self.met = False
 
     def __call__(self, scorer: LayerScorer) -> bool:
-        """Look, every few batches, at the scores so far."""
+        """Look, every few batches, at the dispersions so far."""
         self._batches += 1
         if scorer.tokens < self.MINIMUM_TOKENS or self._batches % self.EVERY_BATCHES or len(self._candidates) < 2:
             return False
-        leader, *others = sorted((scorer.dispersion_interval(name) for name in self._candidates), key=lambda p: -p[0])
-        self.met = all(leader[1].low > interval.high for _, interval in others)
+        leader = max(self._candidates, key=scorer.dispersion)
+        self.met = self._settled(scorer, leader)
         return self.met
+
+    def _settled(self, scorer: LayerScorer, leader: str) -> bool:
+        """From the deepest up: those surely too far below the leader, then one that surely is not."""
+        for name in reversed(self._candidates):
+            if name == leader:
+                return True
+            margin = scorer.margin(name, leader, NEAR)
+            if margin.high >= 0:
+                return margin.low > 0
+        return False

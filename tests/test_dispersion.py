@@ -24,6 +24,7 @@ from knnlm.dispersion import (
 )
 from knnlm.errors import InputError, ModelError
 from knnlm.results import Interval
+from knnlm.statistics import jackknife_interval, t_quantile
 
 
 def pairwise(vectors) -> float:
@@ -293,6 +294,24 @@ def test_vectors_of_another_shape():
         DispersionScorer(16).add_segment(batch(), 0)
 
 
+def test_margin_is_paired_over_the_same_groups():
+    """Of one layer's dispersion and a share of another's, with each cluster left out of both."""
+    layers = [batch(rows=5, positions=6), batch(rows=5, positions=6).roll(1, 0) + 0.5]
+    spans = [Span(row, 0, 6, row) for row in range(5)]
+    scorers = [DispersionScorer(16), DispersionScorer(16)]
+    for scorer, vectors in zip(scorers, layers, strict=True):
+        scorer.add_batch(vectors, spans)
+    value = pairwise(layers[0].flatten(0, 1)) - 0.9 * pairwise(layers[1].flatten(0, 1))
+    without = []
+    for left_out in range(5):
+        kept = [row for row in range(5) if row != left_out]
+        one, other = (pairwise(vectors[kept].flatten(0, 1)) for vectors in layers)
+        without.append(one - 0.9 * other)
+    expected = jackknife_interval(value, np.array(without), bounds=(-9, 9))
+    found = scorers[0].margin(scorers[1], 0.9)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
 def test_interval_is_the_jackknife_over_groups_of_clusters():
     """Against the estimate made anew without each group, pair by pair; clusters 2 and 2 + GROUPS are one group."""
     vectors = batch(rows=4, positions=6)
@@ -302,7 +321,7 @@ def test_interval_is_the_jackknife_over_groups_of_clusters():
     without = [pairwise(torch.cat([g for g in groups if g is not left_out])) for left_out in groups]
     error = math.sqrt(2 / 3 * sum((w - np.mean(without)) ** 2 for w in without))
     centre = 3 * result.pooled - 2 * np.mean(without)
-    quantile = math.sqrt(2) * 0.95 / math.sqrt(1 - 0.95**2)  # of Student's t at two degrees of freedom
+    quantile = t_quantile(24**2 / (6**2 + 6**2 + 12**2) - 1)  # groups of 6, 6 and 12 are worth 2.7
     assert result.interval.low == pytest.approx(min(result.pooled, centre - quantile * error), abs=1e-12)
     assert result.interval.high == pytest.approx(min(24 / 23, centre + quantile * error), abs=1e-12)
 

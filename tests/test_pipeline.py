@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from index.errors import FaissFailed
-from knnlm.choose import candidate_layers
+from knnlm.choose import NEAR, candidate_layers
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.datastore import open_datastore
 from knnlm.errors import DatastoreExists, InputError
@@ -20,7 +20,7 @@ from knnlm.pipeline import build, evaluate, run, score
 from knnlm.plan import make_plan
 from knnlm.progress import Silent
 from knnlm.results import Interval
-from knnlm.scoring import Separated
+from knnlm.scoring import Settled
 from tests.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -257,17 +257,34 @@ def test_overlapping_evaluation_text_is_warned_of(lm: LanguageModel, corpus: Pat
     assert not result.warnings
 
 
-@pytest.mark.parametrize(("leader", "stops"), [(Interval(0.6, 0.7), True), (Interval(0.45, 0.7), False)])
-def test_scoring_stops_when_the_leader_separates(leader: Interval, stops: bool) -> None:
+BELOW, ABOVE, UNSURE = Interval(-0.3, -0.1), Interval(0.1, 0.2), Interval(-0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("margins", "settled"),
+    [
+        ({"d": BELOW, "c": BELOW}, True),  # the leader, b, is the deepest that is near itself
+        ({"d": ABOVE, "c": UNSURE}, True),  # d is near the leader, whatever c is
+        ({"d": BELOW, "c": ABOVE}, True),
+        ({"d": UNSURE, "c": BELOW}, False),
+        ({"d": BELOW, "c": UNSURE}, False),
+    ],
+)
+def test_scoring_stops_when_the_choice_is_settled(margins: dict[str, Interval], settled: bool) -> None:
     class Scorer:
-        tokens = Separated.MINIMUM_TOKENS
+        tokens = Settled.MINIMUM_TOKENS
 
-        def dispersion_interval(self, name: str) -> tuple[float, Interval]:
-            return {"a": (0.65, leader), "b": (0.4, Interval(0.3, 0.5))}[name]
+        def dispersion(self, name: str) -> float:
+            return {"a": 0.5, "b": 0.8, "c": 0.7, "d": 0.6}[name]
 
-    asked = Separated(("a", "b"))
-    answers = [asked(Scorer()) for _ in range(Separated.EVERY_BATCHES)]  # type: ignore[arg-type]
-    assert answers[-1] is stops is asked.met
+        def margin(self, name: str, leader: str, share: float) -> Interval:
+            assert (leader, share) == ("b", NEAR)
+            return margins[name]
+
+    asked = Settled(("a", "b", "c", "d"))
+    answers = [asked(Scorer()) for _ in range(Settled.EVERY_BATCHES)]  # type: ignore[arg-type]
+    assert not any(answers[:-1])
+    assert answers[-1] is settled is asked.met
 
 
 def test_settings_and_results_survive_the_manifest(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:

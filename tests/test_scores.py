@@ -21,6 +21,7 @@ from knnlm.scores import (
     spectrum,
     standardized_dispersion,
 )
+from knnlm.statistics import t_quantile
 from tests.test_dispersion import pairwise, rogue_vectors
 
 
@@ -239,6 +240,12 @@ def test_probe_breaks_ties_without_favour_for_early_keys():
     assert np.mean(values) == pytest.approx(0.25, abs=0.05)
 
 
+def worth(clusters) -> float:
+    """How many clusters of one size tell as much."""
+    _, sizes = np.unique(clusters, return_counts=True)
+    return sizes.sum() ** 2 / (sizes**2).sum()
+
+
 def test_probe_interval_is_the_jackknife_over_clusters():
     vectors, tokens, clusters = text_like(60, 5)
     probe = retrieval_probe(vectors, tokens, clusters % 3, queries=60, seed=0)
@@ -246,19 +253,21 @@ def test_probe_interval_is_the_jackknife_over_clusters():
     without = np.array([rates[clusters % 3 != cluster].mean() for cluster in range(3)])
     error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
     centre = 3 * rates.mean() - 2 * without.mean()
-    assert probe.interval.low == pytest.approx(max(0, centre - 4.302652729749 * error), abs=1e-9)
-    assert probe.interval.high == pytest.approx(min(1, centre + 4.302652729749 * error), abs=1e-9)
+    quantile = t_quantile(worth(clusters % 3) - 1)
+    assert probe.interval.low == pytest.approx(max(0, centre - quantile * error), abs=1e-9)
+    assert probe.interval.high == pytest.approx(min(1, centre + quantile * error), abs=1e-9)
 
 
 def test_probe_difference_is_paired():
-    """Query by query, by clusters; 12 comparisons widen it (Bonferroni: t at 2 degrees, 0.05 / 12)."""
+    """Query by query, by clusters; several comparisons widen it."""
     one, other = (retrieval_probe(*text_like(60, 5, noise=noise), seed=0) for noise in (0.7, 1.0))
     one, other = (replace(probe, cluster_Q=probe.cluster_Q % 3) for probe in (one, other))
     rates = one.rate_Q - other.rate_Q
     without = np.array([rates[one.cluster_Q != cluster].mean() for cluster in range(3)])
     error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
     centre = 3 * rates.mean() - 2 * without.mean()
-    for comparisons, quantile in ((1, 4.302652729749), (12, 15.4435)):
+    for comparisons in (1, 12):
+        quantile = t_quantile(worth(one.cluster_Q) - 1, comparisons=comparisons)
         found = probe_difference(one, other, comparisons=comparisons)
         assert found.low == pytest.approx(max(-1, centre - quantile * error), abs=1e-5)
         assert found.high == pytest.approx(min(1, centre + quantile * error), abs=1e-5)

@@ -76,9 +76,10 @@ def test_change_equals_its_definition() -> None:
     without = [difference[clusters != name].mean() for name in (3, 5, 7)]
     error = math.sqrt(2 / 3 * sum((w - np.mean(without)) ** 2 for w in without))
     centre = 3 * difference.mean() - 2 * np.mean(without)
-    # 20, 30 and 40 tokens tell as much as 90² / 2900 = 2.8 equal clusters: one degree of freedom.
-    assert interval.high == pytest.approx(math.expm1(centre + 12.706204736 * error), rel=1e-9)
-    assert interval.low == pytest.approx(math.expm1(centre - 12.706204736 * error), rel=1e-9)
+    # 20, 30 and 40 tokens tell as much as 90² / 2900 = 2.8 equal clusters, less one.
+    quantile = t_quantile(90**2 / 2900 - 1)
+    assert interval.high == pytest.approx(math.expm1(centre + quantile * error), rel=1e-9)
+    assert interval.low == pytest.approx(math.expm1(centre - quantile * error), rel=1e-9)
 
 
 def test_change_of_infinite_losses_is_unknown() -> None:
@@ -113,3 +114,14 @@ def test_interval_holds_the_value_and_keeps_its_bounds() -> None:
 @pytest.mark.parametrize(("freedom", "table"), [(1, 12.7062), (4, 2.77645), (5, 2.57058), (9, 2.26216), (30, 2.04227)])
 def test_t_quantile_equals_the_table(freedom: int, table: float) -> None:
     assert t_quantile(freedom) == pytest.approx(table, rel=2e-5)
+
+
+def test_t_quantile_between_whole_degrees_is_linear_in_their_inverse() -> None:
+    assert t_quantile(2.4) == pytest.approx((t_quantile(2) + t_quantile(3)) / 2, rel=1e-12)
+    assert t_quantile(0.2) == t_quantile(1)
+
+
+def test_t_quantile_of_several_comparisons() -> None:
+    """At two degrees of freedom P(|t| < t0) = t0 / sqrt(2 + t0²)."""
+    inside = 1 - 0.05 / 12
+    assert t_quantile(2, comparisons=12) == pytest.approx(inside * math.sqrt(2 / (1 - inside**2)), rel=1e-9)
