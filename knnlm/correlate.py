@@ -56,7 +56,7 @@ OURS = (
     "no group is cut as an outlier unless --max-perplexity says so (the released code cuts at 25, an example to be "
     "adjusted)",
     "the correlations themselves, of perplexity and not of its logarithm, and their intervals: the released code draws "
-    "points only. Ungrouped intervals leave out whole documents (runs of 8,192 tokens where there are fewer than 8); "
+    "points only. Ungrouped intervals leave out whole documents (runs of 8,192 tokens where documents are few); "
     "grouped ones take groups as independent, which they are not quite",
     "`across`: dispersion between the last vectors of a group's segments, against the group's mean perplexity",
     "other context lengths: segments of that length, all other steps alike",

@@ -26,6 +26,7 @@ from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel
 from knnlm.parts import ENOUGH_DOCUMENTS
 from knnlm.progress import Advance, ignore
+from knnlm.statistics import effective_number
 from knnlm.windows import TokenDocument
 
 Float64 = NDArray[np.float64]
@@ -95,9 +96,12 @@ def sample_segments(segments: Iterable[Segment], limit: int, *, seed: int) -> li
 
 
 def text_clusters(segments: Sequence[Segment]) -> NDArray[np.int64]:
-    """Of each segment, [S], the piece of text that it depends on: its document, or its run where documents are few."""
+    """Of each segment, [S], the piece of text that it depends on: its document, or its run where documents are few.
+
+    Few as in `split_parts`: they tell less than 8 of one size.
+    """
     documents_S = np.array([segment.document for segment in segments])
-    if len(np.unique(documents_S)) >= ENOUGH_DOCUMENTS:
+    if effective_number(np.unique(documents_S, return_counts=True)[1]) >= ENOUGH_DOCUMENTS:
         return documents_S
     runs_S = np.array([segment.start // CLUSTER_TOKENS for segment in segments])
     return np.unique(np.stack([documents_S, runs_S]), axis=1, return_inverse=True)[1].reshape(-1)

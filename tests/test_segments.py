@@ -74,6 +74,8 @@ def test_documents_are_clusters_where_there_are_enough_of_them():
 def test_runs_are_clusters_of_few_long_documents():
     clusters = text_clusters(segments_of(20_000, 9_000, context=4096))
     assert clusters.tolist() == [0, 0, 1, 1, 2, 2]
+    # One document is nearly all of the text, whatever stands beside it.
+    assert len(set(text_clusters(segments_of(82_000, *[4096] * 8, context=4096)).tolist())) == 10 + 8
 
 
 # What the pass finds
