@@ -46,16 +46,19 @@ if TYPE_CHECKING:
         NeighborText,
         Perplexity,
         Regret,
+        ScoreKind,
         ScoreResult,
         TokenExample,
         TrainPoint,
         TrainResult,
         Validation,
+        VectorScores,
     )
     from knnlm.slices import SliceConfig, SlicesResult, measure_slices
     from knnlm.token_sets import TokenSource
     from knnlm.trainer import PushAwayTrainer
     from knnlm.training import train
+    from knnlm.vectors import score_vectors
 
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
@@ -88,16 +91,19 @@ _NAMES = {
         "NeighborText",
         "Perplexity",
         "Regret",
+        "ScoreKind",
         "ScoreResult",
         "TokenExample",
         "TrainPoint",
         "TrainResult",
         "Validation",
+        "VectorScores",
     ),
     "token_sets": ("TokenSource",),
     "slices": ("SliceConfig", "SlicesResult", "measure_slices"),
     "trainer": ("PushAwayTrainer",),
     "training": ("train",),
+    "vectors": ("score_vectors",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -130,6 +136,7 @@ __all__ = [
     "PushAwayTrainer",
     "Ranking",
     "Regret",
+    "ScoreKind",
     "ScoreResult",
     "Settings",
     "SliceConfig",
@@ -142,6 +149,7 @@ __all__ = [
     "TrainPoint",
     "TrainResult",
     "Validation",
+    "VectorScores",
     "__version__",
     "build",
     "different_token_distance",
@@ -155,6 +163,7 @@ __all__ = [
     "rank_models",
     "run",
     "score",
+    "score_vectors",
     "study_correlation",
     "train",
     "uniformity",

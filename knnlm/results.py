@@ -115,6 +115,19 @@ class ScoreResult:
 
 
 @dataclass(frozen=True)
+class VectorScores:
+    """Scores of files of vectors that come from elsewhere; nothing is chosen among them."""
+
+    layers: tuple[LayerScore, ...]
+    """One for each file, which it is named after."""
+    rows: int
+    """Of all files."""
+    vectors: int
+    settings: Mapping[str, object]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """One distribution's perplexity on the reporting part of the evaluation text."""
 

@@ -11,7 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from knnlm.errors import InputError
-from knnlm.results import SCORES, Correlation, EvalResult, Interval, LayerResult, LayerScore, ScoreKind, ScoreResult
+from knnlm.results import (
+    SCORES,
+    Correlation,
+    EvalResult,
+    Interval,
+    LayerResult,
+    LayerScore,
+    ScoreKind,
+    ScoreResult,
+    VectorScores,
+)
 
 UNKNOWN = "–"
 TITLES = {kind.name: kind.title for kind in SCORES}
@@ -37,23 +47,26 @@ def shown_scores(names: str | None, default: Sequence[str]) -> tuple[ScoreKind, 
     return tuple(known[name] for name in wanted)
 
 
-def score_table(result: ScoreResult, show: str | None = None) -> Table:
-    """Every layer's label-free scores, those of `--show`; the chosen layer is marked."""
-    kinds = shown_scores(show, IN_SCORE_TABLE)
-    table = Table(title=f"Layers by dispersion, on {result.tokens:,} tokens of {result.documents:,} documents")
-    table.add_column("layer")
+def score_table(result: ScoreResult | VectorScores, show: str | None = None) -> Table:
+    """The label-free scores of every layer or file, those of `--show`; the chosen layer is marked."""
+    kinds, chosen = shown_scores(show, IN_SCORE_TABLE), None
+    if isinstance(result, ScoreResult):
+        table = Table(title=f"Layers by dispersion, on {result.tokens:,} tokens of {result.documents:,} documents")
+        chosen = result.choice.layer
+    else:
+        table = Table(title=f"{result.vectors:,} vectors in {result.rows:,} rows")
+    table.add_column("layer" if chosen else "file")
     for kind in kinds:
         table.add_column(kind.title, justify="right")
         if kind.name == "dispersion":
             table.add_column("95 % interval", justify="right")
     for one in result.layers:
-        chosen = one.layer == result.choice.layer
-        table.add_row(*_score_cells(one, kinds, chosen), style="bold green" if chosen else None)
+        table.add_row(*_score_cells(one, kinds, chosen), style="bold green" if one.layer == chosen else None)
     return table
 
 
-def _score_cells(one: LayerScore, kinds: Sequence[ScoreKind], chosen: bool) -> Iterator[str]:
-    yield f"{one.layer} ◀ chosen" if chosen else one.layer
+def _score_cells(one: LayerScore, kinds: Sequence[ScoreKind], chosen: str | None) -> Iterator[str]:
+    yield f"{one.layer} ◀ chosen" if one.layer == chosen else one.layer
     for kind in kinds:
         yield _known(getattr(one, kind.name), f".{kind.digits}f")
         if kind.name == "dispersion":
@@ -101,9 +114,9 @@ def _half(value: Interval) -> float:
     return (value.high - value.low) / 2
 
 
-def choice_lines(result: ScoreResult | EvalResult) -> Iterator[Text]:
-    """The choice, whether it was right, and what deserves a warning, a sentence each."""
-    if result.choice:
+def choice_lines(result: ScoreResult | VectorScores | EvalResult) -> Iterator[Text]:
+    """The choice, whether it was right, and what deserves a warning, a sentence each; files leave nothing to choose."""
+    if not isinstance(result, VectorScores) and result.choice:
         yield Text(f"Chosen: {result.choice.reason}.", style="green")
         if result.choice.disagreement:
             yield Text(f"Note: {result.choice.disagreement}.", style="yellow")

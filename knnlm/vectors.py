@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from knnlm.dispersion import BadVector, Span
 from knnlm.errors import InputError
 from knnlm.progress import Progress, Silent
-from knnlm.results import Interval, LayerScore
+from knnlm.results import Interval, LayerScore, VectorScores
 from knnlm.scoring import LayerScorer
+from knnlm.version import versions
 
 # Elements read at a time: 16 MB of float32.
 BLOCK = 1 << 22
@@ -31,7 +32,7 @@ def score_vectors(
     labels: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[LayerScore, ...]:
+) -> VectorScores:
     """Score each .npy file of vectors, float [N, D], or [N, T, D] for N segments of T vectors; named after the file.
 
     :param labels: .npy of N integers, one for each row: what the retrieval probe compares in place of the next token.
@@ -43,9 +44,16 @@ def score_vectors(
         raise InputError(f"--vectors names two files alike ({', '.join(names)}); results are named after files")
     label_N = None if labels is None else _read_labels(Path(labels))
     opened = [_open(Path(file), label_N) for file in files]
-    return tuple(
+    scores = [
         _score(name, vectors_NTD, label_N, seed, progress or Silent())
         for name, vectors_NTD in zip(names, opened, strict=True)
+    ]
+    return VectorScores(
+        layers=tuple(scores),
+        rows=sum(len(vectors_NTD) for vectors_NTD in opened),
+        vectors=sum(len(vectors_NTD) * vectors_NTD.shape[1] for vectors_NTD in opened),
+        settings={"vectors": [str(file) for file in files], "labels": labels and str(labels), "seed": seed},
+        versions=versions(),
     )
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, main_job, rank, train
+from knnlm.cli import correlate, main_job, rank, slices, train
 
 app = typer.Typer(
     name="knnlm",
@@ -27,13 +27,14 @@ VERBS: dict[str, Callable[..., None]] = {
     "info": main_job.info,
     "verify": main_job.verify,
     "correlate": correlate.correlate,
+    "slices": slices.slices,
     "rank-models": rank.rank_models,
     "train": train.train,
 }
 for name, verb in VERBS.items():
     app.command(name)(verb)
 
-TAKES_SEVERAL = ("--text", "--other-text", "--eval-text")
+TAKES_SEVERAL = ("--text", "--vectors", "--other-text", "--eval-text", "--questions", "--cloze")
 """Options that may be followed by several values."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""

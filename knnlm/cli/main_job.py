@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
 from knnlm.cli.describe import show_store
-from knnlm.cli.shared import load, settings_from, show_evaluation, show_scores
+from knnlm.cli.shared import check_show, load, settings_from, show_evaluation, show_scores
+from knnlm.cli.vectors import check_given, score_files
 from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from knnlm.results import ScoreResult, VectorScores
 
 
 def run(
@@ -41,6 +45,7 @@ def run(
     key_dtype: options.KeyDtype = "float16",
     disk_budget: options.DiskBudget = None,
     seed: options.Seed = 0,
+    show: options.Show = None,
     json: options.Json = False,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
@@ -52,18 +57,30 @@ def run(
     settings = settings_from(locals())
     from knnlm.places import check_new_folder
 
+    check_show(show)
     check_new_folder(out, overwrite=overwrite)
     screen = Screen(json)
     lm = load(model, dtype, device, trust_remote_code, screen)
     from knnlm.pipeline import run as run_pipeline
 
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
-    show_evaluation(result, screen, out)
+    show_evaluation(result, screen, out, show)
 
 
 def score(
-    model: options.Model,
-    text: options.Text,
+    call: typer.Context,
+    model: options.MaybeModel = None,
+    text: options.MaybeText = None,
+    vectors: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--vectors", help="Instead of a model and text: .npy files, [rows, dimension] or [rows, T, dimension]."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="A .npy file with an integer for each row of --vectors: for the probe."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the scores to this JSON file.")] = None,
     layers: options.Layers = None,
     candidates: options.Candidates = "candidates",
@@ -80,6 +97,7 @@ def score(
     device: options.Device = "auto",
     batch_size: options.BatchSize = "auto",
     seed: options.Seed = 0,
+    show: options.Show = None,
     json: options.Json = False,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
@@ -90,20 +108,25 @@ def score(
     """
     settings = settings_from(locals())
     from knnlm.places import check_new_file
-    from knnlm.report.document import score_document
     from knnlm.storage import write_json
 
+    check_show(show)
     if out is not None:
         check_new_file(out, overwrite=overwrite)
     screen = Screen(json)
-    lm = load(model, dtype, device, trust_remote_code, screen)
-    from knnlm.pipeline import score as score_pipeline
+    result: ScoreResult | VectorScores
+    if vectors:
+        result = score_files(call, vectors, labels, seed, screen)
+    else:
+        model, texts = check_given(model, text, labels)
+        lm = load(model, dtype, device, trust_remote_code, screen)
+        from knnlm.pipeline import score as score_pipeline
 
-    result = score_pipeline(lm, text, settings=settings, stop_early=stop_early, progress=screen)
-    show_scores(result, screen)
+        result = score_pipeline(lm, texts, settings=settings, stop_early=stop_early, progress=screen)
+    document = show_scores(result, screen, show)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, score_document(result))
+        write_json(out, document)
 
 
 def build(
@@ -166,6 +189,7 @@ def evaluate(
     batch_size: options.BatchSize = "auto",
     seed: options.Seed = 0,
     report: Annotated[Path | None, typer.Option("--report", help="Write report.json and report.html here.")] = None,
+    show: options.Show = None,
     json: options.Json = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -178,6 +202,7 @@ def evaluate(
     from knnlm.places import check_report_folder
     from knnlm.search import searched_layers
 
+    check_show(show)
     if report is not None:
         check_report_folder(report)
     opened = Datastore.open(store)
@@ -187,7 +212,7 @@ def evaluate(
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
-    show_evaluation(result, screen, report)
+    show_evaluation(result, screen, report, show)
 
 
 def info(store: options.Store, json: options.Json = False) -> None:

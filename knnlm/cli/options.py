@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM.")]
+MaybeModel = Annotated[
+    str | None, typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM.")
+]
 OtherModel = Annotated[
     str | None, typer.Option("--model", help="The model, when it is no longer where the datastore says.")
 ]
@@ -15,6 +18,7 @@ Text = Annotated[
     list[str],
     typer.Option("--text", help="Files or folders (.txt .jsonl .parquet) or hf:NAME/CONFIG:SPLIT; one or more."),
 ]
+MaybeText = Annotated[list[str] | None, typer.Option("--text", help="Given as for `run`.")]
 EvalText = Annotated[list[str], typer.Option("--eval-text", help="Evaluation text, given like --text.")]
 MaybeEvalText = Annotated[
     list[str] | None, typer.Option("--eval-text", help="Evaluation text; without it a tenth of the text is held out.")
@@ -52,6 +56,7 @@ KeyDtype = Annotated[str, typer.Option("--key-dtype", help="Of keys on disk: flo
 DiskBudget = Annotated[
     float | None, typer.Option("--disk-budget", help="Gigabytes that keys may take; half of the free disk.")
 ]
+Show = Annotated[str | None, typer.Option("--show", help="Scores in the table: all, or names as probe,effective_rank.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds, if knnlm made it.")]

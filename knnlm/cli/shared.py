@@ -14,7 +14,7 @@ from knnlm.screen import Screen
 if TYPE_CHECKING:
     from knnlm.config import Settings
     from knnlm.lm import LanguageModel
-    from knnlm.results import EvalResult, ScoreResult
+    from knnlm.results import EvalResult, ScoreResult, VectorScores
 
 
 def settings_from(options: dict[str, Any]) -> Settings:
@@ -61,13 +61,20 @@ def quiet_loading(name: str) -> bool:
     return local
 
 
-def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None) -> None:
+def check_show(show: str | None) -> None:
+    """A score that `--show` names and that there is not is told before the work."""
+    from knnlm.tables import shown_scores
+
+    shown_scores(show, ())
+
+
+def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, show: str | None = None) -> None:
     """Show it, then write it: where the report cannot be written, the result is not lost."""
     from knnlm.report import write_reports
     from knnlm.report.document import to_document
     from knnlm.tables import choice_lines, eval_table
 
-    screen.say(eval_table(result))
+    screen.say(eval_table(result, show))
     for line in choice_lines(result):
         screen.say(line)
     screen.result(to_document(result))
@@ -78,12 +85,14 @@ def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None) -> 
         screen.say(f"Report: {written.html}")
 
 
-def show_scores(result: ScoreResult, screen: Screen) -> None:
-    """The table of scores and the choice."""
+def show_scores(result: ScoreResult | VectorScores, screen: Screen, show: str | None) -> dict[str, Any]:
+    """The table of scores and the choice; gives the document back."""
     from knnlm.report.document import score_document
     from knnlm.tables import choice_lines, score_table
 
-    screen.say(score_table(result))
+    screen.say(score_table(result, show))
     for line in choice_lines(result):
         screen.say(line)
-    screen.result(score_document(result))
+    document = score_document(result)
+    screen.result(document)
+    return document

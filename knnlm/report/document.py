@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from knnlm.errors import InputError
 from knnlm.report.names import split
-from knnlm.results import EvalResult, Interval, LayerResult, LayerScore, ScoreResult
+from knnlm.results import EvalResult, Interval, LayerResult, LayerScore, ScoreResult, VectorScores
 from knnlm.storage import write_text
 
 FORMAT = "knnlm-report"
@@ -41,11 +41,12 @@ def from_document(document: Mapping[str, Any]) -> EvalResult:
     return _build(EvalResult, {**document, "layers": layers})
 
 
-def score_document(result: ScoreResult) -> dict[str, Any]:
+def score_document(result: ScoreResult | VectorScores) -> dict[str, Any]:
     """What `score --json` prints; as `to_document`."""
-    document = _head("score") | _plain_fields(result)
+    document = _head("score" if isinstance(result, ScoreResult) else "vectors") | _plain_fields(result)
     document["layers"] = [_names(score.layer) | _plain_fields(score) for score in result.layers]
-    document["selected"] = result.choice.layer
+    if isinstance(result, ScoreResult):
+        document["selected"] = result.choice.layer
     return document
 
 
