@@ -20,7 +20,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,21 @@ def read_text_rows(paths: Sequence[str | Path], *, text_field: str = "text") -> 
     Raises as `read_documents`.
     """
     return _read(_find(paths), text_field, {**READERS, ".txt": _read_txt_lines})
+
+
+def thin(documents: Iterable[Document], share: float, *, section: int = 16_384) -> Iterator[Document]:
+    """About a share (0 to 1) of the text, taken evenly from all of it: whole sections of `section` characters.
+
+    A share of the documents would be another thing: one of them can be half of the text.
+    """
+    due = 0.0
+    for document in documents:
+        for start in range(0, len(document.text), section):
+            piece = document.text[start : start + section]
+            due += share * len(piece)
+            if due >= len(piece):
+                due -= len(piece)
+                yield replace(document, text=piece)
 
 
 def read_rows(path: str | Path) -> Iterator[textfiles.Row]:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 from knnlm.config import Settings
-from knnlm.corpus import read_documents, read_text_rows, tokenize
+from knnlm.corpus import read_documents, read_text_rows, thin, tokenize
 from knnlm.lm import LanguageModel
 from knnlm.plan import window_config
 from knnlm.progress import Progress
@@ -38,13 +37,14 @@ class Job:
         """Padded tokens in one forward pass."""
         return self.settings.text.batch_tokens(self.window.context)
 
-    def documents(self, text: Paths, every: int = 1) -> Iterator[TokenDocument]:
-        """The text as the protocol cuts it, every so-manieth piece of it: documents, or groups of rows."""
+    def documents(self, text: Paths, share: float = 1) -> Iterator[TokenDocument]:
+        """The text, or a share of it, as the protocol cuts it: documents, or groups of rows."""
         config = self.settings.text
         if config.protocol == "documents":
-            documents = islice(read_documents(text, text_field=config.text_field), 0, None, every)
-            return tokenize(documents, self.lm.encode, max_tokens=config.max_tokens)
-        rows = islice(read_text_rows(text, text_field=config.text_field), 0, None, every)
+            documents = read_documents(text, text_field=config.text_field)
+            wanted = documents if share >= 1 else thin(documents, share)
+            return tokenize(wanted, self.lm.encode, max_tokens=config.max_tokens)
+        rows = read_text_rows(text, text_field=config.text_field)
         tokens = (TokenDocument(self.lm.encode(row.text), row.source, row.number) for row in rows)
         return rows_to_groups(tokens, self.window)
 

@@ -64,13 +64,13 @@ def score(
     *,
     settings: Settings = DEFAULTS,
     stop_early: bool = False,
-    every: int = 1,
+    share: float = 1,
     progress: Progress | None = None,
 ) -> ScoreResult:
     """Dispersion and the other label-free scores of every layer asked for, and the choice; writes nothing.
 
     :param stop_early: stop when it is settled which candidate dispersion takes.
-    :param every: look at every so-manieth document only, to spread a budget of tokens over a large text.
+    :param share: look at this share of the text only, taken evenly from all of it.
     """
     job = Job(lm, settings, progress or Silent())
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
@@ -79,7 +79,7 @@ def score(
     scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
     settled = Settled(candidate_layers(settings.layers, layers, lm.layer_names))
     stop = settled if stop_early else None
-    collected = _collect(job, "scoring layers", job.documents(text, every), layers, total, scorer=scorer, stop=stop)
+    collected = _collect(job, "scoring layers", job.documents(text, share), layers, total, scorer=scorer, stop=stop)
     return _score_result(job, scorer, collected, stopped_early=settled.met)
 
 
@@ -127,9 +127,10 @@ def _choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult |
     if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
         return None
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
-    sample = replace(settings, text=replace(settings.text, max_tokens=tokens))
-    stop_early, every = layers.select == "dispersion", max(1, (total or 0) // tokens)
-    sampled = score(job.lm, text, settings=sample, stop_early=stop_early, every=every, progress=job.progress)
+    # By documents, whatever the protocol of the datastore is: knn-transformers knows no part of a text.
+    sample = replace(settings, text=replace(settings.text, max_tokens=tokens, protocol="documents"))
+    stop_early, share = layers.select == "dispersion", min(1.0, tokens / max(1, total or tokens))
+    sampled = score(job.lm, text, settings=sample, stop_early=stop_early, share=share, progress=job.progress)
     job.progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
     if sampled.choice.disagreement:
         job.progress.note(sampled.choice.disagreement)

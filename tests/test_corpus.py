@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm import corpus, textfiles
-from knnlm.corpus import Document, read_documents, read_text_rows, text_bytes, tokenize
+from knnlm.corpus import Document, read_documents, read_text_rows, text_bytes, thin, tokenize
 from knnlm.errors import InputError
 
 
@@ -593,3 +593,16 @@ def test_rows_come_from_json_lines_only(write, tmp_path, name):
 def test_rows_of_a_missing_file(tmp_path):
     with pytest.raises(InputError, match="there is no file or folder"):
         corpus.read_rows(tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_a_share_of_the_text_comes_evenly_from_all_of_it(share):
+    """Two documents hold nearly all of it: every tenth document once was eight of the short ones."""
+    texts = [f"{number % 10}" * length for number, length in enumerate([50, 470_000, 20, 300, 470_000, 7, 9_000])]
+    documents = [Document(text, "a", number) for number, text in enumerate(texts)]
+    kept = list(thin(iter(documents), share, section=1000))
+    assert sum(len(one.text) for one in kept) == pytest.approx(share * sum(map(len, texts)), abs=1000)
+    for number in (1, 4):
+        part = sum(len(one.text) for one in kept if one.number == number)
+        assert part == pytest.approx(share * 470_000, abs=1000)
+        assert all(set(one.text) == {str(number)} for one in kept if one.number == number)

@@ -90,6 +90,12 @@ def test_build_stores_the_chosen_layer_and_keeps_the_scores_of_all(
     assert store.count == sum(len(lm.encode(text)) - 1 for text in texts(0, 30))
 
 
+def test_build_chooses_by_documents_whatever_the_protocol(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    text = replace(SETTINGS.text, protocol="knn-transformers")
+    store = build(lm, [corpus], tmp_path / "out", settings=replace(SETTINGS, text=text))
+    assert len(store.layers) == 1
+
+
 def test_build_takes_named_layers(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
     for number, layers in enumerate((LayerConfig(layers="0.attn_input"), LayerConfig(select="0.attn_input"))):
         store = build(lm, [corpus], tmp_path / str(number), settings=replace(SETTINGS, layers=layers))
