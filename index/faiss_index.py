@@ -106,12 +106,13 @@ class FaissIndex:
 
         :raises FaissFailed: in FAISS's words, such as too few points.
         """
-        for settings in _clusterings(self._native):
-            settings.seed = seed
-            # FAISS would warn on standard error; the recall that is measured says more.
-            settings.min_points_per_centroid = 1
-        with _faiss_errors():
-            self._native.train(keys_ND)
+        with _quantizers_of_rotations(self._native) as quantizers:
+            for settings in (*_clusterings(self._native), *(one.cp for one in quantizers)):
+                settings.seed = seed
+                # FAISS would warn on standard error; the recall that is measured says more.
+                settings.min_points_per_centroid = 1
+            with _faiss_errors():
+                self._native.train(keys_ND)
 
     def add(self, keys_ND: Floats) -> None:
         """Append keys; their ids go on counting.
@@ -190,9 +191,7 @@ def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:
 
 def _misfit(native: Any) -> str:  # noqa: ANN401
     """What FAISS finds out only in training: a projection that cannot be; empty where there is none."""
-    projected = _unwrapped(native, faiss.IndexPreTransform)
-    for place in range(projected.chain.size() if projected else 0):
-        step = faiss.downcast_VectorTransform(projected.chain.at(place))
+    for step in _projections(native):
         if isinstance(step, faiss.PCAMatrix | faiss.ITQTransform) and step.d_out > step.d_in:
             return f"a projection from {step.d_in} to {step.d_out}, but it can only make them fewer"
         if isinstance(step, faiss.OPQMatrix) and step.d_out % step.M:
@@ -206,6 +205,13 @@ def read_index(path: Path) -> FaissIndex:
         return FaissIndex(faiss.read_index(str(path)))
     except (RuntimeError, MemoryError) as error:
         raise CorruptIndex(f"{path} is not a whole FAISS index: {_said(error)}; build it again") from None
+
+
+def _projections(native: Any) -> Iterator[Any]:  # noqa: ANN401
+    """What is done to vectors before the index proper gets them."""
+    projected = _unwrapped(native, faiss.IndexPreTransform)
+    for place in range(projected.chain.size() if projected else 0):
+        yield faiss.downcast_VectorTransform(projected.chain.at(place))
 
 
 def _unwrapped(native: Any, kind: type) -> Any:  # noqa: ANN401
@@ -227,6 +233,20 @@ def _clusterings(native: Any) -> Iterator[Any]:  # noqa: ANN401
         native = _unwrapped(native, faiss.IndexPQ) or _unwrapped(native, faiss.IndexPQFastScan)
     if hasattr(native, "pq"):
         yield native.pq.cp
+
+
+@contextmanager
+def _quantizers_of_rotations(native: Any) -> Iterator[list[Any]]:  # noqa: ANN401
+    """What OPQ learns its rotation with: FAISS would make the like where nobody could set it, and let it go."""
+    rotations = [step for step in _projections(native) if isinstance(step, faiss.OPQMatrix)]
+    quantizers = [faiss.ProductQuantizer(step.d_out, step.M, 8) for step in rotations]
+    for step, quantizer in zip(rotations, quantizers, strict=True):
+        step.pq = quantizer
+    try:
+        yield quantizers
+    finally:
+        for step in rotations:
+            step.pq = None
 
 
 @contextmanager

@@ -242,4 +242,5 @@ def test_faiss_does_not_write_to_the_terminal(capfd):
     """It warns of few training points on standard error, which belongs to the command line."""
     build_index(ArraySource(clustered(300, 8)), "IVF64,PQ4x4", k=5)
     build_index(ArraySource(clustered(300, 8)), "PQ4x4", k=5)
+    build_index(ArraySource(clustered(300, 8)), "OPQ2_4,IVF4,Flat", k=5)
     assert capfd.readouterr() == ("", "")
