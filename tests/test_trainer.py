@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import Trainer
 
-from knnlm.config import PushAway, TrainConfig
+from knnlm.config import REGULARIZERS, PushAway, TrainConfig
 from knnlm.errors import InputError, LayerError, ModelError
 from knnlm.trainer import PushAwayTrainer, Watch, training_arguments
 from knnlm.training_text import Windows
@@ -145,12 +145,15 @@ def test_gradient_is_that_of_the_loss_by_hand(regularizer, layer, tmp_path):
 def test_padding_does_not_count(tmp_path):
     model = tiny_model("llama")
     trainer = make(model, tmp_path, PushAway(weight=0.5))
-    short = batch(windows(4), 4) | {"attention_mask": torch.ones(4, CONTEXT, dtype=torch.long)}
-    padded = {name: torch.cat([v, torch.zeros(4, 5, dtype=v.dtype)], 1) for name, v in short.items() if v.ndim == 2}
+    short = batch(windows(2, domains=2), 4) | {"attention_mask": torch.ones(4, CONTEXT, dtype=torch.long)}
+    padded = {
+        name: torch.nn.functional.pad(value, (0, 5)) if value.ndim == 2 else value for name, value in short.items()
+    }
     padded["labels"][:, CONTEXT:] = -100
     model.train()
-    for regularizer in ("push-away", "uniformity", "different-tokens"):
-        trainer.push_away = PushAway(weight=0.5, regularizer=regularizer)
+    kinds = [PushAway(weight=0.5, regularizer=name) for name in REGULARIZERS]
+    for push_away in (*kinds, PushAway(weight=0.5, between_domains=True)):
+        trainer.push_away = push_away
         wanted, found = trainer.compute_loss(model, short), trainer.compute_loss(model, padded)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
@@ -231,7 +234,7 @@ def test_bfloat16_products_and_their_vectors_in_float32(tmp_path):
 
 
 def test_layer_that_does_not_exist(tmp_path):
-    with pytest.raises(LayerError, match=r"no layer fits '9.ffn_input'; this model has 0-2.attn_input"):
+    with pytest.raises(LayerError, match=r"no layer fits '9.ffn_input'; there are 0-2.attn_input"):
         make(tiny_model("gpt2"), tmp_path, PushAway(layer="9.ffn_input"))
 
 

@@ -1,0 +1,189 @@
+"""Tables, as Markdown, and the picture of docs/train.md from the files of `scripts/push_away_study.py`.
+
+    .venv/bin/python scripts/push_away_table.py --study study --picture train.html
+
+A difference is that of the logarithms of two perplexities of the same seed, which share the initial weights where they
+are new, the order of windows and the held-out text; its 95 % interval is Student's over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from knnlm.statistics import t_quantile
+
+Study = dict[str, dict[str, Any]]
+Measure = Callable[[dict[str, Any]], float]
+ARMS = {
+    "single-push": "push-away, λ = 0.1",
+    "single-key": "push-away on the last `ffn_input`, λ = 0.1",
+    "single-different": "different next tokens, λ = 0.1",
+    "single-uniformity": "uniformity, λ = 0.1",
+}
+
+
+def seeds(study: Study, *kinds: str) -> list[str]:
+    """The seeds that all of the kinds of runs have."""
+    return sorted(
+        set.intersection(*({name.rpartition("-")[2] for name in study if name.startswith(f"{k}-")} for k in kinds))
+    )
+
+
+def values(study: Study, kind: str, measure: Measure, among: Sequence[str]) -> list[float]:
+    return [measure(study[f"{kind}-{seed}"]) for seed in among]
+
+
+def mean_and_reach(numbers: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval."""
+    if len(numbers) < 2:
+        return numbers[0], math.inf
+    spread = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return statistics.fmean(numbers), t_quantile(len(numbers) - 1) * spread
+
+
+def change(study: Study, kind: str, base: str, measure: Measure) -> tuple[float, float, float]:
+    """Relative change of a perplexity against the base, with its interval."""
+    among = seeds(study, kind, base)
+    pairs = zip(values(study, kind, measure, among), values(study, base, measure, among), strict=True)
+    middle, reach = mean_and_reach([math.log(a / b) for a, b in pairs])
+    return math.expm1(middle), math.expm1(middle - reach), math.expm1(middle + reach)
+
+
+def shown(found: tuple[float, float, float]) -> str:
+    value, low, high = found
+    return f"{value:+.1%} ({low:+.1%} … {high:+.1%})"
+
+
+def at(step: int, which: str = "text", what: str = "perplexity") -> Measure:
+    return lambda run: next(float(one[which][what]) for one in run["points"] if one["step"] == step)
+
+
+def average(study: Study, kind: str, measure: Measure) -> float:
+    return statistics.fmean(values(study, kind, measure, seeds(study, kind)))
+
+
+def steps_of(study: Study, kind: str) -> list[int]:
+    return [one["step"] for one in study[f"{kind}-{seeds(study, kind)[0]}"]["points"] if one["step"]]
+
+
+def on_the_way(study: Study) -> Iterator[str]:
+    """Perplexity with and without push-away at each evaluation."""
+    yield "| setting | step | without | with | change (95 % interval) | dispersion without | with |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for setting, which in (("single", "text"), ("cross", "text"), ("cross", "other")):
+        base, kind = f"{setting}-none", f"{setting}-push"
+        for step in steps_of(study, kind):
+            label = setting if setting == "single" else f"{setting}, {'WikiText' if which == 'text' else 'Rust book'}"
+            cells = [f"{average(study, one, at(step, which)):.1f}" for one in (base, kind)]
+            spread = [f"{average(study, one, at(step, which, 'dispersion')):.3f}" for one in (base, kind)]
+            found = shown(change(study, kind, base, at(step, which)))
+            yield f"| {label} | {step} | {cells[0]} | {cells[1]} | {found} | {spread[0]} | {spread[1]} |"
+
+
+def regularizers(study: Study) -> Iterator[str]:
+    """At 1,000 steps: the LM's and the kNN-LM's perplexity, and the dispersion of the key layer."""
+    measures: dict[str, Measure] = {
+        "LM": lambda run: run["knn"]["lm"]["perplexity"],
+        "kNN-LM": lambda run: run["knn"]["layer"]["perplexity"],
+    }
+    yield "| loss | LM | change | kNN-LM | change | dispersion of `final_norm` | of the keys | probe |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for kind, label in ({"single-none": "cross-entropy alone"} | ARMS).items():
+        cells = []
+        for measure in measures.values():
+            cells.append(f"{average(study, kind, measure):.1f}")
+            cells.append("" if kind == "single-none" else shown(change(study, kind, "single-none", measure)))
+        for layer, what in (("final_norm", "dispersion"), ("3.ffn_input", "dispersion"), ("3.ffn_input", "probe")):
+            cells.append(f"{average(study, kind, lambda run, a=layer, b=what: run['dispersion'][a][b]):.3f}")
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
+def fine_tuning(study: Study) -> Iterator[str]:
+    """Dispersion before and after."""
+    layers = ("7.ffn_input", "7.block_output", "final_norm")
+    yield f"| model | perplexity | {' | '.join(f'`{layer}`, pooled | within' for layer in layers)} |"
+    yield f"| --- | --- {'| --- | --- ' * len(layers)}|"
+    for kind, label, key, step in (
+        ("tuned-lora", "before", "dispersion_before", 0),
+        ("tuned-lora", "LoRA", "dispersion", -1),
+        ("tuned-full", "all weights", "dispersion", -1),
+    ):
+        cells = [f"{average(study, kind, lambda run, s=step: run['points'][s]['text']['perplexity']):.1f}"]
+        for layer in layers:
+            for what in ("dispersion", "dispersion_within"):
+                found = values(study, kind, lambda run, a=layer, b=what, k=key: run[k][a][b], seeds(study, kind))
+                middle, reach = mean_and_reach(found)
+                cells.append(f"{middle:.3f}" + (f" ± {reach:.3f}" if 0 < reach < math.inf else ""))
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
+def weights(study: Study) -> Iterator[str]:
+    """One seed each: how much the weight matters, at 1,000 steps."""
+    yield "| loss | λ | LM | change | kNN-LM | change | dispersion of `final_norm` |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    base = study["single-none-0"]
+    for name, kind in (("push", "push-away"), ("different", "different next tokens"), ("uniformity", "uniformity")):
+        for weight in ("0.01", "0.1", "1"):
+            run = study.get(f"single-{name}-0" if weight == "0.1" else f"weight-{name}-{weight}-0")
+            if run is None:
+                continue
+            cells = []
+            for part in ("lm", "layer"):
+                found, without = run["knn"][part]["perplexity"], base["knn"][part]["perplexity"]
+                cells += [f"{found:.1f}", f"{found / without - 1:+.1%}"]
+            spread = run["dispersion"]["final_norm"]["dispersion"]
+            yield f"| {kind} | {weight} | {' | '.join(cells)} | {spread:.3f} |"
+
+
+def picture(study: Study, file: Path) -> None:
+    """Change of perplexity on the way, and at the end for each regularizer."""
+    titles = ("Validation perplexity with push-away, against without", "Perplexity at 1,000 steps, against without")
+    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.22, column_widths=[0.55, 0.45])
+    lines = (("single", "text", "single domain, λ = 0.1"), ("cross", "text", "cross-domain, λ = 0.01: WikiText"))
+    for setting, which, label in (*lines, ("cross", "other", "cross-domain: Rust book")):
+        steps = steps_of(study, f"{setting}-push")
+        found = [change(study, f"{setting}-push", f"{setting}-none", at(step, which)) for step in steps]
+        figure.add_trace(_points(steps, found, label, "lines+markers"), 1, 1)
+    for part, label in (("lm", "LM"), ("layer", "kNN-LM")):
+        measure: Measure = lambda run, p=part: run["knn"][p]["perplexity"]  # noqa: E731
+        found = [change(study, kind, "single-none", measure) for kind in ARMS]
+        names = [name.replace("`", "").replace(", λ = 0.1", "") for name in ARMS.values()]
+        figure.add_trace(_points(names, found, label, "markers"), 1, 2)
+    figure.add_hline(y=0, line_color="#888", line_width=1)
+    figure.update_yaxes(tickformat="+.0%", zeroline=False)
+    figure.update_xaxes(title="step", row=1, col=1)
+    figure.update_layout(template="plotly_white", width=1200, height=470, font_size=14, margin={"b": 130, "t": 60})
+    figure.update_layout(legend={"orientation": "h", "y": -0.28}, scattermode="group")
+    figure.write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
+
+
+def _points(x: Sequence[Any], found: Sequence[tuple[float, float, float]], name: str, mode: str) -> go.Scatter:
+    middle = [value for value, _, _ in found]
+    above, below = [high - value for value, _, high in found], [value - low for value, low, _ in found]
+    bars = {"type": "data", "symmetric": False, "thickness": 1.2, "array": above, "arrayminus": below}
+    return go.Scatter(x=x, y=middle, error_y=bars, mode=mode, name=name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, help="an HTML page to make")
+    args = parser.parse_args()
+    study = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.study.glob("*.json"))}
+    for table in (on_the_way, regularizers, fine_tuning, weights):
+        print("\n".join(table(study)), end="\n\n")
+    if args.picture:
+        picture(study, args.picture)
+
+
+if __name__ == "__main__":
+    main()
