@@ -25,7 +25,9 @@ from knnlm.dispersion import dispersion
 from knnlm.errors import InputError
 from knnlm.layers import depth, select_layers, split
 from knnlm.lm import LanguageModel
-from knnlm.progress import Progress, Silent
+from knnlm.progress import Advance, Progress, Silent
+from knnlm.results import SCORES, ScoreKind
+from knnlm.scoring import SEGMENT_FUNCTIONS
 from knnlm.segments import Segment, SegmentValues, cut_segments, measure_segments, sample_segments, text_clusters
 
 Float64 = NDArray[np.float64]
@@ -33,6 +35,10 @@ Int64 = NDArray[np.int64]
 
 GROUP_SIZE, GRID = 100, 100
 CLUSTER_KINDS = ("ngram", "kmeans")
+SEGMENT_SCORES: dict[str, ScoreKind] = {
+    name: kind for kind in SCORES if kind.name in SEGMENT_FUNCTIONS for name in (kind.short, kind.name)
+}
+"""By what people may call them."""
 # A correlation of two points is 1 or -1 whatever they are.
 FEWEST_GROUPS = 3
 # Points of the picture; a correlation is of all segments.
@@ -75,6 +81,8 @@ class CorrelateConfig:
     contexts: tuple[int, ...] = ()
     """More lengths of segments to look at, each in a pass of its own."""
     layers: str = "*.block_output,final_norm"
+    score: str = "within"
+    """Of a segment, in the place of its dispersion: one of `SEGMENT_FUNCTIONS`, with or without `dispersion_`."""
     max_segments: int = 100_000
     join: bool = False
     """All documents as one, joined by a space, as the released code does with WikiText's rows."""
@@ -102,6 +110,9 @@ class CorrelateConfig:
             raise InputError(f"--cluster-size is {self.cluster_size}, but distances within a cluster need at least 2")
         if unknown := set(self.clusters) - set(CLUSTER_KINDS):
             raise InputError(f"--clusters is {', '.join(sorted(unknown))!r}, but takes {' or '.join(CLUSTER_KINDS)}")
+        if self.score not in SEGMENT_SCORES:
+            names = ", ".join(dict.fromkeys(kind.short for kind in SEGMENT_SCORES.values()))
+            raise InputError(f"--score is {self.score!r}, but a segment has {names}")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"--seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
 
@@ -115,13 +126,15 @@ class LayerCorrelation:
     """From 0, the first block's input, to 1, the last one's output."""
     within: float
     """Mean over segments of the dispersion in a segment."""
+    score: float
+    """Mean over segments of the score that is correlated: `within`, unless the settings name another."""
     ungrouped: CorrelationEstimate
-    """Sequence-level perplexity against `within`, a point for each segment."""
+    """Sequence-level perplexity against the score, a point for each segment."""
     grouped: CorrelationEstimate
     across: CorrelationEstimate
     """Of groups: mean perplexity against the dispersion between the last vectors of their segments."""
     final_ungrouped: CorrelationEstimate
-    """Final-token perplexity against `within`."""
+    """Final-token perplexity against the score."""
     final_grouped: CorrelationEstimate
 
 
@@ -137,7 +150,7 @@ class LayerClusters:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points of the picture: perplexity and `within` of the deepest layer, of segments and of groups."""
+    """Points of the picture: perplexity and the score of the deepest layer, of segments and of groups."""
 
     layer: str
     segments: tuple[tuple[float, float], ...]
@@ -150,6 +163,8 @@ class Study:
     """One model on one text at one context length."""
 
     model: str
+    score: str
+    """Name of the score that is correlated, as in `knnlm.results.SCORES`."""
     context: int
     segments: int
     documents: int
@@ -223,8 +238,28 @@ def _study(
     if "kmeans" in kinds:
         check_kmeans(len(segments), config.cluster_size)
     with progress.stage(f"{lm.name}, {length} tokens", "segments") as advance:
-        values = measure_segments(lm, segments, layers, look=sums.add if sums else None, advance=advance)
+        values = _measure(lm, segments, layers, sums, SEGMENT_SCORES[config.score].name, advance)
     return _summarize(lm, segments, values, sums, "kmeans" in kinds, config)
+
+
+def _measure(
+    lm: LanguageModel,
+    segments: Sequence[Segment],
+    layers: Sequence[str],
+    sums: ContextSums | None,
+    score: str,
+    advance: Advance,
+) -> SegmentValues:
+    function = None if score == "dispersion_within" else SEGMENT_FUNCTIONS[score]
+    look = sums.add if sums else None
+    values = measure_segments(lm, segments, layers, look=look, function=function, advance=advance)
+    for layer, score_S in values.scores.items():
+        if unknown := int(np.isnan(score_S).sum()):
+            raise InputError(
+                f"--score {score} is unknown in {unknown} of {len(score_S)} segments at {layer}, where vectors are "
+                "copies of one another; leave the layer out with --layers"
+            )
+    return values
 
 
 def _read_segments(
@@ -266,10 +301,7 @@ def _summarize(
         _Side(losses, size, config.max_perplexity, clusters_S) for losses in (values.loss_S, values.final_loss_S)
     )
     num_blocks = 1 + max((split(name)[0] or 0) for name in lm.layer_names)
-    layers = [
-        _layer(layer, depth(layer, num_blocks), perplexity, final, within_S, values.last[layer])
-        for layer, within_S in values.within.items()
-    ]
+    layers = [_layer(layer, depth(layer, num_blocks), perplexity, final, values) for layer in values.within]
     clusters = [
         LayerClusters(one.layer, one.depth, kind, found)
         for one in layers
@@ -277,6 +309,7 @@ def _summarize(
     ]
     return Study(
         model=lm.name,
+        score=SEGMENT_SCORES[config.score].name,
         context=len(segments[0].tokens_T),
         segments=len(segments),
         documents=len({segment.document for segment in segments}),
@@ -285,7 +318,7 @@ def _summarize(
         group_size=size,
         groups=len(perplexity.groups),
         layers=tuple(layers),
-        scatter=_scatter(layers[-1].layer, perplexity, values.within[layers[-1].layer]),
+        scatter=_scatter(layers[-1].layer, perplexity, values.scores[layers[-1].layer]),
         clusters=tuple(clusters),
         notes=_notes(perplexity, len(segments), size),
     )
@@ -304,33 +337,33 @@ class _Side:
         self.perplexity_G = np.array([self.perplexity_S[group].mean() for group in self.groups])
         self._clusters = clusters_S.tolist()
 
-    def ungrouped(self, within_S: Float64) -> CorrelationEstimate:
-        return correlate(self.perplexity_S, within_S, clusters=self._clusters)
+    def ungrouped(self, score_S: Float64) -> CorrelationEstimate:
+        return correlate(self.perplexity_S, score_S, clusters=self._clusters)
 
-    def grouped(self, within_S: Float64) -> CorrelationEstimate:
-        return correlate(self.perplexity_G, self.means(within_S))
+    def grouped(self, score_S: Float64) -> CorrelationEstimate:
+        return correlate(self.perplexity_G, self.means(score_S))
 
     def across(self, last_SD: NDArray[np.float32]) -> CorrelationEstimate:
         if any(len(group) < 2 for group in self.groups):
             return correlate([], [])
         return correlate(self.perplexity_G, [dispersion(np.asarray(last_SD[group])) for group in self.groups])
 
-    def means(self, within_S: Float64) -> list[float]:
-        return [float(within_S[group].mean()) for group in self.groups]
+    def means(self, score_S: Float64) -> list[float]:
+        return [float(score_S[group].mean()) for group in self.groups]
 
 
-def _layer(
-    layer: str, place: float, perplexity: _Side, final: _Side, within_S: Float64, last_SD: NDArray[np.float32]
-) -> LayerCorrelation:
+def _layer(layer: str, place: float, perplexity: _Side, final: _Side, values: SegmentValues) -> LayerCorrelation:
+    score_S = values.scores[layer]
     return LayerCorrelation(
         layer=layer,
         depth=place,
-        within=float(within_S.mean()),
-        ungrouped=perplexity.ungrouped(within_S),
-        grouped=perplexity.grouped(within_S),
-        across=perplexity.across(last_SD),
-        final_ungrouped=final.ungrouped(within_S),
-        final_grouped=final.grouped(within_S),
+        within=float(values.within[layer].mean()),
+        score=float(score_S.mean()),
+        ungrouped=perplexity.ungrouped(score_S),
+        grouped=perplexity.grouped(score_S),
+        across=perplexity.across(values.last[layer]),
+        final_ungrouped=final.ungrouped(score_S),
+        final_grouped=final.grouped(score_S),
     )
 
 
@@ -343,10 +376,10 @@ def _cluster_distances(
     return found
 
 
-def _scatter(layer: str, perplexity: _Side, within_S: Float64) -> Scatter:
-    step = -(-len(within_S) // SCATTER_POINTS)
-    segments = zip(perplexity.perplexity_S[::step].tolist(), within_S[::step].tolist(), strict=True)
-    groups = zip(perplexity.perplexity_G.tolist(), perplexity.means(within_S), strict=True)
+def _scatter(layer: str, perplexity: _Side, score_S: Float64) -> Scatter:
+    step = -(-len(score_S) // SCATTER_POINTS)
+    segments = zip(perplexity.perplexity_S[::step].tolist(), score_S[::step].tolist(), strict=True)
+    groups = zip(perplexity.perplexity_G.tolist(), perplexity.means(score_S), strict=True)
     return Scatter(layer, tuple(segments), tuple(groups))
 
 

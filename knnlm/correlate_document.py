@@ -33,6 +33,7 @@ def _study(study: Study) -> dict[str, Any]:
     by_final_token = [{"layer": row["layer"], **row["final_token"]} for row in layers]
     return {
         "model": study.model,
+        "score": study.score,
         "context": study.context,
         "segments": study.segments,
         "documents": study.documents,
@@ -60,6 +61,7 @@ def _layer(one: LayerCorrelation) -> dict[str, Any]:
         "part": part,
         "depth": one.depth,
         "within": one.within,
+        "score": one.score,
         "ungrouped": correlation_fields(one.ungrouped),
         "grouped": correlation_fields(one.grouped),
         "across": {"grouped": correlation_fields(one.across)},

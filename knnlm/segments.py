@@ -34,6 +34,8 @@ Float64 = NDArray[np.float64]
 # look(layer, vectors_BTD, first): the vectors of segments `first` and those behind it; valid during the call only.
 Look = Callable[[str, Tensor, int], None]
 
+SegmentFunction = Callable[[NDArray[np.floating]], float]
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -58,6 +60,8 @@ class SegmentValues:
     """-log p of the last token, predicted from the T - 1 before it."""
     within: Mapping[str, Float64]
     """Of each layer, [S]: dispersion of the segment's T vectors."""
+    scores: Mapping[str, Float64]
+    """Of each layer, [S]: what `function` gives for them; `within` when there is none."""
     last: Mapping[str, NDArray[np.float32]]
     """Of each layer, [S, D]: the segment's last vector at unit length; on disk, in a file without a name."""
 
@@ -114,28 +118,35 @@ def measure_segments(
     *,
     batch_tokens: int = BATCH_TOKENS,
     look: Look | None = None,
+    function: SegmentFunction | None = None,
     advance: Advance = ignore,
 ) -> SegmentValues:
     """Run the model once over segments of equal length. Memory holds a batch and S numbers for each layer.
 
     :param look: also sees every layer's vectors of every batch.
+    :param function: another score of a segment's vectors [T, D], as in `knnlm.scoring.SEGMENT_FUNCTIONS`.
     :raises ModelError: a layer gives a vector without a direction, or the model gives no probability.
     """
-    tables = _Tables(lm, segments, layers, look)
+    tables = _Tables(lm, segments, layers, look, function)
     rows = max(1, batch_tokens // len(segments[0].tokens_T))
     for first in range(0, len(segments), rows):
         tables.add_batch(first, min(first + rows, len(segments)))
         advance(min(first + rows, len(segments)), len(segments))
-    return SegmentValues(tables.loss_S, tables.final_loss_S, tables.within, tables.last)
+    return SegmentValues(tables.loss_S, tables.final_loss_S, tables.within, tables.scores, tables.last)
 
 
 class _Tables:
     """The values of all segments, filled batch by batch."""
 
     def __init__(
-        self, lm: LanguageModel, segments: Sequence[Segment], layers: Sequence[str], look: Look | None
+        self,
+        lm: LanguageModel,
+        segments: Sequence[Segment],
+        layers: Sequence[str],
+        look: Look | None,
+        function: SegmentFunction | None,
     ) -> None:
-        self._lm, self._segments, self._look = lm, segments, look
+        self._lm, self._segments, self._look, self._function = lm, segments, look, function
         self._needed = tuple(dict.fromkeys((*layers, FINAL)))
         self._final_BTD = torch.empty(0)
         self._first = 0
@@ -143,6 +154,7 @@ class _Tables:
         _check_room(count, [lm.dims[layer] for layer in layers])
         self.loss_S, self.final_loss_S = np.empty(count), np.empty(count)
         self.within = {layer: np.empty(count) for layer in layers}
+        self.scores = {layer: np.empty(count) for layer in layers} if function else self.within
         self.last = {layer: _scratch((count, lm.dims[layer])) for layer in layers}
 
     def add_batch(self, first: int, stop: int) -> None:
@@ -168,6 +180,8 @@ class _Tables:
             self.within[layer][place] = span_dispersions(vectors_BTD, [Span(row, 0, length, 0) for row in range(rows)])
         except BadVector as error:
             raise self._bad_vector(layer, error) from None
+        if self._function is not None:
+            self.scores[layer][place] = [self._function(vectors_TD) for vectors_TD in vectors_BTD.float().cpu().numpy()]
         self.last[layer][place] = unit_vectors(vectors_BTD[:, -1])
         if self._look is not None:
             self._look(layer, vectors_BTD, self._first)

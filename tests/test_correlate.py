@@ -16,6 +16,7 @@ from knnlm.errors import InputError, LayerError
 from knnlm.lm import LanguageModel
 from tests.cosine_oracle import mean_distance
 from tests.test_evaluate_oracle import texts, write_jsonl
+from tests.test_scores import slow_effective_rank, slow_two_nn
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SMALL = {"context": 24, "group_size": 7}
@@ -92,10 +93,10 @@ def segments_of(corpus: Path, lm: LanguageModel, context: int) -> tuple[list[lis
     return tokens, documents
 
 
-def figures(tokens: list[list[int]]) -> tuple[list[float], list[float], list[float], list[np.ndarray]]:
-    """Of each segment: perplexity, final-token perplexity, dispersion behind the last norm, and its last vector."""
+def figures(tokens: list[list[int]]) -> tuple[list, ...]:
+    """Of each segment: perplexity, final-token perplexity, dispersion behind the last norm, last vector, all vectors."""
     model = tiny_model("gpt2")
-    perplexities, finals, within, last = [], [], [], []
+    perplexities, finals, within, last, every = [], [], [], [], []
     for one in tokens:
         ids = torch.tensor([one])
         labels = torch.full_like(ids, -100)
@@ -107,13 +108,14 @@ def figures(tokens: list[list[int]]) -> tuple[list[float], list[float], list[flo
         vectors = output.hidden_states[-1][0].double().numpy()
         within.append(mean_distance(vectors))
         last.append(vectors[-1])
-    return perplexities, finals, within, last
+        every.append(vectors)
+    return perplexities, finals, within, last, every
 
 
 def test_correlations_are_those_of_the_protocol(lm, corpus):
     (study,) = study_correlation(lm, [corpus], config=CorrelateConfig(**SMALL, layers="final_norm"))
     tokens, documents = segments_of(corpus, lm, 24)
-    perplexities, finals, within, last = figures(tokens)
+    perplexities, finals, within, last, _ = figures(tokens)
     (layer,) = study.layers
     assert (study.segments, study.documents) == (len(tokens), len(set(documents)))
     assert study.perplexity == pytest.approx(math.exp(np.log(perplexities).mean()), rel=1e-5)
@@ -135,6 +137,33 @@ def test_correlations_are_those_of_the_protocol(lm, corpus):
     assert layer.across.pearson == pytest.approx(pearson(means, across), abs=1e-3)
     assert study.scatter.segments[3] == pytest.approx((perplexities[3], within[3]), rel=1e-4)
     assert [x for x, _ in study.scatter.groups] == pytest.approx(means, rel=1e-4)
+
+
+def covariance_ratio(vectors_TD) -> float:
+    power = np.linalg.eigvalsh(np.cov(vectors_TD.T))
+    return power.sum() ** 2 / (power**2).sum()
+
+
+@pytest.mark.parametrize(
+    ("score", "definition"),
+    [
+        ("effective_rank", slow_effective_rank),
+        ("participation_ratio", covariance_ratio),
+        ("intrinsic_dimension", slow_two_nn),
+        ("standardized", lambda vectors_TD: mean_distance(vectors_TD / vectors_TD.std(axis=0))),
+    ],
+)
+def test_another_score_takes_the_place_of_dispersion(lm, corpus, score, definition):
+    config = CorrelateConfig(**SMALL, layers="final_norm", score=score)
+    (study,) = study_correlation(lm, [corpus], config=config)
+    perplexities, _, within, _, vectors = figures(segments_of(corpus, lm, 24)[0])
+    values = [definition(vectors_TD) for vectors_TD in vectors]
+    (layer,) = study.layers
+    assert study.score.endswith(score)
+    assert layer.within == pytest.approx(np.mean(within), abs=1e-6)
+    assert layer.score == pytest.approx(np.mean(values), rel=1e-3)
+    assert layer.ungrouped.pearson == pytest.approx(pearson(perplexities, values), abs=2e-3)
+    assert study.scatter.segments[3] == pytest.approx((perplexities[3], values[3]), rel=1e-3)
 
 
 def test_interval_leaves_out_documents_and_not_segments(lm, tmp_path):

@@ -58,6 +58,19 @@ def test_table_notes_and_report(call, gpt2_folder, corpus, tmp_path):
     assert (tmp_path / "a" / "b" / "correlate.html").read_text().startswith("<!doctype html>")
 
 
+def test_another_score_is_named_wherever_it_is_shown(call, gpt2_folder, corpus, tmp_path):
+    options = ("--score", "effective_rank", "--group-size", 5, "--report", tmp_path)
+    done = call("correlate", "--model", gpt2_folder, "--text", corpus, *LENGTHS, *options)
+    document = json.loads((tmp_path / "correlate.json").read_text())
+    assert (document["score"], document["settings"]["score"]) == ("effective_rank", "effective_rank")
+    for row in document["layers"]:
+        assert re.search(rf"{row['layer']} +{row['score']:.1f} ", done.out)
+        assert row["score"] > 1 > row["within"]
+    assert "eff. rank" in done.out
+    page = (tmp_path / "correlate.html").read_text()
+    assert "Effective rank and perplexity" in page and "of perplexity and dispersion" not in page
+
+
 def test_page_tells_what_was_released_and_what_was_ours(call, gpt2_folder, corpus):
     done = call("correlate", "--model", gpt2_folder, "--text", corpus, *LENGTHS, "--group-size", 5, "--json")
     document = json.loads(done.out)
@@ -78,6 +91,7 @@ def test_page_tells_what_was_released_and_what_was_ours(call, gpt2_folder, corpu
         ({"--context": 129}, "segments of 129 tokens, but"),
         ({"--contexts": "16,many"}, "'many' is no number of tokens"),
         ({"--contexts": "16,200"}, "segments of 200 tokens, but"),
+        ({"--score": "probe"}, "--score is 'probe', but a segment has within, standardized, effective_rank,"),
         ({"--layers": "7.ffn_input"}, "no layer fits '7.ffn_input'"),
         ({"--clusters": "words"}, "--clusters is 'words'"),
         ({"--clusters": "ngram"}, "no two 10-grams that follow 100 contexts"),

@@ -17,7 +17,7 @@ from knnlm.report.data import make_view
 from knnlm.report.document import from_document, score_document, score_from_document, to_document
 from knnlm.report.html import render
 from knnlm.results import SCORES, Choice, LayerScore
-from knnlm.scoring import FUNCTIONS, LayerScorer
+from knnlm.scoring import FUNCTIONS, SEGMENT_FUNCTIONS, LayerScorer
 from knnlm.tables import IN_EVAL_TABLE, IN_SCORE_TABLE, eval_table, score_table, shown_scores
 from tests.sample_results import sample_result, sample_scores
 from tests.source_files import ROOT
@@ -31,6 +31,12 @@ def test_each_score_has_a_field_and_a_function() -> None:
     known = {field.name: field.type for field in fields(LayerScore)}
     assert {name for name, kind in known.items() if kind == "float"} == set(NAMES)
     assert known.keys() - {"layer"} == FUNCTIONS.keys()
+
+
+def test_scores_of_a_segment_are_some_of_them() -> None:
+    assert SEGMENT_FUNCTIONS.keys() < set(NAMES)
+    vectors = np.random.default_rng(0).normal(size=(40, 6)) + 1
+    assert all(math.isfinite(function(vectors)) for function in SEGMENT_FUNCTIONS.values())
 
 
 def test_each_score_is_told_in_one_line_with_names_of_its_own() -> None:

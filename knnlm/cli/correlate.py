@@ -10,6 +10,7 @@ import typer
 
 from knnlm.cli import options
 from knnlm.cli.shared import load
+from knnlm.results import SCORES
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
@@ -25,6 +26,13 @@ Context = Annotated[int | None, typer.Option("--context", help="Tokens of a segm
 Contexts = Annotated[str | None, typer.Option("--contexts", help="More lengths of segments to look at, as 16,64,128.")]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, …; *.block_output,final_norm when not given.")
+]
+Score = Annotated[
+    str,
+    typer.Option(
+        "--score",
+        help="Of a segment: within, standardized, effective_rank, participation_ratio or intrinsic_dimension.",
+    ),
 ]
 Clusters = Annotated[
     str | None,
@@ -50,6 +58,7 @@ def correlate(
     context: Context = None,
     contexts: Contexts = None,
     layers: Layers = None,
+    score: Score = "within",
     clusters: Clusters = None,
     ngram: Ngram = 10,
     cluster_size: ClusterSize = 100,
@@ -98,7 +107,17 @@ def _config(given: dict[str, Any]) -> CorrelateConfig:
     """The options that are settings; what is None keeps the default."""
     from knnlm.correlate import CorrelateConfig
 
-    names = ("context", "layers", "ngram", "cluster_size", "max_segments", "join", "group_size", "max_perplexity")
+    names = (
+        "context",
+        "layers",
+        "score",
+        "ngram",
+        "cluster_size",
+        "max_segments",
+        "join",
+        "group_size",
+        "max_perplexity",
+    )
     values = {name: given[name] for name in (*names, "text_field", "seed") if given[name] is not None}
     if given["contexts"] is not None:
         values["contexts"] = tuple(_number(piece) for piece in given["contexts"].split(","))
@@ -180,16 +199,19 @@ def _table(study: Study) -> Table:
         f"{study.groups} groups of {study.group_size}"
     )
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "within", "Pearson", "Spearman", "95 %", "grouped", "95 %", "across", "final token"):
+    kind = next(kind for kind in SCORES if kind.name == study.score)
+    for name in ("layer", kind.title, "Pearson", "Spearman", "95 %", "grouped", "95 %", "across", "final token"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     for one in study.layers:
         low, high = one.ungrouped.spearman_interval.low, one.ungrouped.spearman_interval.high
         least, most = one.grouped.spearman_interval.low, one.grouped.spearman_interval.high
         table.add_row(
-            *(one.layer, f"{one.within:.4f}", f"{one.ungrouped.pearson:+.2f}"),
+            *(one.layer, f"{one.score:.{kind.digits}f}", f"{one.ungrouped.pearson:+.2f}"),
             *(f"{one.ungrouped.spearman:+.2f}", f"{low:+.2f} … {high:+.2f}"),
             *(f"{one.grouped.spearman:+.2f}", f"{least:+.2f} … {most:+.2f}"),
             *(f"{one.across.spearman:+.2f}", f"{one.final_ungrouped.spearman:+.2f}"),
         )
-    table.caption = "Of perplexity with dispersion within segments; grouped, across and final token are Spearman's."
+    table.caption = (
+        f"Of perplexity with the score of segments ({kind.meaning}); grouped, across and final token are Spearman's."
+    )
     return table

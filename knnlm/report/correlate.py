@@ -11,6 +11,7 @@ from knnlm.report import numbers
 from knnlm.report.charts import GRID, INK, MUTED, SYMBOLS, Chart, Figure, Trace, base_layout, colour, ticks_125
 from knnlm.report.document import write_document
 from knnlm.report.page import Lines, Page, Table, render_page
+from knnlm.results import SCORES
 from knnlm.storage import write_text
 
 Study = Mapping[str, Any]
@@ -21,7 +22,7 @@ _DASHES = ("solid", "dash", "dot")
 _CORRELATION_AXIS = {"range": [-1.05, 1.05], "zeroline": True, "zerolinecolor": MUTED}
 _DEPTH_AXIS = {"title": {"text": "depth of the layer"}, "range": [-0.03, 1.03]}
 _HEADS = (
-    *("model", "context", "layer", "within", "Pearson", "95 %", "Spearman", "95 %"),
+    *("model", "context", "layer", "score", "Pearson", "95 %", "Spearman", "95 %"),
     *(
         "groups",
         "grouped Pearson",
@@ -58,7 +59,7 @@ def render_correlate(document: Study) -> str:
         *(_cluster_chart(same_length, kind) for kind in _cluster_kinds(document)),
     ]
     page = Page(
-        title=f"Dispersion and perplexity: {document['model']}",
+        title=f"{_kind(document)[0].capitalize()} and perplexity: {document['model']}",
         headline=_headline(document),
         lead=_lead(document),
         notes=list(dict.fromkeys(f"{_name(study, studies)}: {note}" for study in studies for note in study["notes"])),
@@ -82,7 +83,14 @@ def _headline(study: Study) -> str:
     row = study["layers"][-1]
     low, high = row["ungrouped"]["spearman_interval"]
     verdict = "falls as" if high < 0 else "rises as" if low > 0 else "cannot be told to change as"
-    return f"At {row['layer']}, perplexity {verdict} dispersion rises: Spearman {_signed(row['ungrouped']['spearman'])}"
+    told = f"Spearman {_signed(row['ungrouped']['spearman'])}"
+    return f"At {row['layer']}, perplexity {verdict} {_kind(study)[0]} rises: {told}"
+
+
+def _kind(study: Study) -> tuple[str, int]:
+    """What is correlated, in words, and how many digits it has."""
+    kind = next(kind for kind in SCORES if kind.name == study["score"])
+    return ("dispersion" if kind.short == "within" else kind.name.replace("_", " ")), kind.digits
 
 
 def _lead(study: Study) -> list[str]:
@@ -94,7 +102,7 @@ def _lead(study: Study) -> list[str]:
         f"perplexity {numbers.perplexity(study['perplexity'])}.",
         f"Segment by segment, Spearman is {ungrouped}. Averaged in {study['groups']} groups of {study['group_size']} "
         f"segments with like perplexity, it is {grouped}: averages hide how much single segments scatter. The second "
-        "says how steady the trend is; only the first says how well one segment’s dispersion tells its perplexity.",
+        "says how steady the trend is; only the first says how well one segment’s score tells its perplexity.",
     ]
 
 
@@ -106,9 +114,11 @@ def _scatter_chart(study: Study) -> Chart:
         f"groups of {study['group_size']}",
         {"size": 11, "symbol": "diamond", "color": colour("ffn_input"), "line": {"width": 1, "color": INK}},
     )
+    score, _ = _kind(study)
+    axis = {"title": {"text": f"{score} within the segment"}}
     caption = f"Every dot is a segment of {study['model']}; a diamond is the mean of a group."
-    figure = {"data": [segments, groups], "layout": base_layout(_log_axis(scatter["segments"]), _dispersion_axis())}
-    return Chart("scatter", f"Perplexity and dispersion at {scatter['layer']}", caption, figure)
+    figure = {"data": [segments, groups], "layout": base_layout(_log_axis(scatter["segments"]), axis)}
+    return Chart("scatter", f"Perplexity and {score} at {scatter['layer']}", caption, figure)
 
 
 def _points(points: Sequence[Sequence[float]], name: str, marker: Figure) -> Trace:
@@ -119,7 +129,7 @@ def _points(points: Sequence[Sequence[float]], name: str, marker: Figure) -> Tra
         "x": [x for x, _ in points],
         "y": [y for _, y in points],
         "marker": marker,
-        "hovertemplate": "perplexity %{x:.4g}<br>dispersion %{y:.4f}<extra></extra>",
+        "hovertemplate": "perplexity %{x:.4g}<br>score %{y:.4f}<extra></extra>",
     }
 
 
@@ -135,10 +145,6 @@ def _log_axis(points: Sequence[Sequence[float]]) -> Figure:
     }
 
 
-def _dispersion_axis() -> Figure:
-    return {"title": {"text": "dispersion within the segment"}}
-
-
 def _depth_chart(studies: Sequence[Study], kind: str) -> Chart:
     traces = [
         _line(
@@ -152,7 +158,7 @@ def _depth_chart(studies: Sequence[Study], kind: str) -> Chart:
     ]
     layout = base_layout(_DEPTH_AXIS, {"title": {"text": "Spearman"}, **_CORRELATION_AXIS})
     words = {
-        "ungrouped": ("Segment by segment", "Rank correlation of perplexity and dispersion, by depth."),
+        "ungrouped": ("Segment by segment", f"Rank correlation of perplexity and {_kind(studies[0])[0]}, by depth."),
         "grouped": ("In groups, as in the paper", "The same between means of groups; bars take groups as independent."),
     }
     title, caption = words[kind]
@@ -196,7 +202,7 @@ def _model_chart(studies: Sequence[Study]) -> Chart:
         for number, kind in enumerate(("ungrouped", "grouped"))
     ]
     layout = base_layout({"type": "category"}, {"title": {"text": "Spearman"}, **_CORRELATION_AXIS})
-    caption = "Rank correlation of perplexity and dispersion at each model’s deepest layer."
+    caption = f"Rank correlation of perplexity and {_kind(studies[0])[0]} at each model’s deepest layer."
     return Chart("models", "Model by model", caption, {"data": traces, "layout": layout})
 
 
@@ -257,8 +263,9 @@ def _cluster_line(study: Study, kind: str, what: str, number: int, name: str) ->
 def _table(studies: Sequence[Study]) -> Table:
     rows = [_cells(study, row, studies) for study in studies for row in study["layers"]]
     caption = (
-        "Sequence-level perplexity against dispersion within the segment; across is against the dispersion between "
-        "the last vectors of a group, and the last two are of the last token’s perplexity, all three Spearman’s."
+        f"Sequence-level perplexity against {_kind(studies[0])[0]} within the segment, the score; across is against "
+        "the dispersion between the last vectors of a group, and the last two are of the last token’s perplexity, all "
+        "three Spearman’s."
     )
     return Table("Every layer", caption, _HEADS, rows)
 
@@ -269,7 +276,7 @@ def _cells(study: Study, row: Study, studies: Sequence[Study]) -> list[str]:
         _name(study, studies),
         f"{study['context']}",
         row["layer"],
-        numbers.decimal(row["within"], 4),
+        numbers.decimal(row["score"], _kind(study)[1]),
         *(_signed(ungrouped["pearson"]), _interval(ungrouped["interval"])),
         *(_signed(ungrouped["spearman"]), _interval(ungrouped["spearman_interval"])),
         f"{grouped['count']}",
