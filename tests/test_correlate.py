@@ -94,7 +94,7 @@ def segments_of(corpus: Path, lm: LanguageModel, context: int) -> tuple[list[lis
 
 
 def figures(tokens: list[list[int]]) -> tuple[list, ...]:
-    """Of each segment: perplexity, final-token perplexity, dispersion behind the last norm, last vector, all vectors."""
+    """Of each segment: perplexity, final-token perplexity, dispersion behind the last norm, last vector, vectors."""
     model = tiny_model("gpt2")
     perplexities, finals, within, last, every = [], [], [], [], []
     for one in tokens:
