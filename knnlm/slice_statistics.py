@@ -122,7 +122,8 @@ def jackknifed(
     """A statistic of the queries that a mask [Q] keeps, of all of them, with its interval within `bounds`."""
     group_Q = group_numbers(clusters_Q)
     value = statistic(np.ones(len(group_Q), np.bool_))
-    without_G = np.array([statistic(group_Q != group) for group in range(group_Q.max() + 1)])
+    groups = range(group_Q.max() + 1) if group_Q.any() else ()  # without its only group nothing is left
+    without_G = np.array([statistic(group_Q != group) for group in groups])
     return Estimate(value, jackknife_interval(value, without_G, bounds=bounds))
 
 

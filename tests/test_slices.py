@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from knnlm.choice_scoring import score_choices
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
 from knnlm.queries import log_likelihoods, most_likely_next, read_queries
@@ -343,6 +344,22 @@ def test_page_of_a_set_without_answers(lm, prompt_file):
     result = measure_slices(lm, [prompt_file])
     page = render_slices(slices_document(result, model="m", settings={}, versions={}))
     assert "no answers to check it" in page and 'id="chart-' not in page
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_set_whose_answers_are_all_right(count, call, gpt2_folder, lm, tmp_path):
+    questions = random_questions(count)
+    path, folder = tmp_path / "easy.jsonl", tmp_path / "report"
+    rows = [
+        {"question": one.text, "choices": list(one.choices), "answer": int(answer)}
+        for one, answer in zip(questions, score_choices(lm, questions).predicted_Q, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call("slices", "--model", gpt2_folder, "--questions", path, "--report", folder)
+    assert (done.status, done.errors) == (0, ())
+    document = json.loads((folder / "slices.json").read_text())
+    assert (document["accuracy"], document["tail_auc"], document["slices"]) == (1.0, None, [])
+    assert "of the answers are right, so nothing can be told apart" in (folder / "slices.html").read_text()
 
 
 LONE = '{"question": "Why?", "choices": ["a"], "answer": 0}\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -197,7 +198,7 @@ def _percent(value: float | None) -> str:
 
 
 def _estimate(estimate: Estimate | None, places: int) -> str:
-    if estimate is None:
+    if estimate is None or isnan(estimate.value):
         return "–"
     low, high = estimate.interval.low, estimate.interval.high
     return f"{estimate.value:.{places}f} ({low:.{places}f} … {high:.{places}f})"

@@ -64,6 +64,10 @@ def _headline(one: Set) -> str:
         return (
             f"{one['set']}: mean dispersion inside a prompt {numbers.decimal(one['within'], 4)}; no answers to check it"
         )
+    if one["tail_auc"] is None:
+        return (
+            f"{one['set']}: {numbers.percent(one['accuracy'])} of the answers are right, so nothing can be told apart"
+        )
     low, high = one["tail_auc_interval"]
     verdict = "finds" if low > 0.5 else "points away from" if high < 0.5 else "does not find"
     return f"Low dispersion {verdict} the wrong answers of {one['set']}: AUC {numbers.decimal(one['tail_auc'], 3)}"
@@ -75,6 +79,8 @@ def _lead(one: Set) -> str:
         return told
     told += f" Right: {numbers.percent(one['accuracy'])}"
     told += f", by chance {numbers.percent(one['chance'])}." if one["chance"] is not None else "."
+    if one["tail_auc"] is None:
+        return told
     low, high = one["tail_auc_interval"]
     return (
         f"{told} The AUC is the probability that a wrong item has the lower dispersion of a wrong and a right one; 0.5 "
