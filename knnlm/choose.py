@@ -50,7 +50,9 @@ def choose(
             "--select probe compares two documents, or runs of 8,192 tokens, but the text has one; "
             "give more text, or take --select dispersion"
         )
-    reason, disagreement = _reason(chosen, allowed, config.select), _disagreement(chosen, scores, probe_difference)
+    reason = _reason(chosen, allowed, config.select)
+    by_dispersion_alone = config.select == "dispersion"
+    disagreement = _disagreement(chosen, scores, probe_difference) if by_dispersion_alone else None
     return Choice(chosen.layer, config.select, candidates, reason, disagreement)
 
 

@@ -14,6 +14,7 @@ REGULARIZERS = ("push-away", "uniformity", "different-tokens")
 SCHEDULES = ("cosine", "constant")
 # Padded tokens in one forward pass: enough to fill the cores, small enough that activations stay near the caches.
 BATCH_TOKENS = 4096
+LEAST_EVAL_TOKENS = 128
 # FAISS keeps its seed in an int32.
 LARGEST_SEED = (1 << 31) - 1
 
@@ -114,6 +115,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _positive("eval-tokens", self.eval_tokens)
+        if self.eval_tokens and self.eval_tokens < LEAST_EVAL_TOKENS:
+            raise InputError(
+                f"--eval-tokens is {self.eval_tokens}, but half of them tune and half report: at least "
+                f"{LEAST_EVAL_TOKENS} are needed"
+            )
         _whole("examples", self.examples, least=0)
 
 

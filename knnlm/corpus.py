@@ -75,6 +75,14 @@ def read_text_rows(paths: Sequence[str | Path], *, text_field: str = "text") -> 
     return _read(_find(paths), text_field, {**READERS, ".txt": _read_txt_lines})
 
 
+def check_paths(paths: Sequence[str | Path]) -> None:
+    """Find out before anything heavy is loaded whether there is text to read.
+
+    :raises InputError: a path is missing, empty or of an unknown type.
+    """
+    _find(paths)
+
+
 def thin(documents: Iterable[Document], share: float, *, section: int = 16_384) -> Iterator[Document]:
     """About a share (0 to 1) of the text, taken evenly from all of it: whole sections of `section` characters.
 

@@ -202,15 +202,17 @@ def summarize(
     measure = _Measure(lm, queries)
     by_name = {score.layer: score for score in scored.layers} if scored else {}
     best = min(outcomes, key=lambda one: one.tuning_loss)
+    # With --lambda 0 every layer is the plain LM.
+    tied = len(outcomes) > 1 and len({one.tuning_loss for one in outcomes}) == 1
     layers = tuple(_layer_result(one, best, measure, by_name.get(one.layer)) for one in outcomes)
     chosen = next((one for one in outcomes if choice and one.layer == choice.layer), None)
     return EvalResult(
         lm=measure.perplexity(measure.lm_losses_Q),
         layers=layers,
-        best=best.layer if math.isfinite(best.tuning_loss) else "",
+        best=best.layer if math.isfinite(best.tuning_loss) and not tied else "",
         selected=chosen.layer if chosen else None,
         choice=choice,
-        regret=regret(outcomes, chosen, parts) if chosen and len(outcomes) > 1 else None,
+        regret=regret(outcomes, chosen, parts) if chosen and len(outcomes) > 1 and not tied else None,
         correlations=correlations(layers, choice) if choice else (),
         tuning_tokens=int(parts.tuning_Q.sum()) if parts.fitted else 0,
         warnings=_impossible_tokens(outcomes, chosen),
@@ -225,8 +227,8 @@ def _impossible_tokens(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome | 
     one = next((one for one in infinite if one is chosen), infinite[0])
     count, total = int(np.isinf(one.losses_Q).sum()), len(one.losses_Q)
     return (
-        f"with --lambda 1, {count:,} of {total:,} tokens have probability zero under the kNN distribution of "
-        f"{one.layer}, which makes perplexity infinite; a --lambda below 1 mends it",
+        f"with --lambda 1, {count:,} of all {total:,} evaluated tokens have probability zero under the kNN "
+        f"distribution of {one.layer}, which makes perplexity infinite; a --lambda below 1 mends it",
     )
 
 

@@ -302,7 +302,7 @@ def select_layers(patterns: str | Sequence[str], names: Sequence[str]) -> tuple[
     texts = [patterns] if isinstance(patterns, str) else list(patterns)
     pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
     if not pieces:
-        raise LayerError(f"no layer is named; this model has {list_names(names)}")
+        raise LayerError(f"no layer is named; there are {list_names(names)}")
     found = {name for piece in pieces for name in _select(piece, names)}
     return tuple(name for name in names if name in found)
 
@@ -333,7 +333,7 @@ def _select(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
     words = {"all": tuple(names), "residual": residual_layers(names), "candidates": default_candidates(names)}
     found = words.get(pattern) or ((pattern,) if pattern in names else _match(pattern, names))
     if not found:
-        raise LayerError(f"no layer fits {pattern!r}; this model has {list_names(names)}")
+        raise LayerError(f"no layer fits {pattern!r}; there are {list_names(names)}")
     return found
 
 

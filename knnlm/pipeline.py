@@ -316,7 +316,7 @@ def _evaluate(
     :param exact: search exactly, whatever index there is.
     :param index: then index the chosen layer and measure what that costs.
     """
-    warnings = _overlap_warning(job, documents, store)
+    warnings = [*_overlap_warning(job, documents, store), *(() if exact else _unlike_searches(store, layers))]
     with _open_queries(job, documents, layers) as queries:
         knn, progress = job.settings.knn, job.progress
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
@@ -333,6 +333,17 @@ def _evaluate(
         warnings=(*result.warnings, *warnings, *failures),
         settings=job.record(),
         versions=versions(),
+    )
+
+
+def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]:
+    """A warning where some layers are searched through an index that may miss neighbours, and others exactly."""
+    indexed = [name for name in layers if store.manifest.indexes.get(name, {}).get("spec", "exact") != "exact"]
+    if not indexed or len(layers) == 1:
+        return ()
+    return (
+        f"{', '.join(indexed)} was searched through its index, the other layers exactly: the best layer and the regret "
+        "compare unlike searches; --index exact compares like with like",
     )
 
 

@@ -22,6 +22,8 @@ from knnlm.windows import TokenDocument, WindowConfig, count_targets
 # How much text is tokenised to learn how many bytes a token has.
 PROBE_CHARACTERS = 200_000
 DEFAULT_CONTEXT = 1024
+# Times the estimated keys: above it, k is refused before the keys are counted; estimates are right to a few percent.
+SURELY_TOO_MANY = 1.5
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def make_plan(
     :raises InputError: the keys or the evaluation's queries have no room.
     """
     tokens = estimate_tokens(lm, text, settings.text)
+    if tokens and settings.knn.k and settings.knn.k > SURELY_TOO_MANY * tokens:
+        raise InputError(f"--k is {settings.knn.k}, but the text gives only about {tokens:,} keys; take a smaller k")
     plan = _plan_keys(lm, tokens, out, settings)
     if evaluation is None:
         bounds = [bound for bound in (settings.evaluation.eval_tokens, tokens and tokens // 10) if bound]
@@ -86,9 +90,10 @@ def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Setti
     check_choice(lm, fewer, settings)
     less = key_bytes(lm, fewer, tokens, settings.key_dtype)
     if less > allowed:
+        alone = f", and the {len(fewer)} candidates alone {_size(less)}" if less < needed else ""
         raise InputError(
-            f"{sentence}, and the {len(fewer)} candidates alone {_size(less)}, over the {_size(allowed)} "
-            "allowed (half of the free disk, or --disk-budget); take fewer --layers, --max-tokens, or knnlm build"
+            f"{sentence}{alone}, over the {_size(allowed)} allowed (half of the free disk, or --disk-budget); take "
+            "fewer --layers, --max-tokens, or knnlm build"
         )
     sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
     return Plan(fewer, tokens, less, sentence)
@@ -149,4 +154,6 @@ def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextC
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+    return (
+        f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count:.0f} bytes"
+    )

@@ -97,7 +97,7 @@ class Choice:
     reason: str
     """One sentence for people."""
     disagreement: str | None = None
-    """One sentence when dispersion and the probe differ by more than their intervals allow."""
+    """One sentence where the probe puts another layer above the chosen one by more than their difference's interval."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class LayerResult:
     k: int
     lam: float
     temperature: float
-    """Absolute, in the layer's squared distances."""
+    """Absolute, in the layer's distances (squared for l2)."""
     bits_per_byte: float
     word_perplexity: float
     lambda_curve: tuple[tuple[float, float], ...]

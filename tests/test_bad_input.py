@@ -105,11 +105,13 @@ def test_json_line_without_the_field(run_refused, tmp_path: Path) -> None:
     run_refused("line 1 of", "no field 'text', only body", "--text-field", text=tmp_path / "text.jsonl")
 
 
-@pytest.mark.parametrize("command", ["run", "build"])
-def test_fewer_keys_than_k(command: str, check_refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """Known when the keys are counted."""
+@pytest.mark.parametrize(("command", "found"), [("run", "gives only about"), ("build", "has only")])
+def test_fewer_keys_than_k(
+    command: str, found: str, check_refused, gpt2_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Known when the keys are counted; where they are so few that an estimate tells, before."""
     options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--layers", "-1.ffn_input")
-    check_refused(command, *options, "--k", 99_999, words=("--k is 99999", "has only", "take a smaller k or more text"))
+    check_refused(command, *options, "--k", 99_999, words=("--k is 99999", found, "take a smaller k"))
 
 
 def test_fewer_keys_than_the_index_needs(run_refused) -> None:
@@ -132,6 +134,7 @@ WRONG_OPTIONS = {
     "--context 4096": ("--context is 4096", "at most 128 tokens", "take that"),
     "--max-tokens 0": ("--max-tokens is 0", "above 0"),
     "--eval-tokens 0": ("--eval-tokens is 0", "above 0"),
+    "--eval-tokens 40": ("--eval-tokens is 40", "at least 128"),
     "--metric hamming": ("--metric is 'hamming'", "l2, cosine, ip"),
     "--index IVFnonsense": ("'IVFnonsense'", "FAISS", "take auto, exact"),
     "--index IVF0,Flat": ("'IVF0,Flat'", "no size in it may be 0", "take auto, exact"),
@@ -149,7 +152,7 @@ WRONG_OPTIONS = {
     "--candidates 7.*": ("no layer fits '7.*'", "0-2.ffn_input", "final_norm"),
     "--key-dtype int8": ("--key-dtype is 'int8'", "float16, float32"),
     "--protocol mine": ("mine", "knn-transformers"),
-    "--disk-budget 0.000001": ("over the 0.00 MB allowed", "--disk-budget", "take fewer --layers"),
+    "--disk-budget 0.000001": ("over the 1000 bytes allowed", "--disk-budget", "take fewer --layers"),
     "--disk-budget nan": ("--disk-budget is nan", "above 0"),
     "--disk-budget inf": ("--disk-budget is inf", "finite"),
     "--seed -1": ("--seed is -1", "from 0 to 2147483647"),
@@ -180,7 +183,7 @@ def test_limit_of_one_token(run_refused) -> None:
     ("arguments", "words"),
     [
         (("run", "--text", "x"), ("Missing option '--model'", "knnlm run --help")),
-        (("run", "--text"), ("'--text' requires an argument", "knnlm --help")),
+        (("run", "--text"), ("'--text' requires an argument", "knnlm run --help")),
         (("verify",), ("Missing argument 'store'", "knnlm verify --help")),
         (("eval", "--eval-text", "a.txt", "store"), ("STORE comes first: knnlm eval STORE --eval-text …",)),
         (("walk",), ("No such command 'walk'", "knnlm --help")),
@@ -304,9 +307,9 @@ def test_place_below_a_file(command: str, check_refused, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("no_model")
-def test_file_for_scores_that_is_there(check_refused, tmp_path: Path) -> None:
+def test_file_for_scores_that_is_there(check_refused, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text("mine")
-    options = ("score", *ANY, "--out")
+    options = ("score", "--model", "any", "--text", text_file, "--out")
     check_refused(
         *options, tmp_path / "scores.json", words=("scores.json exists", "choose another --out, or add --overwrite")
     )
@@ -404,10 +407,19 @@ def check_whole(call, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("select", ["9.ffn_input", "*.ffn_input"])
-def test_layer_to_select_is_looked_for_before_the_scoring(select: str, check_refused, gpt2_folder: Path, monkeypatch):
+def test_layer_to_select_is_looked_for_before_the_scoring(
+    select: str, check_refused, gpt2_folder: Path, text_file: Path, monkeypatch
+):
     monkeypatch.setattr("knnlm.job.read_documents", None)  # the work cannot begin
-    options = ("--model", gpt2_folder, "--text", "any.txt", "--select", select)
+    options = ("--model", gpt2_folder, "--text", text_file, "--select", select)
     check_refused("score", *options, words=(select, "ffn_input"))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["run", "build", "score"])
+def test_text_is_looked_for_before_the_model_is_loaded(command: str, check_refused, tmp_path: Path) -> None:
+    place = () if command == "score" else ("--out", tmp_path / "out")
+    check_refused(command, "--model", "any", "--text", "nowhere.txt", *place, words=("nowhere.txt", "check the path"))
 
 
 # Datastores
@@ -581,7 +593,16 @@ def test_ctrl_c_leaves_no_scores_and_no_report(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupt_of_a_real_process(gpt2_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "says"),
+    [
+        (signal.SIGINT, 130, "stopped by Ctrl-C; nothing half-written was left behind"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+    ],
+)
+def test_interrupt_of_a_real_process(
+    gpt2_folder: Path, tmp_path: Path, number: signal.Signals, status: int, says: str
+) -> None:
     text = write_jsonl(tmp_path / "long.jsonl", texts(0, 3000))
     command = [sys.executable, "-m", "knnlm", *RUN, "--model", str(gpt2_folder), "--text", str(text)]
     out = tmp_path / "out" / "store"
@@ -590,10 +611,10 @@ def test_interrupt_of_a_real_process(gpt2_folder: Path, tmp_path: Path) -> None:
     while not list(out.parent.glob(".store.*/keys/*/*.npy")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, told = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, ""), told
+    assert (process.returncode, said) == (status, ""), told
     plan, line = told.splitlines()
     assert plan.startswith(PLAN)
-    assert line == "knnlm: stopped by Ctrl-C; nothing half-written was left behind"
+    assert line == f"knnlm: {says}"
     assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"]

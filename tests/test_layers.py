@@ -303,9 +303,7 @@ def test_state_space_model_has_no_attention_and_says_what_it_has():
     config = transformers.MambaConfig(vocab_size=288, hidden_size=WIDTH, num_hidden_layers=2, state_size=4)
     decoder = find_decoder(transformers.MambaForCausalLM(config))
     assert decoder.names == ("0.block_output", "1.block_output", FINAL)
-    with pytest.raises(
-        LayerError, match=r"no layer fits '\*\.ffn_input'; this model has 0-1\.block_output, final_norm"
-    ):
+    with pytest.raises(LayerError, match=r"no layer fits '\*\.ffn_input'; there are 0-1\.block_output, final_norm"):
         select_layers("*.ffn_input", decoder.names)
 
 
@@ -403,9 +401,7 @@ def test_hybrid_of_two_classes_of_blocks_lacks_attention_where_it_has_none():
     model.config = transformers.PretrainedConfig(num_hidden_layers=2)
     names = find_decoder(model).names
     assert [name for name in names if name.startswith("1.")] == ["1.ffn_input", "1.ffn_output", "1.block_output"]
-    with pytest.raises(
-        LayerError, match=r"no layer fits '1\.attn_input'; this model has 0\.attn_input, .*0-1\.ffn_input"
-    ):
+    with pytest.raises(LayerError, match=r"no layer fits '1\.attn_input'; there are 0\.attn_input, .*0-1\.ffn_input"):
         select_layers("1.attn_input", names)
 
 
@@ -462,7 +458,7 @@ def test_select_layers(patterns, expected):
     "pattern", ["5.ffn_input", "-6.ffn_input", "ffn_input", "1.mlp", "1", "", ",", "3-1.ffn_input", "1.ffn_input 2.*"]
 )
 def test_select_layers_lists_the_names_when_nothing_fits(pattern):
-    with pytest.raises(LayerError, match=r"this model has 0-4\.attn_input, 0-4\.attn_output, .*, final_norm$"):
+    with pytest.raises(LayerError, match=r"there are 0-4\.attn_input, 0-4\.attn_output, .*, final_norm$"):
         select_layers(pattern, NAMES)
 
 

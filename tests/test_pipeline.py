@@ -254,6 +254,23 @@ def test_an_output_that_is_there_is_refused(lm: LanguageModel, corpus: Path, tmp
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
+def test_lambda_zero_has_no_best_layer_and_nothing_to_regret(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="*.ffn_input"), knn=KNNConfig(lam=0, index="exact"))
+    result = run(lm, [corpus], tmp_path / "out", settings=settings)
+    assert {one.perplexity for one in result.layers} == {result.lm.perplexity}
+    assert (result.best, result.regret) == ("", None)
+
+
+def test_layers_searched_unlike_one_another_are_warned_of(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="*.ffn_input"), knn=KNNConfig(index="IVF4,Flat"))
+    run(lm, [corpus], tmp_path / "out", settings=settings)
+    store = open_datastore(tmp_path / "out")
+    (indexed,) = store.manifest.indexes
+    for index, told in (("auto", True), ("exact", False)):
+        result = evaluate(lm, store, [corpus], settings=replace(SETTINGS, knn=KNNConfig(index=index)))
+        assert any(f"{indexed} was searched through its index" in one for one in result.warnings) is told
+
+
 def test_overlapping_evaluation_text_is_warned_of(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
     settings = replace(SETTINGS, layers=LayerConfig(layers="-1.ffn_input"))
     result = run(lm, [corpus], tmp_path / "out", eval_text=[corpus], settings=settings)

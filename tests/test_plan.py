@@ -51,14 +51,14 @@ def test_queries_need_room_in_the_folder_for_temporary_files(
 ) -> None:
     """float32 vectors of every layer for each token that is predicted, beside the keys where both are on one disk."""
     text = [write_jsonl(tmp_path / "text.jsonl", texts(0, 30))]
-    settings = Settings(layers=LayerConfig(layers=LAYERS), evaluation=EvalConfig(eval_tokens=100))
-    evaluation = None if held_out else [TokenDocument(np.zeros(51, np.int32), "a", 1)] * 2
-    needed = 4 * 100 * sum(lm.dims[name] for name in LAYERS.split(","))
+    settings = Settings(layers=LayerConfig(layers=LAYERS), evaluation=EvalConfig(eval_tokens=200))
+    evaluation = None if held_out else [TokenDocument(np.zeros(101, np.int32), "a", 1)] * 2
+    needed = 4 * 200 * sum(lm.dims[name] for name in LAYERS.split(","))
     needed += make_plan(lm, text, tmp_path / "out", settings, evaluation).key_bytes or 0
     free_space(monkeypatch, temporary_folder, needed)
     make_plan(lm, text, tmp_path / "out", settings, evaluation)
     free_space(monkeypatch, temporary_folder, needed - 1)
-    with pytest.raises(InputError, match=r"queries of 2 layers x 100 evaluation.*set TMPDIR to") as refused:
+    with pytest.raises(InputError, match=r"queries of 2 layers x 200 evaluation.*set TMPDIR to") as refused:
         make_plan(lm, text, tmp_path / "out", settings, evaluation)
     assert str(temporary_folder) in str(refused.value)
     assert "--out" not in str(refused.value)

@@ -215,7 +215,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(gpt2_folder, text
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"push_away": PushAway(layer="9.ffn_input")}, LayerError, r"no layer fits '9.ffn_input'; this model has"),
+        ({"push_away": PushAway(layer="9.ffn_input")}, LayerError, r"no layer fits '9.ffn_input'; there are"),
         ({"context": 129}, InputError, "--context is 129, but .* sees at most 128 tokens"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -49,6 +50,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What a scheduler, `docker stop` and `timeout` send: unwinds as Ctrl-C does, so that nothing is left behind.
+    signal.signal(signal.SIGTERM, lambda number, _: _fail("stopped by SIGTERM", 128 + number))
     try:
         status = app(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -80,7 +83,8 @@ def _spread(arguments: Sequence[str]) -> list[str]:
 def _usage(error: typer.exceptions.TyperException) -> str:
     """What typer says of wrong options, in one line, and where the right ones are listed."""
     context = getattr(error, "ctx", None)
-    command = context.command_path if context else "knnlm"
+    verb = next((word for word in sys.argv[1:2] if word in VERBS), None)
+    command = context.command_path if context else f"knnlm {verb}" if verb else "knnlm"
     swallowed = next((option for option in TAKES_SEVERAL if option in sys.argv), None)
     if swallowed and getattr(getattr(error, "param", None), "name", None) == "store":
         return f"STORE comes first: {command} STORE {swallowed} …"

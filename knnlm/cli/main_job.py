@@ -55,10 +55,12 @@ def run(
     Example: knnlm run --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = settings_from(locals())
+    from knnlm.corpus import check_paths
     from knnlm.places import check_new_folder
 
     check_show(show)
     check_new_folder(out, overwrite=overwrite)
+    check_paths([*text, *(eval_text or ())])
     screen = Screen(json)
     lm = load(model, dtype, device, trust_remote_code, screen)
     from knnlm.pipeline import run as run_pipeline
@@ -85,9 +87,7 @@ def score(
     layers: options.Layers = None,
     candidates: options.Candidates = "candidates",
     select: options.Select = "dispersion",
-    stop_early: Annotated[
-        bool, typer.Option("--stop-early", help="Stop when the leading candidate's interval separates.")
-    ] = False,
+    stop_early: Annotated[bool, typer.Option("--stop-early", help="Stop as soon as the choice is settled.")] = False,
     context: options.Context = None,
     stride: options.Stride = None,
     max_tokens: options.MaxTokens = None,
@@ -107,6 +107,7 @@ def score(
     Example: knnlm score --model gpt2 --text nursing.jsonl --max-tokens 200000
     """
     settings = settings_from(locals())
+    from knnlm.corpus import check_paths
     from knnlm.places import check_new_file
     from knnlm.storage import write_json
 
@@ -119,6 +120,7 @@ def score(
         result = score_files(call, vectors, labels, seed, screen)
     else:
         model, texts = check_given(model, text, labels)
+        check_paths(texts)
         lm = load(model, dtype, device, trust_remote_code, screen)
         from knnlm.pipeline import score as score_pipeline
 
@@ -158,9 +160,11 @@ def build(
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = settings_from(locals())
+    from knnlm.corpus import check_paths
     from knnlm.places import check_new_folder
 
     check_new_folder(out, overwrite=overwrite)
+    check_paths(text)
     screen = Screen(json)
     lm = load(model, dtype, device, trust_remote_code, screen)
     from knnlm.pipeline import build as build_pipeline
@@ -198,6 +202,7 @@ def evaluate(
     Example: knnlm eval nursing.knn --eval-text held-out.jsonl
     """
     settings = settings_from(locals())
+    from knnlm.corpus import check_paths
     from knnlm.datastore import Datastore
     from knnlm.places import check_report_folder
     from knnlm.search import searched_layers
@@ -207,6 +212,7 @@ def evaluate(
         check_report_folder(report)
     opened = Datastore.open(store)
     searched_layers(opened, settings)
+    check_paths(eval_text)
     screen = Screen(json)
     lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline

@@ -69,19 +69,23 @@ def check_show(show: str | None) -> None:
 
 
 def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, show: str | None = None) -> None:
-    """Show it, then write it: where the report cannot be written, the result is not lost."""
+    """Write it and show it; neither is lost where the other fails."""
     from knnlm.report import write_reports
     from knnlm.report.document import to_document
     from knnlm.tables import choice_lines, eval_table
 
-    screen.say(eval_table(result, show))
-    for line in choice_lines(result):
-        screen.say(line)
-    screen.result(to_document(result))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with screen.stage("writing the report", "files"):
-            written = write_reports(result, folder)
+    written = None
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with screen.stage("writing the report", "files"):
+                written = write_reports(result, folder)
+    finally:
+        screen.say(eval_table(result, show))
+        for line in choice_lines(result):
+            screen.say(line)
+        screen.result(to_document(result))
+    if written is not None:
         screen.say(f"Report: {written.html}")
 
 
