@@ -134,6 +134,25 @@ def test_eval_prints_a_table(call, store_folder: Path, text_file: Path) -> None:
     assert "13-grams also stand in the datastore" in " ".join(done.out.split())
 
 
+@pytest.mark.parametrize("command", ["run", "score", "eval"])
+def test_show_picks_the_scores_in_the_table(
+    command: str, call, gpt2_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    given = ("--model", gpt2_folder, "--text", text_file, *WINDOWS, "--layers", "-1.ffn_input")
+    if command != "score":
+        given = (*given, "--out", tmp_path / "store", "--eval-tokens", 600)
+    if command == "eval":
+        assert call("run", *given).status == 0
+        given = (tmp_path / "store", "--eval-text", text_file, "--eval-tokens", 600)
+    shown = call(command, *given, "--show", "intrinsic_dimension,standardized")
+    assert shown.status == 0
+    assert "intr. dim." in shown.out and "standardised" in shown.out
+    assert "within" not in shown.out.split("Chosen")[0]
+    refused = call(command, *given, "--show", "rank")
+    assert (refused.status, refused.out, len(refused.errors)) == (2, "", 1)
+    assert "'rank' is no score; there are all, dispersion, within" in refused.errors[0]
+
+
 def test_eval_as_json_and_its_report(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ("--eval-text", text_file, "--eval-tokens", 600, "--layers", "-1.ffn_input")
     done = call("eval", store_folder, *options, "--report", tmp_path / "a" / "b", "--json")
