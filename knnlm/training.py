@@ -15,6 +15,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from knnlm.config import TextConfig, TrainConfig
-from knnlm.errors import InputError
+from knnlm.errors import InputError, KNNLMError
 from knnlm.hardware import trains_in_bfloat16
 from knnlm.lm import LanguageModel, load_model, random_model
 from knnlm.places import check_new_folder
@@ -78,7 +79,7 @@ def train(
     texts = {"--text": text} | ({"--other-text": other_text} if other_text else {})
     domains = [_read(lm, paths, config, option) for option, paths in texts.items()]
     checkpoints, last = _open_checkpoints(Path(out), _identity(lm, domains, config), resume=resume)
-    with progress.stage("training", "steps") as advance:
+    with _clean_up(checkpoints, progress), progress.stage("training", "steps") as advance:
         trainer = _make_trainer(lm, domains, config, str(checkpoints), advance)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     result = _result(trainer, lm, domains, config, Path(out), time.perf_counter() - begun)
@@ -153,6 +154,19 @@ def _open_checkpoints(out: Path, identity: Mapping[str, Any], *, resume: bool) -
             )
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{LAST_FILE}")]
     return folder, max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+@contextmanager
+def _clean_up(checkpoints: Path, progress: Progress) -> Iterator[None]:
+    """Keep the checkpoints of a training that is stopped, and say so; not of one that cannot succeed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note(f"the training is kept in {checkpoints}; the same command with --resume goes on with it")
+        raise
+    except KNNLMError:
+        shutil.rmtree(checkpoints)
+        raise
 
 
 # The training

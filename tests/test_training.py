@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import knnlm.training
 from knnlm.config import PushAway, Settings, TextConfig, TrainConfig
 from knnlm.corpus import read_documents, tokenize
-from knnlm.errors import DatastoreExists, InputError, LayerError
+from knnlm.errors import DatastoreExists, InputError, LayerError, ModelError
 from knnlm.lm import load_model
 from knnlm.pipeline import score
 from knnlm.training import train, train_document
@@ -37,7 +37,7 @@ class StopAt:
     """A Progress that is interrupted, as by Ctrl-C, after some steps."""
 
     def __init__(self, step: int) -> None:
-        self._step = step
+        self._step, self.told = step, False
 
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator:
@@ -49,7 +49,8 @@ class StopAt:
         yield advance
 
     def note(self, line: str) -> None:
-        pass
+        assert line.startswith("the training is kept in") and "--resume" in line
+        self.told = True
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -170,9 +171,10 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(lora, gpt2_folder,
     # GPT-2 has dropout, so the random numbers have to go on too.
     config = replace(CONFIG, lora=lora)
     whole = train(gpt2_folder, [text_file], tmp_path / "whole", config=config)
+    stop = StopAt(5)
     with pytest.raises(KeyboardInterrupt):
-        train(gpt2_folder, [text_file], tmp_path / "out", config=config, progress=StopAt(5))
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints" / "checkpoint-4").is_dir()
+        train(gpt2_folder, [text_file], tmp_path / "out", config=config, progress=stop)
+    assert stop.told and not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints" / "checkpoint-4").is_dir()
     with pytest.raises(InputError, match=r"out.checkpoints holds a training that was stopped; add --resume"):
         train(gpt2_folder, [text_file], tmp_path / "out", config=config)
     resumed = train(gpt2_folder, [text_file], tmp_path / "out", config=config, resume=True)
@@ -216,6 +218,8 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(gpt2_folder, text
     ("changed", "error", "words"),
     [
         ({"push_away": PushAway(layer="9.ffn_input")}, LayerError, r"no layer fits '9.ffn_input'; there are"),
+        # Found out in the first step, when a loss has no weight to change.
+        ({"lora": 2, "push_away": PushAway(weight=1, layer="0.attn_input")}, ModelError, "no weight that is trained"),
         ({"context": 129}, InputError, "--context is 129, but .* sees at most 128 tokens"),
     ],
 )
