@@ -606,7 +606,14 @@ def test_interrupt_of_a_real_process(
     text = write_jsonl(tmp_path / "long.jsonl", texts(0, 3000))
     command = [sys.executable, "-m", "knnlm", *RUN, "--model", str(gpt2_folder), "--text", str(text)]
     out = tmp_path / "out" / "store"
-    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(out.parent.glob(".store.*/keys/*/*.npy")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
