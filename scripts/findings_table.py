@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from layer_table import score_of
 from plotly.subplots import make_subplots
 
+from knnlm.choose import by_dispersion
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.layers import select_layers
 from knnlm.results import SCORES, Interval
@@ -78,7 +80,12 @@ def order(rows: Sequence[Record], score: str) -> float:
 
 def cost(rows: Sequence[Record], score: str) -> float:
     """log of the perplexity of the layer with the highest score, over that of the best layer of the case."""
-    return math.log1p(max(rows, key=lambda row: row[score])["versus_best"])
+    return excess(rows, max(rows, key=lambda row: row[score])["layer"])
+
+
+def excess(rows: Sequence[Record], layer: str) -> float:
+    """log of the layer's perplexity over that of the case's best layer."""
+    return math.log1p(next(row for row in rows if row["layer"] == layer)["versus_best"])
 
 
 def over_models(values: Mapping[str, float], bounds: tuple[float, float]) -> tuple[float, Interval]:
@@ -93,21 +100,28 @@ def layer_table(found: Record) -> Iterator[str]:
     heads = []
     for among in SETS:
         cases = cases_of(found, among)
-        count = f"{len({model_of(case) for case in cases})} models, {len(cases)} cases"
-        heads += [f"{among} ({count}): ρ", "cost", "worst"]
+        heads.append(f"{among}: {len(cases)} cases, {len({model_of(case) for case in cases})} models")
     yield f"| score | {' | '.join(heads)} |"
     yield f"| --- {'| --- ' * len(heads)}|"
     for score in NAMES:
-        cells = []
-        for among in SETS:
-            cases = cases_of(found, among)
-            rho, bounds = over_models({case: order(rows, score) for case, rows in cases.items()}, (-1, 1))
-            costs = {case: cost(rows, score) for case, rows in cases.items()}
-            mean, interval = over_models(costs, (-math.inf, math.inf))
-            worst = max(costs, key=lambda case: costs[case])
-            spread = f"{percent(mean)} ({percent(interval.low)} … {percent(interval.high)})"
-            cells += [signed(rho, bounds), spread, f"{percent(costs[worst])} {worst}"]
-        yield f"| {WORDS[score]} | {' | '.join(cells)} |"
+        yield f"| {WORDS[score]} | {' | '.join(layer_cell(cases_of(found, among), score) for among in SETS)} |"
+    cases = cases_of(found, tuple(SETS)[-1])
+    ours = {case: by_dispersion([score_of(row) for row in rows]).layer for case, rows in cases.items()}
+    last = {case: select_layers("-1.ffn_input", [row["layer"] for row in rows])[0] for case, rows in cases.items()}
+    for name, taken in (("the default rule of knnlm", ours), ("always the last `ffn_input`", last)):
+        yield f"| {name} | | | {told({case: excess(rows, taken[case]) for case, rows in cases.items()})} |"
+
+
+def layer_cell(cases: Mapping[str, Sequence[Record]], score: str) -> str:
+    """The order of the layers, the cost of taking the highest, and the worst cost."""
+    rho = signed(*over_models({case: order(rows, score) for case, rows in cases.items()}, (-1, 1)))
+    return f"ρ {rho}; {told({case: cost(rows, score) for case, rows in cases.items()})}"
+
+
+def told(costs: Mapping[str, float]) -> str:
+    mean, interval = over_models(costs, (-math.inf, math.inf))
+    spread = f"{percent(mean)} ({percent(interval.low)} … {percent(interval.high)})"
+    return f"costs {spread}, at worst {percent(max(costs.values()))}"
 
 
 def layer_picture(found: Record) -> go.Figure:
@@ -119,14 +133,15 @@ def layer_picture(found: Record) -> go.Figure:
         cases = cases_of(found, name)
         for number, model in enumerate(dict.fromkeys(map(model_of, cases))):
             points = [
-                (100 * math.expm1(cost(rows, score)), WORDS[score])
-                for score in NAMES
+                (100 * math.expm1(cost(rows, score)), place + 0.1 * (number - 3))
+                for place, score in enumerate(NAMES)
                 for case, rows in cases.items()
                 if model_of(case) == model
             ]
             figure.add_trace(dots(points, model, number, show=column == 1), row=1, col=column)
     figure.update_xaxes(title="perplexity above the best layer's, %", zeroline=True, showgrid=True)
-    return laid_out(figure, height=420)
+    figure.update_yaxes(autorange="reversed", tickvals=list(range(len(NAMES))), ticktext=[WORDS[n] for n in NAMES])
+    return laid_out(figure, height=460)
 
 
 # Finding hard text
@@ -240,12 +255,12 @@ def signed(value: float, interval: Interval) -> str:
 
 
 def percent(log_ratio: float) -> str:
-    return f"{100 * math.expm1(min(log_ratio, 50)):+.1f} %" if log_ratio < 3 else "large"
+    return f"{100 * math.expm1(log_ratio):+.1f} %"
 
 
-def dots(points: Sequence[tuple[float, str]], name: str, number: int, *, show: bool) -> go.Scatter:
+def dots(points: Sequence[tuple[float, float]], name: str, number: int, *, show: bool) -> go.Scatter:
     x, y = zip(*points, strict=True)
-    marker = {"size": 8, "color": COLOURS[number % len(COLOURS)], "opacity": 0.75}
+    marker = {"size": 6, "color": COLOURS[number % len(COLOURS)]}
     return go.Scatter(x=x, y=y, mode="markers", name=name, marker=marker, showlegend=show)
 
 
@@ -285,7 +300,8 @@ def main() -> None:
         print("\n".join(table(found)), end="\n\n")
         if args.picture:
             args.picture.mkdir(parents=True, exist_ok=True)
-            picture(found).write_html(args.picture / f"findings-{name}.html", include_plotlyjs=True, full_html=True)
+            page = args.picture / f"findings-{name}.html"
+            picture(found).write_html(page, include_plotlyjs=True, full_html=True, config={"displayModeBar": False})
 
 
 if __name__ == "__main__":
