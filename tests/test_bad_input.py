@@ -614,12 +614,12 @@ def test_interrupt_of_a_real_process(
         # Shells start background jobs with Ctrl-C ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not list(out.parent.glob(".store.*/keys/*/*.npy")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)
-    said, told = process.communicate(timeout=60)
+    said, told = process.communicate(timeout=240)
     assert (process.returncode, said) == (status, ""), told
     plan, line = told.splitlines()
     assert plan.startswith(PLAN)
