@@ -34,8 +34,8 @@ class PushAwayTrainer(Trainer):
 
     Evaluation is the plain cross-entropy. Logs have beside `loss` the means since the last log: `cross_entropy`,
     `dispersion` (mean distance over batch and sequence) and `spread` (what is raised: one of the distances, or minus
-    the uniformity); evaluations have `eval_dispersion`. Positions with `attention_mask` 0 do not count. Each
-    micro-batch of gradient accumulation, and each process, has pairs of its own.
+    the uniformity); evaluations have `eval_dispersion`. Positions count where `labels` give them a target and
+    `attention_mask` is not 0. Each micro-batch of gradient accumulation, and each process, has pairs of its own.
 
     :param model: a decoder-only causal LM, or a peft model of one.
     :param args: with `between_domains`, they must have remove_unused_columns=False, which else drops `domain`.
@@ -80,7 +80,8 @@ class PushAwayTrainer(Trainer):
         # Copied, as a later module may write to the tensor.
         with self._decoder.attach([self._layer], lambda _, v: held.append(v.clone()), detach=not learns):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        vectors_BTD = held[0]
+        counts_BT, next_BT = _targets(inputs)
+        vectors_BTD = held[0][:, :-1]
         if learns and not vectors_BTD.requires_grad:
             raise ModelError(
                 f"no weight that is trained comes before layer {self._layer}; take another, deeper --layer"
@@ -88,10 +89,10 @@ class PushAwayTrainer(Trainer):
         share = self._share(model, num_items_in_batch)
         record = {"cross_entropy": loss.detach() / share}
         if model.training:
-            spread = self._spread(vectors_BTD, inputs, domain_B)
+            spread = self._spread(vectors_BTD, next_BT, counts_BT, domain_B)
             record["spread"] = spread.detach()
             loss = loss - self.push_away.weight * share * spread if learns else loss
-        record["dispersion"] = mean_distance(vectors_BTD.detach(), inputs.get("attention_mask"))
+        record["dispersion"] = mean_distance(vectors_BTD.detach(), counts_BT)
         self._means.add(record)
         return (loss, outputs) if return_outputs else loss
 
@@ -108,22 +109,29 @@ class PushAwayTrainer(Trainer):
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return 1 / self.current_gradient_accumulation_steps if scaled and model.training else 1.0
 
-    def _spread(self, vectors_BTD: Tensor, inputs: Mapping[str, Tensor], domain_B: Tensor | None) -> Tensor:
-        mask_BT = inputs.get("attention_mask")
+    def _spread(self, vectors_BTD: Tensor, next_BT: Tensor, counts_BT: Tensor, domain_B: Tensor | None) -> Tensor:
         if self.push_away.between_domains:
             if domain_B is None:
                 raise InputError("batches have no `domain`; give it, and remove_unused_columns=False in the arguments")
             a_B = domain_B == 0
-            masks = (None, None) if mask_BT is None else (mask_BT[a_B], mask_BT[~a_B])
-            return distance_between(vectors_BTD[a_B], vectors_BTD[~a_B], *masks)
+            return distance_between(vectors_BTD[a_B], vectors_BTD[~a_B], counts_BT[a_B], counts_BT[~a_B])
         if self.push_away.regularizer == "uniformity":
-            return -uniformity(vectors_BTD, mask_BT)
+            return -uniformity(vectors_BTD, counts_BT)
         if self.push_away.regularizer == "different-tokens":
-            next_BT = inputs["labels"][:, 1:]
-            known_BT = next_BT != -100
-            kept_BT = known_BT if mask_BT is None else known_BT & mask_BT[:, :-1].bool()
-            return different_token_distance(vectors_BTD[:, :-1], next_BT, kept_BT)
-        return mean_distance(vectors_BTD, mask_BT)
+            return different_token_distance(vectors_BTD, next_BT, counts_BT)
+        return mean_distance(vectors_BTD, counts_BT)
+
+
+def _targets(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which positions but the last have a target, and that token.
+
+    A position without one is held by nothing but the push-away loss, which would send all vectors of the last position
+    to one place opposite to the others: a model so trained predicted badly there when it was given longer text.
+    """
+    next_BT = inputs["labels"][:, 1:]
+    counts_BT = next_BT != -100
+    mask_BT = inputs.get("attention_mask")
+    return counts_BT if mask_BT is None else counts_BT & mask_BT[:, :-1].bool(), next_BT
 
 
 class _Means:

@@ -1,7 +1,7 @@
 """Does a push-away loss help a small GPT-2, and its kNN-LM? Trainings one after the other, that can be stopped.
 
     .venv/bin/python scripts/push_away_study.py --out study --list
-    .venv/bin/python scripts/push_away_study.py --out study --text corpora --run "*-0" "*-1" "*-2"
+    .venv/bin/python scripts/push_away_study.py --out study --text corpora --run "[sct]*-0" "[sct]*-1" "[sct]*-2" "weight-*"
 
 Each run writes OUT/NAME.json, and is skipped where that is; `scripts/push_away_table.py` makes tables and the picture.
 `--text` is a folder with the texts named in RUNS. GPT-2 shape, 4 blocks x 128, the demo model's tokenizer, windows of
@@ -148,7 +148,7 @@ def measure(name: str, texts: Path, folder: Path) -> dict[str, Any]:
 def knn(model: Path, text: Path, store: Path, seed: int) -> dict[str, Any]:
     """Perplexity of the LM and of the kNN-LM on text that neither has read, keys from the layer KEY_LAYER."""
     settings = Settings(
-        text=TextConfig(context=128, stride=64, max_tokens=100_000),
+        text=TextConfig(context=127, stride=64, max_tokens=100_000),  # the last position of a window is not trained
         layers=LayerConfig(layers=KEY_LAYER, select=KEY_LAYER),
         knn=KNNConfig(index="exact"),
         evaluation=EvalConfig(eval_tokens=8_000, examples=0),
@@ -163,7 +163,7 @@ def knn(model: Path, text: Path, store: Path, seed: int) -> dict[str, Any]:
 def dispersions(model: Path, text: Path) -> dict[str, Any]:
     """Pooled and within windows, of the last layers, on the first 20,000 tokens."""
     layers = LayerConfig(layers=f"final_norm,{KEY_LAYER},-1.attn_input,-1.block_output")
-    settings = Settings(text=TextConfig(context=128, max_tokens=20_000), layers=layers)
+    settings = Settings(text=TextConfig(context=127, max_tokens=20_000), layers=layers)
     return {one.layer: asdict(one) for one in score(load_model(model), [text], settings=settings).layers}
 
 

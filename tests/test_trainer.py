@@ -110,12 +110,12 @@ def by_hand(model, inputs, regularizer: str, layer: str):
     vectors, tokens = held["vectors"].flatten(0, 1), inputs["input_ids"].roll(-1, dims=1).flatten()
     last = torch.arange(len(tokens)) % CONTEXT == CONTEXT - 1
     distances = 1 - cosine_similarity(vectors[:, None], vectors[None], dim=-1)
-    pairs = ~torch.eye(len(tokens), dtype=torch.bool)
+    pairs = ~torch.eye(len(tokens), dtype=torch.bool) & ~last[:, None] & ~last
     if regularizer == "different-tokens":
-        pairs &= (tokens[:, None] != tokens) & ~last[:, None] & ~last
+        pairs &= tokens[:, None] != tokens
     if regularizer == "between":
         domain = inputs["domain"].repeat_interleave(CONTEXT)
-        pairs = domain[:, None] < domain
+        pairs &= domain[:, None] < domain
     if regularizer == "uniformity":
         return loss, -torch.exp(-4 * distances[pairs]).mean().log()
     return loss, distances[pairs].mean()
@@ -158,6 +158,19 @@ def test_padding_does_not_count(tmp_path):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_position_without_a_target_is_not_pushed_alone(tmp_path):
+    # The last one, and those whose label is -100: nothing else would hold them.
+    model = tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    trainer = make(model, tmp_path, PushAway(weight=0.5))
+    inputs = batch(windows(4), 4)
+    inputs["labels"] = inputs["labels"].clone()
+    inputs["labels"][:, 10:] = -100
+    trainer.compute_loss(model.train(), inputs).backward()
+    positions = model.transformer.wpe.weight.grad.abs().sum(dim=1)
+    # Causal: position 9 and later ones see earlier ones only, and 8 is the last that predicts.
+    assert (positions[:9] > 0).all() and (positions[9:] == 0).all()
+
+
 def test_accumulated_micro_batches_weigh_as_one_batch(tmp_path):
     # Both micro-batches are the same rows, so that their distances are those of either.
     ended = []
@@ -198,7 +211,7 @@ def test_evaluation_is_the_plain_cross_entropy(tmp_path):
         output = model.eval()(inputs, output_hidden_states=True)
     loss = cross_entropy(output.logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
     assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    vectors = output.hidden_states[-1]
+    vectors = output.hidden_states[-1][:, :-1]
     parts = [_dispersion(part.flatten(0, 1).double()) for part in vectors.split(4)]
     assert metrics["eval_dispersion"] == pytest.approx(sum(parts) / 2, rel=1e-5)
 
