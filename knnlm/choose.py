@@ -72,15 +72,15 @@ def by_probe(candidates: Sequence[LayerScore]) -> LayerScore | None:
     return max(probed, key=lambda score: score.probe, default=None)
 
 
-def one_layer(name: str, names: Sequence[str]) -> str:
-    """The one layer that a name or pattern fits.
+def one_layer(name: str, names: Sequence[str], *, option: str = "--select") -> str:
+    """The one layer that a name or pattern, given with an option, fits.
 
     :raises LayerError: it fits none.
     :raises InputError: it fits several.
     """
     found = select_layers(name, names)
     if len(found) != 1:
-        raise InputError(f"--select {name!r} fits {len(found)} layers, but has to name one, such as {names[-1]}")
+        raise InputError(f"{option} {name!r} fits {len(found)} layers, but has to name one, such as {names[-1]}")
     return found[0]
 
 

@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from knnlm.choose import one_layer
 from knnlm.config import PushAway, TrainConfig
 from knnlm.errors import InputError, ModelError
 from knnlm.hardware import pick_device
-from knnlm.layers import find_decoder, select_layers
+from knnlm.layers import find_decoder
 from knnlm.progress import Advance
 from knnlm.push_away import different_token_distance, distance_between, mean_distance, uniformity
 
@@ -56,7 +57,7 @@ class PushAwayTrainer(Trainer):
         self.push_away = push_away
         base: Any = getattr(model, "get_base_model", lambda: model)
         self._decoder = find_decoder(base())
-        self._layer = find_layer(push_away.layer, self._decoder.names)
+        self._layer = one_layer(push_away.layer, self._decoder.names, option="--layer")
         self._means = _Means()
         if args.n_gpu > 1:
             raise InputError(
@@ -175,18 +176,6 @@ class Watch(TrainerCallback):
                 f"the training diverged: {bad[0]} is no number at step {state.global_step}; take a lower "
                 f"--learning-rate than {rate:g}"
             )
-
-
-def find_layer(pattern: str, names: Sequence[str]) -> str:
-    """Return the one layer that a pattern fits.
-
-    :raises LayerError: it fits none.
-    :raises InputError: it fits several.
-    """
-    found = select_layers(pattern, names)
-    if len(found) != 1:
-        raise InputError(f"--layer {pattern!r} fits {len(found)} layers, but has to name one, such as {names[-1]}")
-    return found[0]
 
 
 def training_arguments(

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from knnlm.choose import one_layer
 from knnlm.config import TextConfig, TrainConfig
 from knnlm.errors import InputError, KNNLMError
 from knnlm.hardware import trains_in_bfloat16
@@ -34,7 +35,7 @@ from knnlm.plan import window_config
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import TrainPoint, TrainResult, Validation
 from knnlm.storage import new_folder, write_json
-from knnlm.trainer import PushAwayTrainer, Watch, find_layer, training_arguments
+from knnlm.trainer import PushAwayTrainer, Watch, training_arguments
 from knnlm.training_text import Domain, read_domain, training_windows, validation_windows
 from knnlm.version import versions
 
@@ -100,7 +101,7 @@ def _settle(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     :raises LayerError: the model has no such layer.
     :raises InputError: the context is over the model's limit.
     """
-    layer = find_layer(config.push_away.layer, lm.layer_names)
+    layer = one_layer(config.push_away.layer, lm.layer_names, option="--layer")
     context = config.context or min(lm.context_limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     low = trains_in_bfloat16() if config.dtype == "auto" else config.dtype == "bfloat16"
     return replace(

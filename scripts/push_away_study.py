@@ -1,7 +1,7 @@
 """Does a push-away loss help a small GPT-2, and its kNN-LM? Trainings one after the other, that can be stopped.
 
     .venv/bin/python scripts/push_away_study.py --out study --list
-    .venv/bin/python scripts/push_away_study.py --out study --text corpora --run "[sct]*-0" "[sct]*-1" "[sct]*-2" "weight-*"
+    .venv/bin/python scripts/push_away_study.py --out study --text corpora --run "[sct]*" "weight-*"
 
 Each run writes OUT/NAME.json, and is skipped where that is; `scripts/push_away_table.py` makes tables and the picture.
 `--text` is a folder with the texts named in RUNS. GPT-2 shape, 4 blocks x 128, the demo model's tokenizer, windows of
