@@ -136,6 +136,10 @@ class SlicesResult:
     sets: tuple[SetSlices, ...]
     first: SetSlices
     """The set that was named first."""
+    set_correlation: CorrelationEstimate | None = None
+    """Over sets: the mean dispersion inside a prompt with accuracy; above 0, low dispersion does mean hard.
+
+    None with fewer than 3 sets with labels, or both questions and texts, whose accuracies cannot be compared."""
 
 
 def measure_slices(
@@ -169,7 +173,16 @@ def measure_slices(
             seed=config.seed,
         )
         found.append(_measure(items, config))
-    return SlicesResult(tuple(sorted(found, key=lambda one: one.layers[-1].within.value)), found[0])
+    ranked = sorted(found, key=lambda one: one.layers[-1].within.value)
+    return SlicesResult(tuple(ranked), found[0], _set_correlation(found))
+
+
+def _set_correlation(sets: Sequence[SetSlices]) -> CorrelationEstimate | None:
+    labelled = [one for one in sets if one.accuracy is not None]
+    if len(labelled) < 3 or len({one.chance is None for one in labelled}) > 1:
+        return None
+    within = [one.layers[-1].within.value for one in labelled]
+    return correlate(within, [one.accuracy.value for one in labelled if one.accuracy])
 
 
 def _measure(items: ItemSet, config: SliceConfig) -> SetSlices:

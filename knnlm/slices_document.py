@@ -28,6 +28,7 @@ def slices_document(
         "model": model,
         **_set(result.first),
         "sets": [_set(one) for one in result.sets],
+        "set_correlation": correlation_fields(result.set_correlation) if result.set_correlation else None,
         "protocol": {"ours": list(OURS)},
         "settings": dict(settings),
         "versions": dict(versions),

@@ -292,6 +292,22 @@ def test_too_few_of_one_kind_for_any_slice(lm, question_file, tmp_path):
     assert result.layers[0].tail_auc is not None
 
 
+def test_correlation_over_sets_needs_three_of_one_kind(lm, question_file, prompt_file, text, tmp_path):
+    lines = question_file.read_text().splitlines(keepends=True)
+    parts = [tmp_path / f"part-{at}.jsonl" for at in range(3)]
+    for at, part in enumerate(parts):
+        part.write_text("".join(lines[30 * at : 30 * at + 30]))
+    result = measure_slices(lm, [*parts, prompt_file])
+    assert result.set_correlation is not None and result.set_correlation.count == 3
+    order = np.argsort([one.layers[-1].within.value for one in result.sets if one.accuracy])
+    right = np.array([one.accuracy.value for one in result.sets if one.accuracy])[order]
+    if len(set(right)) == 3:
+        assert result.set_correlation.spearman == pytest.approx(np.corrcoef(right.argsort().argsort(), range(3))[0, 1])
+    config = SliceConfig(context=24, max_segments=40)
+    assert measure_slices(lm, parts, cloze=[text], config=config).set_correlation is None
+    assert measure_slices(lm, parts[:2]).set_correlation is None
+
+
 # The command line
 
 
@@ -300,7 +316,7 @@ def test_json_is_one_document(call, gpt2_folder, question_file, text):
     done = call("slices", "--model", gpt2_folder, "--questions", question_file, *options)
     assert done.status == 0, done.errors
     document = json.loads(done.out)
-    assert document["set"] == "questions.jsonl" and len(document["sets"]) == 2
+    assert document["set"] == "questions.jsonl" and len(document["sets"]) == 2 and document["set_correlation"] is None
     assert document["slices"] == document["layers"][-1]["slices"] and document["layer"] == "final_norm"
     assert [one["accuracy"] for one in document["slices"]] == pytest.approx([level / 10 for level in range(11)])
     for one in document["slices"]:

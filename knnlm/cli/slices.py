@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from knnlm.slice_statistics import Estimate
-    from knnlm.slices import SetSlices, SliceConfig
+    from knnlm.slices import SetSlices, SliceConfig, SlicesResult
 
 Questions = Annotated[
     list[str] | None,
@@ -81,7 +81,7 @@ def slices(
     result = measure_slices(lm, questions, cloze=cloze, config=config, progress=screen)
     settings = asdict(config) | {"model": model, "questions": questions, "cloze": cloze, "dtype": dtype}
     document = slices_document(result, model=lm.name, settings=settings, versions=versions())
-    _show(result.sets, screen)
+    _show(result, screen)
     screen.result(document)
     if tail_out is not None:
         _write_tail(result.sets, tail_out)
@@ -145,10 +145,17 @@ def _write_tail(sets: Sequence[SetSlices], path: Path) -> None:
     write_text(path, "".join(dumps(row, ensure_ascii=False) + "\n" for one in sets for row in one.tail))
 
 
-def _show(sets: Sequence[SetSlices], screen: Screen) -> None:
+def _show(result: SlicesResult, screen: Screen) -> None:
+    sets = result.sets
     screen.say(_set_table(sets))
     if any(layer.curve for one in sets for layer in one.layers):
         screen.say(_slice_table(sets))
+    if result.set_correlation is not None:
+        found, held = result.set_correlation.spearman, result.set_correlation.spearman_interval
+        screen.say(
+            f"Over sets, dispersion inside a prompt and right answers: Spearman {found:+.2f} ({held.low:+.2f} … "
+            f"{held.high:+.2f}); above 0, low dispersion means hard."
+        )
     for one in sets:
         for note in one.notes:
             screen.say(f"Note: {note}")
@@ -156,7 +163,7 @@ def _show(sets: Sequence[SetSlices], screen: Screen) -> None:
 
 def _set_table(sets: Sequence[SetSlices]) -> Table:
     heads = ("set", "items", "right", "normalised", "chance", "layer", "inside a prompt", "tail AUC", "confidence AUC")
-    table = _table("Sets, the hardest first if low dispersion inside a prompt means hard", heads)
+    table = _table("Sets by dispersion inside a prompt: the hardest first, if low dispersion means hard", heads)
     for one in sets:
         for layer in one.layers:
             rights = (_percent(part.value if part else None) for part in (one.accuracy, one.accuracy_normalized))
@@ -164,7 +171,7 @@ def _set_table(sets: Sequence[SetSlices]) -> Table:
                 *(one.name, f"{one.items:,}", *rights, _percent(one.chance), layer.layer),
                 *(_estimate(layer.within, 4), _estimate(layer.tail_auc, 3), _estimate(one.confidence_auc, 3)),
             )
-    table.caption = "AUC: how often a wrong item ranks below a right one; 0.5 is chance. In brackets 95 % intervals."
+    table.caption = "AUC: how often a wrong item ranks below a right one; 0.5 is chance. ±: half of the 95 % interval."
     return table
 
 
@@ -200,5 +207,5 @@ def _percent(value: float | None) -> str:
 def _estimate(estimate: Estimate | None, places: int) -> str:
     if estimate is None or isnan(estimate.value):
         return "–"
-    low, high = estimate.interval.low, estimate.interval.high
-    return f"{estimate.value:.{places}f} ({low:.{places}f} … {high:.{places}f})"
+    half = (estimate.interval.high - estimate.interval.low) / 2
+    return f"{estimate.value:.{places}f} ± {half:.{places}f}"
