@@ -49,6 +49,7 @@ def render_slices(document: Set) -> str:
             *(_slice_chart(one) for one in sliced),
             *([_auc_chart(labelled)] if labelled else []),
             *([_ranking_chart(sets)] if len(sets) > 1 else []),
+            *([_ranked_chart(labelled, document["set_correlation"])] if document["set_correlation"] else []),
         ],
         tables=[_table(sets), *_slice_tables(sliced)],
         lists=[
@@ -144,6 +145,30 @@ def _ranking_chart(sets: Sequence[Set]) -> Chart:
     layout = base_layout({"type": "category"}, {"title": {"text": "mean dispersion inside a prompt"}})
     caption = "Sets from the hardest to the easiest, if low dispersion means hard. Bars are 95 % intervals."
     return Chart("ranking", "Sets, without labels", caption, {"data": traces, "layout": layout | {"showlegend": False}})
+
+
+def _ranked_chart(sets: Sequence[Set], found: Set) -> Chart:
+    trace = {
+        "type": "scatter",
+        "mode": "markers+text",
+        "x": [one["within"] for one in sets],
+        "y": [one["accuracy"] for one in sets],
+        "text": [escape(one["set"].rsplit(".", 1)[0]) for one in sets],
+        "textposition": "top center",
+        "cliponaxis": False,
+        "marker": {"color": colour(_COLOURS[0]), "size": 9},
+        "hovertemplate": "%{text}: dispersion %{x:.4f}, right %{y:.1%}<extra></extra>",
+    }
+    layout = base_layout(
+        {"title": {"text": "mean dispersion inside a prompt"}},
+        {"title": {"text": "right answers"}, "tickformat": ".0%"},
+    )
+    low, high = found["spearman_interval"]
+    caption = (
+        f"If low dispersion means hard, points rise. Spearman {_decimal(found['spearman'], 2)} "
+        f"({numbers.decimal(low, 2)} to {numbers.decimal(high, 2)})."
+    )
+    return Chart("ranked", "Does the ranking hold?", caption, {"data": [trace], "layout": layout})
 
 
 def _points(sets: Sequence[Set], field: str, words: str, number: int) -> Trace:
