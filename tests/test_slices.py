@@ -299,6 +299,8 @@ def test_correlation_over_sets_needs_three_of_one_kind(lm, question_file, prompt
         part.write_text("".join(lines[30 * at : 30 * at + 30]))
     result = measure_slices(lm, [*parts, prompt_file])
     assert result.set_correlation is not None and result.set_correlation.count == 3
+    page = render_slices(slices_document(result, model="m", settings={}, versions={}))
+    assert 'id="chart-ranked"' in page and "points rise" in page
     order = np.argsort([one.layers[-1].within.value for one in result.sets if one.accuracy])
     right = np.array([one.accuracy.value for one in result.sets if one.accuracy])[order]
     if len(set(right)) == 3:
