@@ -62,12 +62,19 @@ KINDS = {
     "single-key": Run(PushAway(weight=0.1, layer=KEY_LAYER)),
     "tuned-lora": Run(text=NURSING, from_scratch=False, lora=8, steps=TUNED, learning_rate=1e-3),
     "tuned-full": Run(text=NURSING, from_scratch=False, steps=TUNED, learning_rate=3e-4),
+    # Asked after the first results: does the gain of uniformity last, and does it outlive a better learning rate?
+    "fast-none": Run(learning_rate=2e-3),
+    "fast-uniformity": Run(PushAway(weight=0.1, regularizer="uniformity"), learning_rate=2e-3),
+    "long-uniformity": Run(PushAway(weight=0.1, regularizer="uniformity"), steps=LONG),
 }
 RUNS = {f"{kind}-{seed}": (one, seed) for seed in SEEDS for kind, one in KINDS.items()}
-# Afterwards, one seed each: how much the weight matters.
-for _weight in (0.01, 1.0):
-    for _kind, _name in (("push", "push-away"), ("uniformity", "uniformity"), ("different", "different-tokens")):
-        RUNS[f"weight-{_kind}-{_weight:g}-0"] = (Run(PushAway(weight=_weight, regularizer=_name)), 0)
+# One seed: how much the weight matters.
+for _kind, _name, _weight in (
+    ("push", "push-away", 1.0),
+    ("uniformity", "uniformity", 0.01),
+    ("uniformity", "uniformity", 1.0),
+):
+    RUNS[f"weight-{_kind}-{_weight:g}-0"] = (Run(PushAway(weight=_weight, regularizer=_name)), 0)
 
 
 class Snapshot:
