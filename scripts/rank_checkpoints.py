@@ -24,6 +24,8 @@ from knnlm.storage import write_json
 from knnlm.windows import WindowConfig, take_slices
 
 HELD_OUT = 5
+COLUMNS = 2
+TICKS = [20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,33 +65,45 @@ def perplexity(model: str, documents: list[Document], max_tokens: int) -> float:
 
 
 def picture(args: argparse.Namespace) -> None:
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     titles, files = zip(*(ranking.split("=", 1) for ranking in args.rankings), strict=True)
     rankings = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
-    figure = make_subplots(
-        1, len(rankings), subplot_titles=[f"{t}<br>{told(r)}" for t, r in zip(titles, rankings, strict=True)]
-    )
-    for column, ranking in enumerate(rankings, start=1):
-        models = ranking["models"]
-        dots = go.Scatter(
-            x=[one["measured"] for one in models],
-            y=[one["gap"] for one in models],
-            text=[Path(one["model"]).name for one in models],
-            mode="markers+text",
-            textposition="top center",
-            textfont={"size": 9},
-            marker={"size": 8, "color": "#1f6feb"},
-        )
-        figure.add_trace(dots, row=1, col=column)
-    figure.update_xaxes(title="measured perplexity", type="log", dtick="D2")
-    figure.update_yaxes(title="dispersion gap", col=1)
-    figure.update_layout(template="simple_white", showlegend=False, width=440 * len(rankings), height=420)
-    figure.write_html(args.out, include_plotlyjs=True, full_html=True)
+    rows = -(-len(rankings) // COLUMNS)
+    told = [f"{title}<br>{spearman(ranking)}" for title, ranking in zip(titles, rankings, strict=True)]
+    figure = make_subplots(rows, COLUMNS, subplot_titles=told, vertical_spacing=0.18, horizontal_spacing=0.16)
+    for place, ranking in enumerate(rankings):
+        figure.add_trace(dots(ranking["models"]), row=place // COLUMNS + 1, col=place % COLUMNS + 1)
+    figure.update_xaxes(title="measured perplexity", type="log", tickvals=TICKS)
+    figure.update_yaxes(title="dispersion gap")
+    figure.update_layout(template="simple_white", showlegend=False, width=540 * COLUMNS, height=380 * rows)
+    figure.update_layout(margin={"t": 60, "b": 50, "l": 60, "r": 60})
+    figure.write_html(args.out, include_plotlyjs=True, config={"displayModeBar": False})
 
 
-def told(ranking: dict[str, Any]) -> str:
+def dots(models: list[dict[str, Any]]) -> Any:  # noqa: ANN401 - plotly has no types
+    """A dot for each model; of those that lie close together, the first has its name."""
+    import plotly.graph_objects as go
+
+    x, y = np.log([one["measured"] for one in models]), np.array([one["gap"] for one in models])
+    at = np.stack([(x - x.min()) / np.ptp(x) / 2, (y - y.min()) / np.ptp(y)], axis=1)
+    named: list[int] = []
+    for i, place in enumerate(at):
+        if not named or (np.abs(at[named] - place) > 0.06).any(axis=1).all():
+            named.append(i)
+    names = [short(one["model"]) if i in named else "" for i, one in enumerate(models)]
+    look = {"textposition": "middle right", "textfont_size": 10, "cliponaxis": False}
+    look |= {"marker_size": 8, "marker_color": "#1f6feb"}
+    return go.Scatter(x=np.exp(x), y=y, text=names, mode="markers+text", **look)
+
+
+def short(model: str) -> str:
+    """`rust-book/step-30` is rust-book 30."""
+    name, step = Path(model).name, Path(model).name.removeprefix("step-")
+    return name if name == step else f"{Path(model).parent.name} {step}"
+
+
+def spearman(ranking: dict[str, Any]) -> str:
     low, high = ranking["spearman_interval"]
     return f"Spearman {ranking['spearman']:+.2f} ({low:+.2f} … {high:+.2f})"
 

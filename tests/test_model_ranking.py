@@ -386,7 +386,7 @@ def test_verb_shows_the_ranking(models, tmp_path: Path, call) -> None:
     assert done.status == 0
     assert all(str(model)[-9:] in done.out for model in models)
     assert "Spearman of the gap with what was measured" in done.out and "3 models" in done.out
-    assert "token lists are not published" in done.out
+    assert "token lists are not published" in done.out and "ranked in reverse" in done.out
 
 
 @pytest.mark.parametrize(

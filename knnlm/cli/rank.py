@@ -79,6 +79,7 @@ def _table(ranking: Ranking) -> Table:
 
 def _lines(ranking: Ranking) -> Iterator[str]:
     yield "The gap is of arXiv 2506.24106. Its token lists are not published: the built-in ones are this project's."
+    yield "It is for finished models tuned from one base: along a training from scratch it ranked in reverse."
     found = ranking.correlation
     if found is not None and math.isfinite(found.spearman):
         for name, value, interval in (
