@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from knnlm.checkpoints.ranking import ModelGap, Ranking, rank_models
+    from knnlm.checkpoints.token_sets import TokenSource
     from knnlm.config import EvalConfig, KNNConfig, LayerConfig, PushAway, Settings, TextConfig, TrainConfig
-    from knnlm.correlate import CorrelateConfig, Study, study_correlation
+    from knnlm.correlate.study import CorrelateConfig, Study, study_correlation
     from knnlm.datastore import Datastore, open_datastore
     from knnlm.errors import (
         DatastoreCorrupt,
@@ -32,9 +34,7 @@ if TYPE_CHECKING:
         ModelError,
     )
     from knnlm.lm import LanguageModel, load_model, random_model
-    from knnlm.model_ranking import ModelGap, Ranking, rank_models
     from knnlm.pipeline import build, evaluate, run, score
-    from knnlm.push_away import different_token_distance, distance_between, mean_distance, uniformity
     from knnlm.results import (
         Choice,
         Correlation,
@@ -54,17 +54,17 @@ if TYPE_CHECKING:
         Validation,
         VectorScores,
     )
-    from knnlm.slices import SliceConfig, SlicesResult, measure_slices
-    from knnlm.token_sets import TokenSource
-    from knnlm.trainer import PushAwayTrainer
-    from knnlm.training import train
+    from knnlm.slices.measure import SliceConfig, SlicesResult, measure_slices
+    from knnlm.training.push_away import different_token_distance, distance_between, mean_distance, uniformity
+    from knnlm.training.train import train
+    from knnlm.training.trainer import PushAwayTrainer
     from knnlm.vectors import score_vectors
 
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
     "config": ("EvalConfig", "KNNConfig", "LayerConfig", "PushAway", "Settings", "TextConfig", "TrainConfig"),
-    "correlate": ("CorrelateConfig", "Study", "study_correlation"),
+    "correlate.study": ("CorrelateConfig", "Study", "study_correlation"),
     "datastore": ("Datastore", "open_datastore"),
     "errors": (
         "DatastoreCorrupt",
@@ -77,9 +77,9 @@ _NAMES = {
         "ModelError",
     ),
     "lm": ("LanguageModel", "load_model", "random_model"),
-    "model_ranking": ("ModelGap", "Ranking", "rank_models"),
+    "checkpoints.ranking": ("ModelGap", "Ranking", "rank_models"),
     "pipeline": ("build", "evaluate", "run", "score"),
-    "push_away": ("different_token_distance", "distance_between", "mean_distance", "uniformity"),
+    "training.push_away": ("different_token_distance", "distance_between", "mean_distance", "uniformity"),
     "results": (
         "Choice",
         "Correlation",
@@ -99,10 +99,10 @@ _NAMES = {
         "Validation",
         "VectorScores",
     ),
-    "token_sets": ("TokenSource",),
-    "slices": ("SliceConfig", "SlicesResult", "measure_slices"),
-    "trainer": ("PushAwayTrainer",),
-    "training": ("train",),
+    "checkpoints.token_sets": ("TokenSource",),
+    "slices.measure": ("SliceConfig", "SlicesResult", "measure_slices"),
+    "training.trainer": ("PushAwayTrainer",),
+    "training.train": ("train",),
     "vectors": ("score_vectors",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

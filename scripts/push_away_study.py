@@ -26,7 +26,7 @@ from knnlm.lm import load_model
 from knnlm.pipeline import run, score
 from knnlm.progress import Advance
 from knnlm.storage import write_json
-from knnlm.training import train, train_document
+from knnlm.training.train import train, train_document
 
 DEMO = Path(__file__).parent / "demo_data" / "model"
 SEEDS = range(3)

@@ -107,6 +107,25 @@ def regularizers(study: Study) -> Iterator[str]:
         yield f"| {label} | {' | '.join(cells)} |"
 
 
+def lasting(study: Study) -> Iterator[str]:
+    """Whether the gain of uniformity outlives a longer training and a better learning rate."""
+    knn: Measure = lambda run: run["knn"]["layer"]["perplexity"]  # noqa: E731
+    lm: Measure = lambda run: run["knn"]["lm"]["perplexity"]  # noqa: E731
+    rows = (
+        ("1,000 steps at 5e-4, LM", "single-uniformity", "single-none", at(1000)),
+        ("2,000 steps at 5e-4, LM", "long-uniformity", "single-none", at(2000)),
+        ("1,000 steps at 2e-3, LM", "fast-uniformity", "fast-none", at(1000)),
+        ("1,000 steps at 2e-3, LM (kNN-LM's text)", "fast-uniformity", "fast-none", lm),
+        ("1,000 steps at 2e-3, kNN-LM", "fast-uniformity", "fast-none", knn),
+    )
+    yield "| setting | cross-entropy alone | with uniformity, λ = 0.1 | change (95 % interval) |"
+    yield "| --- | --- | --- | --- |"
+    for label, kind, base, measure in rows:
+        if seeds(study, kind, base):
+            cells = [f"{average(study, one, measure):.1f}" for one in (base, kind)]
+            yield f"| {label} | {' | '.join(cells)} | {shown(change(study, kind, base, measure))} |"
+
+
 def fine_tuning(study: Study) -> Iterator[str]:
     """Dispersion before and after."""
     layers = ("7.ffn_input", "7.block_output", "final_norm")
@@ -179,7 +198,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="an HTML page to make")
     args = parser.parse_args()
     study = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.study.glob("*.json"))}
-    for table in (on_the_way, regularizers, fine_tuning, weights):
+    for table in (on_the_way, regularizers, lasting, fine_tuning, weights):
         print("\n".join(table(study)), end="\n\n")
     if args.picture:
         picture(study, args.picture)

@@ -13,13 +13,13 @@ import argparse
 import numpy as np
 import torch
 
+from knnlm.correlate.segments import unit_vectors
 from knnlm.layers import FINAL
 from knnlm.lm import load_model
 from knnlm.queries import read_queries
-from knnlm.questions import read_questions
 from knnlm.results import Interval
-from knnlm.segments import unit_vectors
-from knnlm.slice_statistics import draw_slices, right_minus_wrong, tail_auc
+from knnlm.slices.questions import read_questions
+from knnlm.slices.statistics import draw_slices, right_minus_wrong, tail_auc
 from knnlm.windows import Window
 
 SHARE, SIZE, DRAWS, REPEATS = 0.25, 100, 10, 200

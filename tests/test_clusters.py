@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from index.faiss_index import kmeans
-from knnlm.clusters import ContextSums, kmeans_distances, shared_continuations
+from knnlm.correlate.clusters import ContextSums, kmeans_distances, shared_continuations
 from knnlm.errors import InputError
 from tests.cosine_oracle import mean_distance, mean_distance_between
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from knnlm.correlate import CorrelateConfig, Study, check_model, make_groups, study_correlation
-from knnlm.correlate_document import correlate_document
+from knnlm.correlate.document import correlate_document
+from knnlm.correlate.study import CorrelateConfig, Study, check_model, make_groups, study_correlation
 from knnlm.errors import InputError, LayerError
 from knnlm.lm import LanguageModel
 from tests.cosine_oracle import mean_distance

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from selenium.webdriver.common.by import By
 
-from knnlm.correlate import CorrelateConfig, study_correlation
-from knnlm.correlate_document import correlate_document
+from knnlm.correlate.document import correlate_document
+from knnlm.correlate.study import CorrelateConfig, study_correlation
 from knnlm.lm import LanguageModel
 from knnlm.report.correlate import write_correlate
 from tests import test_report_browser as report_browser

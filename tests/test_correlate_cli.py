@@ -115,7 +115,7 @@ def test_text_shorter_than_a_segment_is_one_line(call, gpt2_folder, tmp_path):
 
 
 def test_every_model_is_checked_before_the_first_is_measured(call, gpt2_folder, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("knnlm.correlate.study_correlation", lambda *_, **__: pytest.fail("a model was measured"))
+    monkeypatch.setattr("knnlm.correlate.study.study_correlation", lambda *_, **__: pytest.fail("a model was measured"))
     short = save_tiny("llama", tmp_path / "short", max_position_embeddings=20)
     done = call("correlate", "--model", gpt2_folder, "--model", short, "--text", corpus, "--context", 24)
     assert done.status == 2 and "sees at most 20" in done.errors[-1]

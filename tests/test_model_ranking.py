@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from knnlm.errors import InputError, ModelError
-from knnlm.lm import load_tokenizer
-from knnlm.model_ranking import dispersion_gap, rank_models, read_scores
-from knnlm.token_sets import (
+from knnlm.checkpoints.ranking import dispersion_gap, rank_models, read_scores
+from knnlm.checkpoints.token_sets import (
     DOMAINS,
     EVERYDAY_WORDS,
     TokenSource,
@@ -27,6 +25,8 @@ from knnlm.token_sets import (
     top_tokens,
     word_tokens,
 )
+from knnlm.errors import InputError, ModelError
+from knnlm.lm import load_tokenizer
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
 
@@ -223,7 +223,9 @@ def test_domain_takes_no_place_of_a_general_token(tmp_path: Path) -> None:
 
 def test_models_with_one_tokenizer_share_the_work(models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr("knnlm.model_ranking.choose_tokens", lambda *args: calls.append(args) or choose_tokens(*args))
+    monkeypatch.setattr(
+        "knnlm.checkpoints.ranking.choose_tokens", lambda *args: calls.append(args) or choose_tokens(*args)
+    )
     assert (
         len(rank_models(models, TokenSource(domain="mathematics", general_tokens=write(tmp_path / "g", [1]))).models)
         == 3

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from knnlm.checkpoints.output_matrix import OutputMatrix, find_output_matrix
 from knnlm.errors import InputError, ModelError
-from knnlm.output_matrix import OutputMatrix, find_output_matrix
 from tests.tiny_models import KINDS, VOCABULARY, WIDTH, save_tiny, tiny_model
 
 TOKENS = [0, 5, 287, 5, 100]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from knnlm.push_away import different_token_distance, distance_between, mean_distance, uniformity
+from knnlm.training.push_away import different_token_distance, distance_between, mean_distance, uniformity
 
 TOKENS = torch.tensor([[5, 5, 2], [9, 2, 5], [1, 1, 1], [0, 7, 5]])
 MASK = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0]])

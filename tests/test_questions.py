@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from knnlm.errors import InputError
-from knnlm.questions import read_questions
+from knnlm.slices.questions import read_questions
 
 OURS = {"question": "Which is a fruit?", "choices": ["stone", "apple", "chair"], "answer": 1}
 ARC = {

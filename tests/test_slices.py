@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from knnlm.choice_scoring import score_choices
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
 from knnlm.queries import log_likelihoods, most_likely_next, read_queries
 from knnlm.report.slices import render_slices
 from knnlm.results import Interval
-from knnlm.slice_statistics import draw_slices, jackknifed, right_minus_wrong, slice_size, tail_auc
-from knnlm.slices import SliceConfig, measure_slices
-from knnlm.slices_document import slices_document
+from knnlm.slices.document import slices_document
+from knnlm.slices.likelihoods import score_choices
+from knnlm.slices.measure import SliceConfig, measure_slices
+from knnlm.slices.statistics import draw_slices, jackknifed, right_minus_wrong, slice_size, tail_auc
 from knnlm.windows import Window
 from tests.test_choice_scoring import random_questions
 from tests.test_evaluate_oracle import texts, write_jsonl

@@ -6,8 +6,8 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from knnlm.report.slices import write_slices
-from knnlm.slices import SliceConfig, measure_slices
-from knnlm.slices_document import slices_document
+from knnlm.slices.document import slices_document
+from knnlm.slices.measure import SliceConfig, measure_slices
 from tests import test_report_browser as report_browser
 from tests import test_slices
 

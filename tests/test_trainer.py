@@ -13,8 +13,8 @@ from transformers import Trainer
 
 from knnlm.config import REGULARIZERS, PushAway, TrainConfig
 from knnlm.errors import InputError, LayerError, ModelError
-from knnlm.trainer import PushAwayTrainer, Watch, training_arguments
-from knnlm.training_text import Windows
+from knnlm.training.text import Windows
+from knnlm.training.trainer import PushAwayTrainer, Watch, training_arguments
 from tests.tiny_models import VOCABULARY, tiny_model
 
 CONTEXT = 16

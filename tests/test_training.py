@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-import knnlm.training
+import knnlm.training.train
 from knnlm.config import PushAway, Settings, TextConfig, TrainConfig
 from knnlm.corpus import read_documents, tokenize
 from knnlm.errors import DatastoreExists, InputError, LayerError, ModelError
 from knnlm.lm import load_model
 from knnlm.pipeline import score
-from knnlm.training import train, train_document
-from knnlm.training_text import VALIDATION_TOKENS, training_windows, validation_windows
+from knnlm.training.text import VALIDATION_TOKENS, training_windows, validation_windows
+from knnlm.training.train import train, train_document
 from knnlm.windows import split_documents
 from tests.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model
@@ -261,7 +261,7 @@ def test_place_that_is_taken_unless_it_is_ours(gpt2_folder, text_file, tmp_path)
 
 @pytest.mark.parametrize(("missing", "lora"), [("accelerate", None), ("peft", 4)])
 def test_extra_that_is_not_installed(missing, lora, gpt2_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(knnlm.training, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(knnlm.training.train, "find_spec", lambda name: None if name == missing else object())
     with pytest.raises(InputError, match=rf"training needs {missing}, which is not installed; pip install 'knnlm"):
         train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, lora=lora))
 

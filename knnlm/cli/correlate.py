@@ -16,7 +16,7 @@ from knnlm.screen import Screen
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.correlate import CorrelateConfig, Study
+    from knnlm.correlate.study import CorrelateConfig, Study
     from knnlm.lm import LanguageModel
 
 Models = Annotated[
@@ -82,7 +82,7 @@ def correlate(
     config = _config(locals())
     from dataclasses import asdict
 
-    from knnlm.correlate_document import correlate_document
+    from knnlm.correlate.document import correlate_document
     from knnlm.version import versions
 
     screen = Screen(json)
@@ -105,7 +105,7 @@ def correlate(
 
 def _config(given: dict[str, Any]) -> CorrelateConfig:
     """The options that are settings; what is None keeps the default."""
-    from knnlm.correlate import CorrelateConfig
+    from knnlm.correlate.study import CorrelateConfig
 
     names = (
         "context",
@@ -137,7 +137,7 @@ def _check(
 ) -> None:
     """Find out before any work whether every model and the text can serve, and the report be written."""
     from knnlm.corpus import text_bytes
-    from knnlm.correlate import check_model
+    from knnlm.correlate.study import check_model
     from knnlm.lm import read_outline
     from knnlm.places import check_report_folder
 
@@ -163,7 +163,7 @@ def _models(
 
 
 def _studies(lm: LanguageModel, text: Sequence[str], config: CorrelateConfig, screen: Screen) -> tuple[Study, ...]:
-    from knnlm.correlate import study_correlation
+    from knnlm.correlate.study import study_correlation
 
     return study_correlation(lm, text, config=config, progress=screen)
 

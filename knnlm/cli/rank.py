@@ -16,7 +16,7 @@ from knnlm.screen import Screen
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.model_ranking import Ranking
+    from knnlm.checkpoints.ranking import Ranking
 
 
 def rank_models(
@@ -44,9 +44,9 @@ def rank_models(
 
     Example: knnlm rank-models base tuned-a tuned-b --domain code
     """
-    from knnlm.model_ranking import rank_models as rank
-    from knnlm.model_ranking import read_scores
-    from knnlm.token_sets import TokenSource
+    from knnlm.checkpoints.ranking import rank_models as rank
+    from knnlm.checkpoints.ranking import read_scores
+    from knnlm.checkpoints.token_sets import TokenSource
 
     tokens = TokenSource(
         domain=domain,

@@ -17,8 +17,8 @@ from knnlm.screen import Screen
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.slice_statistics import Estimate
-    from knnlm.slices import SetSlices, SliceConfig, SlicesResult
+    from knnlm.slices.measure import SetSlices, SliceConfig, SlicesResult
+    from knnlm.slices.statistics import Estimate
 
 Questions = Annotated[
     list[str] | None,
@@ -68,8 +68,8 @@ def slices(
     Example: knnlm slices --model gpt2 --questions hf:allenai/ai2_arc/ARC-Easy:test --cloze nursing.jsonl
     """
     config = _config(locals())
-    from knnlm.slices import measure_slices
-    from knnlm.slices_document import slices_document
+    from knnlm.slices.document import slices_document
+    from knnlm.slices.measure import measure_slices
     from knnlm.version import versions
 
     screen = Screen(json)
@@ -95,7 +95,7 @@ def slices(
 
 def _config(given: dict[str, Any]) -> SliceConfig:
     """The options that are settings; what is None keeps the default."""
-    from knnlm.slices import SliceConfig
+    from knnlm.slices.measure import SliceConfig
 
     names = ("layers", "slice_size", "seeds", "tail", "context", "max_segments", "text_field", "seed")
     return SliceConfig(**{name: given[name] for name in names if given[name] is not None})
@@ -118,7 +118,7 @@ def _check_sets(questions: Sequence[str], cloze: Sequence[str]) -> None:
     """Find out before the model is loaded whether files can serve as sets; hub sets are looked at later."""
     from knnlm.corpus import HUB_PREFIX, text_bytes
     from knnlm.errors import InputError
-    from knnlm.questions import read_questions
+    from knnlm.slices.questions import read_questions
 
     if not questions and not cloze:
         raise InputError("no set was given; name questions with --questions, or a text with --cloze")

@@ -73,8 +73,8 @@ def train(
     check_new_folder(out, overwrite=overwrite)
     screen = Screen(json)
     quiet_loading(model)
-    from knnlm.training import train as train_model
-    from knnlm.training import train_document
+    from knnlm.training.train import train as train_model
+    from knnlm.training.train import train_document
 
     result = train_model(
         model, text, out, other_text=other_text, config=config, resume=resume, overwrite=overwrite, progress=screen

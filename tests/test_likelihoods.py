@@ -12,10 +12,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from knnlm.choice_scoring import encode_pair, score_choices
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
-from knnlm.questions import Question
+from knnlm.slices.likelihoods import encode_pair, score_choices
+from knnlm.slices.questions import Question
 from tests.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
 WORDS = "the nurse takes temperature of patients who slept badly in a ward along the river".split()

@@ -17,9 +17,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.clusters import ClusterDistances, ContextSums, check_kmeans, kmeans_distances, shared_continuations
 from knnlm.config import LARGEST_SEED
 from knnlm.corpus import Document, read_documents, tokenize
+from knnlm.correlate.clusters import ClusterDistances, ContextSums, check_kmeans, kmeans_distances, shared_continuations
+from knnlm.correlate.segments import (
+    Segment,
+    SegmentValues,
+    cut_segments,
+    measure_segments,
+    sample_segments,
+    text_clusters,
+)
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.dispersion import dispersion
 from knnlm.errors import InputError
@@ -28,7 +36,6 @@ from knnlm.lm import LanguageModel
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import SCORES, ScoreKind
 from knnlm.scoring import SEGMENT_FUNCTIONS
-from knnlm.segments import Segment, SegmentValues, cut_segments, measure_segments, sample_segments, text_clusters
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]

@@ -25,7 +25,7 @@ from knnlm.errors import InputError, ModelError
 from knnlm.hardware import pick_device
 from knnlm.layers import find_decoder
 from knnlm.progress import Advance
-from knnlm.push_away import different_token_distance, distance_between, mean_distance, uniformity
+from knnlm.training.push_away import different_token_distance, distance_between, mean_distance, uniformity
 
 Rows = Dataset[dict[str, Tensor]]
 

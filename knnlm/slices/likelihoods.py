@@ -18,7 +18,7 @@ from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
 from knnlm.progress import Advance, ignore
 from knnlm.queries import log_likelihoods
-from knnlm.questions import Question
+from knnlm.slices.questions import Question
 from knnlm.windows import Window
 
 Float64 = NDArray[np.float64]

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from index.faiss_index import kmeans
+from knnlm.correlate.segments import unit_vectors
 from knnlm.dispersion import from_sum
 from knnlm.errors import InputError
-from knnlm.segments import unit_vectors
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]

@@ -35,8 +35,8 @@ from knnlm.plan import window_config
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import TrainPoint, TrainResult, Validation
 from knnlm.storage import new_folder, write_json
-from knnlm.trainer import PushAwayTrainer, Watch, training_arguments
-from knnlm.training_text import Domain, read_domain, training_windows, validation_windows
+from knnlm.training.text import Domain, read_domain, training_windows, validation_windows
+from knnlm.training.trainer import PushAwayTrainer, Watch, training_arguments
 from knnlm.version import versions
 
 Paths = Sequence[str | Path]

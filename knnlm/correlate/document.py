@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from knnlm.correlate import OURS, RELEASED, LayerClusters, LayerCorrelation, Study
+from knnlm.correlate.study import OURS, RELEASED, LayerClusters, LayerCorrelation, Study
 from knnlm.correlation import CorrelationEstimate
 from knnlm.layers import split
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from knnlm.correlate_document import correlation_fields
+from knnlm.correlate.document import correlation_fields
 from knnlm.layers import split
-from knnlm.slice_statistics import Estimate
-from knnlm.slices import OURS, LayerSlices, SetSlices, SlicesResult
+from knnlm.slices.measure import OURS, LayerSlices, SetSlices, SlicesResult
+from knnlm.slices.statistics import Estimate
 
 FORMAT, VERSION = "knnlm-slices", 1
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.choice_scoring import ChoiceScores, score_choices
 from knnlm.corpus import HUB_PREFIX, read_documents, tokenize
+from knnlm.correlate.segments import Segment, cut_segments, sample_segments, text_clusters
 from knnlm.errors import InputError
 from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel
 from knnlm.progress import Progress
 from knnlm.queries import QueryVectors, most_likely_next, read_queries
-from knnlm.questions import Question
-from knnlm.segments import Segment, cut_segments, sample_segments, text_clusters
+from knnlm.slices.likelihoods import ChoiceScores, score_choices
+from knnlm.slices.questions import Question
 from knnlm.windows import Window
 
 Flags = NDArray[np.bool_]

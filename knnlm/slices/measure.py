@@ -22,16 +22,16 @@ import torch
 from numpy.typing import NDArray
 
 from knnlm.config import LARGEST_SEED
+from knnlm.correlate.segments import unit_vectors
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.dispersion import dispersion
 from knnlm.errors import InputError
-from knnlm.items import ItemSet, cloze_set, question_set
 from knnlm.layers import FINAL, select_layers
 from knnlm.lm import LanguageModel
 from knnlm.progress import Progress, Silent
-from knnlm.questions import read_questions
-from knnlm.segments import unit_vectors
-from knnlm.slice_statistics import (
+from knnlm.slices.items import ItemSet, cloze_set, question_set
+from knnlm.slices.questions import read_questions
+from knnlm.slices.statistics import (
     LEVELS,
     SMALLEST_SLICE,
     Estimate,

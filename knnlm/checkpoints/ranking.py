@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from knnlm.checkpoints.output_matrix import OutputMatrix, find_output_matrix
+from knnlm.checkpoints.token_sets import TokenSets, TokenSource, choose_tokens
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.dispersion import from_sum
 from knnlm.errors import InputError
 from knnlm.fingerprint import digest_tokenizer
-from knnlm.output_matrix import OutputMatrix, find_output_matrix
 from knnlm.textfiles import decode_blocks
-from knnlm.token_sets import TokenSets, TokenSource, choose_tokens
 
 Float64 = NDArray[np.float64]
 

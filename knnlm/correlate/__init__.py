@@ -1,0 +1,1 @@
+"""Does dispersion go with perplexity, segment by segment? (`knnlm correlate`)"""

@@ -1,0 +1,1 @@
+"""Training with a push-away loss. (`knnlm train`)"""
