@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.errors import DatastoreError, InputError, ModelError
+from knnlm.half import FLOAT16_MAX, to_float16
 from knnlm.manifest import KEY_DTYPES, NAME, LayerKeys, Manifest, Shard
 from knnlm.npy import NpyWriter
 from knnlm.storage import disk_error, write_json
@@ -31,7 +32,6 @@ SHARD_BYTES = 1 << 31
 PENDING_BYTES = 256 << 20
 # A layer is scaled so that its first keys stay this far below the largest number of float16.
 HEADROOM = 64
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 # Where all is smaller, float16 loses bits of the lesser components (subnormals begin at 6e-5): scaled up to about 1.
 FLOAT16_SMALL = 2.0**-4
 INT32 = np.dtype(np.int32)
@@ -296,7 +296,7 @@ class _LayerWriter:
         stored_ND = vectors_ND - self._centre
         stored_ND *= np.float32(1 / self._scale)  # exact: a power of two
         self._check(stored_ND, FLOAT16_MAX if self._dtype == np.float16 else math.inf)
-        self.shards.append(stored_ND.astype(self._dtype, copy=False))
+        self.shards.append(to_float16(stored_ND) if self._dtype == np.float16 else stored_ND)
 
     def close(self) -> LayerKeys:
         assert self._centre is not None

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from knnlm.config import METRICS
 from knnlm.errors import InputError
+from knnlm.half import to_float32
 
 # Rows that `take` gathers at a time: bounds the half-precision copy between the file and the float32 result.
 TAKE_ROWS = 1 << 15
+# Elements that are turned into float32 at a time: 512 kB stay in the second-level cache.
+BLOCK = 1 << 17
 
 Floats = NDArray[np.float32]
 
@@ -76,7 +79,7 @@ class Keys:
             first, last = max(start, end - len(shard)), min(stop, end)
             if first < last:
                 begin = end - len(shard)
-                rows_ND[first - start : last - start] = shard[first - begin : last - begin]
+                _copy(shard[first - begin : last - begin], rows_ND[first - start : last - start])
         return self._finish(rows_ND)
 
     def take(self, ids_N: NDArray[np.int64]) -> Floats:
@@ -89,7 +92,7 @@ class Keys:
         rows_ND = np.empty((len(ids_N), self.dim), np.float32)
         for start in range(0, len(ids_N), TAKE_ROWS):
             part = slice(start, start + TAKE_ROWS)
-            rows_ND[part] = self._gather(ids_N[part])
+            _copy(self._gather(ids_N[part]), rows_ND[part])
         return self._finish(rows_ND)
 
     def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
@@ -118,6 +121,16 @@ class Keys:
             rows_ND += self.centre
             _normalise(rows_ND)
         return rows_ND
+
+
+def _copy(stored_ND: NDArray[Any], rows_ND: Floats) -> None:
+    """Stored rows into float32 ones, in blocks that stay in cache."""
+    if stored_ND.dtype != np.float16:
+        rows_ND[:] = stored_ND
+        return
+    size = max(1, BLOCK // rows_ND.shape[1])
+    for start in range(0, len(rows_ND), size):
+        to_float32(stored_ND[start : start + size], rows_ND[start : start + size])
 
 
 def _checked(metric: str) -> str:

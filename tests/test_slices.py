@@ -21,8 +21,8 @@ from knnlm.slices.likelihoods import score_choices
 from knnlm.slices.measure import SliceConfig, measure_slices
 from knnlm.slices.statistics import draw_slices, jackknifed, right_minus_wrong, slice_size, tail_auc
 from knnlm.windows import Window
-from tests.test_choice_scoring import random_questions
 from tests.test_evaluate_oracle import texts, write_jsonl
+from tests.test_likelihoods import random_questions
 from tests.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
 LAYERS = ("1.ffn_input", "final_norm")
