@@ -76,7 +76,9 @@ def picture(texts: Mapping[str, list[Study]], steps: list[Study], contexts: list
             for study in studies
             if model_of(study) == name
         }
-        figure.add_trace(points(list(found), list(found.values()), name, number, mode="markers"), 1, 1)
+        # Beside one another, so that intervals do not cover one another.
+        places = [list(texts).index(text) + 0.15 * (number - (len(names) - 1) / 2) for text in found]
+        figure.add_trace(points(places, list(found.values()), name, number, mode="markers"), 1, 1)
         own = sorted((study for study in contexts if model_of(study) == name), key=lambda study: int(study["context"]))
         if own:
             estimates = [at_layer(study["layers"])["ungrouped"] for study in own]
@@ -90,12 +92,13 @@ def picture(texts: Mapping[str, list[Study]], steps: list[Study], contexts: list
         look = {"mode": "lines+markers", "line_dash": ("solid", "dot")[number], "showlegend": bool(number)}
         figure.add_trace(points(trained, estimates, label, 4 * number, **look), 1, 2)
     lengths = sorted({study["context"] for study in contexts})
+    figure.update_xaxes(tickvals=list(range(len(texts))), ticktext=list(texts), row=1, col=1)
     figure.update_xaxes(title="step", row=1, col=2)
     figure.update_xaxes(title="tokens", type="log", tickvals=lengths, ticktext=list(map(str, lengths)), row=1, col=3)
     figure.update_yaxes(range=[-1.05, 1.05], zerolinecolor="#888")
     figure.update_yaxes(title="Spearman of perplexity and dispersion", row=1, col=1)
     figure.update_layout(template="plotly_white", width=1300, height=460, font_size=14, margin={"b": 40, "t": 50})
-    figure.update_layout(legend={"orientation": "h", "y": -0.2}, scattermode="group")
+    figure.update_layout(legend={"orientation": "h", "y": -0.2})
     figure.write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
 
 
@@ -103,11 +106,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--steps", type=Path, required=True)
-    parser.add_argument("--contexts", type=Path, required=True)
+    parser.add_argument("--contexts", type=Path, required=True, nargs="+")
     parser.add_argument("--picture", type=Path, required=True, help="an HTML page to make")
     args = parser.parse_args()
     texts = {name: studies_of(Path(file)) for name, _, file in (one.partition("=") for one in args.texts)}
-    steps, contexts = studies_of(args.steps), studies_of(args.contexts)
+    steps, contexts = studies_of(args.steps), [study for file in args.contexts for study in studies_of(file)]
     for name, studies in {**texts, "nursing, steps": steps, "nursing, contexts": contexts}.items():
         print("\n".join(rows(name, studies)))
     picture(texts, steps, contexts, args.picture)
