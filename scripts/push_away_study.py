@@ -57,6 +57,8 @@ KINDS = {
     "single-push": Run(PushAway(weight=0.1), steps=LONG),
     "cross-none": Run(other_text=CODE, learning_rate=7e-4),
     "cross-push": Run(PushAway(weight=0.01), other_text=CODE, learning_rate=7e-4),
+    # The warm-up is a twentieth of the steps: what trains for 1,000 is compared with what trains for 1,000.
+    "short-none": Run(),
     "single-uniformity": Run(PushAway(weight=0.1, regularizer="uniformity")),
     "single-different": Run(PushAway(weight=0.1, regularizer="different-tokens")),
     "single-key": Run(PushAway(weight=0.1, layer=KEY_LAYER)),

@@ -23,6 +23,10 @@ from knnlm.statistics import t_quantile
 
 Study = dict[str, dict[str, Any]]
 Measure = Callable[[dict[str, Any]], float]
+# With what each is compared: trained for as many steps in all, as the warm-up depends on them.
+BASES = {"single-push": "single-none"} | dict.fromkeys(
+    ("single-key", "single-different", "single-uniformity"), "short-none"
+)
 ARMS = {
     "single-push": "push-away, λ = 0.1",
     "single-key": "push-away on the last `ffn_input`, λ = 0.1",
@@ -97,11 +101,12 @@ def regularizers(study: Study) -> Iterator[str]:
     }
     yield "| loss | LM | change | kNN-LM | change | dispersion of `final_norm` | of the keys | probe |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for kind, label in ({"single-none": "cross-entropy alone"} | ARMS).items():
+    alone = {"short-none": "cross-entropy alone", "single-none": "the same, on the way to 2,000 steps"}
+    for kind, label in (alone | ARMS).items():
         cells = []
         for measure in measures.values():
             cells.append(f"{average(study, kind, measure):.1f}")
-            cells.append("" if kind == "single-none" else shown(change(study, kind, "single-none", measure)))
+            cells.append(shown(change(study, kind, BASES[kind], measure)) if kind in BASES else "")
         for layer, what in (("final_norm", "dispersion"), ("3.ffn_input", "dispersion"), ("3.ffn_input", "probe")):
             cells.append(f"{average(study, kind, lambda run, a=layer, b=what: run['dispersion'][a][b]):.3f}")
         yield f"| {label} | {' | '.join(cells)} |"
@@ -112,7 +117,7 @@ def lasting(study: Study) -> Iterator[str]:
     knn: Measure = lambda run: run["knn"]["layer"]["perplexity"]  # noqa: E731
     lm: Measure = lambda run: run["knn"]["lm"]["perplexity"]  # noqa: E731
     rows = (
-        ("1,000 steps at 5e-4, LM", "single-uniformity", "single-none", at(1000)),
+        ("1,000 steps at 5e-4, LM", "single-uniformity", "short-none", at(1000)),
         ("2,000 steps at 5e-4, LM", "long-uniformity", "single-none", at(2000)),
         ("1,000 steps at 2e-3, LM", "fast-uniformity", "fast-none", at(1000)),
         ("1,000 steps at 2e-3, LM (kNN-LM's text)", "fast-uniformity", "fast-none", lm),
@@ -149,12 +154,12 @@ def weights(study: Study) -> Iterator[str]:
     """One seed each: how much the weight matters, at 1,000 steps."""
     yield "| loss | λ | LM | change | kNN-LM | change | dispersion of `final_norm` |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    base = study["single-none-0"]
     for name, kind in (("push", "push-away"), ("different", "different next tokens"), ("uniformity", "uniformity")):
         for weight in ("0.01", "0.1", "1"):
             run = study.get(f"single-{name}-0" if weight == "0.1" else f"weight-{name}-{weight}-0")
             if run is None:
                 continue
+            base = study["single-none-0" if (name, weight) == ("push", "0.1") else "short-none-0"]
             cells = []
             for part in ("lm", "layer"):
                 found, without = run["knn"][part]["perplexity"], base["knn"][part]["perplexity"]
@@ -165,23 +170,30 @@ def weights(study: Study) -> Iterator[str]:
 
 def picture(study: Study, file: Path) -> None:
     """Change of perplexity on the way, and at the end for each regularizer."""
-    titles = ("Validation perplexity with push-away, against without", "Perplexity at 1,000 steps, against without")
-    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.22, column_widths=[0.55, 0.45])
-    lines = (("single", "text", "single domain, λ = 0.1"), ("cross", "text", "cross-domain, λ = 0.01: WikiText"))
-    for setting, which, label in (*lines, ("cross", "other", "cross-domain: Rust book")):
-        steps = steps_of(study, f"{setting}-push")
-        found = [change(study, f"{setting}-push", f"{setting}-none", at(step, which)) for step in steps]
-        figure.add_trace(_points(steps, found, label, "lines+markers"), 1, 1)
-    for part, label in (("lm", "LM"), ("layer", "kNN-LM")):
+    titles = ("Validation perplexity on the way, against cross-entropy alone", "At 1,000 steps, λ = 0.1")
+    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.08, column_widths=[0.62, 0.38])
+    lines = (
+        ("single-push", "single-none", "text", "push-away"),
+        ("long-uniformity", "single-none", "text", "uniformity"),
+        ("cross-push", "cross-none", "text", "two domains, λ = 0.01: WikiText"),
+        ("cross-push", "cross-none", "other", "two domains: Rust book"),
+    )
+    for number, (kind, base, which, label) in enumerate(lines):
+        steps = steps_of(study, kind)
+        found = [change(study, kind, base, at(step, which)) for step in steps]
+        # Beside one another, so that intervals do not cover one another.
+        figure.add_trace(_points([step + 20 * number for step in steps], found, label, "lines+markers"), 1, 1)
+    names = [name.replace("`", "").replace(", λ = 0.1", "").replace("push-away on", "…on") for name in ARMS.values()]
+    for number, (part, label) in enumerate((("lm", "LM"), ("layer", "kNN-LM"))):
         measure: Measure = lambda run, p=part: run["knn"][p]["perplexity"]  # noqa: E731
-        found = [change(study, kind, "single-none", measure) for kind in ARMS]
-        names = [name.replace("`", "").replace(", λ = 0.1", "") for name in ARMS.values()]
-        figure.add_trace(_points(names, found, label, "markers"), 1, 2)
+        found = [change(study, kind, BASES[kind], measure) for kind in ARMS]
+        figure.add_trace(_points([at + 0.15 * number for at in range(len(found))], found, label, "markers"), 1, 2)
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, row=1, col=2)
     figure.add_hline(y=0, line_color="#888", line_width=1)
     figure.update_yaxes(tickformat="+.0%", zeroline=False)
     figure.update_xaxes(title="step", row=1, col=1)
-    figure.update_layout(template="plotly_white", width=1200, height=470, font_size=14, margin={"b": 130, "t": 60})
-    figure.update_layout(legend={"orientation": "h", "y": -0.28}, scattermode="group")
+    figure.update_layout(template="plotly_white", width=1200, height=470, font_size=14, margin={"b": 60, "t": 60})
+    figure.update_layout(legend={"orientation": "h", "y": -0.22})
     figure.write_html(file, include_plotlyjs=True, config={"displayModeBar": False})
 
 

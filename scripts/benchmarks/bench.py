@@ -1,0 +1,109 @@
+"""Every stage beside its physical limit and beside what a user would pick instead: the table, and JSON.
+
+    scripts/bench                      all of it, tens of minutes
+    scripts/bench --quick              small sizes, under three minutes
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, index
+
+Ratios of speeds, measured in turn in one process; docs/performance.md says what each line means. Without --model and
+--text it takes what the repository ships, which is small: figures of docs/performance.md name the model and the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluation
+import extraction
+import machine
+from ratios import Row
+from rich.console import Console
+from rich.table import Table
+
+DEMO = Path(__file__).parent.parent / "demo_data"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    tokens: int
+    rounds: int
+    keys: tuple[int, ...]
+    queries: int
+    table_keys: int
+
+
+FULL = Size(tokens=50_000, rounds=5, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000)
+QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=10_000)
+
+
+def groups(args: argparse.Namespace, size: Size) -> Mapping[str, Callable[[], Iterator[Row]]]:
+    return {
+        "extraction": lambda: extraction.rows(args.model, args.text, tokens=size.tokens, rounds=size.rounds),
+        "evaluation": lambda: evaluation.rows(
+            args.model, args.text, args.held_out, keys=size.keys, queries=size.queries, rounds=size.rounds
+        ),
+        "table": lambda: iter(
+            [evaluation.layer_table(args.model, args.text, args.held_out, keys=size.table_keys, queries=size.queries)]
+        ),
+    }
+
+
+def show(rows: list[Row], about: Mapping[str, Any], console: Console) -> None:
+    speeds = ", ".join(f"{kind} {value:,} GFLOP/s" for kind, value in about["gflops"].items())
+    console.print(
+        f"{about['cpu']}, {about['threads']} threads of {about['cores']} cores; {', '.join(about['units'])}; {speeds}"
+    )
+    table = Table("stage", "against", "times as fast", "spread", "wanted", "", "")
+    for row in rows:
+        spread = f"{min(row.ratios):.2f} to {max(row.ratios):.2f}"
+        wanted = "" if row.must is None else f"{row.must:g}"
+        more = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.figures.items()
+        )
+        met = "" if row.must is None else "yes" if row.is_met else "no"
+        table.add_row(row.stage, row.against, f"{row.median:.2f}", spread, wanted, met, more)
+    console.print(table)
+
+
+def document(rows: list[Row], about: Mapping[str, Any]) -> dict[str, Any]:
+    lines = [
+        {"stage": r.stage, "against": r.against, "ratio": r.median, "ratios": r.ratios, "wanted": r.must, **r.figures}
+        for r in rows
+    ]
+    return {"format": "knnlm-bench", "version": 1, "machine": about, "rows": lines}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of lines")
+    parser.add_argument("--model", default=str(DEMO / "model"))
+    parser.add_argument("--text", nargs="+", type=Path, default=[DEMO / "rust-book.jsonl"])
+    parser.add_argument("--held-out", type=Path, default=DEMO / "rust-book.jsonl", help="text to evaluate on")
+    parser.add_argument("--json", type=Path, help="a file to write")
+    args = parser.parse_args()
+    every = groups(args, QUICK if args.quick else FULL)
+    unknown = set(args.only or ()) - set(every)
+    if unknown:
+        parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(every)}")
+    about, rows, begun = machine.describe(), [], time.perf_counter()
+    for name in args.only or every:
+        for row in every[name]():
+            rows.append(row)
+            print(f"{time.perf_counter() - begun:.0f} s: {row.stage}: {row.median:.2f}", file=sys.stderr, flush=True)
+    show(rows, about, Console(width=None if sys.stdout.isatty() else 160))
+    if args.json:
+        args.json.write_text(json.dumps(document(rows, about), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
