@@ -124,7 +124,7 @@ def jackknifed(
     value = statistic(np.ones(len(group_Q), np.bool_))
     groups = range(group_Q.max() + 1) if group_Q.any() else ()  # without its only group nothing is left
     without_G = np.array([statistic(group_Q != group) for group in groups])
-    return Estimate(value, jackknife_interval(value, without_G, bounds=bounds))
+    return Estimate(value, jackknife_interval(value, without_G, bounds=bounds, sizes_G=np.bincount(group_Q)))
 
 
 def mean(
@@ -159,7 +159,8 @@ def right_minus_wrong(units_QD: Float64, correct_Q: Flags, clusters_Q: NDArray[n
     group_Q = group_numbers(clusters_Q)
     right, right_G = _left_out(units_QD[correct_Q], group_Q[correct_Q], group_Q.max() + 1)
     wrong, wrong_G = _left_out(units_QD[~correct_Q], group_Q[~correct_Q], group_Q.max() + 1)
-    return Estimate(right - wrong, jackknife_interval(right - wrong, right_G - wrong_G, bounds=(-2.0, 2.0)))
+    interval = jackknife_interval(right - wrong, right_G - wrong_G, bounds=(-2.0, 2.0), sizes_G=np.bincount(group_Q))
+    return Estimate(right - wrong, interval)
 
 
 def _left_out(units_QD: Float64, group_Q: NDArray[np.intp], groups: int) -> tuple[float, Float64]:
