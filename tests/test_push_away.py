@@ -157,14 +157,35 @@ def test_length_of_vectors_does_not_matter(name):
     torch.testing.assert_close(LOSSES[name](scaled), LOSSES[name](vectors), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["mean", "different", "between"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_small_distance_keeps_its_digits_in_float32(name):
-    # 1 - |mean|² in float32 would be wrong in the second digit, or 0.
+    # 1 - |mean|² in float32 would be wrong in the second digit, or 0; so would a cosine minus 1, or a log of the mean.
     vectors = torch.ones(4, 3, 64, dtype=torch.float64) + 1e-3 * torch.randn(4, 3, 64, dtype=torch.float64)
     vectors = vectors.float()
     exact = LOSSES[name](vectors.double())
-    assert 0 < exact < 1e-5
+    assert 0 < abs(exact) < 1e-5
     torch.testing.assert_close(LOSSES[name](vectors).double(), exact, rtol=1e-3, atol=0)
+
+
+def test_near_pairs_among_far_ones_have_exact_gradients_of_uniformity_in_float32():
+    # Two clusters opposite to each other: the distances inside one are a millionth of those between.
+    tight = torch.ones(6, 1, 32, dtype=torch.float64) + 1e-3 * torch.randn(6, 1, 32, dtype=torch.float64)
+    vectors = (tight * torch.tensor([1, 1, 1, -1, -1, -1])[:, None, None]).float()
+    torch.testing.assert_close(uniformity(vectors).double(), slow_uniformity(vectors.double()), rtol=1e-6, atol=0)
+    exact = gradient(slow_uniformity, vectors.double())
+    assert (gradient(uniformity, vectors).double() - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("scale", [1e-30, 1e25, 1e38])
+def test_very_long_and_very_short_vectors_have_a_direction_in_float32(name, scale):
+    # Their squares are infinite or 0 in float32; the largest number there is 3.4e38.
+    vectors = torch.eye(12, 6)[:, None].reshape(4, 3, 6) + torch.linspace(0.1, 0.9, 72).reshape(4, 3, 6)
+    wanted, wanted_gradient = LOSSES[name](vectors.double()), gradient(LOSSES[name], vectors.double())
+    scaled = vectors * scale
+    torch.testing.assert_close(LOSSES[name](scaled).double(), wanted, rtol=1e-5, atol=0)
+    found = gradient(LOSSES[name], scaled).double() * scale
+    torch.testing.assert_close(found, wanted_gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -182,3 +203,12 @@ def test_many_vectors_are_sampled_for_uniformity():
     found = torch.stack([uniformity(vectors, max_vectors=500) for _ in range(8)])
     assert len(set(found.tolist())) == 8
     assert found.mean() == pytest.approx(uniformity(vectors, max_vectors=5000).item(), rel=0.03)
+
+
+def test_a_generator_of_ones_own_draws_the_same_again_and_leaves_the_global_one_alone():
+    vectors, before = torch.randn(200, 8), torch.get_rng_state()
+    found = [
+        uniformity(vectors, max_vectors=50, generator=torch.Generator().manual_seed(seed)).item() for seed in (3, 3, 4)
+    ]
+    assert found[0] == found[1] != found[2]
+    assert torch.equal(torch.get_rng_state(), before)

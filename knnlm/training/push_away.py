@@ -10,15 +10,13 @@ are flattened; a mask has those axes and is 0 or False where a vector does not c
 direction and does not count either. Work is done in float32, or in float64 where that comes in, under autocast too.
 Where no pair is left, the value is 0 and so is its gradient.
 
-Sums of squared differences stand in for 1 - cos, as |u - v|² = 2 (1 - cos) for unit vectors: nothing is subtracted from
-1, so that a small distance keeps its digits. All but `uniformity` take O(N·D), and never see a pair.
+Sums of squared differences, from the mean, stand in for 1 - cos, as |u - v|² = 2 (1 - cos) for unit vectors: nothing is
+subtracted from 1, so that a small distance keeps its digits. All but `uniformity` take O(N·D), and never see a pair.
 
 Legend: N vectors that count, D dimension, V different tokens among them.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -75,33 +73,53 @@ def different_token_distance(vectors: Tensor, next_tokens: Tensor, mask: Tensor 
 
 
 def uniformity(
-    vectors: Tensor, mask: Tensor | None = None, *, t: float = 2.0, max_vectors: int = UNIFORMITY_VECTORS
+    vectors: Tensor,
+    mask: Tensor | None = None,
+    *,
+    max_vectors: int = UNIFORMITY_VECTORS,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return log of the mean over pairs of exp(-t |u - v|²), at most 0: the loss of Wang & Isola 2020, to be lowered.
+    """Return log of the mean over pairs of exp(-2 |u - v|²), at most 0: the loss of Wang & Isola 2020, to be lowered.
 
     Near pairs count most, unlike in `mean_distance`, where all count alike. O(N²·D): of more vectors than
-    `max_vectors`, so many are drawn anew each time, with torch's global generator.
+    `max_vectors`, so many are drawn anew each time.
+
+    :param generator: what draws them, on its own device; None: torch's global one of the CPU.
     """
     units_ND, _ = _units(vectors, mask)
     if len(units_ND) > max_vectors:
-        units_ND = units_ND[torch.randperm(len(units_ND), device=units_ND.device)[:max_vectors]]
+        drawn_N = torch.randperm(len(units_ND), generator=generator, device=generator.device if generator else "cpu")
+        units_ND = units_ND[drawn_N[:max_vectors].to(units_ND.device)]
     count = len(units_ND)
     if count < 2:
         return units_ND.sum() * 0
-    with torch.autocast(units_ND.device.type, enabled=False):
-        cosines_NN = units_ND @ units_ND.T
+    exponents_NN = -2 * _squared_distances(units_ND)
+    # log mean exp x = m + log mean exp(x - m) for any m. With the mean of x, the last mean is at least 1 and near it
+    # where all vectors are alike, so that no digits are lost; m moves nothing.
+    mean = -4 * units_ND.detach().var(dim=0).sum()
     itself_NN = torch.eye(count, dtype=torch.bool, device=units_ND.device)
-    exponents_NN = (2 * t * (cosines_NN - 1)).masked_fill(itself_NN, -torch.inf)
-    return exponents_NN.logsumexp(dim=(0, 1)) - math.log(count * (count - 1))
+    above_NN = (exponents_NN - mean).masked_fill(itself_NN, 0)
+    return mean + torch.log1p(above_NN.expm1().sum() / (count * (count - 1)))
+
+
+def _squared_distances(vectors_ND: Tensor) -> Tensor:
+    """Return |u - v|² of all pairs, [N, N], exact to a rounding of the largest; without N·N differences in memory."""
+    centred_ND = vectors_ND - vectors_ND.mean(dim=0)
+    squares_N = centred_ND.square().sum(dim=1)
+    with torch.autocast(centred_ND.device.type, enabled=False):
+        products_NN = centred_ND @ centred_ND.T
+    return squares_N[:, None] + squares_N - 2 * products_NN
 
 
 def _units(vectors: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the unit vectors that count, [N, D], and which of all they are; NaN stays NaN, so that it is noticed."""
     flat = vectors.flatten(0, -2)
     flat = flat if flat.dtype == torch.float64 else flat.float()
+    # Squares of a large number are infinite in float32, those of a small one 0.
+    largest_N = flat.detach().abs().amax(dim=1)
     # Rows are dropped before anything is divided: 0 times the NaN of a padded row would be its gradient.
-    kept = torch.linalg.vector_norm(flat.detach(), dim=1) != 0
+    kept_N = largest_N != 0
     if mask is not None:
-        kept = kept & mask.flatten().bool()
-    rows_ND = flat[kept]
-    return rows_ND / torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True), kept
+        kept_N = kept_N & mask.flatten().bool()
+    rows_ND = flat[kept_N] / largest_N[kept_N, None]
+    return rows_ND / torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True), kept_N
