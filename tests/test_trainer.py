@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from knnlm.config import REGULARIZERS, PushAway, TrainConfig
 from knnlm.errors import InputError, LayerError, ModelError
@@ -66,6 +66,30 @@ def test_weight_zero_is_a_plain_trainer_to_the_last_bit(kind, tmp_path):
     make(model, tmp_path / "ours", PushAway(weight=0.0)).train()
     for name, value in weights(plain_model).items():
         assert torch.equal(value, weights(model)[name]), name
+
+
+def test_weight_zero_is_a_plain_trainer_where_uniformity_draws_vectors(tmp_path):
+    # 80 rows of 15 vectors are more than the 1,024 that uniformity looks at; dropout comes after the drawing.
+    rows, ended = windows(240), []
+    changed = {"max_steps": 3, "per_device_train_batch_size": 80, "eval_strategy": "no", "eval_on_start": False}
+    for push_away in (None, PushAway(weight=0.0, regularizer="uniformity")):
+        model, settings = tiny_model("gpt2"), arguments(tmp_path / "run", **changed)
+        if push_away is None:
+            Trainer(model, settings, train_dataset=_Plain(rows)).train()
+        else:
+            PushAwayTrainer(model, settings, push_away=push_away, train_dataset=rows).train()
+        ended.append(weights(model))
+    assert [name for name in ended[0] if not torch.equal(ended[0][name], ended[1][name])] == []
+
+
+def test_uniformity_draws_by_seed_and_step(tmp_path):
+    model = tiny_model("llama")
+    trainer = make(model, tmp_path, PushAway(weight=1.0, regularizer="uniformity"))
+    rows, found = batch(windows(80), 80), []
+    for step, seed in ((4, 0), (4, 0), (5, 0), (4, 1)):
+        trainer.state.global_step, trainer.args.seed = step, seed
+        found.append(trainer.compute_loss(model.train(), rows).item())
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 class _Plain(torch.utils.data.Dataset):
@@ -195,6 +219,17 @@ def test_accumulated_micro_batches_weigh_as_one_batch(tmp_path):
     assert ended[1][1]["cross_entropy"] == pytest.approx(ended[0][1]["cross_entropy"], rel=1e-5)
 
 
+def test_labels_are_smoothed_as_a_plain_trainer_smooths_them(tmp_path):
+    rows, ended = windows(CONFIG.steps * CONFIG.batch_size), []
+    changed = {"label_smoothing_factor": 0.2, "eval_strategy": "no", "eval_on_start": False}
+    for kind in (Trainer, PushAwayTrainer):
+        model, own = tiny_model("gpt2"), {} if kind is Trainer else {"push_away": PushAway(weight=0.0)}
+        settings = arguments(tmp_path / "run", **changed)
+        kind(model, settings, train_dataset=_Plain(rows) if kind is Trainer else rows, **own).train()
+        ended.append(weights(model))
+    assert [name for name in ended[0] if not torch.equal(ended[0][name], ended[1][name])] == []
+
+
 def _plain_descent(trainer) -> torch.optim.Optimizer:
     """Adam would hide a gradient that is too large by a factor."""
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
@@ -262,6 +297,25 @@ def test_layer_before_everything_that_is_trained(tmp_path):
     trainer = make(model, tmp_path, PushAway(weight=0.1, layer="0.block_output"))
     with pytest.raises(ModelError, match=r"no weight that is trained comes before layer 0.block_output; take another"):
         trainer.train()
+
+
+def test_reentrant_checkpointing_is_named_as_the_cause_and_the_other_kind_works(tmp_path):
+    for reentrant in (True, False):
+        model = tiny_model("gpt2")
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        trainer = make(model, tmp_path, PushAway(weight=0.1, layer="1.ffn_input"), eval_on_start=False)
+        if reentrant:
+            with pytest.raises(ModelError, match=r"use_reentrant=True cuts layer 1.ffn_input off .*use_reentrant=F"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert trainer.state.log_history[0]["spread"] > 0
+
+
+def test_several_gpus_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(InputError, match=r"2 GPUs in one process; hide all but one, as CUDA_VISIBLE_DEVICES=0 does"):
+        make(tiny_model("gpt2"), tmp_path, PushAway())
 
 
 def test_batches_without_domains(tmp_path):

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -36,7 +37,8 @@ class PushAwayTrainer(Trainer):
     Evaluation is the plain cross-entropy. Logs have beside `loss` the means since the last log: `cross_entropy`,
     `dispersion` (mean distance over batch and sequence) and `spread` (what is raised: one of the distances, or minus
     the uniformity); evaluations have `eval_dispersion`. Positions count where `labels` give them a target and
-    `attention_mask` is not 0. Each micro-batch of gradient accumulation, and each process, has pairs of its own.
+    `attention_mask` is not 0. Each micro-batch of gradient accumulation, and each process, has pairs of its own. For
+    several GPUs, `accelerate launch` starts a process for each.
 
     :param model: a decoder-only causal LM, or a peft model of one.
     :param args: with `between_domains`, they must have remove_unused_columns=False, which else drops `domain`.
@@ -60,9 +62,7 @@ class PushAwayTrainer(Trainer):
         self._layer = one_layer(push_away.layer, self._decoder.names, option="--layer")
         self._means = _Means()
         if args.n_gpu > 1:
-            raise InputError(
-                f"{args.n_gpu} GPUs in one process; start one for each with accelerate launch, or show one"
-            )
+            raise InputError(f"{args.n_gpu} GPUs in one process; hide all but one, as CUDA_VISIBLE_DEVICES=0 does")
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
 
@@ -77,16 +77,14 @@ class PushAwayTrainer(Trainer):
         domain_B = inputs.get("domain")
         inputs = {name: value for name, value in inputs.items() if name != "domain"}
         learns = model.training and self.push_away.weight > 0
+        counts_BT, next_BT = _targets(inputs)  # before the Trainer takes `labels` out, for label smoothing
         held: list[Tensor] = []
         # Copied, as a later module may write to the tensor.
         with self._decoder.attach([self._layer], lambda _, v: held.append(v.clone()), detach=not learns):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        counts_BT, next_BT = _targets(inputs)
         vectors_BTD = held[0][:, :-1]
         if learns and not vectors_BTD.requires_grad:
-            raise ModelError(
-                f"no weight that is trained comes before layer {self._layer}; take another, deeper --layer"
-            )
+            raise self._no_gradient(model)
         share = self._share(model, num_items_in_batch)
         record = {"cross_entropy": loss.detach() / share}
         if model.training:
@@ -96,6 +94,15 @@ class PushAwayTrainer(Trainer):
         record["dispersion"] = mean_distance(vectors_BTD.detach(), counts_BT)
         self._means.add(record)
         return (loss, outputs) if return_outputs else loss
+
+    def _no_gradient(self, model: nn.Module) -> ModelError:
+        """Why the vectors do not depend on any weight that is trained."""
+        if any(map(_checkpoints_reentrantly, model.modules())):
+            return ModelError(
+                f"gradient checkpointing with use_reentrant=True cuts layer {self._layer} off from the weights; "
+                "turn it on with use_reentrant=False"
+            )
+        return ModelError(f"no weight that is trained comes before layer {self._layer}; take another, deeper --layer")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with what was measured since the last log."""
@@ -117,10 +124,14 @@ class PushAwayTrainer(Trainer):
             a_B = domain_B == 0
             return distance_between(vectors_BTD[a_B], vectors_BTD[~a_B], counts_BT[a_B], counts_BT[~a_B])
         if self.push_away.regularizer == "uniformity":
-            return -uniformity(vectors_BTD, counts_BT)
+            return -uniformity(vectors_BTD, counts_BT, generator=self._draw())
         if self.push_away.regularizer == "different-tokens":
             return different_token_distance(vectors_BTD, next_BT, counts_BT)
         return mean_distance(vectors_BTD, counts_BT)
+
+    def _draw(self) -> torch.Generator:
+        """The same in a step of a training that was stopped as in one that was not; dropout's numbers stay its own."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
 
 
 def _targets(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -133,6 +144,12 @@ def _targets(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     counts_BT = next_BT != -100
     mask_BT = inputs.get("attention_mask")
     return counts_BT if mask_BT is None else counts_BT & mask_BT[:, :-1].bool(), next_BT
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    """What it computes inside then has no gradient; only its result has."""
+    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"))
 
 
 class _Means:
