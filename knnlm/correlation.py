@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from knnlm.dispersion import GROUPS
 from knnlm.errors import InputError
 from knnlm.results import Interval
-from knnlm.statistics import ranks, t_quantile
+from knnlm.statistics import pearson, spearman, t_quantile
 
 Floats = NDArray[np.float64]
 
@@ -52,15 +52,15 @@ def correlate(x: ArrayLike, y: ArrayLike, *, clusters: Sequence[int] | None = No
     # At most GROUPS estimates, whatever the number of clusters.
     group_N = np.unique(group_N, return_inverse=True)[1] % GROUPS
     count = len(x_N)
-    linear, by_rank = _pearson(x_N, y_N), _spearman(x_N, y_N)
+    linear, by_rank = pearson(x_N, y_N), spearman(x_N, y_N)
     # The next that ranks can give below 1, by one swap of neighbours: what a perfect order may be by luck.
     one_swap = 1 - 12 / (count**3 - count) if count > 2 else 0.0
     return CorrelationEstimate(
         pearson=linear,
         spearman=by_rank,
-        pearson_interval=_interval(linear, _without(_pearson, x_N, y_N, group_N), count, 1.0, _ALMOST_ONE),
+        pearson_interval=_interval(linear, _without(pearson, x_N, y_N, group_N), count, 1.0, _ALMOST_ONE),
         spearman_interval=_interval(
-            by_rank, _without(_spearman, x_N, y_N, group_N), count, 1 + by_rank**2 / 2, one_swap
+            by_rank, _without(spearman, x_N, y_N, group_N), count, 1 + by_rank**2 / 2, one_swap
         ),
         count=count,
     )
@@ -75,27 +75,8 @@ def _check(x_N: Floats, y_N: Floats, group_N: NDArray[np.generic]) -> None:
         raise InputError("a correlation needs finite figures, got NaN or infinity; leave those pairs out")
 
 
-def _pearson(x_N: Floats, y_N: Floats) -> float:
-    if len(x_N) < 3 or np.ptp(x_N) == 0 or np.ptp(y_N) == 0:
-        return math.nan
-    x_N, y_N = _centred(x_N), _centred(y_N)
-    # One root of the product: equal lists give exactly 1.
-    cosine = float(x_N @ y_N) / math.sqrt(float(x_N @ x_N) * float(y_N @ y_N))
-    return min(1.0, max(-1.0, cosine))
-
-
-def _centred(values_N: Floats) -> Floats:
-    """Less their mean, and divided by the largest, so that no square is lost."""
-    values_N = values_N - values_N.mean()
-    return np.asarray(values_N / np.abs(values_N).max())
-
-
-def _spearman(x_N: Floats, y_N: Floats) -> float:
-    return _pearson(ranks(x_N.tolist()), ranks(y_N.tolist()))
-
-
 def _without(
-    estimate: Callable[[Floats, Floats], float], x_N: Floats, y_N: Floats, group_N: NDArray[np.intp]
+    estimate: Callable[[ArrayLike, ArrayLike], float], x_N: Floats, y_N: Floats, group_N: NDArray[np.intp]
 ) -> Floats:
     """The estimates that leave out one group each, [G]."""
     kept = [group_N != group for group in np.unique(group_N)]

@@ -136,6 +136,15 @@ def from_sum(sum_D: Float64, count: int | NDArray[np.int64]) -> Float64:
     return result
 
 
+def unit_rows(rows_ND: Tensor | NDArray[np.floating]) -> Float64:
+    """Vectors of any float type and any size, none of them zero, at length 1, float64 [N, D]."""
+    rows = widened(host_array(rows_ND)) if isinstance(rows_ND, Tensor) else rows_ND
+    # Divided by the largest first: squares of small float64 would vanish.
+    rows = rows.astype(np.float64) / np.abs(rows).max(axis=-1, keepdims=True)
+    units_ND: Float64 = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    return units_ND
+
+
 def first_nonfinite(vectors_BTD: Tensor) -> tuple[int, int] | None:
     """Row and position of the first vector with NaN or infinity in it; it reads everything, so call it on suspicion."""
     bad_BT = ~torch.isfinite(vectors_BTD).all(dim=-1)

@@ -1,22 +1,21 @@
 """Rank correlation and the jackknife's intervals: what the result tables are judged with.
 
-Legend: Q tokens, C clusters (documents or runs of tokens), G groups of clusters.
+Legend: Q tokens, C clusters (documents or runs of tokens), G groups of clusters, N pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from knnlm.results import Interval
 
 Floats = NDArray[np.float64]
 
 
-def ranks(values: Sequence[float]) -> Floats:
+def ranks(values: ArrayLike) -> Floats:
     """Ranks from 1, ties sharing their mean rank."""
     array = np.asarray(values, np.float64)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
@@ -24,12 +23,28 @@ def ranks(values: Sequence[float]) -> Floats:
     return np.asarray((last - (counts - 1) / 2)[inverse])
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation; NaN for a value that is not finite, a constant side, or fewer than three pairs."""
-    x, y = ranks(a), ranks(b)
-    if not np.isfinite([*a, *b]).all() or len(x) < 3 or x.std() == 0 or y.std() == 0:
+def pearson(x: ArrayLike, y: ArrayLike) -> float:
+    """Pearson's correlation; NaN for a value that is not finite, a constant side, or fewer than three pairs."""
+    x_N, y_N = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if not (np.isfinite(x_N).all() and np.isfinite(y_N).all()) or len(x_N) < 3 or np.ptp(x_N) == 0 or np.ptp(y_N) == 0:
         return math.nan
-    return float(np.corrcoef(x, y)[0, 1])
+    x_N, y_N = _centred(x_N), _centred(y_N)
+    # One root of the product: equal lists give exactly 1.
+    cosine = float(x_N @ y_N) / math.sqrt(float(x_N @ x_N) * float(y_N @ y_N))
+    return min(1.0, max(-1.0, cosine))
+
+
+def _centred(values_N: Floats) -> Floats:
+    """Less their mean, and divided by the largest, so that no square is lost."""
+    values_N = values_N - values_N.mean()
+    return np.asarray(values_N / np.abs(values_N).max())
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation; NaN as `pearson`."""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return math.nan
+    return pearson(ranks(x), ranks(y))
 
 
 def relative_change(losses_Q: Floats, base_Q: Floats, clusters_Q: NDArray[np.int64]) -> tuple[float, Interval]:

@@ -29,12 +29,13 @@ from torch import Tensor
 from knnlm.collect import collect
 from knnlm.config import TextConfig
 from knnlm.corpus import read_documents, tokenize
-from knnlm.correlate.segments import cut_segments, measure_segments, sample_segments, text_clusters
+from knnlm.correlate.measure import measure_segments
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel, load_model
 from knnlm.plan import window_config
 from knnlm.results import SCORES
 from knnlm.scoring import SEGMENT_FUNCTIONS, LayerScorer
+from knnlm.segments import cut_segments, sample_segments, text_clusters
 from knnlm.storage import write_json
 from knnlm.windows import TokenDocument, WindowConfig, take_slices
 

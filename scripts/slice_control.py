@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-import torch
 
-from knnlm.correlate.segments import unit_vectors
+from knnlm.dispersion import unit_rows
 from knnlm.layers import FINAL
 from knnlm.lm import load_model
 from knnlm.queries import read_queries
@@ -38,7 +37,7 @@ def main() -> None:
     prompts = [lm.encode(question.prompt)[-(lm.context_limit or 0) :] for question in questions]
     queries = [Window(tokens, tokens[:0], 0, 0, 0, "", number) for number, tokens in enumerate(prompts)]
     vectors = read_queries(lm, queries, [FINAL])[FINAL]
-    units_QD, clusters_Q = unit_vectors(torch.from_numpy(vectors.last_QD)), np.arange(len(prompts))
+    units_QD, clusters_Q = unit_rows(vectors.last_QD), np.arange(len(prompts))
     found, spearman = {"slices": 0, "right minus wrong": 0, "tail AUC": 0}, []
     for seed in range(REPEATS):
         correct_Q = np.random.default_rng(seed).permutation(len(prompts)) < SHARE * len(prompts)

@@ -252,9 +252,9 @@ def test_no_clusters_are_found_before_the_model_runs(lm, corpus, monkeypatch):
 
 
 def test_model_is_checked_before_the_text_is_read(lm):
-    with pytest.raises(InputError, match="segments of 512 tokens, but tiny sees at most 128"):
+    with pytest.raises(InputError, match="--context is 512, but tiny sees at most 128 tokens"):
         study_correlation(lm, ["absent.txt"])
-    with pytest.raises(InputError, match="segments of 200 tokens"):
+    with pytest.raises(InputError, match="--contexts is 200"):
         study_correlation(lm, ["absent.txt"], config=CorrelateConfig(context=64, contexts=(200,)))
     with pytest.raises(LayerError, match=r"no layer fits '9\.ffn_input'"):
         study_correlation(lm, ["absent.txt"], config=CorrelateConfig(context=64, layers="9.ffn_input"))

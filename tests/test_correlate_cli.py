@@ -88,9 +88,9 @@ def test_page_tells_what_was_released_and_what_was_ours(call, gpt2_folder, corpu
     [
         ({"--model": "absent/model/folder"}, "there is no folder absent/model/folder"),
         ({"--text": "absent.txt"}, "there is no file or folder absent.txt"),
-        ({"--context": 129}, "segments of 129 tokens, but"),
+        ({"--context": 129}, "--context is 129, but"),
         ({"--contexts": "16,many"}, "'many' is no number of tokens"),
-        ({"--contexts": "16,200"}, "segments of 200 tokens, but"),
+        ({"--contexts": "16,200"}, "--contexts is 200, but"),
         ({"--score": "probe"}, "--score is 'probe', but a segment has within, standardized, effective_rank,"),
         ({"--layers": "7.ffn_input"}, "no layer fits '7.ffn_input'"),
         ({"--clusters": "words"}, "--clusters is 'words'"),

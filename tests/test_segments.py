@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from knnlm.correlate.segments import Segment, cut_segments, measure_segments, sample_segments, text_clusters
+from knnlm.correlate.measure import measure_segments
 from knnlm.errors import InputError, ModelError
 from knnlm.lm import LanguageModel
+from knnlm.segments import Segment, cut_segments, sample_segments, text_clusters
 from knnlm.windows import TokenDocument
 from tests.cosine_oracle import mean_distance
 from tests.tiny_models import VOCABULARY, tiny_model, tiny_tokenizer

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from knnlm.checkpoints.output_matrix import OutputMatrix, find_output_matrix
 from knnlm.checkpoints.token_sets import TokenSets, TokenSource, choose_tokens
 from knnlm.correlation import CorrelationEstimate, correlate
-from knnlm.dispersion import from_sum
+from knnlm.dispersion import from_sum, unit_rows
 from knnlm.errors import InputError
 from knnlm.fingerprint import digest_tokenizer
 from knnlm.textfiles import decode_blocks
@@ -94,7 +94,7 @@ def rank_models(
 
 def dispersion_gap(domain_ND: Float64, general_ND: Float64) -> tuple[float, float]:
     """`within` the first set and `between` the two, from rows of any length; their sum is the gap."""
-    domain_D, general_D = (_unit(rows_ND).sum(axis=0) for rows_ND in (domain_ND, general_ND))
+    domain_D, general_D = (unit_rows(rows_ND).sum(axis=0) for rows_ND in (domain_ND, general_ND))
     count = len(domain_ND)
     between = 1 - float(domain_D @ general_D) / (count * len(general_ND))
     return float(from_sum(domain_D, count)), between
@@ -153,12 +153,6 @@ def _rows(matrix: OutputMatrix, tokens: Sequence[int]) -> Float64:
         token = tokens[int(usable_N.argmin())]
         raise InputError(f"the row of token {token} in {matrix.model} is zero or not finite; leave the token out")
     return rows_ND
-
-
-def _unit(rows_ND: Float64) -> Float64:
-    # Divided by the largest first: squares of small float64 would vanish.
-    rows_ND = rows_ND / np.abs(rows_ND).max(axis=1, keepdims=True)
-    return np.asarray(rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True))
 
 
 def _same_rows(gaps: Sequence[ModelGap]) -> list[str]:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from index.faiss_index import kmeans
-from knnlm.correlate.segments import unit_vectors
-from knnlm.dispersion import from_sum
+from knnlm.dispersion import from_sum, unit_rows
 from knnlm.errors import InputError
 
 Float64 = NDArray[np.float64]
@@ -91,7 +90,7 @@ class ContextSums:
         """Add the contexts that lie in segments `first` to `first + B`."""
         begin, end = np.searchsorted(self._contexts.segment_P, [first, first + len(vectors_BTD)])
         rows_P, positions_P = self._contexts.segment_P[begin:end] - first, self._contexts.position_P[begin:end]
-        units_PD = unit_vectors(vectors_BTD[rows_P, positions_P])
+        units_PD = unit_rows(vectors_BTD[rows_P, positions_P])
         np.add.at(self._sums[layer], self._contexts.cluster_P[begin:end], units_PD)
 
     def distances(self, layer: str) -> ClusterDistances:

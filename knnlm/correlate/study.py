@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 from knnlm.config import LARGEST_SEED
 from knnlm.corpus import Document, read_documents, tokenize
 from knnlm.correlate.clusters import ClusterDistances, ContextSums, check_kmeans, kmeans_distances, shared_continuations
-from knnlm.correlate.segments import (
-    Segment,
-    SegmentValues,
-    cut_segments,
-    measure_segments,
-    sample_segments,
-    text_clusters,
-)
+from knnlm.correlate.measure import SegmentValues, measure_segments
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.dispersion import dispersion
 from knnlm.errors import InputError
@@ -36,6 +29,7 @@ from knnlm.lm import LanguageModel
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import SCORES, ScoreKind
 from knnlm.scoring import SEGMENT_FUNCTIONS
+from knnlm.segments import Segment, check_context, cut_segments, sample_segments, text_clusters
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -215,10 +209,8 @@ def check_model(
 ) -> tuple[str, ...]:
     """The layers of a model that are looked at; raises as `study_correlation`, before any text is read."""
     for length in (config.context, *config.contexts):
-        if context_limit is not None and length > context_limit:
-            raise InputError(
-                f"segments of {length} tokens, but {name} sees at most {context_limit}; take --context that"
-            )
+        option = "--context" if length == config.context else "--contexts"
+        check_context(length, name, context_limit, option=option)
     return select_layers(config.layers, layer_names)
 
 
@@ -275,9 +267,9 @@ def _read_segments(
     documents = read_documents(text, text_field=config.text_field)
     if config.join:
         documents = iter([Document(" ".join(one.text for one in documents), "the joined text", 1)])
-    segments = sample_segments(
-        cut_segments(tokenize(documents, lm.encode), length), config.max_segments, seed=config.seed
-    )
+    remedy = "more text" if config.join else "longer documents (--join)"
+    cut = cut_segments(tokenize(documents, lm.encode), length)
+    segments = sample_segments(cut, config.max_segments, seed=config.seed, remedy=remedy)
     size = config.group_size
     if size is not None and len(segments) < FEWEST_GROUPS * size:
         raise InputError(

@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.corpus import HUB_PREFIX, read_documents, tokenize
-from knnlm.correlate.segments import Segment, cut_segments, sample_segments, text_clusters
-from knnlm.errors import InputError
 from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel
 from knnlm.progress import Progress
 from knnlm.queries import QueryVectors, most_likely_next, read_queries
+from knnlm.segments import Segment, check_context, cut_segments, sample_segments, text_clusters
 from knnlm.slices.likelihoods import ChoiceScores, score_choices
 from knnlm.slices.questions import Question
 from knnlm.windows import Window
@@ -137,8 +136,7 @@ def cloze_set(
 
     :raises InputError: the model cannot read so many tokens at once, or the text has no such stretch.
     """
-    if lm.context_limit is not None and context > lm.context_limit:
-        raise InputError(f"--context is {context}, but {lm.name} sees at most {lm.context_limit} tokens; take that")
+    check_context(context, lm.name, lm.context_limit)
     documents = tokenize(read_documents([text], text_field=text_field), lm.encode)
     segments = sample_segments(cut_segments(documents, context + 1), max_segments, seed=seed)
     queries = [_query(one.tokens_T[:-1], one.start, one.source, one.number) for one in segments]

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from knnlm.config import LARGEST_SEED
-from knnlm.correlate.segments import unit_vectors
 from knnlm.correlation import CorrelationEstimate, correlate
-from knnlm.dispersion import dispersion
+from knnlm.dispersion import dispersion, unit_rows
 from knnlm.errors import InputError
 from knnlm.layers import FINAL, select_layers
 from knnlm.lm import LanguageModel
@@ -214,7 +212,7 @@ def _measure_layer(items: ItemSet, layer: str, config: SliceConfig) -> LayerSlic
     if items.answers is None:
         return LayerSlices(layer, within, between)
     correct_Q = items.answers.correct_Q
-    units_QD = unit_vectors(torch.from_numpy(vectors.last_QD))
+    units_QD = unit_rows(vectors.last_QD)
     size = slice_size(config.slice_size, int(correct_Q.sum()), int((~correct_Q).sum()))
     return LayerSlices(
         layer=layer,

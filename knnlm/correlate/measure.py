@@ -1,7 +1,4 @@
-"""Segments of a text, and what one forward pass tells of each: its perplexity, and every wanted layer's geometry.
-
-A segment is a stretch of `context` tokens of one document; segments do not overlap, and a rest that is shorter is left
-out: fewer tokens would change perplexity and dispersion at once, and the two would seem to go together.
+"""What one forward pass tells of each segment of a text: its perplexity, and every wanted layer's geometry.
 
 Legend: S segments, B segments of a batch, T tokens of a segment, D dimension.
 """
@@ -10,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnlm.collect import CLUSTER_TOKENS
 from knnlm.config import BATCH_TOKENS
-from knnlm.dispersion import BadVector, Span, span_dispersions
+from knnlm.dispersion import BadVector, Span, span_dispersions, unit_rows
 from knnlm.errors import InputError, ModelError
 from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel
-from knnlm.parts import ENOUGH_DOCUMENTS
 from knnlm.progress import Advance, ignore
-from knnlm.statistics import effective_number
-from knnlm.windows import TokenDocument
+from knnlm.segments import Segment
 
 Float64 = NDArray[np.float64]
 
@@ -35,19 +29,6 @@ Float64 = NDArray[np.float64]
 Look = Callable[[str, Tensor, int], None]
 
 SegmentFunction = Callable[[NDArray[np.floating]], float]
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """`context` consecutive tokens of one document."""
-
-    tokens_T: NDArray[np.int32]
-    document: int
-    """Running number of the document, from 0."""
-    start: int
-    """Position of the first token in the document."""
-    source: str
-    number: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,51 +45,6 @@ class SegmentValues:
     """Of each layer, [S]: what `function` gives for them; `within` when there is none."""
     last: Mapping[str, NDArray[np.float32]]
     """Of each layer, [S, D]: the segment's last vector at unit length; on disk, in a file without a name."""
-
-
-def cut_segments(documents: Iterable[TokenDocument], context: int) -> Iterator[Segment]:
-    """All segments of `context` tokens, in the order of the text.
-
-    :raises InputError: fewer than two tokens, of which none could be predicted.
-    """
-    if context < 2:
-        raise InputError(f"--context is {context}, but a segment needs at least 2 tokens, one to predict the other")
-    for number, document in enumerate(documents):
-        for start in range(0, len(document.tokens) - context + 1, context):
-            # A copy: a view would keep the whole document in memory.
-            tokens_T = document.tokens[start : start + context].copy()
-            yield Segment(tokens_T, number, start, document.source, document.number)
-
-
-def sample_segments(segments: Iterable[Segment], limit: int, *, seed: int) -> list[Segment]:
-    """At most `limit` segments, each with the same probability (Vitter 1985, algorithm R), in the order of the text.
-
-    :raises InputError: there are none.
-    """
-    rng = np.random.default_rng(seed)
-    kept: list[Segment] = []
-    for number, segment in enumerate(segments):
-        if number < limit:
-            kept.append(segment)
-        elif (slot := int(rng.integers(number + 1))) < limit:
-            kept[slot] = segment
-    if not kept:
-        raise InputError(
-            "no document of the text is as long as one segment; take a smaller --context, or longer documents (--join)"
-        )
-    return sorted(kept, key=lambda segment: (segment.document, segment.start))
-
-
-def text_clusters(segments: Sequence[Segment]) -> NDArray[np.int64]:
-    """Of each segment, [S], the piece of text that it depends on: its document, or its run where documents are few.
-
-    Few as in `split_parts`: they tell less than 8 of one size.
-    """
-    documents_S = np.array([segment.document for segment in segments])
-    if effective_number(np.unique(documents_S, return_counts=True)[1]) >= ENOUGH_DOCUMENTS:
-        return documents_S
-    runs_S = np.array([segment.start // CLUSTER_TOKENS for segment in segments])
-    return np.unique(np.stack([documents_S, runs_S]), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def measure_segments(
@@ -182,7 +118,7 @@ class _Tables:
             raise self._bad_vector(layer, error) from None
         if self._function is not None:
             self.scores[layer][place] = [self._function(vectors_TD) for vectors_TD in vectors_BTD.float().cpu().numpy()]
-        self.last[layer][place] = unit_vectors(vectors_BTD[:, -1])
+        self.last[layer][place] = unit_rows(vectors_BTD[:, -1])
         if self._look is not None:
             self._look(layer, vectors_BTD, self._first)
 
@@ -192,13 +128,6 @@ class _Tables:
             f"layer {layer} gives a vector that {error.fault}, at token {segment.start + error.position} of "
             f"{segment.source}, document {segment.number}; try --dtype float32, or leave the layer out with --layers"
         )
-
-
-def unit_vectors(vectors_ND: Tensor) -> Float64:
-    """Vectors of any float type, none of them zero, at length 1, float64 [N, D]."""
-    vectors = vectors_ND.detach().cpu().double()
-    units_ND: Float64 = (vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)).numpy()
-    return units_ND
 
 
 def _check_room(segments: int, dims: Iterable[int]) -> None:
