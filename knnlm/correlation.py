@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +35,17 @@ class CorrelationEstimate:
     spearman_interval: Interval
     count: int
     """Number of pairs."""
+
+
+def correlation_fields(estimate: CorrelationEstimate) -> dict[str, Any]:
+    """As the documents of all verbs write it; `interval` is Pearson's."""
+    return {
+        "pearson": estimate.pearson,
+        "spearman": estimate.spearman,
+        "interval": estimate.pearson_interval,
+        "spearman_interval": estimate.spearman_interval,
+        "count": estimate.count,
+    }
 
 
 def correlate(x: ArrayLike, y: ArrayLike, *, clusters: Sequence[int] | None = None) -> CorrelationEstimate:

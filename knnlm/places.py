@@ -23,7 +23,9 @@ def check_new_file(path: str | Path, *, option: str = "--out", overwrite: bool =
     """:raises InputError: before any work, that the file is there already or cannot be written; names the option."""
     file = Path(path)
     if file.is_dir():
-        raise InputError(f"{option} {file} is a folder; name a file for the scores, such as {file / 'scores.json'}")
+        raise InputError(f"{option} {file} is a folder; name a file in it")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{option} {file} is no regular file, and would be replaced by one; choose another {option}")
     if file.exists() and not overwrite:
         raise InputError(f"{option} {file} exists; choose another {option}, or add --overwrite")
     _check_writable(file, option)

@@ -15,14 +15,15 @@ from tests.source_files import ROOT, imports, modules, syntax, tracked_files
 
 # A module of knnlm/ sees modules of its own line and of the lines above it, never of those below.
 LEVELS = (
-    {"version", "errors"},
+    {"version", "errors", "names"},
     {"config", "results", "progress", "storage", "places", "npy", "half", "textfiles", "parquet"},
     {"layers", "head", "hardware", "encoding", "fingerprint", "training.push_away"},
     {"windows", "corpus", "overlap", "statistics", "probability"},
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
     {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets"},
-    {"queries", "slices.questions", "slices.statistics", "training.trainer"},
-    {"collect", "plan", "job", "indexing", "vectors", "training.text", "slices.likelihoods", "checkpoints.ranking"},
+    {"queries", "slices.questions", "slices.statistics", "training.trainer", "training.checkpoints"},
+    {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
+    {"slices.likelihoods", "slices.sets"},
     {"parts"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
@@ -35,7 +36,7 @@ LEVELS = (
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
-REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.version", "knnlm.storage"}
+REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", "knnlm.storage"}
 # Their __init__ holds nothing but a sentence, or in knnlm/ itself lazy names.
 PACKAGES = ("__init__", "checkpoints", "correlate", "slices", "training")
 # The command line only names the errors.

@@ -313,8 +313,8 @@ def test_file_for_scores_that_is_there(check_refused, text_file: Path, tmp_path:
     check_refused(
         *options, tmp_path / "scores.json", words=("scores.json exists", "choose another --out, or add --overwrite")
     )
-    check_refused(*options, tmp_path, words=("is a folder", "name a file for the scores"))
-    check_refused(*options, tmp_path, "--overwrite", words=("is a folder", "name a file for the scores"))
+    check_refused(*options, tmp_path, words=("is a folder", "name a file in it"))
+    check_refused(*options, tmp_path, "--overwrite", words=("is a folder", "name a file in it"))
     check_refused(*options, tmp_path / "scores.json", "--overwrite", words=("work began",))
 
 
@@ -597,7 +597,7 @@ def test_ctrl_c_leaves_no_scores_and_no_report(
     ("number", "status", "says"),
     [
         (signal.SIGINT, 130, "stopped by Ctrl-C; nothing half-written was left behind"),
-        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM; nothing half-written was left behind"),
     ],
 )
 def test_interrupt_of_a_real_process(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from knnlm.results import Interval
 from knnlm.slices.document import slices_document
 from knnlm.slices.likelihoods import score_choices
 from knnlm.slices.measure import SliceConfig, measure_slices
+from knnlm.slices.questions import read_questions
 from knnlm.slices.statistics import draw_slices, jackknifed, mean, right_minus_wrong, slice_size, tail_auc
 from knnlm.windows import Window
 from tests.test_evaluate_oracle import texts, write_jsonl
@@ -446,6 +448,64 @@ def test_bad_questions_are_one_line(content, words, call, gpt2_folder, tmp_path)
     assert (done.status, done.out) == (2, "") and words in done.errors[-1] and len(done.errors) == 1
 
 
+@pytest.fixture
+def no_model(monkeypatch) -> None:
+    monkeypatch.setattr("knnlm.lm.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+def test_context_over_the_limit_is_told_before_the_model_is_loaded(call, gpt2_folder, text, question_file, no_model):
+    model = ("slices", "--model", gpt2_folder, "--context", CONTEXT + 1)
+    done = call(*model, "--cloze", text)
+    assert done.status == 2 and f"--context is {CONTEXT + 1}, but" in done.errors[-1]
+
+
+def test_context_is_of_cloze_items_only(lm, question_file):
+    assert measure_slices(lm, [question_file], config=SliceConfig(context=CONTEXT + 1)).first.items == 90
+
+
+def test_a_text_without_a_stretch_is_not_told_of_an_option_that_slices_lacks(call, gpt2_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("The nurse.")
+    done = call("slices", "--model", gpt2_folder, "--cloze", tmp_path / "short.txt")
+    assert done.status == 2 and "as long as one segment" in done.errors[-1] and "--join" not in done.errors[-1]
+
+
+def test_questions_are_parsed_once(call, gpt2_folder, question_file, monkeypatch):
+    read = []
+    monkeypatch.setattr("knnlm.slices.sets.read_questions", lambda path: read.append(path) or read_questions(path))
+    assert call("slices", "--model", gpt2_folder, "--questions", question_file).status == 0
+    assert read == [str(question_file)]
+
+
+def test_sets_of_one_base_name_are_told_apart(call, gpt2_folder, question_file, prompt_file, text, tmp_path):
+    for name, source in (("sa/test.jsonl", question_file), ("sb/test.jsonl", prompt_file)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(source.read_bytes())
+    paths = (tmp_path / "sa" / "test.jsonl", tmp_path / "sb" / "test.jsonl")
+    done = call("slices", "--model", gpt2_folder, "--questions", *paths, "--cloze", text, "--context", 24, "--json")
+    assert {one["set"] for one in json.loads(done.out)["sets"]} == {"sa/test.jsonl", "sb/test.jsonl", "text.jsonl"}
+
+
+def test_the_same_file_twice_is_refused(call, gpt2_folder, question_file, no_model):
+    again = question_file.parent / "." / ".." / question_file.parent.name / question_file.name
+    done = call("slices", "--model", gpt2_folder, "--questions", question_file, again)
+    assert done.status == 2 and f"{again} is given twice; leave one out" in done.errors[-1]
+
+
+def test_overwrite_replaces_a_tail_and_nothing_else(call, gpt2_folder, prompt_file, tmp_path):
+    tail, other = tmp_path / "tail.jsonl", tmp_path / "precious.jsonl"
+    verb = ("slices", "--model", gpt2_folder, "--questions", prompt_file, "--overwrite", "--tail", 2, "--tail-out")
+    other.write_text('{"question": "Why?"}\n')
+    for _ in range(2):
+        assert call(*verb, tail).status == 0
+    done = call(*verb, other)
+    assert done.status == 2 and "holds no items of a tail and is not replaced" in done.errors[-1]
+    assert other.read_text() == '{"question": "Why?"}\n'
+    os.mkfifo(tmp_path / "pipe")
+    done = call(*verb, tmp_path / "pipe")
+    assert done.status == 2 and "pipe is no regular file" in done.errors[-1]
+    assert "--tail-out" in call("slices", "--help").out.split("--overwrite")[1].split("--trust")[0]
+
+
 def test_no_set_and_a_cloze_context_over_the_limit(call, gpt2_folder, text):
     done = call("slices", "--model", gpt2_folder)
     assert done.status == 2 and "no set was given; name questions with --questions" in done.errors[-1]
@@ -453,8 +513,7 @@ def test_no_set_and_a_cloze_context_over_the_limit(call, gpt2_folder, text):
     assert done.status == 2 and f"sees at most {CONTEXT} tokens; take that" in done.errors[-1]
 
 
-def test_questions_are_read_before_the_model_is_loaded(call, gpt2_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("knnlm.lm.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_questions_are_read_before_the_model_is_loaded(call, gpt2_folder, tmp_path, no_model):
     (tmp_path / "bad.jsonl").write_text("{}\n")
     done = call("slices", "--model", gpt2_folder, "--questions", tmp_path / "bad.jsonl")
     assert done.status == 2 and "has no field 'question', only none" in done.errors[-1]

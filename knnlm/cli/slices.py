@@ -40,7 +40,12 @@ Context = Annotated[
 MaxSegments = Annotated[
     int, typer.Option("--max-segments", help="Cloze items of a text, drawn at random where it has more.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --tail-out, if knnlm wrote it.")]
 Report = Annotated[Path | None, typer.Option("--report", help="Write slices.json and slices.html here.")]
+
+
+# Of every row of --tail-out.
+TAIL_FIELDS = {"set", "rank", "dispersion", "layer"}
 
 
 def slices(
@@ -60,7 +65,7 @@ def slices(
     device: options.Device = "auto",
     seed: options.Seed = 0,
     json: options.Json = False,
-    overwrite: options.Overwrite = False,
+    overwrite: Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """How hard is this set? Dispersion of its prompts, by itself and against the right answers where they are known.
@@ -69,16 +74,17 @@ def slices(
     """
     config = _config(locals())
     from knnlm.slices.document import slices_document
-    from knnlm.slices.measure import measure_slices
+    from knnlm.slices.measure import measure_sets
+    from knnlm.slices.sets import read_sets
     from knnlm.version import versions
 
     screen = Screen(json)
     questions, cloze = questions or [], cloze or []
     _check_places(tail, tail_out, report, overwrite)
-    _check_sets(questions, cloze)
-    _check_model(model, config, trust_remote_code)
+    sets = read_sets(questions, cloze, text_field=text_field)
+    _check_model(model, config, bool(cloze), trust_remote_code)
     lm = load(model, dtype, device, trust_remote_code, screen)
-    result = measure_slices(lm, questions, cloze=cloze, config=config, progress=screen)
+    result = measure_sets(lm, sets, config=config, progress=screen)
     settings = asdict(config) | {"model": model, "questions": questions, "cloze": cloze, "dtype": dtype}
     document = slices_document(result, model=lm.name, settings=settings, versions=versions())
     _show(result, screen)
@@ -110,30 +116,32 @@ def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, 
         raise InputError("--tail N and --tail-out FILE go together: how many items, and where to write them")
     if tail_out is not None:
         check_new_file(tail_out, option="--tail-out", overwrite=overwrite)
+        _check_tail(tail_out)
     if report is not None:
         check_report_folder(report)
 
 
-def _check_sets(questions: Sequence[str], cloze: Sequence[str]) -> None:
-    """Find out before the model is loaded whether files can serve as sets; hub sets are looked at later."""
-    from knnlm.corpus import HUB_PREFIX, text_bytes
+def _check_tail(path: Path) -> None:
+    """What --overwrite would replace: an empty file, or one whose first row is an item of a tail."""
     from knnlm.errors import InputError
-    from knnlm.slices.questions import read_questions
+    from knnlm.textfiles import json_rows
 
-    if not questions and not cloze:
-        raise InputError("no set was given; name questions with --questions, or a text with --cloze")
-    for path in questions:
-        if not path.startswith(HUB_PREFIX):
-            read_questions(path)
-    if cloze:
-        text_bytes(cloze)
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        ours = TAIL_FIELDS <= next(json_rows(path)).fields.keys()
+    except (InputError, StopIteration):
+        ours = False
+    if not ours:
+        raise InputError(f"--tail-out {path} holds no items of a tail and is not replaced; choose another --tail-out")
 
 
-def _check_model(model: str, config: SliceConfig, trust: bool) -> None:
-    from knnlm.layers import select_layers
+def _check_model(model: str, config: SliceConfig, cloze: bool, trust: bool) -> None:
     from knnlm.lm import read_outline
+    from knnlm.slices.measure import check_model
 
-    select_layers(config.layers, read_outline(model, trust_remote_code=trust).layer_names)
+    outline = read_outline(model, trust_remote_code=trust)
+    check_model(model, outline.layer_names, outline.context_limit, config, cloze=cloze)
 
 
 def _write_tail(sets: Sequence[SetSlices], path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from knnlm.correlate.study import OURS, RELEASED, LayerClusters, LayerCorrelation, Study
-from knnlm.correlation import CorrelationEstimate
+from knnlm.correlation import correlation_fields
 from knnlm.layers import split
+from knnlm.report.document import plain
 
 FORMAT, VERSION = "knnlm-correlate", 1
 
@@ -17,15 +17,18 @@ def correlate_document(
     studies: Sequence[Study], *, settings: Mapping[str, object], versions: Mapping[str, str]
 ) -> dict[str, Any]:
     """The first study's fields, and the others under `others`. NaN becomes null, an interval `[low, high]`."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **_study(studies[0]),
-        "others": [_study(study) for study in studies[1:]],
-        "protocol": {"released": list(RELEASED), "ours": list(OURS)},
-        "settings": dict(settings),
-        "versions": dict(versions),
-    }
+    document: dict[str, Any] = plain(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            **_study(studies[0]),
+            "others": [_study(study) for study in studies[1:]],
+            "protocol": {"released": RELEASED, "ours": OURS},
+            "settings": settings,
+            "versions": versions,
+        }
+    )
+    return document
 
 
 def _study(study: Study) -> dict[str, Any]:
@@ -46,10 +49,10 @@ def _study(study: Study) -> dict[str, Any]:
         "clusters": [_clusters(one) for one in study.clusters],
         "scatter": {
             "layer": study.scatter.layer,
-            "segments": [list(point) for point in study.scatter.segments],
-            "groups": [list(point) for point in study.scatter.groups],
+            "segments": study.scatter.segments,
+            "groups": study.scatter.groups,
         },
-        "notes": list(study.notes),
+        "notes": study.notes,
     }
 
 
@@ -72,28 +75,13 @@ def _layer(one: LayerCorrelation) -> dict[str, Any]:
     }
 
 
-def correlation_fields(estimate: CorrelationEstimate) -> dict[str, Any]:
-    """A correlation; `interval` is Pearson's. NaN becomes null."""
-    return {
-        "pearson": _number(estimate.pearson),
-        "spearman": _number(estimate.spearman),
-        "interval": [estimate.pearson_interval.low, estimate.pearson_interval.high],
-        "spearman_interval": [estimate.spearman_interval.low, estimate.spearman_interval.high],
-        "count": estimate.count,
-    }
-
-
 def _clusters(one: LayerClusters) -> dict[str, Any]:
     return {
         "layer": one.layer,
         "depth": one.depth,
         "kind": one.kind,
-        "within": _number(one.distances.within),
-        "between": _number(one.distances.between),
+        "within": one.distances.within,
+        "between": one.distances.between,
         "clusters": one.distances.clusters,
         "contexts": one.distances.contexts,
     }
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from knnlm.names import short_names
 from knnlm.report import numbers
 from knnlm.report.charts import GRID, INK, MUTED, SYMBOLS, Chart, Figure, Trace, base_layout, colour, ticks_125
 from knnlm.report.document import write_document
@@ -212,10 +213,8 @@ def _context_chart(studies: Sequence[Study]) -> Chart:
         own = sorted((study for study in studies if study["model"] == model), key=lambda study: int(study["context"]))
         rows = [study["layers"][-1] for study in own]
         if len(own) > 1:
-            lengths = [study["context"] for study in own]
-            traces.append(
-                _line(_last(model), number, lengths, [row["ungrouped"] for row in rows], [_last(model)] * len(own))
-            )
+            lengths, name = [study["context"] for study in own], _name(own[0], studies)
+            traces.append(_line(name, number, lengths, [row["ungrouped"] for row in rows], [name] * len(own)))
     lengths = sorted({study["context"] for study in studies})
     axis = {
         "type": "log",
@@ -303,13 +302,9 @@ def _cluster_tables(studies: Sequence[Study]) -> Iterator[Table]:
 
 
 def _name(study: Study, studies: Sequence[Study]) -> str:
-    """The last part of the model's name, or the whole where others end alike."""
-    ends = {one["model"] for one in studies if _last(one["model"]) == _last(study["model"])}
-    return _last(study["model"]) if len(ends) == 1 else str(study["model"])
-
-
-def _last(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
+    """Of the model, short."""
+    models = list(dict.fromkeys(str(one["model"]) for one in studies))
+    return short_names(models)[models.index(study["model"])]
 
 
 def _signed(value: float | None) -> str:

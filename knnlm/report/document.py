@@ -102,18 +102,19 @@ def _layer_fields(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
-    return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - anything that a result or a setting holds
+def plain(value: Any) -> Any:  # noqa: ANN401 - anything that a result or a setting holds
+    """Values of strict JSON: NaN and infinity become null, an interval `[low, high]`, dataclasses objects."""
     if isinstance(value, Interval):
-        return [_plain(value.low), _plain(value.high)]
+        return [plain(value.low), plain(value.high)]
     if is_dataclass(value):
         return _plain_fields(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return _plain_scalar(value)
 
 

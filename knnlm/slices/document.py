@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from knnlm.correlate.document import correlation_fields
+from knnlm.correlation import correlation_fields
 from knnlm.layers import split
+from knnlm.report.document import plain
 from knnlm.slices.measure import OURS, LayerSlices, SetSlices, SlicesResult
 from knnlm.slices.statistics import Estimate
 
@@ -22,17 +22,20 @@ def slices_document(
     A set's slices, AUC and dispersion at the top of its object are those of its deepest layer. NaN becomes null, an
     interval `[low, high]`; what needs labels is null without them.
     """
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": model,
-        **_set(result.first),
-        "sets": [_set(one) for one in result.sets],
-        "set_correlation": correlation_fields(result.set_correlation) if result.set_correlation else None,
-        "protocol": {"ours": list(OURS)},
-        "settings": dict(settings),
-        "versions": dict(versions),
-    }
+    document: dict[str, Any] = plain(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model,
+            **_set(result.first),
+            "sets": [_set(one) for one in result.sets],
+            "set_correlation": correlation_fields(result.set_correlation) if result.set_correlation else None,
+            "protocol": {"ours": OURS},
+            "settings": settings,
+            "versions": versions,
+        }
+    )
+    return document
 
 
 def _set(one: SetSlices) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def _set(one: SetSlices) -> dict[str, Any]:
         **_estimate("length_auc", one.length_auc),
         **layers[-1],
         "layers": layers,
-        "notes": list(one.notes),
+        "notes": one.notes,
     }
 
 
@@ -59,14 +62,14 @@ def _layer(one: LayerSlices) -> dict[str, Any]:
         "block": block,
         "part": part,
         **_estimate("within", one.within),
-        "between": _number(one.between),
+        "between": one.between,
         "slice_size": curve.size if curve else None,
         "draws": curve.draws if curve else None,
         "slices": [
             {
                 "accuracy": each.accuracy,
                 "dispersion": each.dispersion,
-                "interval": [each.interval.low, each.interval.high],
+                "interval": each.interval,
             }
             for each in (curve.slices if curve else ())
         ],
@@ -78,9 +81,4 @@ def _layer(one: LayerSlices) -> dict[str, Any]:
 
 
 def _estimate(name: str, estimate: Estimate | None) -> dict[str, Any]:
-    interval = None if estimate is None else [_number(estimate.interval.low), _number(estimate.interval.high)]
-    return {name: None if estimate is None else _number(estimate.value), f"{name}_interval": interval}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return {name: estimate and estimate.value, f"{name}_interval": estimate and estimate.interval}

@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.corpus import HUB_PREFIX, read_documents, tokenize
+from knnlm.corpus import read_documents, tokenize
 from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel
 from knnlm.progress import Progress
 from knnlm.queries import QueryVectors, most_likely_next, read_queries
-from knnlm.segments import Segment, check_context, cut_segments, sample_segments, text_clusters
+from knnlm.segments import Segment, cut_segments, sample_segments, text_clusters
 from knnlm.slices.likelihoods import ChoiceScores, score_choices
 from knnlm.slices.questions import Question
 from knnlm.windows import Window
@@ -62,13 +61,13 @@ class ItemSet:
 
 
 def question_set(
-    lm: LanguageModel, questions: Sequence[Question], layers: Sequence[str], progress: Progress
+    lm: LanguageModel, name: str, questions: Sequence[Question], layers: Sequence[str], progress: Progress
 ) -> ItemSet:
     """Score questions with choices, or take their prompts as they are where no answer is known.
 
     :raises InputError: as `score_choices`.
     """
-    name, scores = questions[0].source, None
+    scores = None
     prompts = [_prompt(lm, question) for question in questions]
     if questions[0].answer is not None:
         with progress.stage(f"choices of {name}", "choices") as advance:
@@ -123,7 +122,8 @@ def _describe_question(questions: Sequence[Question], scores: ChoiceScores | Non
 
 def cloze_set(
     lm: LanguageModel,
-    text: str | Path,
+    name: str,
+    text: str,
     layers: Sequence[str],
     progress: Progress,
     *,
@@ -134,13 +134,11 @@ def cloze_set(
 ) -> ItemSet:
     """Cut a text into stretches of `context` tokens that do not overlap, and let the model name the next token of each.
 
-    :raises InputError: the model cannot read so many tokens at once, or the text has no such stretch.
+    :raises InputError: the text has no such stretch.
     """
-    check_context(context, lm.name, lm.context_limit)
     documents = tokenize(read_documents([text], text_field=text_field), lm.encode)
     segments = sample_segments(cut_segments(documents, context + 1), max_segments, seed=seed)
     queries = [_query(one.tokens_T[:-1], one.start, one.source, one.number) for one in segments]
-    name = str(text) if str(text).startswith(HUB_PREFIX) else Path(text).name
     with progress.stage(f"cloze items of {name}", "items") as advance:
         vectors = read_queries(lm, queries, tuple(dict.fromkeys((*layers, FINAL))), advance=advance)
     predicted_Q, confidence_Q = most_likely_next(lm, vectors[FINAL].last_QD)

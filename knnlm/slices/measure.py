@@ -27,8 +27,9 @@ from knnlm.errors import InputError
 from knnlm.layers import FINAL, select_layers
 from knnlm.lm import LanguageModel
 from knnlm.progress import Progress, Silent
+from knnlm.segments import check_context
 from knnlm.slices.items import ItemSet, cloze_set, question_set
-from knnlm.slices.questions import read_questions
+from knnlm.slices.sets import GivenSets, read_sets
 from knnlm.slices.statistics import (
     LEVELS,
     SMALLEST_SLICE,
@@ -151,17 +152,33 @@ def measure_slices(
     """Look at sets of questions (.jsonl files, hub sets) and at texts whose next tokens are asked for.
 
     All questions are read before the model is used.
-    :raises InputError: no set was given, or one that cannot be used.
+    :raises InputError: no set, one twice, one that cannot be used, or `config.context` over the model's limit.
     :raises LayerError: no layer fits `config.layers`.
     """
-    if not questions and not cloze:
-        raise InputError("no set was given; name questions with --questions, or a text with --cloze")
-    layers, progress = select_layers(config.layers, lm.layer_names), progress or Silent()
-    read = [read_questions(path) for path in questions]
-    found = [_measure(question_set(lm, one, layers, progress), config) for one in read]
-    for text in cloze:
+    sets = read_sets(questions, cloze, text_field=config.text_field)
+    return measure_sets(lm, sets, config=config, progress=progress or Silent())
+
+
+def check_model(
+    name: str, layer_names: Sequence[str], context_limit: int | None, config: SliceConfig, *, cloze: bool
+) -> tuple[str, ...]:
+    """The layers of a model that are looked at; raises as `measure_slices`, before the model is loaded."""
+    if cloze:
+        check_context(config.context, name, context_limit)
+    return select_layers(config.layers, layer_names)
+
+
+def measure_sets(lm: LanguageModel, sets: GivenSets, *, config: SliceConfig, progress: Progress) -> SlicesResult:
+    """As `measure_slices`, of sets that were read."""
+    layers = check_model(lm.name, lm.layer_names, lm.context_limit, config, cloze=bool(sets.cloze))
+    found = [
+        _measure(question_set(lm, name, questions, layers, progress), config)
+        for name, questions in sets.questions.items()
+    ]
+    for name, text in sets.cloze.items():
         items = cloze_set(
             lm,
+            name,
             text,
             layers,
             progress,
