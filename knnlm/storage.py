@@ -42,7 +42,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         with _disk_errors(path, OSError):
             _clear_leftovers(target)
             refuse_existing(path, overwrite=overwrite)
-            stack.callback(_remove_empty, _make_parents(target))
+            stack.callback(remove_empty, make_parents(target))
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             temporary.mkdir()
             stack.callback(os.close, _lock(temporary))
@@ -188,14 +188,15 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def _make_parents(target: Path) -> list[Path]:
+def make_parents(target: Path) -> list[Path]:
     """Make the missing parents; gives those made, deepest first."""
     missing = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     return missing
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of the folders that hold nothing, in this order."""
     for folder in folders:
         with suppress(OSError):  # not empty: it holds what was made
             folder.rmdir()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +24,10 @@ from knnlm.corpus import read_documents, tokenize
 from knnlm.errors import DatastoreExists, InputError, LayerError, ModelError
 from knnlm.lm import load_model
 from knnlm.pipeline import score
+from knnlm.screen import Screen
 from knnlm.training.text import VALIDATION_TOKENS, training_windows, validation_windows
 from knnlm.training.train import train, train_document
+from knnlm.training.trainer import Watch
 from knnlm.windows import split_documents
 from tests.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model
@@ -34,23 +38,37 @@ CONFIG = TrainConfig(
 
 
 class StopAt:
-    """A Progress that is interrupted, as by Ctrl-C, after some steps."""
+    """A Progress that is interrupted after some steps: as by Ctrl-C, or by an error."""
 
-    def __init__(self, step: int) -> None:
-        self._step, self.told = step, False
+    def __init__(self, step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self._step, self._error = step, error
 
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator:
         def advance(done: int, total: int | None) -> None:
             assert (name, unit, total) == ("training", "steps", CONFIG.steps)
             if done == self._step:
-                raise KeyboardInterrupt
+                raise self._error
 
         yield advance
 
     def note(self, line: str) -> None:
-        assert line.startswith("the training is kept in") and "--resume" in line
-        self.told = True
+        raise AssertionError(line)
+
+
+def kept(out: Path, step: int) -> str:
+    return (
+        f"the training is kept up to step {step} in {out}.checkpoints; the same command with --resume goes on with it, "
+        "with --overwrite in its place begins anew"
+    )
+
+
+@pytest.fixture
+def stopped(gpt2_folder, text_file, tmp_path) -> Path:
+    """Where a training of CONFIG was to go that was stopped after its first checkpoint, at step 2."""
+    with pytest.raises(KeyboardInterrupt):
+        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, progress=StopAt(3))
+    return tmp_path / "out"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -171,39 +189,100 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(lora, gpt2_folder,
     # GPT-2 has dropout, so the random numbers have to go on too.
     config = replace(CONFIG, lora=lora)
     whole = train(gpt2_folder, [text_file], tmp_path / "whole", config=config)
-    stop = StopAt(5)
-    with pytest.raises(KeyboardInterrupt):
-        train(gpt2_folder, [text_file], tmp_path / "out", config=config, progress=stop)
-    assert stop.told and not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints" / "checkpoint-4").is_dir()
-    with pytest.raises(InputError, match=r"out.checkpoints holds a training that was stopped; add --resume"):
-        train(gpt2_folder, [text_file], tmp_path / "out", config=config)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(gpt2_folder, [text_file], tmp_path / "out", config=config, progress=StopAt(5))
+    assert stop.value.__notes__ == [kept(tmp_path / "out", 4)]
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoints" / "checkpoint-4").is_dir()
     resumed = train(gpt2_folder, [text_file], tmp_path / "out", config=config, resume=True)
     assert not (tmp_path / "out.checkpoints").exists()
     assert resumed.points == whole.points
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "out")) == list(weights(tmp_path / "out"))
 
 
-def test_a_half_written_checkpoint_is_passed_over(gpt2_folder, text_file, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, progress=StopAt(3))
-    half = tmp_path / "out.checkpoints" / "checkpoint-4"
+def test_a_half_written_checkpoint_is_passed_over(stopped, gpt2_folder, text_file):
+    half = stopped.with_name("out.checkpoints") / "checkpoint-4"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    result = train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, resume=True)
+    result = train(gpt2_folder, [text_file], stopped, config=CONFIG, resume=True)
     assert [point.step for point in result.points] == [0, 2, 4, 6]
 
 
-def test_another_training_does_not_go_on(gpt2_folder, text_file, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, progress=StopAt(3))
+def test_another_training_does_not_go_on(stopped, gpt2_folder, text_file, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", texts(5, 24))
     for text, config, words in [
         (text_file, replace(CONFIG, steps=8), "another training: steps was 6, and now is 8; give the same"),
         (text_file, replace(CONFIG, push_away=PushAway(weight=0.2)), "another training: weight was 0.1, and now is"),
         (other, CONFIG, "another training: text 1 was"),
     ]:
-        with pytest.raises(InputError, match=words):
-            train(gpt2_folder, [text], tmp_path / "out", config=config, resume=True)
+        with pytest.raises(InputError, match=words) as raised:
+            train(gpt2_folder, [text], stopped, config=config, resume=True)
+        assert "to begin anew" in str(raised.value) and not hasattr(raised.value, "__notes__")
+
+
+def test_a_training_that_was_stopped_is_neither_lost_nor_taken_for_another(stopped, gpt2_folder, text_file):
+    with pytest.raises(InputError, match=r"holds a training that was stopped; add --resume to .*, or --overwrite to"):
+        train("not looked at", [text_file], stopped, config=CONFIG)
+    result = train(gpt2_folder, [text_file], stopped, config=replace(CONFIG, steps=3), overwrite=True)
+    assert [point.step for point in result.points] == [0, 1, 2, 3]
+    assert [path.name for path in stopped.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["mine.txt", "training.json"])
+def test_a_folder_of_somebody_else_is_never_taken_for_checkpoints(name, overwrite, resume, text_file, tmp_path):
+    mine = tmp_path / "out.checkpoints" / name
+    mine.parent.mkdir()
+    mine.write_text('{"steps": 6}')
+    with pytest.raises(DatastoreExists, match="where checkpoints would lie, but holds something else; choose another"):
+        train("not looked at", [text_file], tmp_path / "out", config=CONFIG, resume=resume, overwrite=overwrite)
+    assert mine.read_text() == '{"steps": 6}'
+
+
+@pytest.mark.parametrize(
+    ("place", "replacement", "error"),
+    [
+        ("_make_trainer", ModelError("no"), ModelError),
+        ("training_arguments", RuntimeError("no"), RuntimeError),
+        ("_save", OSError(28, "No space left on device"), OSError),
+    ],
+)
+def test_an_error_of_any_kind_leaves_checkpoints_and_says_so(
+    place, replacement, error, stopped, gpt2_folder, text_file, monkeypatch
+):
+    def fail(*given, **named):
+        raise replacement
+
+    with monkeypatch.context() as patched:
+        patched.setattr(knnlm.training.train, place, fail)
+        with pytest.raises(error) as raised:
+            train(gpt2_folder, [text_file], stopped, config=CONFIG, resume=True)
+    assert raised.value.__notes__ == [kept(stopped, 6 if place == "_save" else 2)]
+    result = train(gpt2_folder, [text_file], stopped, config=CONFIG, resume=True)
+    assert [point.step for point in result.points] == [0, 2, 4, 6]
+
+
+def test_a_training_that_diverges_leaves_its_last_good_checkpoint(gpt2_folder, text_file, tmp_path, monkeypatch):
+    on_log = Watch.on_log
+
+    def diverge(self, args, state, control, **rest):
+        if state.global_step == 4:
+            state.log_history[-1]["loss"] = math.nan
+        on_log(self, args, state, control, **rest)
+
+    monkeypatch.setattr(Watch, "on_log", diverge)
+    with pytest.raises(ModelError, match="the training diverged: loss is no number at step 4") as raised:
+        train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG)
+    assert raised.value.__notes__ == [kept(tmp_path / "out", 2)]
+    assert (tmp_path / "out.checkpoints" / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_before_the_first_checkpoint_nothing_is_kept_and_nothing_said(error, gpt2_folder, text_file, tmp_path):
+    with pytest.raises(error) as raised:
+        train(gpt2_folder, [text_file], tmp_path / "deep" / "out", config=CONFIG, progress=StopAt(1, error))
+    assert not hasattr(raised.value, "__notes__")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(gpt2_folder, text_file, tmp_path):
@@ -266,6 +345,16 @@ def test_extra_that_is_not_installed(missing, lora, gpt2_folder, text_file, tmp_
         train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, lora=lora))
 
 
+def test_the_current_folder_and_places_below_no_folder(gpt2_folder, text_file, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(gpt2_folder, [text_file], ".", config=CONFIG)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    with pytest.raises(DatastoreExists, match="mount point"):
+        train("not looked at", [text_file], "/", config=CONFIG)
+
+
 # The command line
 
 COMMAND = ("train", "--steps", 4, "--batch-size", 4, "--context", 32, "--dtype", "float32")
@@ -308,3 +397,22 @@ def test_command_refuses_in_one_line(options, words, call, gpt2_folder, text_fil
     assert (ended.status, ended.out, len(ended.errors)) == (2, "", 1)
     assert [word for word in words if word not in ended.errors[0]] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_stop_is_told_in_one_true_sentence(number, status, name, call, gpt2_folder, text_file, tmp_path, monkeypatch):
+    command = (*COMMAND, "--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out")
+    at_step = 0
+
+    @contextmanager
+    def stage(self, name: str, unit: str) -> Iterator:
+        yield lambda done, total: os.kill(os.getpid(), number) if done == at_step else None
+
+    monkeypatch.setattr(Screen, "stage", stage)
+    for at_step, told in ((1, "nothing half-written was left behind"), (3, kept(tmp_path / "out", 2))):
+        ended = call(*command)
+        assert (ended.status, ended.out) == (status, "")
+        assert ended.errors == (f"knnlm: stopped by {name}; {told}",)
+        assert [path.name for path in tmp_path.iterdir()] == ([] if at_step == 1 else ["out.checkpoints"])

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import NoReturn
 
 import typer
@@ -32,13 +33,34 @@ VERBS: dict[str, Callable[..., None]] = {
     "rank-models": rank.rank_models,
     "train": train.train,
 }
+
+
+def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
+    """typer makes a bare exit status of Ctrl-C, but lets its own Abort through, which knows what there is to say."""
+
+    @wraps(verb)
+    def run(**given: object) -> None:
+        try:
+            verb(**given)
+        except KeyboardInterrupt as stop:
+            raise typer.Abort from stop
+
+    return run
+
+
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name)(_stoppable(verb))
 
 TAKES_SEVERAL = ("--text", "--vectors", "--other-text", "--eval-text", "--questions", "--cloze")
 """Options that may be followed by several values."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
+NOTHING_LEFT = ("nothing half-written was left behind",)
+"""What is said of a stop, where the work that was stopped has nothing to say."""
+
+
+class _Terminated(SystemExit):
+    """SIGTERM: what a scheduler, `docker stop` and `timeout` send."""
 
 
 def main() -> None:
@@ -50,20 +72,21 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # What a scheduler, `docker stop` and `timeout` send: unwinds as Ctrl-C does, so that nothing is left behind.
-    signal.signal(signal.SIGTERM, lambda number, _: _fail("stopped by SIGTERM", 128 + number))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status = app(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        _fail(_with_notes("stopped by Ctrl-C", stop.__cause__, NOTHING_LEFT), INTERRUPTED)
+    except _Terminated as stop:
+        _fail(_with_notes("stopped by SIGTERM", stop, NOTHING_LEFT), 128 + signal.SIGTERM)
     except typer.exceptions.TyperException as error:
         _fail(_usage(error), 2)
     except (KNNLMError, VectorIndexError) as error:
-        _fail(str(error), 2)
+        _fail(_with_notes(str(error), error), 2)
     except OSError as error:
-        _fail(_refused_by_system(error), 2)
-    if status == INTERRUPTED:  # typer catches KeyboardInterrupt itself and returns this
-        _fail("stopped by Ctrl-C; nothing half-written was left behind", INTERRUPTED)
+        _fail(_with_notes(_refused_by_system(error), error), 2)
+    if status == INTERRUPTED:  # what typer makes of Ctrl-C before the verb
+        _fail(_with_notes("stopped by Ctrl-C", None, NOTHING_LEFT), INTERRUPTED)
     sys.exit(status)
 
 
@@ -94,6 +117,16 @@ def _usage(error: typer.exceptions.TyperException) -> str:
 def _refused_by_system(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}; check the path, its permissions and the free space"
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Unwind as Ctrl-C does, so that nothing is left behind."""
+    raise _Terminated
+
+
+def _with_notes(message: str, error: BaseException | None, otherwise: Sequence[str] = ()) -> str:
+    """What happened, and what those through whose hands it went have noted, such as what was kept."""
+    return "; ".join([message, *getattr(error, "__notes__", otherwise)])
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -4,18 +4,15 @@
     print(result.points[-1].text.perplexity)
 
 The result is an ordinary Hugging Face folder, with `train.json` beside the weights. Checkpoints lie in
-`OUT.checkpoints` until the training is over, so that one that was stopped can go on.
+`OUT.checkpoints` until the training is over, so that one that was stopped, or failed, can go on.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +24,7 @@ from torch import nn
 
 from knnlm.choose import one_layer
 from knnlm.config import TextConfig, TrainConfig
-from knnlm.errors import InputError, KNNLMError
+from knnlm.errors import InputError
 from knnlm.hardware import trains_in_bfloat16
 from knnlm.lm import LanguageModel, load_model, random_model
 from knnlm.places import check_new_folder
@@ -35,6 +32,7 @@ from knnlm.plan import window_config
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import TrainPoint, TrainResult, Validation
 from knnlm.storage import new_folder, write_json
+from knnlm.training.checkpoints import check_checkpoints, checkpoints_of, keep_checkpoints
 from knnlm.training.text import Domain, read_domain, training_windows, validation_windows
 from knnlm.training.trainer import PushAwayTrainer, Watch, training_arguments
 from knnlm.version import versions
@@ -44,8 +42,6 @@ DEFAULTS = TrainConfig()
 FORMAT, VERSION = "knnlm-train", 1
 DEFAULT_CONTEXT = 512
 FROM_SCRATCH_RATE, FULL_RATE = 5e-4, 5e-5
-# What a checkpoint has last: without it, the checkpoint was being written when the process died.
-LAST_FILE = "trainer_state.json"
 
 
 def train(
@@ -57,6 +53,7 @@ def train(
     config: TrainConfig = DEFAULTS,
     resume: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a model on the texts and write it to the folder `out`.
@@ -67,25 +64,28 @@ def train(
 
     :param resume: go on from the last checkpoint, where an earlier call with the same arguments left one.
     :raises InputError: an option or a text cannot be used, or a checkpoint is of another training.
-    :raises DatastoreExists: `out` holds something already; nothing was done.
+    :param overwrite: replace what `out` holds, if knnlm made it, and begin anew where a training was stopped.
+    :param trust_remote_code: run Python code that comes with the model.
+    :raises DatastoreExists: `out` or the folder for checkpoints holds something already; nothing was done.
     """
     progress, begun = progress or Silent(), time.perf_counter()
     check_new_folder(out, overwrite=overwrite)
+    checkpoints = checkpoints_of(out)
+    check_checkpoints(checkpoints, resume=resume, overwrite=overwrite)
     _check_libraries(config)
     if other_text:
         config = replace(config, push_away=replace(config.push_away, between_domains=True))
     load = partial(random_model, seed=config.seed) if config.from_scratch else load_model
-    lm = load(model, dtype="float32", device="cpu")
+    lm = load(model, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     config = _settle(config, lm)
     texts = {"--text": text} | ({"--other-text": other_text} if other_text else {})
     domains = [_read(lm, paths, config, option) for option, paths in texts.items()]
-    checkpoints, last = _open_checkpoints(Path(out), _identity(lm, domains, config), resume=resume)
-    with _clean_up(checkpoints, progress), progress.stage("training", "steps") as advance:
-        trainer = _make_trainer(lm, domains, config, str(checkpoints), advance)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    result = _result(trainer, lm, domains, config, Path(out), time.perf_counter() - begun)
-    _save(trainer, lm, result, Path(out), overwrite=overwrite)
-    shutil.rmtree(checkpoints)
+    with keep_checkpoints(checkpoints, _identity(lm, domains, config), resume=resume, overwrite=overwrite) as last:
+        with progress.stage("training", "steps") as advance:
+            trainer = _make_trainer(lm, domains, config, str(checkpoints), advance)
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        result = _result(trainer, lm, domains, config, Path(out), time.perf_counter() - begun)
+        _save(trainer, lm, result, Path(out), overwrite=overwrite)
     return result
 
 
@@ -118,9 +118,6 @@ def _read(lm: LanguageModel, paths: Paths, config: TrainConfig, option: str) -> 
     return read_domain(lm, paths, text_field=config.text_field, context=config.context, seed=config.seed, option=option)
 
 
-# Checkpoints
-
-
 def _identity(lm: LanguageModel, domains: Sequence[Domain], config: TrainConfig) -> dict[str, Any]:
     """What two runs must share for one to go on with the other's checkpoints."""
     texts = {f"text {number}": domain.fingerprint for number, domain in enumerate(domains, 1)}
@@ -131,43 +128,6 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     settings = asdict(config)
     push_away: dict[str, Any] = settings.pop("push_away")
     return settings | push_away
-
-
-def _open_checkpoints(out: Path, identity: Mapping[str, Any], *, resume: bool) -> tuple[Path, Path | None]:
-    """The folder of a training's checkpoints, made if need be, and the last whole one of them.
-
-    :raises InputError: checkpoints are there but not wanted, or of another training; says what differs.
-    """
-    folder = out.with_name(f"{out.name}.checkpoints")
-    record = folder / "training.json"
-    if not record.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, identity)
-        return folder, None
-    if not resume:
-        raise InputError(f"{folder} holds a training that was stopped; add --resume to go on with it, or delete it")
-    made_with = json.loads(record.read_text(encoding="utf-8"))
-    for name, value in identity.items():
-        if made_with.get(name) != value:
-            raise InputError(
-                f"{folder} is of another training: {name} was {made_with.get(name)}, and now is {value}; give the same "
-                "arguments, or delete it"
-            )
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{LAST_FILE}")]
-    return folder, max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-@contextmanager
-def _clean_up(checkpoints: Path, progress: Progress) -> Iterator[None]:
-    """Keep the checkpoints of a training that is stopped, and say so; not of one that cannot succeed."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        progress.note(f"the training is kept in {checkpoints}; the same command with --resume goes on with it")
-        raise
-    except KNNLMError:
-        shutil.rmtree(checkpoints)
-        raise
 
 
 # The training
