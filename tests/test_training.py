@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from knnlm.corpus import read_documents, tokenize
 from knnlm.errors import DatastoreExists, InputError, LayerError, ModelError
 from knnlm.lm import load_model
 from knnlm.pipeline import score
+from knnlm.report import numbers
+from knnlm.report.train import render_train
 from knnlm.screen import Screen
 from knnlm.training.text import VALIDATION_TOKENS, training_windows, validation_windows
 from knnlm.training.train import train, train_document
@@ -385,6 +389,7 @@ def test_command_shows_a_table(call, gpt2_folder, text_file, tmp_path):
         (("--layer", "9.ffn_input"), ("no layer fits '9.ffn_input'", "final_norm")),
         (("--layer", "*.ffn_input"), ("--layer '*.ffn_input' fits 3 layers", "has to name one")),
         (("--lora", "0"), ("--lora is 0",)),
+        (("--dtype", "float16"), ("--dtype is 'float16'", "training takes auto, float32 or bfloat16")),
         (("--batch-size", "few"), ("'few' is neither auto nor a number", "--batch-size")),
         (("--steps", "0"), ("--steps is 0",)),
         (("--context", "4000"), ("--context is 4000", "sees at most 128 tokens")),
@@ -416,3 +421,52 @@ def test_a_stop_is_told_in_one_true_sentence(number, status, name, call, gpt2_fo
         assert (ended.status, ended.out) == (status, "")
         assert ended.errors == (f"knnlm: stopped by {name}; {told}",)
         assert [path.name for path in tmp_path.iterdir()] == ([] if at_step == 1 else ["out.checkpoints"])
+
+
+def test_report_has_every_number_and_the_protocol(call, gpt2_folder, text_file, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", texts(5, 24))
+    places = ("--model", gpt2_folder, "--text", text_file, "--other-text", other, "--out", tmp_path / "out")
+    ended = call(*COMMAND, *places, "--push-away", 0.01, "--report", tmp_path / "a" / "b")
+    assert (ended.status, ended.errors) == (0, ()) and "a/b/train.html" in ended.out
+    document = json.loads((tmp_path / "a" / "b" / "train.json").read_text())
+    assert document == json.loads((tmp_path / "out" / "train.json").read_text())
+    page = html.unescape((tmp_path / "a" / "b" / "train.html").read_text())
+    for point in document["points"]:
+        for held_out in (point["text"], point["other"]):
+            assert f"<td>{held_out['dispersion']:.4f}</td><td>{numbers.perplexity(held_out['perplexity'])}</td>" in page
+        if point["step"]:
+            shown = "</td><td>".join(f"{point[name]:.4f}" for name in ("cross_entropy", "spread", "dispersion"))
+            assert f"<td>{shown}</td>" in page
+    sentences = document["protocol"]["paper"] + document["protocol"]["ours"]
+    assert [line for line in (*sentences, "weight: 0.01", "seed: 0") if f"<li>{line}</li>" not in page] == []
+    assert "minus 0.01 times what is raised: the mean distance between the texts" in page
+    assert [key for key in ("perplexity", "dispersion", "spread") if f'id="chart-{key}"' not in page] == []
+
+
+def test_report_of_plain_training_claims_nothing_of_a_loss(gpt2_folder, text_file, tmp_path):
+    config = replace(CONFIG, push_away=PushAway())
+    page = render_train(train_document(train(gpt2_folder, [text_file], tmp_path / "out", config=config)))
+    assert "The loss is the cross-entropy alone" in page
+    assert "held-out other text" not in page and 'id="chart-spread"' not in page
+
+
+def test_report_folder_that_is_taken_is_found_before_the_training(call, gpt2_folder, text_file, tmp_path):
+    places = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--report", text_file.parent)
+    ended = call(*COMMAND, *places)
+    assert ended.status == 2 and "is not an empty folder; choose another --report" in ended.errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_model_is_run_only_where_it_is_trusted(trusted, call, gpt2_folder, text_file, tmp_path):
+    model = shutil.copytree(gpt2_folder, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (model / "config.json").write_text(json.dumps(settings))
+    (model / "modeling_own.py").write_text(
+        "from transformers import GPT2LMHeadModel\n\n\nclass Own(GPT2LMHeadModel):\n    pass\n"
+    )
+    options = ("--text", text_file, "--out", tmp_path / "out", *(["--trust-remote-code"] if trusted else []))
+    ended = call(*COMMAND, "--model", model, *options)
+    assert ended.status == 0, ended.errors
+    assert (tmp_path / "out" / "modeling_own.py").exists() == trusted

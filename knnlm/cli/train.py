@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +39,9 @@ Rate = Annotated[
     typer.Option("--learning-rate", help="5e-4 from scratch and with LoRA, 5e-5 for all weights of a model."),
 ]
 Schedule = Annotated[str, typer.Option("--schedule", help="After a short rise: cosine (falls to 0) or constant.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of products: auto, float32 or bfloat16; weights are float32.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was stopped, if it was.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Write train.json and train.html here.")]
 
 
 def train(
@@ -57,32 +60,50 @@ def train(
     learning_rate: Rate = None,
     schedule: Schedule = "cosine",
     text_field: options.TextField = "text",
-    dtype: options.Dtype = "auto",
+    report: Report = None,
+    dtype: Dtype = "auto",
     seed: options.Seed = 0,
     resume: Resume = False,
     json: options.Json = False,
     overwrite: options.Overwrite = False,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Train a model on text, from scratch or further, with or without a push-away loss: CE - λ·d.
 
     Example: knnlm train --model gpt2 --text nursing.jsonl --out gpt2-nursing --push-away 0.01 --lora 8
     """
     config = _config(locals())
-    from knnlm.places import check_new_folder
+    from knnlm.places import check_new_folder, check_report_folder
 
     check_new_folder(out, overwrite=overwrite)
+    if report is not None:
+        check_report_folder(report)
     screen = Screen(json)
     quiet_loading(model)
     from knnlm.training.train import train as train_model
     from knnlm.training.train import train_document
 
     result = train_model(
-        model, text, out, other_text=other_text, config=config, resume=resume, overwrite=overwrite, progress=screen
+        model,
+        text,
+        out,
+        other_text=other_text,
+        config=config,
+        resume=resume,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=screen,
     )
+    document = train_document(result)
     screen.say(_table(result))
     for line in _lines(result):
         screen.say(line)
-    screen.result(train_document(result))
+    screen.result(document)
+    if report is not None:
+        from knnlm.report.train import write_train
+
+        report.mkdir(parents=True, exist_ok=True)
+        screen.say(f"Report: {write_train(document, report)}")
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:
