@@ -131,7 +131,7 @@ class _Plain:
     """The model without its memory: its own forward, with hooks while it runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         # accelerate puts a forward of its own into the object, where it would hide that of the class.
         self._forward: Callable[..., Any] = vars(model).pop("forward", model.forward)
         self._decoder = find_decoder(model)
