@@ -31,7 +31,7 @@ LEVELS = (
     },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts"},
+    {"parts", "serving.text"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},

@@ -37,7 +37,7 @@ K, TEMPERATURE, LAMBDA = 64, 4.0, 0.6
 CONTEXT, STRIDE = 32, 16
 # Learned positions, rotary ones, parallel blocks (Falcon adds in place), none (BLOOM), experts on [B·T, D].
 KINDS = ("gpt2", "llama", "falcon", "bloom", "mixtral")
-LAYERS = ("1.block_output", "2.ffn_input", "final_norm")
+LAYERS = ("1.ffn_output", "2.ffn_input", "final_norm")
 PROMPTS = ("the nurse counts a pulse and", "each patient", "borrows one reference before Holmes ends")
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
@@ -265,9 +265,16 @@ def test_beam_search_equals_a_search_by_teacher_forcing(kind, cache, knn_of) -> 
     """Beams change places, so a cache or neighbours that do not follow them give other scores."""
     model, rows = knn_of(kind), [encode(prompt) for prompt in PROMPTS[:2]]
     done = model.generate(
-        **padded(rows, "left"), max_new_tokens=5, num_beams=3, num_return_sequences=3, do_sample=False, length_penalty=0.0,
-        use_cache=cache, return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
+        **padded(rows, "left"),
+        max_new_tokens=5,
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        length_penalty=0.0,
+        use_cache=cache,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     places = done.beam_indices.view(2, 3, 5) - torch.tensor([0, 3])[:, None, None]
     assert (places[:, :, 1:] != places[:, :, :-1]).any()
     for row, tokens in enumerate(rows):
@@ -342,7 +349,7 @@ def test_finished_rows_are_not_searched_for(do_sample, knn_of) -> None:
     batch = padded(rows, "left")
     torch.manual_seed(0)
     free = model.generate(**batch, **options)[:, -9:].tolist()
-    end = next(token for token in sum(free, []) if len({(*row, token).index(token) for row in free}) > 1)
+    end = next(token for row in free for token in row if len({(*other, token).index(token) for other in free}) > 1)
     torch.manual_seed(0)
     counting = count_queries(model)
     found = model.generate(**batch, **options, eos_token_id=end)[:, batch["input_ids"].shape[1] :].tolist()
@@ -365,7 +372,7 @@ class StopRow(StoppingCriteria):
 
 
 def test_rows_that_a_criterion_of_ones_own_stops(knn_of) -> None:
-    """With an end token they are filled with padding; without one, transformers goes on with them, so they are searched."""
+    """With an end token they are filled with padding; without one transformers goes on with them, and so do we."""
     model = knn_of()
     batch = padded([encode(prompt) for prompt in PROMPTS], "left")
     width = batch["input_ids"].shape[1]

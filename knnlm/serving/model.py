@@ -38,6 +38,8 @@ class KNNLM:
     position that the attention mask does not hide; those of padding are the plain LM's. A forward pass has no gradient.
     """
 
+    generation_config: Any
+    """A copy of the model's."""
     tokenizer: Any
     """The model's own."""
     retrieval: Retrieval
@@ -65,8 +67,12 @@ class KNNLM:
         """
         store = store if isinstance(store, Datastore) else Datastore.open(store)
         retrieval = open_retrieval(store, layer, k, temperature, lam)
-        lm = lm or load_model(store.manifest.model)
-        store.check_model(lm.fingerprint)
+        return cls.from_retrieval(lm or load_model(store.manifest.model), retrieval)
+
+    @staticmethod
+    def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
+        """A model with the memory that `open_retrieval` opened. Raises DatastoreMismatch, as `from_store`."""
+        retrieval.searcher.store.check_model(lm.fingerprint)
         check_names([retrieval.layer], lm.layer_names)
         model: Any = _own_modules(lm.model)
         plain = _Plain(model)
