@@ -20,7 +20,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are taken from the mixed distribution: the likeliest, or drawn if `temperature` or `top_p` is given."""
+    """How tokens are taken from the mixed distribution: the likeliest, or drawn if one of the two is given."""
 
     max_new_tokens: int = 64
     temperature: float | None = None
