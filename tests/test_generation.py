@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
+from time import sleep
 
 import numpy as np
 import pytest
@@ -496,10 +497,12 @@ def test_a_forward_of_the_object_is_kept(stores, knn_of) -> None:
 def test_threads_do_not_take_each_others_vectors(knn_of) -> None:
     model, rows = knn_of(), [encode(prompt) for prompt in PROMPTS]
     expected = [forced(model, row) for row in rows]
+    # Others run between the layer that is searched and the end of the pass.
+    model.transformer.ln_f.register_forward_hook(lambda *_: sleep(0.01))
     found: list[list[Tensor]] = [[], [], []]
 
     def repeat(row: int) -> None:
-        for _ in range(20):
+        for _ in range(5):
             found[row].append(forced(model, rows[row]))
 
     threads = [Thread(target=repeat, args=(row,)) for row in range(3)]
@@ -507,7 +510,7 @@ def test_threads_do_not_take_each_others_vectors(knn_of) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(len(each) == 20 for each in found)
+    assert all(len(each) == 5 for each in found)
     assert all(torch.equal(one, expected[row]) for row in range(3) for one in found[row])
 
 
