@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from knnlm.datastore import Datastore
 from knnlm.lm import load_model
 from knnlm.serving.retrieval import open_retrieval
 from knnlm.serving.text import Decoding, Writer
+from tests.source_files import ROOT
 from tests.tiny_models import save_tiny
 
 SETTING = ("--layer", "2.ffn_input", "--k", 64, "--temperature", 4, "--lambda", 0.6)
@@ -177,3 +180,14 @@ def test_what_the_model_prefers_does_not_count(store_folder: Path) -> None:
     found = Writer(KNNLM.from_retrieval(lm, retrieval), lm, Decoding(max_new_tokens=12))(PROMPT)
     assert found == make_writer(store_folder, max_new_tokens=12)(PROMPT)
     assert lm.model.generation_config.repetition_penalty == 50.0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/generate.md"])
+def test_lines_in_the_documentation_run(page, store_folder: Path, tmp_path: Path, capsys) -> None:
+    (block,) = re.findall(r"```python\n(from knnlm import KNNLM\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    copy = Path(shutil.copytree(store_folder, tmp_path / "book.knn"))
+    layer = Datastore.open(copy).describe()["choice"]["layer"]
+    Datastore.open(copy).update_manifest(fitted={layer: {"k": 8, "temperature": 4.0, "lambda": 0.5}})
+    assert block.count('"book.knn"') == 1
+    exec(block.replace('"book.knn"', repr(str(copy))))
+    assert capsys.readouterr().out.startswith("The borrow checker")
