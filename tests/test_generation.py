@@ -7,6 +7,7 @@ rounding that swaps the k-th neighbour changes no number here.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -25,10 +27,11 @@ from index.neighbors import absent
 from knnlm import KNNLM
 from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.datastore import Datastore
-from knnlm.errors import DatastoreMismatch, InputError
+from knnlm.errors import DatastoreMismatch, InputError, ModelError
 from knnlm.evaluation import evaluate_layers, open_queries
 from knnlm.lm import LanguageModel
 from knnlm.pipeline import build, run
+from knnlm.serving.retrieval import open_retrieval
 from knnlm.windows import TokenDocument, WindowConfig
 from tests import oracle
 from tests.test_evaluate_oracle import MODULES, texts, write_jsonl
@@ -492,6 +495,19 @@ def test_a_forward_of_the_object_is_kept(stores, knn_of) -> None:
     calls.clear()
     assert torch.equal(forced(model, tokens), forced(knn_of(), tokens))
     assert calls == [model]
+
+
+def test_a_wrapper_is_refused(stores) -> None:
+    """generate() of peft's class calls the model inside: it gave the plain model's tokens."""
+    inside = tiny_model("llama")
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft reads what transformers is about to rename
+        wrapped = get_peft_model(inside, adapter)
+    lm = LanguageModel.from_model(wrapped, tiny_tokenizer(), name="llama")
+    retrieval = open_retrieval(stores("llama")[1], "final_norm", 4, 1.0, 0.5)
+    with pytest.raises(ModelError, match="PeftModelForCausalLM does not generate itself"):
+        KNNLM.from_retrieval(lm, retrieval)
 
 
 def test_threads_do_not_take_each_others_vectors(knn_of) -> None:

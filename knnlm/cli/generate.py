@@ -12,6 +12,7 @@ from knnlm.cli.shared import load
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
+    from knnlm.serving.retrieval import Retrieval
     from knnlm.serving.text import Writer
 
 
@@ -46,7 +47,10 @@ def generate(
     """
     if stream and json:
         raise typer.BadParameter("--stream shows text, --json one document; take one of them")
+    from torch import manual_seed
+
     from knnlm.datastore import Datastore
+    from knnlm.serving.model import KNNLM
     from knnlm.serving.retrieval import open_retrieval
     from knnlm.serving.text import Decoding, Writer
 
@@ -56,28 +60,19 @@ def generate(
     screen = Screen(json)
     prompts = prompt or [_read_prompt(screen)]
     lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
-    import torch
-
-    from knnlm.serving.model import KNNLM
-
     writer = Writer(KNNLM.from_retrieval(lm, retrieval), lm, decoding)
     for one in prompts:
         writer.encode(one)
-    torch.manual_seed(seed)
+    manual_seed(seed)
     continuations = [_show(writer, one, stream, json) for one in prompts]
-    setting = retrieval.setting
     screen.result(
-        {
-            "store": str(store),
-            "model": lm.name,
-            "layer": retrieval.layer,
-            "k": setting.k,
-            "temperature": setting.temperature,
-            "lambda": setting.lam,
-            "seed": seed,
-            "continuations": continuations,
-        }
+        {"store": str(store), "model": lm.name, **_settings(retrieval), "seed": seed, "continuations": continuations}
     )
+
+
+def _settings(retrieval: Retrieval) -> dict[str, object]:
+    setting = retrieval.setting
+    return {"layer": retrieval.layer, "k": setting.k, "temperature": setting.temperature, "lambda": setting.lam}
 
 
 def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, object]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from knnlm.datastore import Datastore
-from knnlm.errors import InputError
+from knnlm.errors import InputError, ModelError
 from knnlm.layers import FINAL, check_names, find_decoder
 from knnlm.lm import LanguageModel, load_model
 from knnlm.serving.retrieval import Retrieval, open_retrieval
@@ -64,6 +64,7 @@ class KNNLM:
         :param lm: the model, where it is in memory or no longer where the datastore says. Its weights are shared.
         :raises InputError: something is neither given nor fitted; a value that cannot be.
         :raises DatastoreMismatch: the datastore was made with another model, or has no such layer.
+        :raises ModelError: the model is wrapped, as adapters are by peft.
         """
         store = store if isinstance(store, Datastore) else Datastore.open(store)
         retrieval = open_retrieval(store, layer, k, temperature, lam)
@@ -71,7 +72,8 @@ class KNNLM:
 
     @staticmethod
     def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
-        """A model with the memory that `open_retrieval` opened. Raises DatastoreMismatch, as `from_store`."""
+        """A model with the memory that `open_retrieval` opened. Raises as `from_store`."""
+        _check_kind(type(lm.model))
         retrieval.searcher.store.check_model(lm.fingerprint)
         check_names([retrieval.layer], lm.layer_names)
         model: Any = _own_modules(lm.model)
@@ -113,6 +115,15 @@ class KNNLM:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
         def __getattr__(self, name: str) -> Any: ...
+
+
+def _check_kind(kind: type[nn.Module]) -> None:
+    """A wrapper's generate() is that of the model inside, which would silently go on without the memory."""
+    if not hasattr(kind, "_sample"):
+        raise ModelError(
+            f"{kind.__name__} does not generate itself, as a wrapper around a model; give the model inside, of an "
+            "adapter with its weights merged (merge_and_unload)"
+        )
 
 
 def _own_modules(model: nn.Module) -> nn.Module:
