@@ -72,12 +72,15 @@ class ExactIndex(VectorIndex):
         if not is_worth_a_plan(len(self), len(centred_QD), self.dim):
             return None
         sample_SD = self._sample(min(len(self) // SAMPLE_SHARE, rows_in(BLOCK_BYTES, self.dim)))
+        if not len(sample_SD):
+            return None
         return make_plan(centred_QD, sample_SD, self._rotation_DD, self.metric, keys=len(self), count=count)
 
     def _sample(self, rows: int) -> Floats:
-        """Centred keys from all over the source."""
+        """Centred keys from all over the source, without those that hold NaN or infinity."""
         ids = spread_ids(len(self), max(1, min(len(self), rows)), np.random.default_rng(0))
-        return self.source.take(ids) - self._centre_D
+        keys_SD = self.source.take(ids) - self._centre_D
+        return keys_SD[np.isfinite(keys_SD).all(axis=1)]
 
     def _blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
         """(number of the first row, centred keys)."""

@@ -49,7 +49,7 @@ Ids = NDArray[np.int64]
 
 def directions(keys_SD: Floats) -> Floats:
     """R, float32 [D, D]: orthonormal columns, the directions of greatest variance of centred keys first."""
-    keys_SD = keys_SD[np.isfinite(keys_SD).all(axis=1)].astype(np.float64)
+    keys_SD = keys_SD.astype(np.float64)
     return np.ascontiguousarray(np.linalg.eigh(keys_SD.T @ keys_SD)[1][:, ::-1], np.float32)
 
 
@@ -128,14 +128,12 @@ def make_plan(
     """Thresholds from a spread sample of the keys, and the M that costs least; None where the full scan costs less."""
     rank = sample_rank(keys, len(sample_SD), count)
     pilot_QD = np.ascontiguousarray(queries_QD[:: max(1, len(queries_QD) // PILOT_QUERIES)])
-    pilot_Q = _kth_distance(pilot_QD, sample_SD, rank, metric)
-    sample_step = max(1, len(sample_SD) // PILOT_KEYS)
+    pilot_SD = sample_SD[:: max(1, len(sample_SD) // PILOT_KEYS)]
+    shares = _shares(
+        pilot_QD @ rotation_DD, pilot_SD @ rotation_DD, _kth_distance(pilot_QD, sample_SD, rank, metric), metric
+    )
     dim, queries = queries_QD.shape[1], len(queries_QD)
-    costs: dict[int, float] = {}
-    for lead in range(16, dim, 8):
-        projection = Projection(np.ascontiguousarray(rotation_DD[:, :lead]), metric)
-        share = _share(projection, pilot_QD, pilot_Q, sample_SD[::sample_step])
-        costs[lead] = _cost(lead, share, dim, queries)
+    costs = {lead: _cost(lead, share, dim, queries) for lead, share in shares.items()}
     best = min(costs, key=lambda lead: costs[lead], default=0)
     if not best or costs[best] > MAX_COST * (DIMENSION_NS * dim + RANK_NS):
         return None
@@ -143,10 +141,25 @@ def make_plan(
     return Plan(projection, _kth_distance(queries_QD, sample_SD, rank, metric))
 
 
-def _share(projection: Projection, queries_QD: Floats, thresholds_Q: Floats, keys_SD: Floats) -> float:
-    """Share of pairs that the bound lets through."""
-    scores_QS = projection.queries(queries_QD, thresholds_Q) @ projection.keys(keys_SD).T
-    return float(np.mean(scores_QS > JUST_BELOW_ZERO))
+def _shares(queries_QD: Floats, keys_SD: Floats, thresholds_Q: Floats, metric: Metric) -> dict[int, float]:
+    """Share of pairs that the bound lets through, for each M; the vectors are turned by R already."""
+    dim = queries_QD.shape[1]
+    step = max(8, dim // 48)
+    ceilings_QS = np.zeros((len(queries_QD), len(keys_SD)), np.float32)
+    rest_Q, rest_S = (np.einsum("nd,nd->n", rows, rows) for rows in (queries_QD, keys_SD))
+    # A pair passes where u(q, k) is at least this.
+    needed_QS = (
+        (rest_Q[:, None] + rest_S - thresholds_Q[:, None]) / 2 if metric is Metric.L2 else -thresholds_Q[:, None]
+    )
+    shares = {}
+    for lead in range(step, dim, step):
+        part_QM, part_SM = queries_QD[:, lead - step : lead], keys_SD[:, lead - step : lead]
+        ceilings_QS += part_QM @ part_SM.T
+        rest_Q = rest_Q - np.einsum("nm,nm->n", part_QM, part_QM)
+        rest_S = rest_S - np.einsum("nm,nm->n", part_SM, part_SM)
+        rests_QS = np.sqrt(np.maximum(rest_Q, 0))[:, None] * np.sqrt(np.maximum(rest_S, 0))
+        shares[lead] = float(np.mean(ceilings_QS + rests_QS >= needed_QS))
+    return shares
 
 
 def _cost(lead: int, share: float, dim: int, queries: int) -> float:

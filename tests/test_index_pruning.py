@@ -117,9 +117,9 @@ def test_threshold_that_was_too_low_is_no_harm(metric, pruned, monkeypatch):
 
 def test_keys_with_infinity_are_never_found(pruned):
     keys_ND = falling(5000)
-    keys_ND[1], keys_ND[3] = np.inf, np.nan
+    keys_ND[4::6], keys_ND[3] = np.inf, np.nan  # rows that the centre does not see, and the sample does
     found = ExactIndex(ArraySource(keys_ND), Metric.L2).search(falling(60, seed=1), 40)
-    assert pruned and np.isfinite(found.distances_QK).all() and not np.isin(found.ids_QK, [1, 3]).any()
+    assert pruned and np.isfinite(found.distances_QK).all() and np.isfinite(keys_ND[found.ids_QK]).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
