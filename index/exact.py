@@ -79,7 +79,7 @@ class ExactIndex(VectorIndex):
     def _sample(self, rows: int) -> Floats:
         """Centred keys from all over the source, without those that hold NaN or infinity."""
         ids = spread_ids(len(self), max(1, min(len(self), rows)), np.random.default_rng(0))
-        keys_SD = self.source.take(ids) - self._centre_D
+        keys_SD: Floats = self.source.take(ids) - self._centre_D
         return keys_SD[np.isfinite(keys_SD).all(axis=1)]
 
     def _blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
