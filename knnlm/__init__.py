@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         Validation,
         VectorScores,
     )
+    from knnlm.serving.model import KNNLM
     from knnlm.slices.measure import SliceConfig, SlicesResult, measure_slices
     from knnlm.training.push_away import different_token_distance, distance_between, mean_distance, uniformity
     from knnlm.training.train import train
@@ -100,6 +101,7 @@ _NAMES = {
         "VectorScores",
     ),
     "checkpoints.token_sets": ("TokenSource",),
+    "serving.model": ("KNNLM",),
     "slices.measure": ("SliceConfig", "SlicesResult", "measure_slices"),
     "training.trainer": ("PushAwayTrainer",),
     "training.train": ("train",),
@@ -107,7 +109,7 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were a constant
     "Choice",
     "CorrelateConfig",
     "Correlation",
@@ -122,6 +124,7 @@ __all__ = [
     "InputError",
     "Interval",
     "KNNConfig",
+    "KNNLM",
     "KNNLMError",
     "LanguageModel",
     "LayerConfig",

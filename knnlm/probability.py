@@ -6,14 +6,16 @@ neighbour's value the target?). Then, in the terms of Khandelwal et al. 2020, se
     log p_kNN(target) = logsumexp over hits of (-d/T)  -  logsumexp over all k of (-d/T)
     log p             = log(lambda p_kNN + (1 - lambda) p_LM)
 
-so perplexity needs one number per token, never a distribution over the vocabulary.
-Shapes: Q queries, K neighbours, T temperatures, S settings of k.
+so perplexity needs one number per token, never a distribution over the vocabulary. Who generates text needs that:
+`token_shares` gives the tokens that any neighbour votes for, at most K for each query.
+Shapes: Q queries, K neighbours, T temperatures, S settings of k, M pairs of a query and a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,15 @@ class Mix:
     lam: float
 
 
+@dataclass(frozen=True)
+class TokenShares:
+    """p_kNN where it is not zero, as pairs of a query and a token, ordered by query and token."""
+
+    rows_M: NDArray[np.int64]
+    tokens_M: NDArray[np.int64]
+    log_probs_M: Floats
+
+
 def knn_log_probs(search: Search, k: int, temperature: float) -> Floats:
     """log p_kNN of each target with the nearest k; -inf where none of them has it. Shape [Q]."""
     (log_probs_Q,) = _log_probs_of_ks(search, (k,), temperature)
@@ -64,6 +75,24 @@ def neighbor_weights(distances_QK: NDArray[np.float32], temperature: float) -> N
         weights_QK /= dtype(temperature)
     np.exp(weights_QK, out=weights_QK)
     return weights_QK
+
+
+def token_shares(
+    distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]], temperature: float
+) -> TokenShares:
+    """The whole of p_kNN: the weights of the neighbours that have a token, over all weights.
+
+    :param values_QK: each neighbour's token, at least 0; that of an absent neighbour does not matter.
+    """
+    weights_QK = neighbor_weights(distances_QK, temperature)
+    width = int(values_QK.max(initial=0)) + 1
+    cells_QK = np.arange(len(values_QK))[:, None] * width + values_QK
+    cells_M, pair_of = np.unique(cells_QK, return_inverse=True)
+    sums_M = np.bincount(pair_of.ravel(), weights_QK.ravel(), minlength=len(cells_M))
+    there = sums_M > 0
+    rows_M, tokens_M = np.divmod(cells_M[there], width)
+    totals_Q = weights_QK.sum(axis=1, dtype=np.float64)
+    return TokenShares(rows_M, tokens_M, np.log(sums_M[there] / totals_Q[rows_M]))
 
 
 def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> list[Floats]:

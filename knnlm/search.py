@@ -82,7 +82,7 @@ def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:
     :raises InputError: more neighbours than keys, another index than the datastore's, or one for another metric.
     """
     pattern, knn = settings.layers.layers, settings.knn
-    same = pattern in (None, _built_with(store).get("layers"))
+    same = pattern in (None, built_with(store).get("layers"))
     layers = store.layers if same else select_layers(pattern or "all", store.layers)
     check_k(knn.k, store.count)
     _check_own_index(store, knn)
@@ -94,7 +94,7 @@ def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:
 
 def _check_own_index(store: Datastore, knn: KNNConfig) -> None:
     spec = parse_spec(knn.index)
-    own = {_built_with(store).get("index"), *(one["spec"] for one in store.manifest.indexes.values())}
+    own = {built_with(store).get("index"), *(one["spec"] for one in store.manifest.indexes.values())}
     if not (spec.is_auto or spec.is_exact or spec.text in own):
         raise InputError(f"--index is {knn.index!r}, but a datastore has its own; take auto, or exact")
 
@@ -104,7 +104,7 @@ def is_exact(index: str) -> bool:
     return parse_spec(index).is_exact
 
 
-def _built_with(store: Datastore) -> Mapping[str, Any]:
+def built_with(store: Datastore) -> Mapping[str, Any]:
     """The settings beside the scores; a datastore that was written without scores has none."""
     scores = store.manifest.scores
     return scores.get("settings", {}) if isinstance(scores, Mapping) else {}

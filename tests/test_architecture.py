@@ -21,10 +21,17 @@ LEVELS = (
     {"windows", "corpus", "overlap", "statistics", "probability"},
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
     {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets", "checkpoints.figures"},
-    {"queries", "slices.questions", "slices.statistics", "training.trainer", "training.checkpoints"},
+    {
+        "queries",
+        "serving.retrieval",
+        "slices.questions",
+        "slices.statistics",
+        "training.trainer",
+        "training.checkpoints",
+    },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
-    {"slices.likelihoods", "slices.sets"},
-    {"parts"},
+    {"serving.model", "slices.likelihoods", "slices.sets"},
+    {"parts", "serving.text"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
@@ -38,7 +45,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
 REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", "knnlm.storage"}
 # Their __init__ holds nothing but a sentence, or in knnlm/ itself lazy names.
-PACKAGES = ("__init__", "checkpoints", "correlate", "slices", "training")
+PACKAGES = ("__init__", "checkpoints", "correlate", "serving", "slices", "training")
 # The command line only names the errors.
 INDEX_SEEN_BY = {"knnlm.correlate.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
 HEAVY = {"torch", "transformers", "datasets", "faiss"}

@@ -59,7 +59,7 @@ def shown(default: object) -> str:
 
 
 def test_options_were_found():
-    assert {"run", "eval"} <= COMMANDS.keys() and options()["--lambda"].keys() == {"run", "eval"}
+    assert {"run", "eval"} <= COMMANDS.keys() and options()["--lambda"].keys() == {"run", "eval", "generate"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,7 +76,8 @@ def test_table_has_every_option_and_no_other():
 def test_table_knows_the_commands_and_the_default(option):
     commands, default = table_of_options()[option]
     assert set(commands) == set(options()[option])
-    assert {shown(value) for value in options()[option].values()} == {default}
+    # A verb may find out what another has a default for.
+    assert {shown(value) for value in options()[option].values()} - {""} == {default} - {""}
 
 
 def test_options_in_examples_exist():

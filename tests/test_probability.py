@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knnlm.probability import Mix, Search, distance_scale, fit, fit_lambda, k_grid, knn_log_probs, mix
+from knnlm.probability import (
+    Mix,
+    Search,
+    distance_scale,
+    fit,
+    fit_lambda,
+    k_grid,
+    knn_log_probs,
+    mix,
+    token_shares,
+)
 
 
 def make_search(seed: int = 0, queries: int = 50, neighbors: int = 32, scale: float = 10.0) -> Search:
@@ -194,3 +204,26 @@ def test_k_grid_ends_at_what_was_searched() -> None:
     assert k_grid(1024) == (4, 8, 16, 32, 64, 128, 256, 512, 1024)
     assert k_grid(100)[-1] == 100
     assert k_grid(3) == (3,)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 0.7, 30.0, 1e39])
+def test_token_shares_equal_the_definition(temperature: float) -> None:
+    rng = np.random.default_rng(3)
+    distances = make_search(3, queries=20, neighbors=32).distances_QK.copy()
+    values = rng.integers(0, 9, distances.shape).astype(np.int32)
+    distances[4, 20:], distances[5] = np.inf, np.inf  # absent, in part and all
+    found = token_shares(distances, values, temperature)
+    dense = np.zeros((20, 9))
+    dense[found.rows_M, found.tokens_M] = np.exp(found.log_probs_M)
+    for query in range(20):
+        for token in range(9):
+            expected = knn_log_probs(Search(distances, values == token), 32, temperature)[query]
+            assert dense[query, token] == pytest.approx(np.exp(expected), rel=1e-12)
+    assert dense.sum(axis=1) == pytest.approx(np.where(np.arange(20) == 5, 0, 1))
+    assert np.isfinite(found.log_probs_M).all()
+    assert (np.diff(found.rows_M * 9 + found.tokens_M) > 0).all()
+
+
+def test_token_shares_of_no_queries() -> None:
+    found = token_shares(np.empty((0, 3), np.float32), np.empty((0, 3), np.int32), 1.0)
+    assert [len(found.rows_M), len(found.tokens_M), len(found.log_probs_M)] == [0, 0, 0]

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, main_job, rank, slices, train
+from knnlm.cli import correlate, generate, main_job, rank, slices, train
 
 app = typer.Typer(
     name="knnlm",
@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": main_job.evaluate,
     "info": main_job.info,
     "verify": main_job.verify,
+    "generate": generate.generate,
     "correlate": correlate.correlate,
     "slices": slices.slices,
     "rank-models": rank.rank_models,

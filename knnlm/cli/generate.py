@@ -1,0 +1,114 @@
+"""Text from a datastore's kNN-LM."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.cli import options
+from knnlm.cli.shared import load
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from knnlm.serving.text import Writer
+
+
+def generate(
+    store: options.Store,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text to go on with; may be repeated. Else standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of each prompt's continuation.")] = 64,
+    temperature_lm: Annotated[
+        float | None,
+        typer.Option("--temperature-lm", help="Draw tokens, below 1 more of the likely ones; else the likeliest."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")
+    ] = None,
+    seed: options.Seed = 0,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text while it is generated.")] = False,
+    layer: Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")] = None,
+    k: options.K = None,
+    temperature: options.Temperature = None,
+    lam: options.Lambda = None,
+    model: options.OtherModel = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json: options.Json = False,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Go on with a text: the model with the datastore as its memory.
+
+    Example: knnlm generate nursing.knn --prompt "The patient was given" --top-p 0.9
+    """
+    if stream and json:
+        raise typer.BadParameter("--stream shows text, --json one document; take one of them")
+    from knnlm.datastore import Datastore
+    from knnlm.serving.retrieval import open_retrieval
+    from knnlm.serving.text import Decoding, Writer
+
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p)
+    opened = Datastore.open(store)
+    retrieval = open_retrieval(opened, layer, k, temperature, lam)
+    screen = Screen(json)
+    prompts = prompt or [_read_prompt(screen)]
+    lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    import torch
+
+    from knnlm.serving.model import KNNLM
+
+    writer = Writer(KNNLM.from_retrieval(lm, retrieval), lm, decoding)
+    for one in prompts:
+        writer.encode(one)
+    torch.manual_seed(seed)
+    continuations = [_show(writer, one, stream, json) for one in prompts]
+    setting = retrieval.setting
+    screen.result(
+        {
+            "store": str(store),
+            "model": lm.name,
+            "layer": retrieval.layer,
+            "k": setting.k,
+            "temperature": setting.temperature,
+            "lambda": setting.lam,
+            "seed": seed,
+            "continuations": continuations,
+        }
+    )
+
+
+def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, object]:
+    """Generate, and show prompt and continuation as one text unless there will be a document."""
+    from dataclasses import asdict
+
+    if stream:
+        _write(prompt)
+        done = writer(prompt, _write)
+        _write("\n")
+    else:
+        done = writer(prompt)
+        if not json:
+            _write(f"{prompt}{done.text}\n")
+    return asdict(done)
+
+
+def _write(text: str) -> None:
+    """As it is: rich would wrap lines and expand tabs."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _read_prompt(screen: Screen) -> str:
+    """Standard input without its last line break."""
+    if sys.stdin.isatty():
+        screen.note("Type a prompt; Ctrl-D ends it.")
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"standard input is not UTF-8 at byte {error.start}", param_hint="--prompt") from None
+    if not text:
+        raise typer.BadParameter("standard input is empty; give --prompt TEXT", param_hint="--prompt")
+    return text.removesuffix("\n")

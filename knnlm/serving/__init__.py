@@ -1,0 +1,1 @@
+"""The kNN-LM where people already use language models."""
