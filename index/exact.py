@@ -1,20 +1,38 @@
-"""Exact search by brute force: blocks of keys against all queries, then exact distances of what they brought.
+"""Exact search: blocks of keys against all queries, then exact distances of what they brought.
 
-Legend: N keys, Q queries, C candidates, D dimension.
+A long search prunes: most keys are ruled out by a proved bound on few of their dimensions (`index.pruning`). Where
+that would not pay, every key is compared in full.
+
+Legend: N keys, Q queries, C candidates, D dimension, E dimensions of a bound.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.base import VectorIndex
-from index.faiss_index import scan_block
+from index.faiss_index import pair_distances, pairs_above, scan_block
 from index.neighbors import nearest
+from index.pruning import (
+    JUST_BELOW_ZERO,
+    KEY_ROWS,
+    QUERY_ROWS,
+    SAMPLE_SHARE,
+    Gathered,
+    Plan,
+    directions,
+    is_worth_a_plan,
+    make_plan,
+)
 from index.rerank import exact_distances as exact_distances
-from index.source import BLOCK_BYTES, blocks, centre_of, centred_queries, rows_in
+from index.source import BLOCK_BYTES, blocks, centre_of, centred_queries, rows_in, spread_ids
+
+# Sampled keys from which the directions of variance come: this many for each dimension.
+ROWS_PER_DIMENSION = 8
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -32,15 +50,67 @@ class ExactIndex(VectorIndex):
     def _centre_D(self) -> Floats:
         return centre_of(self.source)
 
+    @cached_property
+    def _rotation_DD(self) -> Floats:
+        return directions(self._sample(ROWS_PER_DIMENSION * self.dim))
+
     def _propose(self, queries_QD: Floats, count: int) -> Ids:
-        """The scan is by centred vectors, whose small norms BLAS can bear (`index.source.centre_of`)."""
+        """All is done with centred vectors, whose small norms BLAS can bear (`index.source.centre_of`)."""
         centred_QD = centred_queries(queries_QD, self._centre_D, self.metric)
-        distances_QC, ids_QC = np.empty((len(queries_QD), 0), np.float32), np.empty((len(queries_QD), 0), np.int64)
-        for first, keys_ND in blocks(self.source, rows_in(BLOCK_BYTES, self.dim)):
-            found = scan_block(centred_QD, keys_ND - self._centre_D, min(count, len(keys_ND)), self.metric)
+        plan = self._plan(centred_QD, count)
+        if plan is None:
+            return self._scan(centred_QD, count)
+        found = [
+            self._prune(centred_QD[part], count, plan, plan.thresholds_Q[part]) for part in _parts(len(centred_QD))
+        ]
+        ids_QC = np.concatenate(found)
+        if (short_Q := (ids_QC < 0).any(axis=1)).any():
+            ids_QC[short_Q] = self._scan(centred_QD[short_Q], count)
+        return ids_QC
+
+    def _plan(self, centred_QD: Floats, count: int) -> Plan | None:
+        if not is_worth_a_plan(len(self), len(centred_QD), self.dim):
+            return None
+        sample_SD = self._sample(min(len(self) // SAMPLE_SHARE, rows_in(BLOCK_BYTES, self.dim)))
+        if not len(sample_SD):
+            return None
+        return make_plan(centred_QD, sample_SD, self._rotation_DD, self.metric, keys=len(self), count=count)
+
+    def _sample(self, rows: int) -> Floats:
+        """Centred keys from all over the source, without those that hold NaN or infinity."""
+        ids = spread_ids(len(self), max(1, min(len(self), rows)), np.random.default_rng(0))
+        keys_SD: Floats = self.source.take(ids) - self._centre_D
+        return keys_SD[np.isfinite(keys_SD).all(axis=1)]
+
+    def _blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
+        """(number of the first row, centred keys)."""
+        for first, keys_ND in blocks(self.source, rows):
+            yield first, keys_ND - self._centre_D
+
+    def _scan(self, centred_QD: Floats, count: int) -> Ids:
+        """Every key in full."""
+        distances_QC, ids_QC = np.empty((len(centred_QD), 0), np.float32), np.empty((len(centred_QD), 0), np.int64)
+        for first, keys_ND in self._blocks(rows_in(BLOCK_BYTES, self.dim)):
+            found = scan_block(centred_QD, keys_ND, min(count, len(keys_ND)), self.metric)
             distances_QC, ids_QC = nearest(
                 np.concatenate([distances_QC, found[0]], axis=1),
                 np.concatenate([ids_QC, np.where(found[1] < 0, -1, found[1] + first)], axis=1),
                 count,
             )
         return ids_QC
+
+    def _prune(self, centred_QD: Floats, count: int, plan: Plan, thresholds_Q: Floats) -> Ids:
+        """The nearest keys within each query's threshold; -1 where they are fewer than wanted."""
+        queries_QE = plan.projection.queries(centred_QD, thresholds_Q)
+        gathered = Gathered(thresholds_Q, count)
+        for first, keys_ND in self._blocks(KEY_ROWS):
+            rows_P, keys_P = pairs_above(queries_QE, plan.projection.keys(keys_ND), JUST_BELOW_ZERO)
+            distances_P = pair_distances(centred_QD, rows_P, keys_ND, keys_P, self.metric)
+            near_P = distances_P <= gathered.thresholds_Q[rows_P]
+            fallen = gathered.add(rows_P[near_P], distances_P[near_P], keys_P[near_P] + first)
+            queries_QE[fallen] = plan.projection.queries(centred_QD[fallen], gathered.thresholds_Q[fallen])
+        return gathered.ids()
+
+
+def _parts(queries: int) -> list[slice]:
+    return [slice(start, start + QUERY_ROWS) for start in range(0, queries, QUERY_ROWS)]

@@ -21,6 +21,8 @@ EXACT_ELEMENTS = 1 << 27
 LISTS_PER_ROOT = 4
 # From this many lists on, a graph finds the nearest lists faster than a scan of them.
 GRAPH_LISTS = 1 << 15
+# FAISS adds up the codes' distances in 16 bits: beyond so many, each would be known to a few steps only.
+MOST_CODES = 256
 # Training points for each list or code word: FAISS warns below 39 and drops what is above 256.
 POINTS = 64
 # The sample that is trained on is in memory as float32; at most this, and at most a quarter of the memory given.
@@ -114,10 +116,12 @@ def choose_spec(count: int, dim: int, memory_bytes: int) -> str:
 
     1. `exact` up to 2**18 keys, or 2**27 elements (N D): brute force is cheaper than building anything.
     2. Above, an inverted file of 4 to 8 sqrt(N) lists, fewer where their training sample would not fit. Its codes are
-       the most precise that fit: Flat (4 D bytes a key), SQ8 (D bytes), or PQ of D/2 to D/64 bytes.
+       the finest 4-bit product quantizer that fits, from 2 dimensions a code (D/4 bytes a key) to 64.
 
-    Every search re-ranks by exact distances, so that codes cost candidates and not precision. No OPQ: its rotation
-    takes longer to learn than a wider re-ranking costs. No HNSW: it needs more memory than Flat and builds slowly.
+    Every search re-ranks by exact distances, so that codes cost candidates and not precision: of ten kinds, those that
+    FAISS scans fastest found most of the neighbours' weight in a given time, and whole vectors the least, because
+    reading them takes longer than ranking more candidates (docs/performance.md). No OPQ: its rotation takes longer to
+    learn than a wider re-ranking costs. No HNSW: it needs more memory and builds slowly.
     """
     if count <= EXACT_KEYS or count * dim <= EXACT_ELEMENTS:
         return "exact"
@@ -136,11 +140,8 @@ def choose_lists(count: int, dim: int, memory_bytes: int) -> int:
 def _layout(count: int, dim: int, memory_bytes: int, quantizer: str) -> tuple[str, str, str]:
     """(transformation, quantizer, codes); each key also takes 8 bytes for its id."""
     per_key = memory_bytes / count - 8
-    for codes, size in (("Flat", 4 * dim), ("SQ8", dim)):
-        if size <= per_key:
-            return "", quantizer, codes
-    # Sub-vectors of 2 to 64 dimensions must divide D; zeros make it divisible.
-    widths = (2, 4, 8, 16, 32, 64)
-    width = next((width for width in widths if math.ceil(dim / width) <= per_key), widths[-1])
+    widths = [width for width in (2, 4, 8, 16, 32) if math.ceil(dim / width) <= MOST_CODES] + [64]
+    width = next((width for width in widths if math.ceil(dim / width) / 2 <= per_key), widths[-1])
     parts = math.ceil(dim / width)
-    return ("" if dim % width == 0 else f"Pad{parts * width}"), quantizer, f"PQ{parts}"
+    # Codes of 2 to 64 dimensions must divide D; zeros make it divisible.
+    return ("" if dim % width == 0 else f"Pad{parts * width}"), quantizer, f"PQ{parts}x4fs"

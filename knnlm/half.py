@@ -27,5 +27,6 @@ def to_float32(halves: NDArray[np.float16], out: NDArray[np.float32]) -> None:
     np.left_shift(halves.view(np.int16), 13, out=bits, dtype=np.int32)
     bits &= _KEPT_BITS
     out *= _EXPONENTS  # exact, and subnormal numbers become normal ones
-    if out.size and max(out.max(), -out.min()) > FLOAT16_MAX:
+    # Infinity and NaN have all bits of the exponent: the largest numbers of either sign, read as integers.
+    if out.size and (halves.view(np.int16).max() >= 0x7C00 or halves.view(np.uint16).max() >= 0xFC00):
         out[...] = halves

@@ -15,8 +15,8 @@ from knnlm.config import METRICS
 from knnlm.errors import InputError
 from knnlm.half import to_float32
 
-# Rows that `take` gathers at a time: bounds the half-precision copy between the file and the float32 result.
-TAKE_ROWS = 1 << 15
+# Rows that `take` gathers at a time: the half-precision copy between the file and the float32 result stays in cache.
+TAKE_ROWS = 1 << 10
 # Elements that are turned into float32 at a time: 512 kB stay in the second-level cache.
 BLOCK = 1 << 17
 

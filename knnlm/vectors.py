@@ -68,7 +68,9 @@ def _score(
     scorer, size = LayerScorer({name: dim}, seed=seed), max(1, BLOCK // (length * dim))
     with progress.stage(f"scoring {name}", "rows") as advance:
         for start in range(0, rows, size):
-            block = torch.from_numpy(vectors_NTD[start : start + size].astype(np.float32))
+            rows_NTD = vectors_NTD[start : start + size]
+            _check_size(name, start, rows_NTD)
+            block = torch.from_numpy(rows_NTD.astype(np.float32))
             numbers = range(start, start + len(block))
             known = np.zeros(len(block), np.int64) if label_N is None else label_N[start : start + size]
             # Every row is a unit of its own: the jackknife leaves rows out, and the probe looks at other rows.
@@ -83,6 +85,22 @@ def _score(
             advance(start + len(block), rows)
     (score,) = scorer.scores()
     return score if label_N is not None else replace(score, probe=math.nan, probe_interval=Interval(0.0, 1.0))
+
+
+def _check_size(name: str, start: int, rows_NTD: NDArray[np.floating]) -> None:
+    """float64 and wider have vectors that float32 would make zero or infinite; no score depends on their unit."""
+    if rows_NTD.dtype.itemsize <= 4:
+        return
+    largest_NT = np.abs(rows_NTD).max(axis=2)
+    fits = np.finfo(np.float32)
+    outside_NT = (largest_NT > fits.max) & np.isfinite(largest_NT) | (largest_NT < fits.tiny) & (largest_NT > 0)
+    if outside_NT.any():
+        row, place = np.argwhere(outside_NT)[0]
+        raise InputError(
+            f"row {start + row} of {name} has {largest_NT[row, place]:.3g} for its largest number, but scores are "
+            f"computed in float32, {fits.tiny:.1e} to {fits.max:.1e}; multiply all vectors by one number, which "
+            "changes no score"
+        )
 
 
 def _open(path: Path, label_N: NDArray[np.int64] | None) -> NDArray[np.floating]:

@@ -20,7 +20,7 @@ LEVELS = (
     {"layers", "head", "hardware", "encoding", "fingerprint", "training.push_away"},
     {"windows", "corpus", "overlap", "statistics", "probability"},
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
-    {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets"},
+    {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets", "checkpoints.figures"},
     {
         "queries",
         "serving.retrieval",
@@ -37,7 +37,7 @@ LEVELS = (
     {"evaluation", "slices.measure"},
     {"examples"},
     {"pipeline", "correlate.study", "training.train", "tables", "screen"},
-    {"correlate.document", "slices.document"},
+    {"correlate.document", "slices.document", "checkpoints.document"},
     {"cli"},
     {"__main__"},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -56,8 +57,23 @@ def test_text_without_clusters_says_which_n_would_do():
     assert len(as_sets(shared_continuations(some, 3, 3))) == 2
     with pytest.raises(InputError, match=r"no two 10-grams that follow 3 contexts .* take --ngram 3,"):
         shared_continuations(some, 10, 3)
-    with pytest.raises(InputError, match=r"no two 10-grams that follow 9000 .* a --cluster-size of at most \d+,"):
-        shared_continuations(some, 10, 9000)
+
+
+def test_advice_for_the_size_of_clusters_works_when_it_is_followed():
+    # One token is much more frequent than all others: its count alone would promise too much.
+    common = np.where(np.arange(30) % 2, 7, tokens(vocabulary=5)).astype(np.int32)
+    for n in (10, 1):
+        with pytest.raises(InputError, match=rf"no two {n}-grams .* 9000 .* --ngram 1 and a") as refused:
+            shared_continuations(common, n, 9000)
+        size = int(re.findall(r"at most (\d+)", str(refused.value))[0])
+        assert len(as_sets(shared_continuations(common, 1, size))) >= 2
+    with pytest.raises(InputError, match=f"at most {size},"):
+        shared_continuations(common, 1, size + 1)
+
+
+def test_a_text_that_is_one_token_needs_another():
+    with pytest.raises(InputError, match="contexts or more each; take more text"):
+        shared_continuations(np.zeros((3, 20), np.int32), 2, 5)
 
 
 @pytest.mark.parametrize(

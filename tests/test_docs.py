@@ -148,3 +148,9 @@ def test_manifest_table_has_no_field_that_is_gone():
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part_of_format("The manifest"), re.MULTILINE)
     told = {name for row in rows for name in re.findall(r"\w+", row)}
     assert told == {"format", "version", *(field.name for field in fields(Manifest))}
+
+
+def test_every_module_has_its_row_in_the_map():
+    table = text(ROOT / "docs" / "architecture.md")
+    names = {path.name for path in (ROOT / "knnlm").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert {name for name in names if f"{name}`" not in table} == set()

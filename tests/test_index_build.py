@@ -174,7 +174,7 @@ def test_auto_is_an_inverted_file_for_many(monkeypatch):
     monkeypatch.setattr("index.spec.EXACT_KEYS", 1000)
     monkeypatch.setattr("index.spec.EXACT_ELEMENTS", 1000)
     index = build_index(ArraySource(clustered(3000, 8)), "auto", k=10, memory_bytes=1 << 30)
-    assert index.spec == "IVF32,Flat"
+    assert index.spec == "IVF32,PQ4x4fs"
 
 
 @pytest.mark.parametrize("spec", ["exact", "Flat", "IVF1,Flat", "HNSW8,Flat"])

@@ -73,16 +73,17 @@ def test_auto_is_exact_while_that_is_cheap(count, dim):
 @pytest.mark.parametrize(
     ("count", "dim", "memory", "spec"),
     [
-        (MILLION, 768, 8 * GB, "IVF4096,Flat"),
-        (MILLION, 768, 1 * GB, "IVF1024,SQ8"),
-        (MILLION, 768, GB // 2, "IVF512,PQ384"),
-        (10 * MILLION, 768, 1 * GB, "IVF1024,PQ96"),
-        (10 * MILLION, 768, GB // 64, "IVF16,PQ12"),
-        (120 * MILLION, 128, 8 * GB, "IVF32768_HNSW32,PQ32"),
-        (MILLION, 301, GB // 4, "Pad302,IVF512,PQ151"),
+        (MILLION, 256, 8 * GB, "IVF4096,PQ128x4fs"),
+        (MILLION, 768, 8 * GB, "IVF4096,PQ192x4fs"),
+        (MILLION, 4096, 8 * GB, "IVF1024,PQ256x4fs"),
+        (10 * MILLION, 768, 1 * GB, "IVF1024,PQ192x4fs"),
+        (10 * MILLION, 768, GB // 2, "IVF512,PQ48x4fs"),
+        (10 * MILLION, 768, GB // 64, "IVF16,PQ12x4fs"),
+        (120 * MILLION, 128, 8 * GB, "IVF32768_HNSW32,PQ64x4fs"),
+        (MILLION, 301, GB // 4, "Pad302,IVF512,PQ151x4fs"),
     ],
 )
-def test_auto_takes_the_most_precise_codes_that_fit(count, dim, memory, spec):
+def test_auto_takes_the_finest_codes_that_fit(count, dim, memory, spec):
     assert choose_spec(count, dim, memory) == spec
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from knnlm.checkpoints.ranking import dispersion_gap, rank_models, read_scores
+from knnlm.checkpoints.figures import match_scores, read_scores
+from knnlm.checkpoints.ranking import dispersion_gap, rank_models
 from knnlm.checkpoints.token_sets import (
     DOMAINS,
     EVERYDAY_WORDS,
@@ -27,6 +29,7 @@ from knnlm.checkpoints.token_sets import (
 )
 from knnlm.errors import InputError, ModelError
 from knnlm.lm import load_tokenizer
+from knnlm.report.rank_models import render_rank_models
 from tests.tiny_models import save_tiny, tiny_tokenizer
 
 
@@ -282,6 +285,61 @@ def test_scores_that_cannot_be_used(content: str, words: str, tmp_path: Path) ->
         read_scores(write(tmp_path / "scores", content))
 
 
+@pytest.mark.parametrize(
+    ("models", "scores", "due"),
+    [
+        (["a/final", "b/other"], {"final": 1.0, "other": 2.0}, [1, 2]),
+        (["final", "b/final"], {"final": 1.0, "b/final": 2.0}, [1, 2]),
+        (["x/a/final", "x/b/final"], {"b/final": 2.0, "a/final": 1.0}, [1, 2]),
+        (["x/a/final"], {"final": 3.0, "a/final": 1.0}, [1]),
+        (["a/final/"], {"a/final": 1.0}, [1]),
+    ],
+)
+def test_a_model_has_the_figure_of_its_longest_end(models, scores, due):
+    assert list(match_scores(models, scores).values()) == due
+
+
+@pytest.mark.parametrize(
+    ("models", "scores"),
+    [
+        (["a/final", "b/final"], {"final": 1.0}),
+        (["runA/step-100", "runB/step-100"], {"runA/step-100": 1.0, "step-100": 2.0}),
+        (["step-100", "runB/step-100"], {"step-100": 2.0}),
+    ],
+)
+def test_a_figure_that_could_be_of_two_models(models, scores):
+    with pytest.raises(InputError, match=r"could be that of 2 models; name (b|runB|a)/.* by more of its path"):
+        match_scores(models, scores)
+
+
+def test_a_first_line_that_names_a_model_is_no_heading(tmp_path: Path):
+    path = write(tmp_path / "scores.csv", "base,n/a\ntuned,5")
+    assert read_scores(path, ["other", "runs/tuned"]) == {"tuned": 5}
+    for models in (["base", "tuned"], ["runs/base"]):
+        with pytest.raises(InputError, match=r"the figure of base in .* is 'n/a'; give a finite number"):
+            read_scores(path, models)
+
+
+def test_a_folder_with_and_without_its_slash_is_one_model(models, ids) -> None:
+    assert rank_models([models[0], f"{models[0]}/"], ids) == rank_models(models[:1], ids)
+
+
+def test_high_figures_that_are_good(models, ids) -> None:
+    names = [one.model for one in rank_models(models, ids).models]
+    found = rank_models(models, ids, scores=dict(zip(names, (40.0, 50.0, 20.0), strict=True)), higher_is_better=True)
+    assert found.regret == pytest.approx(0.2) and found.higher_is_better
+    none = rank_models(models, ids, scores=dict.fromkeys(names, -1.0), higher_is_better=True)
+    assert none.regret is None
+
+
+def test_tokens_that_were_used_are_told(models, ids) -> None:
+    (by_file,) = rank_models(models, ids).tokens
+    assert (by_file.domain, by_file.general, by_file.domain_text) == (tuple(range(40, 60)), tuple(range(80, 95)), None)
+    (built_in,) = rank_models(models, TokenSource(domain="mathematics")).tokens
+    assert {text.strip() for text in built_in.domain_text} == set("0123456789")
+    assert len(built_in.general_text) == len(built_in.general)
+
+
 def test_model_without_a_figure(models, ids) -> None:
     with pytest.raises(InputError, match=r"no figure for .*gpt-neox among those of gpt2, llama; add it"):
         rank_models(models, ids, scores={"gpt2": 1.0, "llama": 2.0})
@@ -305,6 +363,7 @@ def test_token_out_of_range(models, ids, tmp_path: Path) -> None:
         (b"-1", "is '-1', no token id"),
         (b"3 4", "is '3 4', no token id"),
         ("\u0663".encode(), "no token id"),
+        (b"9" * 5000, "line 1 of .* is '9{40}', no token id"),
         (b"\x00\x01", "looks binary"),
         (b"\xff\xfe", "is not UTF-8"),
     ],
@@ -367,6 +426,47 @@ def test_verb_gives_the_ranking_as_json(models, ids, tmp_path: Path, call) -> No
     assert document["spearman"] == expected.correlation.spearman
     assert document["spearman_interval"] == [-1, 1]
     assert document["regret"] == expected.regret
+    assert (document["format"], document["version"]) == ("knnlm-rank-models", 1)
+    assert document["protocol"].keys() == {"released", "ours"}
+    assert document["settings"]["domain_tokens"] == str(ids.domain_tokens)
+    assert document["settings"]["models"] == list(map(str, models)) and document["settings"]["scores"] == str(scores)
+    assert document["tokens"][0]["general"] == list(range(80, 95)) and "knnlm" in document["versions"]
+    again = TokenSource(**{name: document["settings"][name] for name in ("domain", "domain_tokens", "general_tokens")})
+    assert rank_models(document["settings"]["models"], again).models[0].gap == document["models"][0]["gap"]
+
+
+def test_verb_tells_where_tokens_come_from(models, ids, call) -> None:
+    files = ("--domain-tokens", ids.domain_tokens, "--general-tokens", ids.general_tokens)
+    told = " ".join(call("rank-models", *models, *files).out.split())
+    assert f"Domain tokens: ids of {ids.domain_tokens}." in told and "built-in" not in told
+    told = " ".join(call("rank-models", *models, "--domain", "mathematics").out.split())
+    assert "Domain tokens: the built-in ones for mathematics. Everyday tokens: built-in words." in told
+
+
+def test_verb_with_accuracies(models, ids, call, tmp_path: Path) -> None:
+    files = ("--domain-tokens", ids.domain_tokens, "--general-tokens", ids.general_tokens)
+    scores = write(tmp_path / "s.csv", "gpt2,10\nllama,20\ngpt-neox,40")
+    done = call("rank-models", *models, *files, "--scores", scores, "--higher-is-better")
+    assert "Where high figures are good, a gap that ranks well has a correlation near +1." in done.out
+    assert re.search("The first model’s figure is (the highest|.* below the highest)", done.out)
+    alone = call("rank-models", *models, *files, "--higher-is-better")
+    assert alone.status == 2 and "--higher-is-better is of --scores, which are missing" in alone.errors[-1]
+
+
+def test_report(models, ids, call, tmp_path: Path) -> None:
+    scores = write(tmp_path / "s.csv", "gpt2,10\nllama,20\ngpt-neox,400")
+    options = ("--domain", "mathematics", "--scores", scores, "--report", tmp_path / "a" / "b")
+    done = call("rank-models", *models, *options)
+    assert (done.status, done.out.splitlines()[-1]) == (0, f"Report: {tmp_path / 'a' / 'b' / 'rank-models.html'}")
+    document = json.loads((tmp_path / "a" / "b" / "rank-models.json").read_text())
+    page = (tmp_path / "a" / "b" / "rank-models.html").read_text()
+    assert 'id="chart-gap"' in page and 'id="chart-measured"' in page and "was ours" in page
+    document["models"][0]["model"] = "a<b>/c&d"
+    assert "a<b>" not in render_rank_models(document).split("<script")[0]
+    bare = call("rank-models", *models, "--domain", "mathematics", "--json")
+    assert 'id="chart-measured"' not in render_rank_models(json.loads(bare.out))
+    refused = call("rank-models", *models, *options)
+    assert refused.status == 2 and "is not an empty folder" in refused.errors[-1]
 
 
 def test_verb_without_figures_has_nulls_for_them(models, call) -> None:

@@ -76,6 +76,26 @@ def test_what_cannot_be_scored(tmp_path, array, message):
         score_vectors([saved(tmp_path, "a.npy", array)])
 
 
+@pytest.mark.parametrize("scale", [1e-50, 1e50, 1e-320])
+def test_vectors_of_a_size_that_float32_lacks(tmp_path, scale):
+    vectors = normal(9, 3)
+    vectors[4] *= scale
+    largest = np.abs(vectors[4]).max()
+    message = f"row 4 of a has {re.escape(f'{largest:.3g}')} for its largest number, .* multiply all vectors by one"
+    with pytest.raises(InputError, match=message):
+        score_vectors([saved(tmp_path, "a.npy", vectors)])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_unit_of_vectors_changes_no_score(tmp_path, scale):
+    labels = saved(tmp_path, "labels.npy", np.arange(40) % 3)
+    one, other = (
+        score_vectors([saved(tmp_path, "a.npy", normal(40, 5) * unit)], labels=labels).layers[0] for unit in (1, scale)
+    )
+    for name in ("dispersion", "dispersion_standardized", "effective_rank", "intrinsic_dimension", "probe"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-4), name
+
+
 def test_files_that_are_no_arrays_and_labels_that_do_not_fit(tmp_path):
     vectors = saved(tmp_path, "a.npy", normal(4, 3))
     (tmp_path / "text.npy").write_text("not an array")

@@ -12,10 +12,7 @@ Legend: N tokens, D dimension.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +20,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from knnlm.checkpoints.figures import match_scores
 from knnlm.checkpoints.output_matrix import OutputMatrix, find_output_matrix
-from knnlm.checkpoints.token_sets import TokenSets, TokenSource, choose_tokens
+from knnlm.checkpoints.token_sets import TokenSource, Vocabulary, choose_tokens
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.dispersion import from_sum, unit_rows
 from knnlm.errors import InputError
 from knnlm.fingerprint import digest_tokenizer
-from knnlm.textfiles import decode_blocks
 
 Float64 = NDArray[np.float64]
+
+RELEASED = (
+    "the gap: the mean distance within T plus that between T and everyday tokens, 1 - cos of rows of the output matrix",
+    "T: digits for mathematics, Python's keywords for code",
+)
+OURS = (
+    "the built-in everyday words, which are not published, and how words become tokens: those that a model's own "
+    "tokenizer has whole, with and without a space before them",
+    "tokens from text: of T the most characteristic (weighted log-odds), of everyday language the most frequent",
+    "a token of both sets counts in T only",
+    "the intervals: models are taken as independent, which steps of one training are not",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,18 @@ class ModelGap:
 
 
 @dataclass(frozen=True)
+class UsedTokens:
+    """The two sets as models with one tokenizer have them."""
+
+    models: tuple[str, ...]
+    domain: tuple[int, ...]
+    general: tuple[int, ...]
+    domain_text: tuple[str, ...] | None = None
+    """Of each token; None where files gave the ids, so that no tokenizer was loaded."""
+    general_text: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Models by their gap, the largest first."""
 
@@ -63,33 +84,59 @@ class Ranking:
     correlation: CorrelationEstimate | None = None
     """Of the gap with what was measured: near -1 where a large gap goes with a low perplexity."""
     regret: float | None = None
-    """What was measured of the first model over the lowest of all, minus 1; None where a figure is not above 0."""
+    """By which share of the best figure the first model's is worse; None where figures below 0 have no ratio."""
+    higher_is_better: bool = False
+    """Of what was measured."""
     notes: tuple[str, ...] = ()
     """Sentences about what the ranking cannot tell."""
+    tokens: tuple[UsedTokens, ...] = ()
+    """One for each tokenizer; for all models where files gave the ids."""
 
 
 def rank_models(
-    models: Sequence[str | Path], tokens: TokenSource, *, scores: Mapping[str, float] | None = None
+    models: Sequence[str | Path],
+    tokens: TokenSource,
+    *,
+    scores: Mapping[str, float] | None = None,
+    higher_is_better: bool = False,
 ) -> Ranking:
-    """Rank folders or hub names by the dispersion gap; `scores` are measured figures to compare with, low is good.
+    """Rank folders or hub names by the dispersion gap.
 
+    :param scores: measured figures to compare with, low being good.
+    :param higher_is_better: as accuracies are.
     :raises InputError: tokens that a model does not have, or a model without a score.
     :raises ModelError: a model without safetensors, a known output matrix or, unless `tokens` are ids, a tokenizer.
     """
-    names = tuple(dict.fromkeys(map(str, models)))
-    if not names:
-        raise InputError("no model was given; name one or more folders or models of the hub")
-    figures = {} if scores is None else {name: _score_of(name, scores) for name in names}
+    names = model_names(models)
+    figures = {} if scores is None else match_scores(names, scores)
     matrices = [find_output_matrix(name) for name in names]
-    sets = _token_sets(names, tokens)
+    used = _used_tokens(names, tokens)
+    sets = [next(one for one in used if name in one.models) for name in names]
     gaps = [_gap(matrix, own, figures.get(matrix.model)) for matrix, own in zip(matrices, sets, strict=True)]
     gaps.sort(key=lambda one: -one.gap)
-    notes = (*_same_rows(gaps), *_different_tokens(matrices, sets))
+    notes = (*_same_rows(gaps), *_different_tokens(matrices, used))
     if scores is None:
-        return Ranking(tuple(gaps), notes=notes)
+        return Ranking(tuple(gaps), notes=notes, tokens=used)
     ranked = [figures[one.model] for one in gaps]
-    regret = ranked[0] / min(ranked) - 1 if min(ranked) > 0 else None
-    return Ranking(tuple(gaps), correlate([one.gap for one in gaps], ranked), regret, notes)
+    return Ranking(
+        models=tuple(gaps),
+        correlation=correlate([one.gap for one in gaps], ranked),
+        regret=_regret(ranked, higher_is_better),
+        higher_is_better=higher_is_better,
+        notes=notes,
+        tokens=used,
+    )
+
+
+def model_names(models: Sequence[str | Path]) -> tuple[str, ...]:
+    """The names of models that differ: `a/final` and `a/final/` are one.
+
+    :raises InputError: there are none.
+    """
+    if not models:
+        raise InputError("no model was given; name one or more folders or models of the hub")
+    found = (os.path.normpath(name) if Path(name).is_dir() else str(name) for name in models)
+    return tuple(dict.fromkeys(found))
 
 
 def dispersion_gap(domain_ND: Float64, general_ND: Float64) -> tuple[float, float]:
@@ -100,45 +147,40 @@ def dispersion_gap(domain_ND: Float64, general_ND: Float64) -> tuple[float, floa
     return float(from_sum(domain_D, count)), between
 
 
-def read_scores(path: str | Path) -> dict[str, float]:
-    """Measured figures by model: a JSON object of numbers, or CSV with a model and a number in the first two columns.
-
-    :raises InputError: another form, a figure that is not finite, or a model twice.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}; check the path")
-    text = "".join(decode_blocks(Path(path)))
-    pairs = _json_pairs(text, path) if text.lstrip()[:1] in ("{", "[") else _csv_pairs(text)
-    scores: dict[str, float] = {}
-    for model, figure in pairs:
-        if model in scores:
-            raise InputError(f"{path} has {model} twice; leave one out")
-        scores[model] = _number(figure, f"the figure of {model} in {path}")
-    if not scores:
-        raise InputError(f"{path} has no figures; write a model and its figure on each line, or a JSON object")
-    return scores
-
-
 # The parts of a ranking
 
 
-def _token_sets(models: Sequence[str], source: TokenSource) -> list[TokenSets]:
-    """The sets of each model; models with the same tokenizer share the work."""
+def _used_tokens(models: Sequence[str], source: TokenSource) -> tuple[UsedTokens, ...]:
+    """The sets of each tokenizer, which models share."""
     if not source.needs_tokenizer:
-        return [choose_tokens(source, None)] * len(models)
+        sets = choose_tokens(source, None)
+        return (UsedTokens(tuple(models), sets.domain, sets.general),)
     from knnlm.lm import load_tokenizer  # here: transformers takes seconds, and files of ids do without
 
-    known: dict[str, TokenSets] = {}
-    digests = []
+    tokenizers: dict[str, Vocabulary] = {}
+    owners: dict[str, list[str]] = {}
     for model in models:
         tokenizer = load_tokenizer(model)
-        digests.append(digest_tokenizer(tokenizer))
-        if digests[-1] not in known:
-            known[digests[-1]] = choose_tokens(source, tokenizer)
-    return [known[digest] for digest in digests]
+        digest = digest_tokenizer(tokenizer)
+        tokenizers.setdefault(digest, tokenizer)
+        owners.setdefault(digest, []).append(model)
+    return tuple(_with_text(owners[digest], source, tokenizer) for digest, tokenizer in tokenizers.items())
 
 
-def _gap(matrix: OutputMatrix, sets: TokenSets, measured: float | None) -> ModelGap:
+def _with_text(models: Sequence[str], source: TokenSource, tokenizer: Vocabulary) -> UsedTokens:
+    sets = choose_tokens(source, tokenizer)
+    domain, general = (tuple(tokenizer.decode([token]) for token in ids) for ids in (sets.domain, sets.general))
+    return UsedTokens(tuple(models), sets.domain, sets.general, domain, general)
+
+
+def _regret(ranked: Sequence[float], higher_is_better: bool) -> float | None:
+    low, high = min(ranked), max(ranked)
+    if higher_is_better:
+        return 1 - ranked[0] / high if low >= 0 and high > 0 else None
+    return ranked[0] / low - 1 if low > 0 else None
+
+
+def _gap(matrix: OutputMatrix, sets: UsedTokens, measured: float | None) -> ModelGap:
     within, between = dispersion_gap(_rows(matrix, sets.domain), _rows(matrix, sets.general))
     counts = len(sets.domain), len(sets.general)
     return ModelGap(
@@ -167,57 +209,11 @@ def _same_rows(gaps: Sequence[ModelGap]) -> list[str]:
     ]
 
 
-def _different_tokens(matrices: Sequence[OutputMatrix], sets: Sequence[TokenSets]) -> list[str]:
-    if len(set(sets)) > 1:
+def _different_tokens(matrices: Sequence[OutputMatrix], used: Sequence[UsedTokens]) -> list[str]:
+    if len({(one.domain, one.general) for one in used}) > 1:
         return ["the models have different tokenizers: their gaps are of different tokens"]
     heights = sorted({matrix.shape[0] for matrix in matrices})
     if len(heights) > 1:
         sizes = " and ".join(map(str, heights))
         return [f"the models have {sizes} tokens: an id may not mean the same token in all of them"]
     return []
-
-
-# Measured figures
-
-
-def _score_of(model: str, scores: Mapping[str, float]) -> float:
-    """By the model's name as it was given, or the last part of it."""
-    for name in (model, Path(model).name):
-        if name in scores:
-            return _number(scores[name], f"the figure of {model}")
-    raise InputError(f"there is no figure for {model} among those of {', '.join(list(scores)[:8])}; add it")
-
-
-def _number(value: object, what: str) -> float:
-    try:
-        number = float(str(value)) if not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{what} is {value!r}; give a finite number")
-    return number
-
-
-def _json_pairs(text: str, path: str | Path) -> list[tuple[str, object]]:
-    try:
-        document = json.loads(text, object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON: {error}; write {{model: figure, …}}") from None
-    if not text.lstrip().startswith("{"):
-        raise InputError(f"{path} is no JSON object; write {{model: figure, …}}")
-    return [(str(model), figure) for model, figure in document]
-
-
-def _csv_pairs(text: str) -> list[tuple[str, object]]:
-    """A first line whose second column is no number is a heading."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
-    pairs: list[tuple[str, object]] = [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows]
-    return pairs[1:] if pairs and not _is_number(pairs[0][1]) else pairs
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(str(value))
-    except ValueError:
-        return False
-    return True

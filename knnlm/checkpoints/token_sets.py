@@ -12,7 +12,7 @@ import keyword
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ Counts = NDArray[np.float64]
 DOMAINS: dict[str, tuple[str, ...]] = {"mathematics": tuple("0123456789"), "code": tuple(keyword.kwlist)}
 """Digits for mathematics and Python's keywords for code, as in the paper."""
 TOKENS_OF_TEXT = 100
+# Leading zeros too; Python itself refuses to read numbers of thousands of digits.
+_MOST_DIGITS = 18
 """So many tokens are taken from a text."""
 # Everyday words that are neither keywords of Python nor numbers.
 EVERYDAY_WORDS = tuple(
@@ -50,6 +52,11 @@ class Vocabulary(Tokenizer, Protocol):
 
     def get_vocab(self) -> dict[str, int]:
         """Every token as the tokenizer writes it, with its id."""
+        ...
+
+    # The name is that of transformers, which takes more than this.
+    def decode(self, token_ids: list[int], /) -> Any:  # noqa: ANN401
+        """The text of tokens."""
         ...
 
 
@@ -92,6 +99,20 @@ class TokenSource:
             raise InputError("--general-tokens and --general-text are both given; leave one out")
 
     @property
+    def words(self) -> tuple[str, str]:
+        """Where T and the everyday tokens come from."""
+        if self.domain_tokens is not None:
+            domain = f"ids of {self.domain_tokens}"
+        elif self.domain is not None:
+            domain = f"the built-in ones for {self.domain}"
+        else:
+            domain = f"the most characteristic of {self.domain_text} against {self.general_text}"
+        if self.general_tokens is not None:
+            return domain, f"ids of {self.general_tokens}"
+        frequent = f"the most frequent of {self.general_text}"
+        return domain, "built-in words" if self.general_text is None else frequent
+
+    @property
     def needs_tokenizer(self) -> bool:
         """Whether the ids depend on the model's tokenizer."""
         return self.domain_tokens is None or self.general_tokens is None
@@ -105,7 +126,7 @@ def file_tokens(path: str | Path) -> tuple[int, ...]:
     lines = "".join(decode_blocks(_existing(path))).splitlines()
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, line in numbered:
-        if not (line.isascii() and line.isdigit()):
+        if not (line.isascii() and line.isdigit() and len(line) <= _MOST_DIGITS):
             raise InputError(
                 f"line {number} of {path} is {line[:40]!r}, no token id; write one number from 0 on a line"
             )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from knnlm.checkpoints.ranking import Ranking
+    from knnlm.checkpoints.token_sets import TokenSource
 
 
 def rank_models(
@@ -35,7 +36,13 @@ def rank_models(
         str | None, typer.Option("--general-text", help="Everyday text: its most frequent tokens are taken.")
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option("--scores", help="JSON or CSV: model and measured figure, low is good.")
+        Path | None, typer.Option("--scores", help="JSON or CSV: model and measured figure, low being good.")
+    ] = None,
+    higher_is_better: Annotated[
+        bool, typer.Option("--higher-is-better", help="Of --scores: high figures are good, as accuracies are.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write rank-models.json and rank-models.html here.")
     ] = None,
     text_field: options.TextField = "text",
     json: options.Json = False,
@@ -44,24 +51,47 @@ def rank_models(
 
     Example: knnlm rank-models base tuned-a tuned-b --domain code
     """
+    from knnlm.checkpoints.document import ranking_document
+    from knnlm.checkpoints.figures import read_scores
+    from knnlm.checkpoints.ranking import model_names
     from knnlm.checkpoints.ranking import rank_models as rank
-    from knnlm.checkpoints.ranking import read_scores
-    from knnlm.checkpoints.token_sets import TokenSource
+    from knnlm.report.rank_models import regret_words, write_rank_models
+    from knnlm.version import versions
 
-    tokens = TokenSource(
-        domain=domain,
-        domain_tokens=domain_tokens,
-        domain_text=domain_text,
-        general_tokens=general_tokens,
-        general_text=general_text,
-        text_field=text_field,
-    )
-    ranking = rank(models, tokens, scores=None if scores is None else read_scores(scores))
+    tokens = _tokens(locals())
+    _check(scores, higher_is_better, report)
+    names = model_names(models)
+    figures = None if scores is None else read_scores(scores, names)
+    ranking = rank(names, tokens, scores=figures, higher_is_better=higher_is_better)
+    settings = asdict(tokens) | {"models": names, "scores": scores, "higher_is_better": higher_is_better}
+    document = ranking_document(ranking, settings=settings, versions=versions())
     screen = Screen(json)
     screen.say(_table(ranking))
-    for line in _lines(ranking):
+    for line in (*_sources(tokens), *_findings(ranking)):
         screen.say(line)
-    screen.result(_document(ranking))
+    if ranking.regret is not None:
+        screen.say(regret_words(document))
+    screen.result(document)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        screen.say(f"Report: {write_rank_models(document, report)}")
+
+
+def _tokens(given: dict[str, Any]) -> TokenSource:
+    from knnlm.checkpoints.token_sets import TokenSource
+
+    names = ("domain", "domain_tokens", "domain_text", "general_tokens", "general_text", "text_field")
+    return TokenSource(**{name: given[name] for name in names})
+
+
+def _check(scores: Path | None, higher_is_better: bool, report: Path | None) -> None:
+    from knnlm.errors import InputError
+    from knnlm.places import check_report_folder
+
+    if higher_is_better and scores is None:
+        raise InputError("--higher-is-better is of --scores, which are missing")
+    if report is not None:
+        check_report_folder(report)
 
 
 def _table(ranking: Ranking) -> Table:
@@ -77,9 +107,15 @@ def _table(ranking: Ranking) -> Table:
     return table
 
 
-def _lines(ranking: Ranking) -> Iterator[str]:
-    yield "The gap is of arXiv 2506.24106. Its token lists are not published: the built-in ones are this project's."
+def _sources(tokens: TokenSource) -> Iterator[str]:
+    domain, general = tokens.words
+    yield f"The gap is of arXiv 2506.24106. Domain tokens: {domain}. Everyday tokens: {general}."
+    if tokens.domain is not None or (tokens.general_tokens is None and tokens.general_text is None):
+        yield "The paper's token lists are not published: built-in ones are this project's."
     yield "It is for finished models tuned from one base: along a training from scratch it ranked in reverse."
+
+
+def _findings(ranking: Ranking) -> Iterator[str]:
     found = ranking.correlation
     if found is not None and math.isfinite(found.spearman):
         for name, value, interval in (
@@ -88,19 +124,7 @@ def _lines(ranking: Ranking) -> Iterator[str]:
         ):
             reach = f"95 % interval {interval.low:+.2f} … {interval.high:+.2f}"
             yield f"{name} of the gap with what was measured: {value:+.3f} ({reach}, {found.count} models)."
-        yield "Where low figures are good, a gap that ranks well has a correlation near -1."
-    if ranking.regret is not None:
-        yield f"The first model's figure is {ranking.regret:+.1%} from the lowest."
+        kind, due = ("high", "+1") if ranking.higher_is_better else ("low", "-1")
+        yield f"Where {kind} figures are good, a gap that ranks well has a correlation near {due}."
     for note in ranking.notes:
         yield f"Note: {note}."
-
-
-def _document(ranking: Ranking) -> dict[str, Any]:
-    """As plain JSON: NaN is null, an interval `[low, high]`; what --scores tells is null without them."""
-    told: dict[str, Any] = dict.fromkeys(("spearman", "spearman_interval", "pearson", "pearson_interval"))
-    found = ranking.correlation
-    if found is not None and math.isfinite(found.spearman):
-        told = {name: getattr(found, name) for name in told}
-        told |= {name: list(asdict(value).values()) for name, value in told.items() if name.endswith("interval")}
-    models = [asdict(one) for one in ranking.models]
-    return {"models": models, **told, "regret": ranking.regret, "notes": list(ranking.notes)}

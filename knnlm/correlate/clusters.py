@@ -63,19 +63,23 @@ def shared_continuations(tokens_ST: NDArray[np.int32], n: int, size: int) -> Con
         pairs = cluster_P * vocabulary + tokens[place_P + step]
         _, cluster_P, counts_C = np.unique(pairs, return_inverse=True, return_counts=True)
         if (counts_C >= size).sum() < 2:
-            raise _no_clusters(n, size, step, int(counts_C.max()))
+            raise _no_clusters(n, size, step, counts_C)
         kept_P = counts_C[cluster_P] >= size
         place_P, cluster_P = place_P[kept_P], cluster_P[kept_P]
     cluster_P = np.unique(cluster_P, return_inverse=True)[1]
     return Contexts(place_P // width, place_P % width, cluster_P)
 
 
-def _no_clusters(n: int, size: int, step: int, most: int) -> InputError:
-    remedy = f"--ngram {step - 1}" if step > 1 else f"a --cluster-size of at most {most}"
-    return InputError(
-        f"the text has no two {n}-grams that follow {size} contexts or more each; take {remedy}, "
-        "a smaller --cluster-size, or more text"
-    )
+def _no_clusters(n: int, size: int, step: int, counts_C: Int64) -> InputError:
+    """`counts_C` are those of the `step`-grams, of which fewer than two come often enough."""
+    second = int(np.sort(counts_C)[-2]) if len(counts_C) > 1 else 0
+    if step > 1:
+        remedy = f"--ngram {step - 1}, a smaller --cluster-size, or "
+    elif second > 1:
+        remedy = f"--ngram 1 and a --cluster-size of at most {second}, or "
+    else:
+        remedy = ""
+    return InputError(f"the text has no two {n}-grams that follow {size} contexts or more each; take {remedy}more text")
 
 
 class ContextSums:

@@ -10,10 +10,8 @@ from typing import Any
 from knnlm.names import short_names
 from knnlm.report import numbers
 from knnlm.report.charts import GRID, INK, MUTED, SYMBOLS, Chart, Figure, Trace, base_layout, colour, ticks_125
-from knnlm.report.document import write_document
-from knnlm.report.page import Lines, Page, Table, render_page
+from knnlm.report.page import Lines, Page, Table, render_page, write_page
 from knnlm.results import SCORES
-from knnlm.storage import write_text
 
 Study = Mapping[str, Any]
 
@@ -41,10 +39,7 @@ def write_correlate(document: Study, folder: str | Path) -> Path:
 
     :raises OSError: a file cannot be written.
     """
-    page = Path(folder) / "correlate.html"
-    write_document(document, Path(folder) / "correlate.json")
-    write_text(page, render_correlate(document))
-    return page
+    return write_page("correlate", document, render_correlate(document), folder)
 
 
 def render_correlate(document: Study) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from knnlm.report.charts import Chart
+from knnlm.report.document import write_document
 from knnlm.report.html import render_template
+from knnlm.storage import write_text
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,17 @@ class Page:
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     lists: Sequence[Lines] = ()
+
+
+def write_page(name: str, document: Mapping[str, Any], html: str, folder: str | Path) -> Path:
+    """Write NAME.json and NAME.html into a folder that exists; gives the latter.
+
+    :raises OSError: a file cannot be written.
+    """
+    page = Path(folder) / f"{name}.html"
+    write_document(document, page.with_suffix(".json"))
+    write_text(page, html)
+    return page
 
 
 def render_page(page: Page) -> str:

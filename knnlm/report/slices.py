@@ -9,9 +9,7 @@ from typing import Any
 
 from knnlm.report import numbers
 from knnlm.report.charts import MUTED, Chart, Figure, Trace, base_layout, colour
-from knnlm.report.document import write_document
-from knnlm.report.page import Lines, Page, Table, render_page
-from knnlm.storage import write_text
+from knnlm.report.page import Lines, Page, Table, render_page, write_page
 
 Set = Mapping[str, Any]
 
@@ -29,10 +27,7 @@ def write_slices(document: Set, folder: str | Path) -> Path:
 
     :raises OSError: a file cannot be written.
     """
-    page = Path(folder) / "slices.html"
-    write_document(document, Path(folder) / "slices.json")
-    write_text(page, render_slices(document))
-    return page
+    return write_page("slices", document, render_slices(document), folder)
 
 
 def render_slices(document: Set) -> str:

@@ -2,7 +2,7 @@
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes
-    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, index
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact
 
 Ratios of speeds, measured in turn in one process; docs/performance.md says what each line means. Without --model and
 --text it takes what the repository ships, which is small: figures of docs/performance.md name the model and the text.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluation
+import exact
 import extraction
 import machine
 from ratios import Row
@@ -38,14 +39,16 @@ class Size:
     keys: tuple[int, ...]
     queries: int
     table_keys: int
+    searched: int
 
 
-FULL = Size(tokens=50_000, rounds=5, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000)
-QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=10_000)
+FULL = Size(tokens=50_000, rounds=5, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
+QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=10_000, searched=60_000)
 
 
-def groups(args: argparse.Namespace, size: Size) -> Mapping[str, Callable[[], Iterator[Row]]]:
+def groups(args: argparse.Namespace, size: Size, peak: float) -> Mapping[str, Callable[[], Iterator[Row]]]:
     return {
+        "exact": lambda: exact.rows(args.keys, keys=size.searched, queries=size.queries, rounds=size.rounds, peak=peak),
         "extraction": lambda: extraction.rows(args.model, args.text, tokens=size.tokens, rounds=size.rounds),
         "evaluation": lambda: evaluation.rows(
             args.model, args.text, args.held_out, keys=size.keys, queries=size.queries, rounds=size.rounds
@@ -89,13 +92,15 @@ def main() -> None:
     parser.add_argument("--model", default=str(DEMO / "model"))
     parser.add_argument("--text", nargs="+", type=Path, default=[DEMO / "rust-book.jsonl"])
     parser.add_argument("--held-out", type=Path, default=DEMO / "rust-book.jsonl", help="text to evaluate on")
+    parser.add_argument("--keys", nargs="*", type=Path, default=[], help=".npy files of keys, for exact search")
     parser.add_argument("--json", type=Path, help="a file to write")
     args = parser.parse_args()
-    every = groups(args, QUICK if args.quick else FULL)
+    about = machine.describe()
+    every = groups(args, QUICK if args.quick else FULL, about["gflops"]["float32"])
     unknown = set(args.only or ()) - set(every)
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(every)}")
-    about, rows, begun = machine.describe(), [], time.perf_counter()
+    rows, begun = [], time.perf_counter()
     for name in args.only or every:
         for row in every[name]():
             rows.append(row)

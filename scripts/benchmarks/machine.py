@@ -6,6 +6,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ import torch
 _UNITS = re.compile(r"avx2|avx512f|avx512_bf16|avx512_vnni|avx_vnni|amx_\w+|asimd|sve|bf16|i8mm")
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """Name, cores, matrix units, and measured GFLOP/s of a product of 1,024 x 1,024 matrices by type."""
     name, units = _processor()
     return {

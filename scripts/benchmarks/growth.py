@@ -1,0 +1,111 @@
+"""How time and memory of each stage grow with the number of keys, each size in a process of its own.
+
+    .venv/bin/python scripts/benchmarks/growth.py KEYS.npy --sizes 10000 100000 1000000 --json growth.json
+
+KEYS.npy holds real keys, such as a shard of a datastore (store/keys/7.ffn_input/00000.npy). A size above their number
+takes them again, each time with noise of a tenth of every dimension's deviation: the spectrum stays that of real keys.
+Peak memory is that of the whole process, Python and FAISS included.
+
+Legend: N keys, Q queries, D dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+from numpy.typing import NDArray
+
+from index.build import build_index
+from index.exact import ExactIndex
+from index.metric import Metric
+from index.source import ArraySource
+from index.spec import choose_lists
+
+QUERIES, K = 1024, 1024
+ROWS = 1 << 16
+
+
+def enlarged(keys_ND: NDArray[np.float16], size: int, file: Path) -> NDArray[np.float16]:
+    """So many keys in a file that is mapped."""
+    rng = np.random.default_rng(0)
+    deviation_D = keys_ND[:ROWS].astype(np.float32).std(axis=0) / 10
+    made_ND = np.lib.format.open_memmap(file, "w+", np.float16, (size, keys_ND.shape[1]))
+    for start in range(0, size, ROWS):
+        stop = min(size, start + ROWS)
+        rows_ND = keys_ND[np.arange(start, stop) % len(keys_ND)].astype(np.float32)
+        if start >= len(keys_ND):
+            rows_ND += rng.standard_normal(rows_ND.shape, np.float32) * deviation_D
+        made_ND[start:stop] = rows_ND
+    made_ND.flush()
+    return made_ND
+
+
+def stages(keys_ND: NDArray[np.float16], stage: str) -> dict[str, float]:
+    """Seconds of one stage, and this process's peak memory."""
+    source, rng = ArraySource(keys_ND), np.random.default_rng(1)
+    own = np.sort(rng.choice(len(source), QUERIES, replace=False))
+    queries_QD = source.take(own) + rng.standard_normal((QUERIES, source.dim), np.float32) * 0.01
+    found = {}
+    if stage == "exact":
+        index = ExactIndex(source, Metric.L2)
+        found["exact search"] = timed(lambda: index.search(queries_QD, K))
+    else:
+        spec = f"IVF{choose_lists(len(source), source.dim, 8 << 30)},{stage}"
+        begun = time.perf_counter()
+        built = build_index(source, spec, recall_target=None)
+        found["index build"] = time.perf_counter() - begun
+        built.set_effort(32)  # type: ignore[attr-defined]
+        found["index search"] = timed(lambda: built.search(queries_QD, K))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return found | {f"memory, MB ({'exact search' if stage == 'exact' else 'index'})": peak}
+
+
+def timed(work: Callable[[], object], rounds: int = 3) -> float:
+    times = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("keys", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--codes", default="Flat", help="codes of the index: IVF…,CODES")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    keys_ND = np.load(args.keys, mmap_mode="r", allow_pickle=False)
+    if args.one:
+        print(json.dumps(stages(keys_ND, args.one)))
+        return
+    found: dict[int, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in args.sizes:
+            file = Path(folder, f"{size}.npy")
+            enlarged(keys_ND, size, file)
+            found[size] = {}
+            for stage in ("exact", args.codes):
+                command = [sys.executable, __file__, str(file), "--one", stage]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found[size] |= json.loads(done.stdout)
+            print(size, found[size], flush=True)
+            file.unlink()
+    if args.json:
+        args.json.write_text(json.dumps({"machine": describe(), "queries": QUERIES, "k": K, "sizes": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

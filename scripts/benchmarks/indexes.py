@@ -1,0 +1,200 @@
+"""Kinds of FAISS index beside the peers' setting, on real keys: time a query, probability mass found, perplexity.
+
+    .venv/bin/python scripts/benchmarks/indexes.py STORE --eval-text held-out.jsonl --json indexes.json
+
+All kinds share the lists that are learnt once, so that they differ in codes only. FAISS proposes and exact distances
+decide, as in `knnlm`; the peers' setting (knn-transformers) takes FAISS's distances as they are.
+
+Legend: N keys, Q queries, K neighbours, D dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from machine import describe
+from numpy.typing import NDArray
+
+from index.metric import Metric
+from index.neighbors import Neighbors
+from index.rerank import rerank
+from index.source import VectorSource
+from index.spec import choose_lists, parse_spec
+from knnlm.config import TextConfig
+from knnlm.corpus import read_documents, tokenize
+from knnlm.datastore import Datastore
+from knnlm.evaluation import open_queries
+from knnlm.lm import load_model
+from knnlm.plan import window_config
+from knnlm.probability import Mix, Search, fit, knn_log_probs, mix, neighbor_weights
+from knnlm.search import open_searcher
+from knnlm.windows import take_slices
+
+K = 1024
+# What follows `IVF…,`; PQ and fast-scan codes have D/4 sub-vectors, so 64 of 256 dimensions.
+CODES = ("Flat", "SQfp16", "SQ8", "SQ4", "PQ{m}", "PQ{m}x4fs", "PQ{m2}x4fs", "RaBitQ", "RaBitQfs", "SQ6")
+WITH_GRAPH = ("PQ{m}x4fs",)
+PROBES = (8, 16, 32, 64, 128, 256)
+OVERFETCH = (1.0, 1.5, 2.0, 3.0)
+# knn-transformers, whatever the number of keys.
+PEER = ("IVF4096,PQ64", 32)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One setting of one kind."""
+
+    kind: str
+    nprobe: int
+    overfetch: float
+    milliseconds: float
+    """A query, of all searched together: the median of the rounds."""
+    recall: float
+    mass: float
+    """Share of the weight of the exact K nearest that the neighbours found have, at the fitted temperature."""
+    perplexity: float
+    bytes_per_key: float
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Queries, and what exact search gives them."""
+
+    queries_QD: NDArray[np.float32]
+    targets_Q: NDArray[np.int32]
+    lm_Q: NDArray[np.float64]
+    values_N: NDArray[np.int32]
+    exact: Neighbors
+    mix: Mix
+
+    def judge(self, found: Neighbors) -> tuple[float, float, float]:
+        """Recall, mass and perplexity."""
+        radius_Q1 = self.exact.distances_QK[:, -1:] * (1 + 1e-6)
+        recall = float(np.mean((found.distances_QK <= radius_Q1) & (found.ids_QK >= 0)))
+        nearest_Q1 = self.exact.distances_QK[:, :1].astype(np.float64)
+        weights_QK = np.exp((nearest_Q1 - found.distances_QK) / self.mix.temperature)
+        mass = float(
+            np.mean(weights_QK.sum(1) / neighbor_weights(self.exact.distances_QK, self.mix.temperature).sum(1))
+        )
+        return recall, mass, self.perplexity(found)
+
+    def perplexity(self, found: Neighbors) -> float:
+        hits_QK = (self.values_N[found.ids_QK] == self.targets_Q[:, None]) & (found.ids_QK >= 0)
+        search = Search(found.distances_QK, hits_QK)
+        return float(np.exp(-mix(self.lm_Q, knn_log_probs(search, K, self.mix.temperature), self.mix.lam).mean()))
+
+
+def truth(store: Datastore, held_out: Path, queries: int) -> tuple[Truth, VectorSource, float]:
+    """Queries of held-out text, and the seconds of exact search."""
+    lm, (layer,) = load_model(store.manifest.fingerprint["model"], dtype="float32"), store.layers
+    docs = take_slices(tokenize(read_documents([held_out]), lm.encode), queries, seed=0)
+    with open_queries(lm, docs, window_config(lm, TextConfig()), [layer]) as opened:
+        keys = store.keys(layer)
+        queries_QD = keys.prepare_queries(opened.vectors(layer), "l2")
+        searcher = open_searcher(store, layer, "l2", exact=True)
+        begun = time.perf_counter()
+        exact = searcher.index.search(queries_QD, K)
+        seconds = time.perf_counter() - begun
+        hits_QK = store.values[exact.ids_QK] == opened.targets_Q[:, None]
+        fitted = fit(Search(exact.distances_QK, hits_QK), opened.lm_Q)
+        return Truth(queries_QD, opened.targets_Q, opened.lm_Q, store.values, exact, fitted), keys, seconds
+
+
+def centroids(keys_ND: NDArray[np.float32], lists: int) -> NDArray[np.float32]:
+    """Lists learnt as `index.build` has FAISS learn them."""
+    rng = np.random.default_rng(0)
+    points = parse_spec(f"IVF{lists},Flat").training_points(len(keys_ND), keys_ND.shape[1])
+    means = faiss.Kmeans(keys_ND.shape[1], lists, niter=10, seed=1, min_points_per_centroid=1)
+    means.train(keys_ND[np.sort(rng.choice(len(keys_ND), points, replace=False))])
+    return np.asarray(means.centroids)
+
+
+def built(spec: str, keys_ND: NDArray[np.float32], means_LD: NDArray[np.float32]) -> Any:  # noqa: ANN401
+    """A FAISS index with lists that are given."""
+    index = faiss.index_factory(keys_ND.shape[1], spec)
+    lists = faiss.extract_index_ivf(index)
+    lists.quantizer.train(means_LD)
+    lists.quantizer.add(means_LD)
+    index.train(keys_ND[:: max(1, len(keys_ND) // 65_536)])
+    index.add(keys_ND)
+    return index
+
+
+def settings_of(kind: str, index: Any, truth: Truth, source: VectorSource, rounds: int) -> Iterator[Found]:  # noqa: ANN401
+    size = len(faiss.serialize_index(index)) / index.ntotal
+    for nprobe in PROBES:
+        faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+        best = 0.0
+        for overfetch in OVERFETCH:
+            times = []
+            for _ in range(rounds):
+                begun = time.perf_counter()
+                ids_QC = np.asarray(index.search(truth.queries_QD, int(overfetch * K) + 16)[1], np.int64)
+                found = rerank(truth.queries_QD, np.sort(ids_QC, axis=1), source, Metric.L2, K)
+                times.append(time.perf_counter() - begun)
+            recall, mass, perplexity = truth.judge(found)
+            milliseconds = 1000 * float(np.median(times)) / len(truth.queries_QD)
+            yield Found(kind, nprobe, overfetch, milliseconds, recall, mass, perplexity, size)
+            if recall - best < 0.002:
+                break
+            best = recall
+
+
+def peer(index: Any, truth: Truth, source: VectorSource, rounds: int) -> Found:  # noqa: ANN401
+    """FAISS's own distances from codes, nothing computed again."""
+    kind, nprobe = PEER
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
+    times = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        distances_QK, ids_QK = index.search(truth.queries_QD, K)
+        times.append(time.perf_counter() - begun)
+    found = Neighbors(distances_QK, ids_QK)
+    true = truth.judge(rerank(truth.queries_QD, ids_QK, source, Metric.L2, K))
+    milliseconds = 1000 * float(np.median(times)) / len(truth.queries_QD)
+    size = len(faiss.serialize_index(index)) / index.ntotal
+    return Found(f"peers: {kind}", nprobe, 1.0, milliseconds, true[0], true[1], truth.perplexity(found), size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--eval-text", type=Path, required=True)
+    parser.add_argument("--queries", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    store = Datastore.open(args.store)
+    real, source, seconds = truth(store, args.eval_text, args.queries)
+    keys_ND, dim = source.read(0, len(source)), source.dim
+    lists = choose_lists(len(source), dim, 8 << 30)
+    fill = {"m": dim // 4, "m2": dim // 2}
+    found = [Found("exact", 0, 1, 1000 * seconds / args.queries, 1.0, 1.0, real.perplexity(real.exact), 0.0)]
+
+    def keep() -> None:
+        about = {"keys": len(source), "dim": dim, "lists": lists, "mix": asdict(real.mix), "machine": describe()}
+        args.json.write_text(json.dumps(about | {"found": [asdict(one) for one in found]}, indent=1), encoding="utf-8")
+
+    means_LD = centroids(keys_ND, lists)
+    for spec in [f"IVF{lists},{c}" for c in CODES] + [f"IVF{lists}_HNSW32,{c}" for c in WITH_GRAPH]:
+        kind = spec.format(**fill)
+        begun = time.perf_counter()
+        index = built(kind, keys_ND, means_LD)
+        print(f"{kind}: built in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+        if kind.endswith(f"PQ{dim // 4}") and lists == 4096:
+            found.append(peer(index, real, source, args.rounds))
+        found += settings_of(kind, index, real, source, args.rounds)
+        keep()
+
+
+if __name__ == "__main__":
+    main()
