@@ -16,22 +16,30 @@ if TYPE_CHECKING:
     from knnlm.serving.text import Writer
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="Text to go on with; may be repeated. Else standard input.")
+]
+Length = Annotated[int, typer.Option("--max-new-tokens", help="Of each prompt's continuation.")]
+Sharpness = Annotated[
+    float | None,
+    typer.Option("--temperature-lm", help="Draw tokens, below 1 more of the likely ones; else the likeliest."),
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")
+]
+Stream = Annotated[bool, typer.Option("--stream", help="Show the text while it is generated.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")]
+
+
 def generate(
     store: options.Store,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Text to go on with; may be repeated. Else standard input.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Of each prompt's continuation.")] = 64,
-    temperature_lm: Annotated[
-        float | None,
-        typer.Option("--temperature-lm", help="Draw tokens, below 1 more of the likely ones; else the likeliest."),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")
-    ] = None,
+    prompt: Prompts = None,
+    max_new_tokens: Length = 64,
+    temperature_lm: Sharpness = None,
+    top_p: TopP = None,
     seed: options.Seed = 0,
-    stream: Annotated[bool, typer.Option("--stream", help="Show the text while it is generated.")] = False,
-    layer: Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")] = None,
+    stream: Stream = False,
+    layer: Layer = None,
     k: options.K = None,
     temperature: options.Temperature = None,
     lam: options.Lambda = None,
