@@ -16,7 +16,7 @@ from tests.source_files import ROOT, imports, modules, syntax, tracked_files
 # A module of knnlm/ sees modules of its own line and of the lines above it, never of those below.
 LEVELS = (
     {"version", "errors", "names"},
-    {"config", "results", "progress", "storage", "places", "npy", "half", "textfiles", "parquet"},
+    {"config", "results", "progress", "storage", "places", "npy", "half", "memory", "textfiles", "parquet"},
     {"layers", "head", "hardware", "encoding", "fingerprint", "training.push_away"},
     {"windows", "corpus", "overlap", "statistics", "probability"},
     {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},

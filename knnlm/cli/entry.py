@@ -68,6 +68,9 @@ def main() -> None:
     """Run the command line: exit status 0, 2 with one line for expected errors, 130 for Ctrl-C."""
     from index.errors import VectorIndexError
     from knnlm.errors import KNNLMError
+    from knnlm.memory import keep_freed_memory
+
+    keep_freed_memory()
 
     # Both are read when transformers is imported. Tokenizers warn about forks that are never made here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -27,6 +27,8 @@ from ratios import Row
 from rich.console import Console
 from rich.table import Table
 
+from knnlm.memory import keep_freed_memory
+
 DEMO = Path(__file__).parent.parent / "demo_data"
 
 
@@ -42,7 +44,7 @@ class Size:
     searched: int
 
 
-FULL = Size(tokens=50_000, rounds=5, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
+FULL = Size(tokens=12_000, rounds=5, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
 QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=10_000, searched=60_000)
 
 
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--keys", nargs="*", type=Path, default=[], help=".npy files of keys, for exact search")
     parser.add_argument("--json", type=Path, help="a file to write")
     args = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     about = machine.describe()
     every = groups(args, QUICK if args.quick else FULL, about["gflops"]["float32"])
     unknown = set(args.only or ()) - set(every)
@@ -105,9 +108,9 @@ def main() -> None:
         for row in every[name]():
             rows.append(row)
             print(f"{time.perf_counter() - begun:.0f} s: {row.stage}: {row.median:.2f}", file=sys.stderr, flush=True)
+            if args.json:  # after each line, as a benchmark that is stopped has measured something too
+                args.json.write_text(json.dumps(document(rows, about), indent=1), encoding="utf-8")
     show(rows, about, Console(width=None if sys.stdout.isatty() else 160))
-    if args.json:
-        args.json.write_text(json.dumps(document(rows, about), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from knnlm.corpus import read_documents, tokenize
 from knnlm.datastore import DatastoreWriter
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel, load_model
+from knnlm.memory import keep_freed_memory
 from knnlm.plan import window_config
 from knnlm.scoring import LayerScorer
 from knnlm.windows import TokenDocument
@@ -90,6 +91,7 @@ def main() -> None:
     """Print the peaks."""
     args = parse_arguments()
     lm = load_model(args.model)
+    keep_freed_memory()  # as the command line does
     if args.one_pass:
         one_pass(lm, args)
         return
