@@ -6,7 +6,6 @@ For a million keys of 256 dimensions NumPy takes 2.5 s to float16 and 0.4 s back
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -17,6 +16,8 @@ _EXPONENTS = np.float32(2.0**112)
 
 def to_float16(numbers: NDArray[np.float32]) -> NDArray[np.float16]:
     """Rounded to the nearest; beyond `FLOAT16_MAX`, infinite. A new array."""
+    import torch  # here: who only reads a datastore, such as `knnlm info`, does not wait a second for it
+
     halves: NDArray[np.float16] = torch.from_numpy(numbers).half().numpy()
     return halves
 

@@ -159,7 +159,11 @@ def test_loaded_by_sees_a_heavy_library():
 
 
 @pytest.mark.parametrize(
-    "module", ["knnlm", "index", "knnlm.report.data", "knnlm.errors", "knnlm.config", "knnlm.places", "knnlm.results"]
+    "module",
+    [
+        *("knnlm", "index", "knnlm.report.data", "knnlm.errors", "knnlm.config", "knnlm.places", "knnlm.results"),
+        "knnlm.datastore",
+    ],
 )
 def test_import_loads_nothing_heavy(module):
     assert loaded_by(f"import {module}") == set()
