@@ -30,6 +30,12 @@ def _whole(name: str, value: object, *, least: int) -> None:
         raise InputError(f"{name} is {value}, but must be a whole number of at least {least}")
 
 
+def check_seed(seed: int) -> None:
+    """:raises InputError: NumPy and torch do not both take it."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"--seed is {seed}, but must be from 0 to {LARGEST_SEED}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """How text becomes windows of tokens (design.md, section 6)."""
@@ -140,8 +146,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _positive("disk-budget", self.disk_budget)
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"--seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
+        check_seed(self.seed)
         if self.key_dtype not in KEY_BYTES:
             raise InputError(f"--key-dtype is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")
 
@@ -208,5 +213,4 @@ class TrainConfig:
             raise InputError(f"--dtype is {self.dtype!r}, but training takes auto, float32 or bfloat16")
         if self.push_away.between_domains and self.batch_size % 2:
             raise InputError(f"--batch-size is {self.batch_size}, but has to be even: half of it is --other-text")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"--seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
+        check_seed(self.seed)

@@ -99,7 +99,6 @@ def correlate(
     if report is not None:
         from knnlm.report.correlate import write_correlate
 
-        report.mkdir(parents=True, exist_ok=True)
         screen.say(f"Report: {write_correlate(document, report)}")
 
 

@@ -73,7 +73,6 @@ def rank_models(
         screen.say(regret_words(document))
     screen.result(document)
     if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
         screen.say(f"Report: {write_rank_models(document, report)}")
 
 

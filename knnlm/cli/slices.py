@@ -95,7 +95,6 @@ def slices(
     if report is not None:
         from knnlm.report.slices import write_slices
 
-        report.mkdir(parents=True, exist_ok=True)
         screen.say(f"Report: {write_slices(document, report)}")
 
 

@@ -102,7 +102,6 @@ def train(
     if report is not None:
         from knnlm.report.train import write_train
 
-        report.mkdir(parents=True, exist_ok=True)
         screen.say(f"Report: {write_train(document, report)}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.config import LARGEST_SEED
+from knnlm.config import check_seed
 from knnlm.corpus import Document, read_documents, tokenize
 from knnlm.correlate.clusters import ClusterDistances, ContextSums, check_kmeans, kmeans_distances, shared_continuations
 from knnlm.correlate.measure import SegmentValues, measure_segments
@@ -114,8 +114,7 @@ class CorrelateConfig:
         if self.score not in SEGMENT_SCORES:
             names = ", ".join(dict.fromkeys(kind.short for kind in SEGMENT_SCORES.values()))
             raise InputError(f"--score is {self.score!r}, but a segment has {names}")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"--seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -222,21 +222,23 @@ def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
     values += [data.lm_perplexity] if data.lm_perplexity else []
     low, high = min(values), max(values)
     # A few hopeless layers must not press the good ones flat.
-    scale: Figure = {}
-    if high > 4 * low > 0:
-        ticks = ticks_125(low, high)
-        scale = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    if scale := log_where_wide(low, high):
         low, high = math.log10(low), math.log10(high)
     room = (high - low) or 1.0
     return {"title": {"text": "perplexity"}, "range": [low - 0.1 * room, high + 0.14 * room]} | scale
 
 
-def ticks_125(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten around low to high; plotly itself would label 50 as 5."""
+def log_where_wide(low: float, high: float) -> Figure:
+    """A logarithmic axis where figures are of several orders, so that one bad figure does not press the others flat."""
+    return log_scale(low, high) if high > 4 * low > 0 else {}
+
+
+def log_scale(low: float, high: float) -> Figure:
+    """A logarithmic axis with labels at 1, 2 and 5 times powers of ten; plotly itself would label 50 as 5."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    return [
-        digit * 10.0**decade for decade in decades for digit in (1, 2, 5) if low / 2 <= digit * 10.0**decade <= 2 * high
-    ]
+    places = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    ticks = [place for place in places if low / 2 <= place <= 2 * high]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:

@@ -9,8 +9,8 @@ from typing import Any
 
 from knnlm.names import short_names
 from knnlm.report import numbers
-from knnlm.report.charts import GRID, INK, MUTED, SYMBOLS, Chart, Figure, Trace, base_layout, colour, ticks_125
-from knnlm.report.page import Lines, Page, Table, render_page, write_page
+from knnlm.report.charts import GRID, INK, MUTED, SYMBOLS, Chart, Figure, Trace, base_layout, colour, log_scale
+from knnlm.report.page import Page, Table, render_page, settings_lines, steps, write_page
 from knnlm.results import SCORES
 
 Study = Mapping[str, Any]
@@ -35,7 +35,7 @@ _HEADS = (
 
 
 def write_correlate(document: Study, folder: str | Path) -> Path:
-    """Write correlate.json and correlate.html into a folder that exists; gives the latter.
+    """Write correlate.json and correlate.html into a folder; gives the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -62,17 +62,12 @@ def render_correlate(document: Study) -> str:
         charts=charts,
         tables=[_table(studies), *_cluster_tables(same_length)],
         lists=[
-            _steps("As in the released code of arXiv 2506.24106", document["protocol"]["released"]),
-            _steps("What was ours", document["protocol"]["ours"]),
-            Lines("Settings", [f"{name}: {value}" for name, value in document["settings"].items()]),
+            steps("As in the released code of arXiv 2506.24106", document["protocol"]["released"]),
+            steps("What was ours", document["protocol"]["ours"]),
+            settings_lines(document["settings"]),
         ],
     )
     return render_page(page)
-
-
-def _steps(title: str, sentences: Sequence[str]) -> Lines:
-    """Sentences of the protocol, which name options and fields in Markdown."""
-    return Lines(title, [sentence.replace("`", "") for sentence in sentences])
 
 
 def _headline(study: Study) -> str:
@@ -131,14 +126,7 @@ def _points(points: Sequence[Sequence[float]], name: str, marker: Figure) -> Tra
 
 def _log_axis(points: Sequence[Sequence[float]]) -> Figure:
     values = [x for x, _ in points]
-    ticks = ticks_125(min(values), max(values))
-    return {
-        "title": {"text": "perplexity"},
-        "type": "log",
-        "tickvals": ticks,
-        "ticktext": [f"{tick:g}" for tick in ticks],
-        "gridcolor": GRID,
-    }
+    return {"title": {"text": "perplexity"}, "gridcolor": GRID} | log_scale(min(values), max(values))
 
 
 def _depth_chart(studies: Sequence[Study], kind: str) -> Chart:

@@ -45,12 +45,23 @@ class Page:
     lists: Sequence[Lines] = ()
 
 
+def steps(title: str, sentences: Sequence[str]) -> Lines:
+    """Sentences of a protocol, which name options and fields in Markdown."""
+    return Lines(title, [sentence.replace("`", "") for sentence in sentences])
+
+
+def settings_lines(settings: Mapping[str, Any]) -> Lines:
+    """What a command was run with."""
+    return Lines("Settings", [f"{name}: {value}" for name, value in settings.items()])
+
+
 def write_page(name: str, document: Mapping[str, Any], html: str, folder: str | Path) -> Path:
-    """Write NAME.json and NAME.html into a folder that exists; gives the latter.
+    """Write NAME.json and NAME.html into a folder, which is made where it is missing; gives the latter.
 
     :raises OSError: a file cannot be written.
     """
     page = Path(folder) / f"{name}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_document(document, page.with_suffix(".json"))
     write_text(page, html)
     return page

@@ -9,8 +9,8 @@ from typing import Any
 
 from knnlm.names import short_names
 from knnlm.report import numbers
-from knnlm.report.charts import Chart, Figure, Trace, base_layout, colour, ticks_125
-from knnlm.report.page import Lines, Page, Table, render_page, write_page
+from knnlm.report.charts import Chart, Trace, base_layout, colour, log_where_wide
+from knnlm.report.page import Lines, Page, Table, render_page, settings_lines, steps, write_page
 
 Document = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ _LOOK = {"color": colour("ffn_input"), "size": 10}
 
 
 def write_rank_models(document: Document, folder: str | Path) -> Path:
-    """Write rank-models.json and rank-models.html into a folder that exists; gives the latter.
+    """Write rank-models.json and rank-models.html into a folder; gives the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -40,9 +40,9 @@ def render_rank_models(document: Document) -> str:
         tables=[_table(models, names)],
         lists=[
             *_token_lists(document["tokens"]),
-            Lines("As in arXiv 2506.24106", protocol["released"]),
-            Lines("What was ours", [sentence.replace("`", "") for sentence in protocol["ours"]]),
-            Lines("Settings", [f"{name}: {value}" for name, value in document["settings"].items()]),
+            steps("As in arXiv 2506.24106", protocol["released"]),
+            steps("What was ours", protocol["ours"]),
+            settings_lines(document["settings"]),
         ],
     )
     return render_page(page)
@@ -92,17 +92,9 @@ def _measured_chart(document: Document, names: Sequence[str]) -> Chart:
     }
     direction = "rise" if document["higher_is_better"] else "fall"
     caption = f"Where a large gap goes with a good figure, points {direction} from left to right. {_spearman(document)}"
-    layout = base_layout(_measured_axis(trace["x"]), {"title": {"text": "dispersion gap"}})
+    axis = {"title": {"text": "measured"}} | log_where_wide(min(trace["x"]), max(trace["x"]))
+    layout = base_layout(axis, {"title": {"text": "dispersion gap"}})
     return Chart("measured", "Gap against what was measured", caption, {"data": [trace], "layout": layout})
-
-
-def _measured_axis(values: Sequence[float]) -> Figure:
-    """Of logarithms where figures are of several orders, so that one bad model does not press the others together."""
-    axis: Figure = {"title": {"text": "measured"}}
-    if not max(values) > 4 * min(values) > 0:
-        return axis
-    ticks = ticks_125(min(values), max(values))
-    return axis | {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _spearman(document: Document) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from knnlm.report import numbers
 from knnlm.report.charts import MUTED, Chart, Figure, Trace, base_layout, colour
-from knnlm.report.page import Lines, Page, Table, render_page, write_page
+from knnlm.report.page import Lines, Page, Table, render_page, settings_lines, write_page
 
 Set = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ _FINDERS = (
 
 
 def write_slices(document: Set, folder: str | Path) -> Path:
-    """Write slices.json and slices.html into a folder that exists; gives the latter.
+    """Write slices.json and slices.html into a folder; gives the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -49,7 +49,7 @@ def render_slices(document: Set) -> str:
         tables=[_table(sets), *_slice_tables(sliced)],
         lists=[
             Lines("What is not known of the paper’s protocol, and was decided here", document["protocol"]["ours"]),
-            Lines("Settings", [f"{name}: {value}" for name, value in document["settings"].items()]),
+            settings_lines(document["settings"]),
         ],
     )
     return render_page(page)

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.report import numbers
-from knnlm.report.charts import Chart, Figure, Trace, base_layout, colour, ticks_125
-from knnlm.report.document import write_document
-from knnlm.report.page import Lines, Page, Table, render_page
-from knnlm.storage import write_text
+from knnlm.report.charts import Chart, Figure, Trace, base_layout, colour, log_where_wide
+from knnlm.report.page import Page, Table, render_page, settings_lines, steps, write_page
 
 Training = dict[str, Any]
 
@@ -30,14 +28,11 @@ _RAISED = {
 
 
 def write_train(document: Training, folder: str | Path) -> Path:
-    """Write train.json and train.html into a folder that exists; gives the latter.
+    """Write train.json and train.html into a folder; gives the latter.
 
     :raises OSError: a file cannot be written.
     """
-    page = Path(folder) / "train.html"
-    write_document(document, Path(folder) / "train.json")
-    write_text(page, render_train(document))
-    return page
+    return write_page("train", document, render_train(document), folder)
 
 
 def render_train(document: Training) -> str:
@@ -54,9 +49,9 @@ def render_train(document: Training) -> str:
         ],
         tables=[_table(document)],
         lists=[
-            Lines("As in arXiv 2506.24106", protocol["paper"]),
-            Lines("What was ours", protocol["ours"]),
-            Lines("Settings", [f"{name}: {value}" for name, value in settings.items()]),
+            steps("As in arXiv 2506.24106", protocol["paper"]),
+            steps("What was ours", protocol["ours"]),
+            settings_lines(settings),
         ],
     )
     return render_page(page)
@@ -102,16 +97,8 @@ def _perplexity_chart(document: Training) -> Chart:
     traces = [_line(document, name, (key, "perplexity"), numbers.perplexity) for name, key in _held_out(document)]
     values = [value for trace in traces for value in trace["y"]]
     caption = "Perplexity on held-out text, by step; lower is better."
-    layout = base_layout(_STEPS, _perplexity_axis(min(values), max(values)))
+    layout = base_layout(_STEPS, {"title": {"text": "perplexity"}} | log_where_wide(min(values), max(values)))
     return Chart("perplexity", "Perplexity", caption, {"data": traces, "layout": layout})
-
-
-def _perplexity_axis(low: float, high: float) -> Figure:
-    title = {"title": {"text": "perplexity"}}
-    if high < 4 * low:
-        return title
-    ticks = ticks_125(low, high)
-    return title | {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _dispersion_chart(document: Training) -> Chart:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.config import LARGEST_SEED
+from knnlm.config import check_seed
 from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.dispersion import dispersion, unit_rows
 from knnlm.errors import InputError
@@ -86,8 +86,7 @@ class SliceConfig:
         for name, value in (("max-segments", self.max_segments), ("tail", self.tail)):
             if value is not None and value < 1:
                 raise InputError(f"--{name} is {value}, but must be above 0")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise InputError(f"--seed is {self.seed}, but must be from 0 to {LARGEST_SEED}")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
