@@ -71,6 +71,11 @@ def at(step: int, which: str = "text", what: str = "perplexity") -> Measure:
     return lambda run: next(float(one[which][what]) for one in run["points"] if one["step"] == step)
 
 
+def after(part: str) -> Measure:
+    """Perplexity after the training, on the text of the kNN-LM: of the `lm`, or with its keys of the `layer`."""
+    return lambda run: float(run["knn"][part]["perplexity"])
+
+
 def average(study: Study, kind: str, measure: Measure) -> float:
     return statistics.fmean(values(study, kind, measure, seeds(study, kind)))
 
@@ -95,16 +100,12 @@ def on_the_way(study: Study) -> Iterator[str]:
 
 def regularizers(study: Study) -> Iterator[str]:
     """At 1,000 steps: the LM's and the kNN-LM's perplexity, and the dispersion of the key layer."""
-    measures: dict[str, Measure] = {
-        "LM": lambda run: run["knn"]["lm"]["perplexity"],
-        "kNN-LM": lambda run: run["knn"]["layer"]["perplexity"],
-    }
     yield "| loss | LM | change | kNN-LM | change | dispersion of `final_norm` | of the keys | probe |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     alone = {"short-none": "cross-entropy alone", "single-none": "the same, on the way to 2,000 steps"}
     for kind, label in (alone | ARMS).items():
         cells = []
-        for measure in measures.values():
+        for measure in (after("lm"), after("layer")):
             cells.append(f"{average(study, kind, measure):.1f}")
             cells.append(shown(change(study, kind, BASES[kind], measure)) if kind in BASES else "")
         for layer, what in (("final_norm", "dispersion"), ("3.ffn_input", "dispersion"), ("3.ffn_input", "probe")):
@@ -114,14 +115,12 @@ def regularizers(study: Study) -> Iterator[str]:
 
 def lasting(study: Study) -> Iterator[str]:
     """Whether the gain of uniformity outlives a longer training and a better learning rate."""
-    knn: Measure = lambda run: run["knn"]["layer"]["perplexity"]  # noqa: E731
-    lm: Measure = lambda run: run["knn"]["lm"]["perplexity"]  # noqa: E731
     rows = (
         ("1,000 steps at 5e-4, LM", "single-uniformity", "short-none", at(1000)),
         ("2,000 steps at 5e-4, LM", "long-uniformity", "single-none", at(2000)),
         ("1,000 steps at 2e-3, LM", "fast-uniformity", "fast-none", at(1000)),
-        ("1,000 steps at 2e-3, LM (kNN-LM's text)", "fast-uniformity", "fast-none", lm),
-        ("1,000 steps at 2e-3, kNN-LM", "fast-uniformity", "fast-none", knn),
+        ("1,000 steps at 2e-3, LM (kNN-LM's text)", "fast-uniformity", "fast-none", after("lm")),
+        ("1,000 steps at 2e-3, kNN-LM", "fast-uniformity", "fast-none", after("layer")),
     )
     yield "| setting | cross-entropy alone | with uniformity, λ = 0.1 | change (95 % interval) |"
     yield "| --- | --- | --- | --- |"
@@ -162,7 +161,7 @@ def weights(study: Study) -> Iterator[str]:
             base = study["single-none-0" if (name, weight) == ("push", "0.1") else "short-none-0"]
             cells = []
             for part in ("lm", "layer"):
-                found, without = run["knn"][part]["perplexity"], base["knn"][part]["perplexity"]
+                found, without = after(part)(run), after(part)(base)
                 cells += [f"{found:.1f}", f"{found / without - 1:+.1%}"]
             spread = run["dispersion"]["final_norm"]["dispersion"]
             yield f"| {kind} | {weight} | {' | '.join(cells)} | {spread:.3f} |"
@@ -185,8 +184,7 @@ def picture(study: Study, file: Path) -> None:
         figure.add_trace(_points([step + 20 * number for step in steps], found, label, "lines+markers"), 1, 1)
     names = [name.replace("`", "").replace(", λ = 0.1", "").replace("push-away on", "…on") for name in ARMS.values()]
     for number, (part, label) in enumerate((("lm", "LM"), ("layer", "kNN-LM"))):
-        measure: Measure = lambda run, p=part: run["knn"][p]["perplexity"]  # noqa: E731
-        found = [change(study, kind, BASES[kind], measure) for kind in ARMS]
+        found = [change(study, kind, BASES[kind], after(part)) for kind in ARMS]
         figure.add_trace(_points([at + 0.15 * number for at in range(len(found))], found, label, "markers"), 1, 2)
     figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, row=1, col=2)
     figure.add_hline(y=0, line_color="#888", line_width=1)

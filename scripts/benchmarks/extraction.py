@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ _PAIR_ROWS = 1024
 def rows(model: str, text: Sequence[Path], *, tokens: int, rounds: int) -> Iterator[Row]:
     """All lines about extraction, on so many tokens."""
     lm = load_model(model, dtype="float32")
-    docs = take_slices(tokenize(read_documents(text), lm.encode), tokens, seed=0)
+    docs = documents(lm, text, tokens)
     about = {"tokens": float(count_targets(docs))}
     yield from _one_layer(lm, docs, rounds, about)
     layers = lm.layer_names
@@ -45,6 +45,11 @@ def rows(model: str, text: Sequence[Path], *, tokens: int, rounds: int) -> Itera
     against = "output_hidden_states, LM head, NumPy, all pairs"
     yield Row("extract and score, the same layers", against, ratios, 2.0, about)
     yield _low_precision(model, docs, rounds)
+
+
+def documents(lm: LanguageModel, text: Sequence[Path], tokens: int) -> list[TokenDocument]:
+    """So many tokens, from all over the text."""
+    return take_slices(tokenize(read_documents(text), lm.encode), tokens, seed=0)
 
 
 def _one_layer(
@@ -78,7 +83,7 @@ def perplexity(lm: LanguageModel, docs: Sequence[TokenDocument]) -> float:
     return float(np.exp(-collected.lm_log_probs_N.mean()))
 
 
-def all_batches(lm: LanguageModel, docs: Sequence[TokenDocument]) -> Iterator[Batch]:
+def all_batches(lm: LanguageModel, docs: Iterable[TokenDocument]) -> Iterator[Batch]:
     config = window_config(lm, TEXT)
     return batches(windows(docs, config), TEXT.batch_tokens(config.context))
 
@@ -106,14 +111,14 @@ def truncated(lm: LanguageModel, blocks: int) -> LanguageModel:
     return short
 
 
-def extract(lm: LanguageModel, docs: Sequence[TokenDocument], layers: Sequence[str], *, score: bool = True) -> None:
+def extract(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str], *, score: bool = True) -> None:
     """Vectors of the layers, each scored and let go."""
     config = window_config(lm, TEXT)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}) if score else None
     collect(lm, docs, config, layers, scorer=scorer)
 
 
-def stored(lm: LanguageModel, docs: Sequence[TokenDocument], layers: Sequence[str]) -> None:
+def stored(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str]) -> None:
     """The same, and written to disk."""
     dims, config = {name: lm.dims[name] for name in layers}, window_config(lm, TEXT)
     with tempfile.TemporaryDirectory() as folder, DatastoreWriter(folder, dims) as writer:

@@ -17,13 +17,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from machine import describe
 from numpy.typing import NDArray
+from ratios import timed
 
 from index.build import build_index
 from index.exact import ExactIndex
@@ -31,7 +30,7 @@ from index.metric import Metric
 from index.source import ArraySource
 from index.spec import choose_lists
 
-QUERIES, K = 1024, 1024
+QUERIES, K, ROUNDS = 1024, 1024, 3
 ROWS = 1 << 16
 
 
@@ -58,32 +57,21 @@ def stages(keys_ND: NDArray[np.float16], stage: str) -> dict[str, float]:
     found = {}
     if stage == "exact":
         index = ExactIndex(source, Metric.L2)
-        found["exact search"] = timed(lambda: index.search(queries_QD, K))
+        found["exact search"], _ = timed(lambda: index.search(queries_QD, K), ROUNDS)
     else:
         spec = f"IVF{choose_lists(len(source), source.dim, 8 << 30)},{stage}"
-        begun = time.perf_counter()
-        built = build_index(source, spec, recall_target=None)
-        found["index build"] = time.perf_counter() - begun
+        found["index build"], built = timed(lambda: build_index(source, spec, recall_target=None))
         built.set_effort(32)  # type: ignore[attr-defined]
-        found["index search"] = timed(lambda: built.search(queries_QD, K))
+        found["index search"], _ = timed(lambda: built.search(queries_QD, K), ROUNDS)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return found | {f"memory, MB ({'exact search' if stage == 'exact' else 'index'})": peak}
-
-
-def timed(work: Callable[[], object], rounds: int = 3) -> float:
-    times = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return float(np.median(times))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--codes", default="Flat", help="codes of the index: IVF…,CODES")
+    parser.add_argument("--codes", help="codes of the index, IVF…,CODES; by default those of auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -97,7 +85,7 @@ def main() -> None:
             file = Path(folder, f"{size}.npy")
             enlarged(keys_ND, size, file)
             found[size] = {}
-            for stage in ("exact", args.codes):
+            for stage in ("exact", args.codes or f"PQ{keys_ND.shape[1] // 2}x4fs"):
                 command = [sys.executable, __file__, str(file), "--one", stage]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[size] |= json.loads(done.stdout)

@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+import peer
+from extraction import documents
 from machine import describe
 from numpy.typing import NDArray
+from ratios import timed
 
 from index.metric import Metric
 from index.neighbors import Neighbors
@@ -30,14 +33,12 @@ from index.rerank import rerank
 from index.source import VectorSource
 from index.spec import choose_lists, parse_spec
 from knnlm.config import TextConfig
-from knnlm.corpus import read_documents, tokenize
 from knnlm.datastore import Datastore
 from knnlm.evaluation import open_queries
 from knnlm.lm import load_model
 from knnlm.plan import window_config
 from knnlm.probability import Mix, Search, fit, knn_log_probs, mix, neighbor_weights
 from knnlm.search import open_searcher
-from knnlm.windows import take_slices
 
 K = 1024
 # What follows `IVF…,`; PQ and fast-scan codes have D/4 sub-vectors, so 64 of 256 dimensions.
@@ -45,8 +46,8 @@ CODES = ("Flat", "SQfp16", "SQ8", "SQ4", "PQ{m}", "PQ{m}x4fs", "PQ{m2}x4fs", "Ra
 WITH_GRAPH = ("PQ{m}x4fs",)
 PROBES = (8, 16, 32, 64, 128, 256)
 OVERFETCH = (1.0, 1.5, 2.0, 3.0)
-# knn-transformers, whatever the number of keys.
-PEER = ("IVF4096,PQ64", 32)
+# `nprobe` and candidates with which ours finds about as much of the weight as the peers' setting on the same lists.
+BESIDE_PEERS = (64,), (1.0, 1.25, 1.5)
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,11 @@ class Truth:
 def truth(store: Datastore, held_out: Path, queries: int) -> tuple[Truth, VectorSource, float]:
     """Queries of held-out text, and the seconds of exact search."""
     lm, (layer,) = load_model(store.manifest.fingerprint["model"], dtype="float32"), store.layers
-    docs = take_slices(tokenize(read_documents([held_out]), lm.encode), queries, seed=0)
-    with open_queries(lm, docs, window_config(lm, TextConfig()), [layer]) as opened:
+    with open_queries(lm, documents(lm, [held_out], queries), window_config(lm, TextConfig()), [layer]) as opened:
         keys = store.keys(layer)
         queries_QD = keys.prepare_queries(opened.vectors(layer), "l2")
         searcher = open_searcher(store, layer, "l2", exact=True)
-        begun = time.perf_counter()
-        exact = searcher.index.search(queries_QD, K)
-        seconds = time.perf_counter() - begun
+        seconds, exact = timed(lambda: searcher.index.search(queries_QD, K))
         hits_QK = store.values[exact.ids_QK] == opened.targets_Q[:, None]
         fitted = fit(Search(exact.distances_QK, hits_QK), opened.lm_Q)
         return Truth(queries_QD, opened.targets_Q, opened.lm_Q, store.values, exact, fitted), keys, seconds
@@ -129,40 +127,55 @@ def built(spec: str, keys_ND: NDArray[np.float32], means_LD: NDArray[np.float32]
     return index
 
 
-def settings_of(kind: str, index: Any, truth: Truth, source: VectorSource, rounds: int) -> Iterator[Found]:  # noqa: ANN401
+def settings_of(
+    kind: str,
+    index: Any,  # noqa: ANN401
+    real: Truth,
+    source: VectorSource,
+    rounds: int,
+    *,
+    probes: Sequence[int] = PROBES,
+    overfetch: Sequence[float] = OVERFETCH,
+) -> Iterator[Found]:
+    """Each `nprobe` with more candidates, as long as they bring more neighbours."""
     size = len(faiss.serialize_index(index)) / index.ntotal
-    for nprobe in PROBES:
+    for nprobe in probes:
         faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
         best = 0.0
-        for overfetch in OVERFETCH:
-            times = []
-            for _ in range(rounds):
-                begun = time.perf_counter()
-                ids_QC = np.asarray(index.search(truth.queries_QD, int(overfetch * K) + 16)[1], np.int64)
-                found = rerank(truth.queries_QD, np.sort(ids_QC, axis=1), source, Metric.L2, K)
-                times.append(time.perf_counter() - begun)
-            recall, mass, perplexity = truth.judge(found)
-            milliseconds = 1000 * float(np.median(times)) / len(truth.queries_QD)
-            yield Found(kind, nprobe, overfetch, milliseconds, recall, mass, perplexity, size)
+        for wider in overfetch:
+            seconds, found = timed(partial(_search, index, real, source, int(wider * K) + 16), rounds)
+            recall, mass, perplexity = real.judge(found)
+            milliseconds = 1000 * seconds / len(real.queries_QD)
+            yield Found(kind, nprobe, wider, milliseconds, recall, mass, perplexity, size)
             if recall - best < 0.002:
                 break
             best = recall
 
 
-def peer(index: Any, truth: Truth, source: VectorSource, rounds: int) -> Found:  # noqa: ANN401
-    """FAISS's own distances from codes, nothing computed again."""
-    kind, nprobe = PEER
-    faiss.ParameterSpace().set_index_parameter(index, "nprobe", nprobe)
-    times = []
+def _search(index: Any, real: Truth, source: VectorSource, candidates: int) -> Neighbors:  # noqa: ANN401
+    ids_QC = np.asarray(index.search(real.queries_QD, candidates)[1], np.int64)
+    return rerank(real.queries_QD, np.sort(ids_QC, axis=1), source, Metric.L2, K)
+
+
+def beside_the_peers(keys_ND: NDArray[np.float32], real: Truth, source: VectorSource, rounds: int) -> Iterator[Found]:
+    """The peers' setting, and the codes that `auto` takes on the same lists, by turns."""
+    means_LD, ours = centroids(keys_ND, peer.LISTS), f"IVF{peer.LISTS},PQ{keys_ND.shape[1] // 2}x4fs"
+    theirs_index, ours_index = (built(spec, keys_ND, means_LD) for spec in (peer.INDEX, ours))
     for _ in range(rounds):
-        begun = time.perf_counter()
-        distances_QK, ids_QK = index.search(truth.queries_QD, K)
-        times.append(time.perf_counter() - begun)
-    found = Neighbors(distances_QK, ids_QK)
-    true = truth.judge(rerank(truth.queries_QD, ids_QK, source, Metric.L2, K))
-    milliseconds = 1000 * float(np.median(times)) / len(truth.queries_QD)
+        yield _as_the_peers(theirs_index, real, source)
+        probes, overfetch = BESIDE_PEERS
+        yield from settings_of(ours, ours_index, real, source, 1, probes=probes, overfetch=overfetch)
+
+
+def _as_the_peers(index: Any, real: Truth, source: VectorSource) -> Found:  # noqa: ANN401
+    """FAISS's own distances from codes, nothing computed again; recall and mass are of what was found."""
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", peer.PROBES)
+    seconds, (distances_QK, ids_QK) = timed(lambda: index.search(real.queries_QD, K))
+    recall, mass, _ = real.judge(rerank(real.queries_QD, ids_QK, source, Metric.L2, K))
+    perplexity = real.perplexity(Neighbors(distances_QK, ids_QK))
     size = len(faiss.serialize_index(index)) / index.ntotal
-    return Found(f"peers: {kind}", nprobe, 1.0, milliseconds, true[0], true[1], truth.perplexity(found), size)
+    milliseconds = 1000 * seconds / len(real.queries_QD)
+    return Found(f"peers: {peer.INDEX}", peer.PROBES, 1.0, milliseconds, recall, mass, perplexity, size)
 
 
 def main() -> None:
@@ -178,21 +191,22 @@ def main() -> None:
     keys_ND, dim = source.read(0, len(source)), source.dim
     lists = choose_lists(len(source), dim, 8 << 30)
     fill = {"m": dim // 4, "m2": dim // 2}
-    found = [Found("exact", 0, 1, 1000 * seconds / args.queries, 1.0, 1.0, real.perplexity(real.exact), 0.0)]
+    about = {"keys": len(source), "dim": dim, "lists": lists, "mix": asdict(real.mix), "machine": describe()}
+    exact = Found("exact", 0, 1, 1000 * seconds / args.queries, 1.0, 1.0, real.perplexity(real.exact), 0.0)
+    measured: dict[str, list[Found]] = {"found": [exact], "beside_peers": []}
 
     def keep() -> None:
-        about = {"keys": len(source), "dim": dim, "lists": lists, "mix": asdict(real.mix), "machine": describe()}
-        args.json.write_text(json.dumps(about | {"found": [asdict(one) for one in found]}, indent=1), encoding="utf-8")
+        document = about | {name: [asdict(one) for one in rows] for name, rows in measured.items()}
+        args.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
+    measured["beside_peers"] += beside_the_peers(keys_ND, real, source, args.rounds)
+    keep()
     means_LD = centroids(keys_ND, lists)
     for spec in [f"IVF{lists},{c}" for c in CODES] + [f"IVF{lists}_HNSW32,{c}" for c in WITH_GRAPH]:
         kind = spec.format(**fill)
-        begun = time.perf_counter()
-        index = built(kind, keys_ND, means_LD)
-        print(f"{kind}: built in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-        if kind.endswith(f"PQ{dim // 4}") and lists == 4096:
-            found.append(peer(index, real, source, args.rounds))
-        found += settings_of(kind, index, real, source, args.rounds)
+        build_seconds, index = timed(partial(built, kind, keys_ND, means_LD))
+        print(f"{kind}: built in {build_seconds:.0f} s", file=sys.stderr, flush=True)
+        measured["found"] += settings_of(kind, index, real, source, args.rounds)
         keep()
 
 

@@ -13,35 +13,15 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from knnlm.collect import collect
-from knnlm.config import Settings
+from extraction import extract, stored
+
 from knnlm.corpus import read_documents, tokenize
-from knnlm.datastore import DatastoreWriter
 from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel, load_model
 from knnlm.memory import keep_freed_memory
-from knnlm.plan import window_config
-from knnlm.scoring import LayerScorer
-from knnlm.windows import TokenDocument
-
-DEFAULTS = Settings()
-
-
-def scored(
-    lm: LanguageModel, documents: Iterable[TokenDocument], layers: Sequence[str], folder: Path | None = None
-) -> None:
-    """The layers extracted and scored; with a folder, also stored."""
-    dims = {name: lm.dims[name] for name in layers}
-    config, scorer = window_config(lm, DEFAULTS.text), LayerScorer(dims)
-    if folder is None:
-        collect(lm, documents, config, layers, scorer=scorer)
-        return
-    with DatastoreWriter(folder, dims) as writer:
-        collect(lm, documents, config, layers, scorer=scorer, writer=writer)
-        writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
 
 
 def peak_megabytes(args: argparse.Namespace, text: Path) -> float:
@@ -55,8 +35,7 @@ def peak_megabytes(args: argparse.Namespace, text: Path) -> float:
 def one_pass(lm: LanguageModel, args: argparse.Namespace) -> None:
     """Print the peak memory of this process after one pass over the text as a stream."""
     documents = tokenize(read_documents(args.text), lm.encode)
-    with tempfile.TemporaryDirectory() as folder:
-        scored(lm, documents, select_layers(args.layers, lm.layer_names), Path(folder) if args.store else None)
+    (stored if args.store else extract)(lm, documents, select_layers(args.layers, lm.layer_names))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
@@ -89,11 +68,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Print the peaks."""
-    args = parse_arguments()
-    lm = load_model(args.model)
     keep_freed_memory()  # as the command line does
+    args = parse_arguments()
     if args.one_pass:
-        one_pass(lm, args)
+        one_pass(load_model(args.model), args)
         return
     with tempfile.TemporaryDirectory() as folder:
         for megabytes in args.megabytes:

@@ -37,9 +37,8 @@ def indexes(document: dict[str, Any], file: Path) -> None:
     for number, kind in enumerate(kinds):
         own = front([one for one in found if one["kind"] == kind], "mass")
         colour = f"hsl({360 * number // len(kinds)},65%,42%)"
-        is_peer = kind.startswith("peers")
-        look = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 14 if is_peer else 8, "color": colour}
-        label = kind if is_peer else kind.removeprefix(kinds[0].split(",")[0] + ",")
+        look = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8, "color": colour}
+        label = kind.removeprefix(kinds[0].split(",")[0] + ",")
         x = [one["milliseconds"] for one in own]
         for column, y in ((1, [max(1 - one["mass"], 1e-6) for one in own]), (2, [one["perplexity"] for one in own])):
             line = {"mode": "lines+markers", "line_color": colour, "showlegend": column == 1}

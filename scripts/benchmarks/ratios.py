@@ -6,8 +6,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 Work = Callable[[], object]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,17 @@ class Row:
 
 def seconds(work: Work) -> float:
     """Of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return timed(work)[0]
+
+
+def timed(work: Callable[[], Result], rounds: int = 1) -> tuple[float, Result]:
+    """The median of the seconds of some calls, and what the last one gave."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        result = work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), result
 
 
 def speed_ratios(ours: Work, yardstick: Work, rounds: int) -> tuple[float, ...]:
