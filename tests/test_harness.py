@@ -247,6 +247,16 @@ def test_unknown_argument_is_refused(stores) -> None:
         HarnessModel.create_from_arg_string(f"store={stores / 'gpt2'},pretrained=gpt2")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that lm-eval asks for by itself")
+@pytest.mark.parametrize("given", [{}, {"device": "cpu", "batch_size": 3}])
+def test_arguments_come_before_what_lm_eval_fills_in(given, stores) -> None:
+    from knnlm.serving.harness import HarnessModel
+
+    arguments = {"store": stores / "gpt2", "k": K, "temperature": TEMPERATURE, "lam": LAMBDA, **given}
+    made = HarnessModel.create_from_arg_obj(arguments, {"device": "cuda:0", "batch_size": 1, "max_batch_size": None})
+    assert made.device.type == "cpu" and made.batch_size == given.get("batch_size", 1)
+
+
 def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "knnlm", "lm-eval", *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)

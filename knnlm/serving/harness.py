@@ -10,7 +10,7 @@ Shapes: B batch, T time, D dimension, Q scored tokens, V vocabulary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,16 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
             batch_size=batch_size,
             max_batch_size=max_batch_size,
         )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> HarnessModel:
+        """What --model_args has comes before --device and --batch_size, which lm-eval fills in if nobody gave them."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if str(options.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            del options["device"]  # cuda:0 is lm-eval's default on every machine
+        return cls(**{**options, **arg_dict})
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """The plain LM's logits [B, T, V], which the harness normalizes; the vectors wait for `_select_cont_toks`."""
