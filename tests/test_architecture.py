@@ -31,7 +31,7 @@ LEVELS = (
     },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts", "serving.text"},
+    {"parts", "serving.text", "serving.harness"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
@@ -48,12 +48,13 @@ REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", 
 PACKAGES = ("__init__", "checkpoints", "correlate", "serving", "slices", "training")
 # The command line only names the errors.
 INDEX_SEEN_BY = {"knnlm.correlate.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
-HEAVY = {"torch", "transformers", "datasets", "faiss"}
+HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval"}
 ONLY_IN = {
     "faiss": {"index/faiss_index.py"},
     "transformers": {"knnlm/lm.py", "knnlm/training/trainer.py"},  # a subclass needs its base
     "datasets": {"knnlm/corpus.py"},
     "peft": {"knnlm/training/train.py"},
+    "lm_eval": {"knnlm/serving/harness.py"},  # a subclass needs its base
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, generate, main_job, rank, slices, train
+from knnlm.cli import correlate, generate, harness, main_job, rank, slices, train
 
 app = typer.Typer(
     name="knnlm",
@@ -29,11 +29,15 @@ VERBS: dict[str, Callable[..., None]] = {
     "info": main_job.info,
     "verify": main_job.verify,
     "generate": generate.generate,
+    "lm-eval": harness.lm_eval,
     "correlate": correlate.correlate,
     "slices": slices.slices,
     "rank-models": rank.rank_models,
     "train": train.train,
 }
+
+FOREIGN = {"lm-eval": harness.AS_IT_IS}
+"""Verbs whose options are not ours."""
 
 
 def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +54,7 @@ def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 for name, verb in VERBS.items():
-    app.command(name)(_stoppable(verb))
+    app.command(name, context_settings=FOREIGN.get(name))(_stoppable(verb))
 
 TAKES_SEVERAL = ("--text", "--vectors", "--other-text", "--eval-text", "--questions", "--cloze")
 """Options that may be followed by several values."""

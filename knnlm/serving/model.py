@@ -102,6 +102,12 @@ class KNNLM:
         mixed = type(output)(**{**output, "logits": log_probs_BTV, **loss})
         return mixed.to_tuple() if as_tuple else mixed
 
+    def unmixed(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain LM's logits [B, T, V] and the layer's vectors [B, T, D], for whoever mixes a few positions only."""
+        with torch.no_grad():
+            output, vectors_BTD = self._plain.run({"input_ids": tokens_BT}, self.retrieval.layer, _Keep(0))
+        return output.logits, vectors_BTD
+
     def _sample(self, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
         """Greedy search and sampling: `forward` is told which rows are finished, and does not search for them."""
         watched = _Watched(stopping_criteria)
