@@ -1,9 +1,9 @@
 """Exact search: blocks of keys against all queries, then exact distances of what they brought.
 
-A long search prunes: most keys are ruled out by a proved bound on few of their dimensions (`index.pruning`). Where
+A long search prunes: most keys are ruled out by a proved bound in 8-bit numbers (`index.pruning`). Where
 that would not pay, every key is compared in full.
 
-Legend: N keys, Q queries, C candidates, D dimension, E dimensions of a bound.
+Legend: N keys, Q queries, C candidates, D dimension, M coordinates of a bound, P pairs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.base import VectorIndex
-from index.faiss_index import pair_distances, pairs_above, scan_block
+from index.faiss_index import pair_distances, scan_block
+from index.int8 import Codes, Matches, is_fast
 from index.neighbors import nearest
 from index.pruning import (
-    JUST_BELOW_ZERO,
     KEY_ROWS,
     QUERY_ROWS,
     SAMPLE_SHARE,
@@ -69,7 +69,7 @@ class ExactIndex(VectorIndex):
         return ids_QC
 
     def _plan(self, centred_QD: Floats, count: int) -> Plan | None:
-        if not is_worth_a_plan(len(self), len(centred_QD), self.dim):
+        if not (is_worth_a_plan(len(self), len(centred_QD), self.dim) and is_fast()):
             return None
         sample_SD = self._sample(min(len(self) // SAMPLE_SHARE, rows_in(BLOCK_BYTES, self.dim)))
         if not len(sample_SD):
@@ -101,14 +101,16 @@ class ExactIndex(VectorIndex):
 
     def _prune(self, centred_QD: Floats, count: int, plan: Plan, thresholds_Q: Floats) -> Ids:
         """The nearest keys within each query's threshold; -1 where they are fewer than wanted."""
-        queries_QE = plan.projection.queries(centred_QD, thresholds_Q)
-        gathered = Gathered(thresholds_Q, count)
+        bound, gathered = plan.bound, Gathered(thresholds_Q, count)
+        numbers_QM, offsets_Q = bound.queries(centred_QD)
+        queries = Codes(numbers_QM, bound.query_floors(offsets_Q, thresholds_Q))
+        matches = Matches(queries, KEY_ROWS)
         for first, keys_ND in self._blocks(KEY_ROWS):
-            rows_P, keys_P = pairs_above(queries_QE, plan.projection.keys(keys_ND), JUST_BELOW_ZERO)
+            rows_P, keys_P = matches.pairs(bound.keys(keys_ND))
             distances_P = pair_distances(centred_QD, rows_P, keys_ND, keys_P, self.metric)
             near_P = distances_P <= gathered.thresholds_Q[rows_P]
             fallen = gathered.add(rows_P[near_P], distances_P[near_P], keys_P[near_P] + first)
-            queries_QE[fallen] = plan.projection.queries(centred_QD[fallen], gathered.thresholds_Q[fallen])
+            queries.floors_N[fallen] = bound.query_floors(offsets_Q[fallen], gathered.thresholds_Q[fallen])
         return gathered.ids()
 
 

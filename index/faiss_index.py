@@ -56,19 +56,6 @@ def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids
     return distances_P if metric is Metric.L2 else np.negative(distances_P, out=distances_P)
 
 
-def pairs_above(queries_QD: Floats, keys_ND: Floats, bound: float) -> tuple[Ids, Ids]:
-    """Row of the query and row of the key, int64 [P], of all pairs whose inner product is above a bound, by query.
-
-    Tiles of BLAS products are compared while they are in cache; no [Q, N] table is made.
-    """
-    found = faiss.RangeSearchResult(len(queries_QD))
-    pointers = [faiss.swig_ptr(array) for array in (queries_QD, keys_ND)]
-    _faiss.range_search_inner_product(*pointers, queries_QD.shape[1], len(queries_QD), len(keys_ND), bound, found)
-    ends_Q = np.asarray(faiss.rev_swig_ptr(found.lims, len(queries_QD) + 1)).astype(np.int64)
-    keys_P = np.array(faiss.rev_swig_ptr(found.labels, int(ends_Q[-1])), np.int64)
-    return np.repeat(np.arange(len(queries_QD)), np.diff(ends_Q)), keys_P
-
-
 def kmeans(vectors_ND: Floats, clusters: int, *, seed: int) -> Ids:
     """The cluster of each unit vector, int64 [N], by spherical k-means: the cluster of the nearest mean direction."""
     settings = {"spherical": True, "min_points_per_centroid": 1, "max_points_per_centroid": len(vectors_ND)}

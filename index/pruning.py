@@ -1,61 +1,85 @@
-"""Exact search without looking at every dimension of every key: a ceiling of the inner product, and what it spares.
+"""Exact search without a full product of every pair: a ceiling of the inner product in 8-bit numbers.
 
-Keys of language models vary in few directions. R holds the directions of the keys' variance, the greatest first; of a
-vector v, v' are its first M coordinates in R and r(v) is the length of the rest. By Cauchy and Schwarz
+R holds M <= D orthonormal columns. Of a vector v, v' are its coordinates in R and r(v) is the length of what they leave
+out; v^ is v' rounded to whole numbers (codes) of steps, and e(v) the length of v' - v^. By Cauchy and Schwarz
 
-    <q, k>  <=  u(q, k) = <q', k'> + r(q) r(k),     so     |q - k|² >= |q|² + |k|² - 2 u(q, k),
+    <q, k>  <=  <q^, k^> + |q^| e(k) + e(q) |k'| + r(q) r(k),     and     |q - k|² = |q|² + |k|² - 2 <q, k>.
 
-and a key whose bound lies above a threshold is not among the nearest. All of it, the threshold of each query included,
-is one inner product of M + 3 dimensions that is compared with 0 (`Projection`).
+As 2xy <= c x² + y²/c, each of the last three terms is at most a number of the query and one of the key, which are close
+to it where c is their usual ratio. So a key is not among the nearest unless the whole-number product of the codes
+reaches a floor of the query (with the query's threshold) plus a floor of the key (`Bound`).
+
+R is that of the keys' greatest variance, turned once more so that its columns have much the same (no step then fits one
+coordinate and is coarse for the others).
 
 A threshold is a guess: the distance of the r-th nearest of a sample, with r such that k keys lie below it but once in
 ten thousand times. A query for which fewer did is searched again, by the full scan: the answer is exact in any case.
 
-Legend: N keys, S sampled keys, Q queries, D dimension, M leading coordinates, E = M + 3, P pairs of a query and a key.
+Legend: N keys, S sampled keys, Q queries, D dimension, M coordinates, P pairs of a query and a key.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.faiss_index import scan_block
+from index.int8 import MOST_OF_KEY, MOST_OF_QUERY, Codes, Matches, Split, floors, split
 from index.metric import Metric
 from index.neighbors import nearest
 
 # Sampled: one key in so many, which costs as much of a full scan.
 SAMPLE_SHARE = 32
-# What prices a way of searching: nanoseconds of one core (AVX-512), of which only the ratios matter: for each pair of
-# a query and a key, and for each pair that the bound lets through.
-DIMENSION_NS, SCORE_NS, RANK_NS = 0.019, 0.9, 1.0
+# What prices a way of searching: nanoseconds of one core (AVX-512, VNNI), of which only the ratios matter. Of a pair
+# of a query and a key, for each dimension of a float32 product and each coordinate of an 8-bit one; for each pair.
+DIMENSION_NS, CODE_NS = 0.021, 0.0048
+RANK_NS, SCORE_NS = 1.0, 0.45
+# Of each pair that the bound lets through, and for each of its dimensions.
 PAIR_NS, PAIR_DIMENSION_NS = 20.0, 0.1
+# Of each key, for each dimension, besides its rotation.
+KEY_DIMENSION_NS = 4.0
 # A plan that promises less than this is not worth its risk.
 MAX_COST = 0.85
-# Queries and keys from which a plan is made.
+# Queries and keys from which a plan is made, and the coordinates that are tried, as shares of D.
 PILOT_QUERIES, PILOT_KEYS = 128, 4096
+LEADS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+# Of fewer dimensions little can be spared (and torch 2.13 multiplies matrices of 8 bits wrongly that are 1 wide).
+LEAST_DIM = 16
 # Finding R takes some D³ steps: below so many pairs of a query and a key for each pair of dimensions it would show.
 PAIRS_PER_ELEMENT = 500
-# Queries and keys in one call: some 400 MB where every pair is above its threshold, and keys that stay in cache.
+# Queries and keys of one step: some 400 MB where every pair is above its floors, and keys that stay in cache.
 QUERY_ROWS, KEY_ROWS = 4096, 4096
-# Lets squares that float32 cannot hold (1e-38) count as ties.
-JUST_BELOW_ZERO = -1e-30
+# The codes' range in standard deviations: what lies outside is cut, which its e(v) tells.
+DEVIATIONS = 4.5
+SAFE_LENGTHS = (1e-12, 1e12)
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 
 def directions(keys_SD: Floats) -> Floats:
-    """R, float32 [D, D]: orthonormal columns, the directions of greatest variance of centred keys first."""
+    """Orthonormal columns, float32 [D, D]: the directions of greatest variance of centred keys first."""
     keys_SD = keys_SD.astype(np.float64)
     return np.ascontiguousarray(np.linalg.eigh(keys_SD.T @ keys_SD)[1][:, ::-1], np.float32)
 
 
+def spread(columns_DM: Floats) -> Floats:
+    """The same space with columns of much the same variance: random signs, then the cosine transform (DCT-II)."""
+    size = columns_DM.shape[1]
+    signs_M = np.random.default_rng(0).choice([-1.0, 1.0], size)
+    frequencies_M, places_M = np.arange(size)[:, None], np.arange(size) + 0.5
+    cosines_MM = np.cos(np.pi / size * frequencies_M * places_M) * math.sqrt(2 / size)
+    cosines_MM[0] /= math.sqrt(2)
+    return np.ascontiguousarray((columns_DM * signs_M) @ cosines_MM, np.float32)
+
+
 def is_worth_a_plan(keys: int, queries: int, dim: int) -> bool:
     """Whether a search is long enough for R, the sample and the pilot to be lost in it."""
-    return queries >= PILOT_QUERIES and keys * queries >= PAIRS_PER_ELEMENT * dim * dim
+    return dim >= LEAST_DIM and queries >= PILOT_QUERIES and keys * queries >= PAIRS_PER_ELEMENT * dim * dim
 
 
 def sample_rank(keys: int, sampled: int, count: int) -> int:
@@ -68,57 +92,93 @@ def sample_rank(keys: int, sampled: int, count: int) -> int:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """Turns vectors so that `<query_E, key_E> < 0` proves that a key is farther than the query's threshold.
-
-    L2: [2q', 2r(q), -1, threshold - |q|²] and [k', r(k), |k|², 1]; IP: [q', r(q), slack |q|, threshold] and
-    [k', r(k), |k|, 1].
+class Bound:
+    """Turns vectors into codes with floors; a pair that does not reach them is farther than the query's threshold.
 
     Rounding errs by at most about 4 D 2^-24 of |q| |k| (rotation and product; the errors of a sum of n grow as
-    sqrt(n), Higham and Mary 2019, and |k'| adds up M of them). `slack` grants more than that: (1 - slack) of both
-    squared norms, as 2 |q| |k| <= |q|² + |k|². And r comes from a difference, so that it is taken too large.
+    sqrt(n), Higham and Mary 2019). `slack` grants more than that of both squared norms, as 2 |q| |k| <= |q|² + |k|².
     """
 
     rotation_DM: Floats
     metric: Metric
+    query_step: float
+    key_step: float
+    ratios: tuple[float, float, float]
+    """c of the three terms."""
+
+    @classmethod
+    def fit(cls, queries_QD: Floats, keys_SD: Floats, rotation_DM: Floats, metric: Metric) -> Bound:
+        """Steps and ratios that suit these."""
+        query_step = _fitting_step(queries_QD, rotation_DM, MOST_OF_QUERY)
+        key_step = _fitting_step(keys_SD, rotation_DM, MOST_OF_KEY)
+        bound = cls(rotation_DM, metric, query_step, key_step, (1.0, 1.0, 1.0))
+        query, key = bound._split_queries(queries_QD), bound._split_keys(keys_SD)
+        # x of a query, y of a key: x y is closest to (c x² + y² / c) / 2 where c = y / x.
+        facing = ((query.rounded_N, key.error_N), (query.error_N, key.lead_N), (bound._rest(query), bound._rest(key)))
+        ratios = [math.sqrt((np.median(y) + 1e-30) / (np.median(x) + 1e-30)) for x, y in facing]
+        return replace(bound, ratios=(ratios[0], ratios[1], ratios[2]))
 
     @property
     def slack(self) -> float:
-        """Share of the norms by which a bound may be wrong."""
+        """Share of the squared norms by which a bound may be wrong."""
         return 8 * (len(self.rotation_DM) + 64) * 2.0**-24
 
-    def keys(self, keys_ND: Floats) -> Floats:
-        """float32 [N, E]."""
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are above no threshold
-            lead_NM, rest_N, squares_N = self._split(keys_ND)
-            norms_N: Floats = squares_N * np.float32(1 - self.slack) if self.metric is Metric.L2 else np.sqrt(squares_N)
-        return _columns(lead_NM, rest_N, norms_N, np.ones_like(rest_N))
+    def keys(self, keys_ND: Floats) -> Codes:
+        """Codes with the keys' own floors; NaN and infinity are let through."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            key, (c_1, c_2, c_3) = self._split_keys(keys_ND), self.ratios
+            terms_N = key.error_N / c_1 + key.lead_N / c_2 + self._rest(key) / c_3
+            offsets_N = self._norm_share * key.whole_N.astype(np.float64) - terms_N
+            return Codes(key.numbers_NM, floors(offsets_N / self._unit))
 
-    def queries(self, queries_QD: Floats, thresholds_Q: Floats) -> Floats:
-        """float32 [Q, E]."""
-        lead_QM, rest_Q, squares_Q = self._split(queries_QD)
-        if self.metric is Metric.IP:
-            return _columns(lead_QM, rest_Q, np.float32(self.slack) * np.sqrt(squares_Q), thresholds_Q)
-        offset_Q = thresholds_Q - squares_Q * np.float32(1 - self.slack)
-        return _columns(2 * lead_QM, 2 * rest_Q, np.full_like(rest_Q, -1), offset_Q)
+    def queries(self, queries_QD: Floats) -> tuple[NDArray[np.int8], Doubles]:
+        """Numbers int8 [Q, M], and what `query_floors` turns into floors."""
+        query, (c_1, c_2, c_3) = self._split_queries(queries_QD), self.ratios
+        terms_Q = c_1 * query.rounded_N + c_2 * query.error_N + c_3 * self._rest(query)
+        return query.numbers_NM, self._norm_share * query.whole_N.astype(np.float64) - terms_Q
 
-    def _split(self, rows_ND: Floats) -> tuple[Floats, Floats, Floats]:
-        """v', r(v) and |v|²."""
-        lead_NM = rows_ND @ self.rotation_DM
-        squares_N = np.einsum("nd,nd->n", rows_ND, rows_ND)
-        rest_N = squares_N - np.einsum("nm,nm->n", lead_NM, lead_NM)
-        return lead_NM, np.sqrt(np.maximum(rest_N, 0) + self.slack * squares_N), squares_N
+    def query_floors(self, offsets_Q: Doubles, thresholds_Q: Floats) -> NDArray[np.int32]:
+        """Of queries that look for distances up to these."""
+        weight = 1.0 if self.metric is Metric.L2 else 2.0
+        return floors((offsets_Q - weight * thresholds_Q.astype(np.float64)) / self._unit)
+
+    @property
+    def _norm_share(self) -> float:
+        return (1 if self.metric is Metric.L2 else 0) - self.slack
+
+    @property
+    def _unit(self) -> float:
+        """Of a product of codes, in 2 <q, k>."""
+        return 2 * self.query_step * self.key_step
+
+    def _split_queries(self, queries_QD: Floats) -> Split:
+        return split(queries_QD, self.rotation_DM, self.query_step, MOST_OF_QUERY)
+
+    def _split_keys(self, keys_ND: Floats) -> Split:
+        return split(keys_ND, self.rotation_DM, self.key_step, MOST_OF_KEY)
+
+    def _rest(self, part: Split) -> Floats:
+        """r(v)², which is a difference of two squares: too large rather than too small."""
+        rest_N: Floats = np.maximum(part.whole_N - part.lead_N, 0) + np.float32(self.slack) * part.whole_N
+        return rest_N
 
 
-def _columns(lead_NM: Floats, *more_N: Floats) -> Floats:
-    return np.column_stack([lead_NM, *more_N]).astype(np.float32, copy=False)
+def _fitting_step(rows_ND: Floats, rotation_DM: Floats, most: int) -> float:
+    """For coordinates of much the same variance."""
+    square = float(np.median(split(rows_ND, rotation_DM, 1.0, most).lead_N))
+    return DEVIATIONS * math.sqrt(square / rotation_DM.shape[1]) / most or 1.0
+
+
+def _is_safe(rows_ND: Floats) -> bool:
+    """Whether squares of the usual row, and of far shorter and longer ones, are numbers that float32 can hold."""
+    return SAFE_LENGTHS[0] < math.sqrt(float(np.median(np.einsum("nd,nd->n", rows_ND, rows_ND)))) < SAFE_LENGTHS[1]
 
 
 @dataclass(frozen=True)
 class Plan:
     """A search that promises to be faster than the full scan."""
 
-    projection: Projection
+    bound: Bound
     thresholds_Q: Floats
 
 
@@ -126,46 +186,33 @@ def make_plan(
     queries_QD: Floats, sample_SD: Floats, rotation_DD: Floats, metric: Metric, *, keys: int, count: int
 ) -> Plan | None:
     """Thresholds from a spread sample of the keys, and the M that costs least; None where the full scan costs less."""
-    rank = sample_rank(keys, len(sample_SD), count)
     pilot_QD = np.ascontiguousarray(queries_QD[:: max(1, len(queries_QD) // PILOT_QUERIES)])
-    pilot_SD = sample_SD[:: max(1, len(sample_SD) // PILOT_KEYS)]
-    shares = _shares(
-        pilot_QD @ rotation_DD, pilot_SD @ rotation_DD, _kth_distance(pilot_QD, sample_SD, rank, metric), metric
-    )
-    dim, queries = queries_QD.shape[1], len(queries_QD)
-    costs = {lead: _cost(lead, share, dim, queries) for lead, share in shares.items()}
-    best = min(costs, key=lambda lead: costs[lead], default=0)
-    if not best or costs[best] > MAX_COST * (DIMENSION_NS * dim + RANK_NS):
+    pilot_SD = np.ascontiguousarray(sample_SD[:: max(1, len(sample_SD) // PILOT_KEYS)])
+    if not (_is_safe(pilot_QD) and _is_safe(pilot_SD)):
         return None
-    projection = Projection(np.ascontiguousarray(rotation_DD[:, :best]), metric)
-    return Plan(projection, _kth_distance(queries_QD, sample_SD, rank, metric))
+    rank, dim = sample_rank(keys, len(sample_SD), count), queries_QD.shape[1]
+    thresholds_Q = _kth_distance(pilot_QD, sample_SD, rank, metric)
+    leads = [min(dim, 8 * math.ceil(share * dim / 8)) for share in LEADS]
+    bounds = [Bound.fit(pilot_QD, pilot_SD, spread(rotation_DD[:, :lead]), metric) for lead in leads]
+    costs = [_cost(bound, _share(bound, pilot_QD, pilot_SD, thresholds_Q), len(queries_QD)) for bound in bounds]
+    if min(costs) > MAX_COST * (DIMENSION_NS * dim + RANK_NS):
+        return None
+    return Plan(bounds[int(np.argmin(costs))], _kth_distance(queries_QD, sample_SD, rank, metric))
 
 
-def _shares(queries_QD: Floats, keys_SD: Floats, thresholds_Q: Floats, metric: Metric) -> dict[int, float]:
-    """Share of pairs that the bound lets through, for each M; the vectors are turned by R already."""
-    dim = queries_QD.shape[1]
-    step = max(8, dim // 48)
-    ceilings_QS = np.zeros((len(queries_QD), len(keys_SD)), np.float32)
-    rest_Q, rest_S = (np.einsum("nd,nd->n", rows, rows) for rows in (queries_QD, keys_SD))
-    # A pair passes where u(q, k) is at least this.
-    needed_QS = (
-        (rest_Q[:, None] + rest_S - thresholds_Q[:, None]) / 2 if metric is Metric.L2 else -thresholds_Q[:, None]
-    )
-    shares = {}
-    for lead in range(step, dim, step):
-        part_QM, part_SM = queries_QD[:, lead - step : lead], keys_SD[:, lead - step : lead]
-        ceilings_QS += part_QM @ part_SM.T
-        rest_Q = rest_Q - np.einsum("nm,nm->n", part_QM, part_QM)
-        rest_S = rest_S - np.einsum("nm,nm->n", part_SM, part_SM)
-        rests_QS = np.sqrt(np.maximum(rest_Q, 0))[:, None] * np.sqrt(np.maximum(rest_S, 0))
-        shares[lead] = float(np.mean(ceilings_QS + rests_QS >= needed_QS))
-    return shares
+def _share(bound: Bound, queries_QD: Floats, keys_SD: Floats, thresholds_Q: Floats) -> float:
+    """Share of pairs that the bound lets through."""
+    numbers_QM, offsets_Q = bound.queries(queries_QD)
+    queries = Codes(numbers_QM, bound.query_floors(offsets_Q, thresholds_Q))
+    rows_P, _ = Matches(queries, len(keys_SD)).pairs(bound.keys(keys_SD))
+    return len(rows_P) / (len(queries_QD) * len(keys_SD))
 
 
-def _cost(lead: int, share: float, dim: int, queries: int) -> float:
+def _cost(bound: Bound, share: float, queries: int) -> float:
     """Nanoseconds for each pair of a query and a key."""
-    rotation = DIMENSION_NS * lead * dim / queries
-    return DIMENSION_NS * lead + SCORE_NS + rotation + share * (PAIR_NS + PAIR_DIMENSION_NS * dim)
+    dim, lead = map(int, bound.rotation_DM.shape)
+    of_a_key = DIMENSION_NS * lead * dim + KEY_DIMENSION_NS * (dim + 2 * lead)
+    return CODE_NS * lead + SCORE_NS + of_a_key / queries + share * (PAIR_NS + PAIR_DIMENSION_NS * dim)
 
 
 def _kth_distance(queries_QD: Floats, keys_SD: Floats, k: int, metric: Metric) -> Floats:

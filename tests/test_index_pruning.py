@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from index.exact import ExactIndex
+from index.int8 import ALWAYS, GROUP, LIMIT, Codes, Matches, floors
 from index.metric import Metric
-from index.pruning import Gathered, Projection, directions, is_worth_a_plan, sample_rank
+from index.pruning import Bound, Gathered, directions, is_worth_a_plan, sample_rank, spread
 from index.source import ArraySource
 from tests.vector_oracle import all_distances, assert_exact, massive
 
@@ -37,6 +38,8 @@ def pruned(monkeypatch):
 
     monkeypatch.setattr(ExactIndex, "_prune", watched)
     monkeypatch.setattr("index.exact.is_worth_a_plan", lambda *sizes: True)
+    monkeypatch.setattr("index.exact.is_fast", lambda: True)
+    monkeypatch.setattr("index.int8.QUERY_TILE", 16)
     monkeypatch.setattr("index.pruning.MAX_COST", np.inf)
     monkeypatch.setattr("index.exact.SAMPLE_SHARE", 8)
     monkeypatch.setattr("index.exact.KEY_ROWS", 500)
@@ -69,7 +72,8 @@ def test_finds_the_nearest(metric, case, pruned):
     keys_ND = CASES[case]()
     queries_QD = np.concatenate([falling(60, seed=1), np.asarray(keys_ND[::100], np.float32)])
     found = ExactIndex(ArraySource(keys_ND), metric).search(queries_QD, 20)
-    assert pruned == [(40, DIM), (40, DIM), (10, DIM)]
+    scanned = case in ("tiny", "all equal")  # lengths whose squares float32 does not hold
+    assert pruned == ([] if scanned else [(40, DIM), (40, DIM), (10, DIM)])
     if case == "tiny":
         queries_QD = queries_QD.astype(np.float64)
     assert_exact_at_scale(found, queries_QD, np.asarray(keys_ND, np.float32), metric, 20)
@@ -124,20 +128,62 @@ def test_keys_with_infinity_are_never_found(pruned):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("lead", [1, 7, DIM])
+@pytest.mark.parametrize("lead", [2, 7, DIM])
 @pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
 def test_bound_lies_below_every_distance(metric, lead, scale):
     """No pair is ruled out by a threshold that is its own exact distance: a tie at the border stays in."""
     keys_ND, queries_QD = falling(300) * np.float32(scale), falling(40, seed=1) * np.float32(scale)
-    queries_QD[:10] = keys_ND[:10]
-    projection = Projection(directions(keys_ND)[:, :lead].copy(), metric)
+    queries_QD[:10], keys_ND[-1] = keys_ND[:10], keys_ND[-1] * 1000  # outside what the codes can hold
+    bound = Bound.fit(queries_QD, keys_ND, spread(directions(keys_ND)[:, :lead]), metric)
     truth_QN = all_distances(queries_QD, keys_ND, metric)
-    keys_NE = projection.keys(keys_ND)
-    for key in range(0, 300, 7):
-        scores_QN = projection.queries(queries_QD, truth_QN[:, key].astype(np.float32)) @ keys_NE.T
-        assert (scores_QN[:, key] > 0).all()
-        if lead == DIM:  # and where it sees everything, it rules out what is farther by a hundredth
-            assert (scores_QN < 0)[truth_QN > truth_QN[:, key, None] + 0.01 * scale**2 * 20].all()
+    numbers_QM, offsets_Q = bound.queries(queries_QD)
+    for key in (*range(0, 300, 7), 299):
+        floors_Q = bound.query_floors(offsets_Q, truth_QN[:, key].astype(np.float32))
+        passed_QN = np.zeros(truth_QN.shape, bool)
+        passed_QN[Matches(Codes(numbers_QM, floors_Q), 300).pairs(bound.keys(keys_ND))] = True
+        assert passed_QN[:, key].all()
+        if lead == DIM and key < 299:  # and where it sees everything, it rules out what is farther by a tenth
+            far_QN = truth_QN > truth_QN[:, key, None] + 0.1 * scale**2 * 20
+            assert not passed_QN[:, :299][far_QN[:, :299]].any()
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 100])
+def test_matches_are_all_pairs_that_reach_their_floors(count, monkeypatch):
+    """Also with the largest numbers, whose products saturate on some CPUs if they are larger."""
+    monkeypatch.setattr("index.int8.QUERY_TILE", 16)
+    rng = np.random.default_rng(count)
+    queries_QM = rng.choice([-127, 127], (50, 200)).astype(np.int8)
+    keys_NM = np.where(rng.random((count, 200)) < 0.5, 63, -63).astype(np.int8)
+    keys_NM[0], queries_QM[3] = 63, 127
+    query_floors, key_floors = rng.integers(-30_000, 30_000, 50), rng.integers(-30_000, 30_000, count)
+    query_floors[7], key_floors[0] = ALWAYS, LIMIT
+    products_QN = queries_QM.astype(np.int64) @ keys_NM.T.astype(np.int64)
+    wanted_QN = products_QN >= query_floors[:, None] + key_floors
+    matches = Matches(Codes(queries_QM, query_floors.astype(np.int32)), count)
+    found = matches.pairs(Codes(keys_NM, key_floors.astype(np.int32)))
+    assert sorted(zip(*found, strict=True)) == sorted(zip(*np.nonzero(wanted_QN), strict=True))
+    assert (np.diff(found[0]) >= 0).all() and GROUP > 1
+
+
+def test_floors_are_never_too_high():
+    values = np.array([1.5, -1.5, 1e300, -1e300, np.nan, np.inf, -np.inf, LIMIT + 0.5])
+    np.testing.assert_array_equal(floors(values), [1, -2, LIMIT, ALWAYS, ALWAYS, LIMIT, ALWAYS, LIMIT])
+
+
+def test_where_8_bits_are_slow_every_key_is_compared_in_full(monkeypatch):
+    monkeypatch.setattr("index.exact.is_fast", lambda: False)
+    monkeypatch.setattr(ExactIndex, "_prune", lambda *arguments: pytest.fail("pruned"))
+    keys_ND, queries_QD = falling(20_000, 128), falling(500, 128, seed=1)
+    found = ExactIndex(ArraySource(keys_ND), Metric.L2).search(queries_QD, 10)
+    assert_exact(found, queries_QD, keys_ND, Metric.L2, 10)
+
+
+def test_spread_columns_span_the_same_space_with_even_variance():
+    keys_ND = falling(2000)
+    turned_ND = keys_ND @ spread(directions(keys_ND))
+    np.testing.assert_allclose((turned_ND**2).sum(axis=1), (keys_ND**2).sum(axis=1), rtol=1e-5)
+    variances_D = (turned_ND**2).mean(axis=0)
+    assert variances_D.max() < 4 * variances_D.mean() < (keys_ND @ directions(keys_ND)[:, :1]).var() / 2
 
 
 def test_directions_are_orthonormal_and_fall():
@@ -174,6 +220,7 @@ def test_short_searches_and_flat_spectra_are_scanned(monkeypatch):
 
 
 def test_long_search_of_a_falling_spectrum_is_pruned(monkeypatch):
+    monkeypatch.setattr("index.exact.is_fast", lambda: True)
     calls = []
     prune = ExactIndex._prune
     monkeypatch.setattr(ExactIndex, "_prune", lambda *arguments: calls.append(1) or prune(*arguments))
