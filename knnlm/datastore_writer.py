@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.errors import DatastoreError, InputError, ModelError
-from knnlm.half import FLOAT16_MAX, to_float16
+from knnlm.half import FLOAT16_MAX, all_finite, to_float16
 from knnlm.manifest import KEY_DTYPES, NAME, LayerKeys, Manifest, Shard
 from knnlm.npy import NpyWriter
 from knnlm.storage import disk_error, write_json
@@ -30,6 +30,8 @@ from knnlm.version import __version__
 SHARD_BYTES = 1 << 31
 # Keys that wait for the writing thread; beyond it, extraction waits.
 PENDING_BYTES = 256 << 20
+# Files whose fsync the disk is asked for at once.
+CLOSING_THREADS = 8
 # A layer is scaled so that its first keys stay this far below the largest number of float16.
 HEADROOM = 64
 # Where all is smaller, float16 loses bits of the lesser components (subnormals begin at 6e-5): scaled up to about 1.
@@ -144,7 +146,7 @@ class DatastoreWriter:
             self._wait(-1)
             manifest = Manifest(
                 fingerprint=dict(fingerprint),
-                layers={name: writer.close() for name, writer in self._layers.items()},
+                layers=self._close_layers(),
                 count=self._values.rows,
                 values=self._values.close(),
                 documents=self._write_documents(),
@@ -207,6 +209,12 @@ class DatastoreWriter:
                 raise DatastoreError(
                     f"layer {layer} has {keys} keys, but there are {count} values; each value needs one key"
                 )
+
+    def _close_layers(self) -> dict[str, LayerKeys]:
+        """Side by side: the disk makes forty files durable in half of the time of one after the other."""
+        with ThreadPoolExecutor(CLOSING_THREADS, thread_name_prefix="knnlm-close") as threads:
+            closed = threads.map(_LayerWriter.close, self._layers.values())
+            return dict(zip(self._layers, closed, strict=True))
 
     def _write_documents(self) -> Shard:
         documents = np.frombuffer(self._documents, np.int64).reshape(-1, 4)
@@ -294,9 +302,16 @@ class _LayerWriter:
             self._check(vectors_ND, math.inf)
             self._centre, self._scale = self._frozen(vectors_ND)
         stored_ND = vectors_ND - self._centre
-        stored_ND *= np.float32(1 / self._scale)  # exact: a power of two
-        self._check(stored_ND, FLOAT16_MAX if self._dtype == np.float16 else math.inf)
-        self.shards.append(to_float16(stored_ND) if self._dtype == np.float16 else stored_ND)
+        if self._dtype == np.float32:
+            self._check(stored_ND, math.inf)
+            self.shards.append(stored_ND)
+            return
+        if self._scale != 1:
+            stored_ND *= np.float32(1 / self._scale)  # exact: a power of two
+        halves_ND = to_float16(stored_ND)
+        if not all_finite(halves_ND):
+            self._check(stored_ND, FLOAT16_MAX)
+        self.shards.append(halves_ND)
 
     def close(self) -> LayerKeys:
         assert self._centre is not None
