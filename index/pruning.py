@@ -40,16 +40,16 @@ RANK_NS, SCORE_NS = 1.0, 0.45
 # Of each pair that the bound lets through, and for each of its dimensions.
 PAIR_NS, PAIR_DIMENSION_NS = 20.0, 0.1
 # Of each key, for each dimension, besides its rotation.
-KEY_DIMENSION_NS = 4.0
+KEY_DIMENSION_NS = 0.6
 # A plan that promises less than this is not worth its risk.
 MAX_COST = 0.85
 # Queries and keys from which a plan is made, and the coordinates that are tried, as shares of D.
-PILOT_QUERIES, PILOT_KEYS = 128, 4096
-LEADS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+PILOT_QUERIES, PILOT_KEYS = 128, 2048
+LEADS = (0.25, 0.5, 0.75, 1.0)
 # Of fewer dimensions little can be spared (and torch 2.13 multiplies matrices of 8 bits wrongly that are 1 wide).
 LEAST_DIM = 16
 # Finding R takes some D³ steps: below so many pairs of a query and a key for each pair of dimensions it would show.
-PAIRS_PER_ELEMENT = 500
+PAIRS_PER_ELEMENT = 200
 # Queries and keys of one step: some 400 MB where every pair is above its floors, and keys that stay in cache.
 QUERY_ROWS, KEY_ROWS = 4096, 4096
 # The codes' range in standard deviations: what lies outside is cut, which its e(v) tells.

@@ -16,6 +16,7 @@ import numpy as np
 import peer
 from extraction import documents
 from ratios import Row, seconds, speed_ratios
+from stores import enlarged_store, small_gpt2
 
 from knnlm.collect import collect
 from knnlm.config import EvalConfig, LayerConfig, Settings, TextConfig
@@ -34,13 +35,16 @@ LAYER = "-1.ffn_input"
 def rows(
     model: str, text: Sequence[Path], held_out: Path, *, keys: Sequence[int], queries: int, rounds: int
 ) -> Iterator[Row]:
-    """All lines about evaluation; `keys` are the sizes of the datastores."""
-    lm = load_model(model, dtype="float32")
+    """All lines about evaluation; `keys` are the sizes of the datastores, of a model of GPT-2's shape."""
     with tempfile.TemporaryDirectory() as folder:
+        lm = small_gpt2(model, Path(folder, "model"))
+        layer = [name for name in lm.layer_names if name.endswith("ffn_input")][-1]
         for count in keys:
-            store = build(lm, text, Path(folder, f"{count}"), settings=settings(count, queries))
+            store = enlarged_store(lm, text, Path(folder, f"{count}"), layer, count, settings(count, queries))
             yield _beside_the_lm(lm, store, held_out, queries, rounds)
         yield _thousand_settings(lm, store, held_out, queries, rounds)
+        small = load_model(model, dtype="float32")
+        store = build(small, text, Path(folder, "small"), settings=settings(20_000, queries))
         yield _start_up(model, store.folder, held_out, rounds)
 
 
@@ -63,7 +67,9 @@ def _beside_the_lm(lm: LanguageModel, store: Datastore, held_out: Path, queries:
     )
     spec = next((str(one["spec"]) for one in store.manifest.indexes.values()), "exact")
     must = 0.8 if store.count <= 200_000 else 0.5
-    figures: dict[str, float | str] = {"keys": float(store.count), "index": spec, "queries": float(queries)}
+    lm_ms = 1e3 * seconds(lambda: collect(lm, docs, config, (), log_probs=True)) / queries
+    own_ms = 1e3 * seconds(lambda: evaluate(lm, store, [held_out], settings=every)) / queries
+    figures: dict[str, float | str] = {"index": spec, "LM, ms a token": lm_ms, "ms more": own_ms - lm_ms}
     return Row(f"evaluate with {store.count:,} keys", "the plain LM on the same text", ratios, must, figures)
 
 
@@ -76,12 +82,13 @@ def _thousand_settings(lm: LanguageModel, store: Datastore, held_out: Path, quer
         once = lambda: _search(store, opened, layer)  # noqa: E731
         with_settings = lambda: fit(_search(store, opened, layer), opened.lm_Q)  # noqa: E731
         ratios = speed_ratios(with_settings, once, rounds)
-        apart = seconds(lambda: fit(search, opened.lm_Q))
-    return Row("search and 1,188 settings of k, T, λ", "the search alone", ratios, 0.95, {"seconds of fitting": apart})
+        apart = 1e3 * seconds(lambda: fit(search, opened.lm_Q)) / queries
+    stage = f"search of {store.count:,} keys and 1,188 settings of k, T, λ"
+    return Row(stage, "the search alone", ratios, 0.95, {"fitting, ms a token": apart})
 
 
 def _search(store: Datastore, opened: Queries, layer: str) -> Search:
-    searcher = open_searcher(store, layer, "l2", exact=True)
+    searcher = open_searcher(store, layer, "l2")
     return searcher.cached(opened.vectors(layer), opened.targets_Q, peer.K)
 
 
