@@ -67,12 +67,28 @@ def nearest(distances_QC: Distances, ids_QC: Ids, k: int) -> tuple[Distances, Id
 def ordered(distances_QC: Distances, ids_QC: Ids, k: int) -> Neighbors:
     """The k nearest of the candidates, nearest first, filled up with absent ones. A NaN distance is no neighbour."""
     lost_QC = ~np.isfinite(distances_QC) | (ids_QC < 0)
-    distances_QK, ids_QK = nearest(
-        np.where(lost_QC, np.float32(np.inf), distances_QC), np.where(lost_QC, -1, ids_QC), k
-    )
-    order_QK = np.argsort(distances_QK, axis=1, kind="stable")
+    columns_QK, sorted_QK = _sorted_rows(np.where(lost_QC, np.float32(np.inf), distances_QC), k)
     found = absent(len(ids_QC), k)
-    width = order_QK.shape[1]
-    found.distances_QK[:, :width] = np.take_along_axis(distances_QK, order_QK, axis=1)
-    found.ids_QK[:, :width] = np.take_along_axis(ids_QK, order_QK, axis=1)
+    width = columns_QK.shape[1]
+    found.distances_QK[:, :width] = sorted_QK
+    found.ids_QK[:, :width] = np.where(np.isinf(sorted_QK), -1, np.take_along_axis(ids_QC, columns_QK, axis=1))
     return found
+
+
+def _sorted_rows(distances_QC: Distances, k: int) -> tuple[Ids, Distances]:
+    """Columns and distances of the k smallest of each row, ascending; of equal ones, the first column first.
+
+    Each distance and its column are one whole number of 64 bits, which NumPy sorts four times as fast as it finds the
+    order of numbers that stay where they are.
+    """
+    bits_QC = np.ascontiguousarray(distances_QC, np.float32).view(np.int32)
+    packed_QC = _in_order(bits_QC).astype(np.int64) << 32
+    packed_QC |= np.arange(distances_QC.shape[1])
+    packed_QC.sort(axis=1)
+    packed_QK = packed_QC[:, :k]
+    return packed_QK & 0xFFFFFFFF, _in_order((packed_QK >> 32).astype(np.int32)).view(np.float32)
+
+
+def _in_order(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Bits of float32 as integers of the same order, and back: those of negative numbers grow the other way."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -64,12 +64,20 @@ class _Pairs:
 def _pairs_by_key(ids_QC: Ids, keys: int) -> Iterator[_Pairs]:
     """The pairs, sorted by key, in pieces of at most so many different keys."""
     flat_P = ids_QC.reshape(-1)
-    places_P = np.argsort(flat_P, kind="stable")
-    places_P = places_P[np.searchsorted(flat_P, 0, sorter=places_P) :]
+    places_P = np.flatnonzero(flat_P >= 0)
+    places_P = places_P[_ascending(flat_P[places_P])]
     sorted_P = flat_P[places_P]
-    key_P = np.cumsum(np.diff(sorted_P, prepend=sorted_P[:1]) != 0)
-    keys_U = sorted_P[np.searchsorted(key_P, np.arange(key_P[-1] + 1))] if len(key_P) else sorted_P
+    is_new_P = np.diff(sorted_P, prepend=-1) != 0
+    keys_U, key_P = sorted_P[is_new_P], np.cumsum(is_new_P) - 1
     for start in range(0, len(keys_U), keys):
         first, last = np.searchsorted(key_P, [start, start + keys])
         places = places_P[first:last]
         yield _Pairs(keys_U[start : start + keys], key_P[first:last] - start, places // ids_QC.shape[1], places)
+
+
+def _ascending(ids_P: Ids) -> Ids:
+    """The order that sorts ids, 16 bits at a time: NumPy sorts those by counting, four times as fast as whole ids."""
+    order_P = np.argsort(ids_P.astype(np.uint16), kind="stable")
+    for shift in range(16, int(ids_P.max(initial=0)).bit_length(), 16):
+        order_P = order_P[np.argsort((ids_P >> shift).astype(np.uint16)[order_P], kind="stable")]
+    return order_P

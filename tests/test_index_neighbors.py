@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from index.errors import DimensionMismatch
 from index.neighbors import Neighbors, absent, merge, ordered, stack
+from index.rerank import _ascending
 
 INF = np.inf
 
@@ -46,3 +50,25 @@ def test_stack_puts_queries_below_each_other():
 def test_shapes_must_agree():
     with pytest.raises(DimensionMismatch, match=r"\(1, 2\).*\(1, 3\)"):
         neighbors([[1, 2]], [[1, 2, 3]])
+
+
+@given(
+    hnp.arrays(np.float32, (3, 9), elements=st.sampled_from([-2.5, -0.5, 0.0, 0.25, 1.0, 1.5, 3e38, INF, np.nan])),
+    st.integers(1, 12),
+)
+def test_ordered_sorts_as_numpy_does_and_keeps_the_order_of_ties(distances_QC, k):
+    ids_QC = np.arange(27).reshape(3, 9)
+    found = ordered(distances_QC, ids_QC, k)
+    for row in range(3):
+        there = np.flatnonzero(np.isfinite(distances_QC[row]))
+        best = there[np.argsort(distances_QC[row, there], kind="stable")][:k]
+        np.testing.assert_array_equal(found.distances_QK[row, : len(best)], distances_QC[row, best])
+        np.testing.assert_array_equal(found.ids_QK[row, : len(best)], ids_QC[row, best])
+        assert (found.ids_QK[row, len(best) :] == -1).all() and np.isinf(found.distances_QK[row, len(best) :]).all()
+
+
+@pytest.mark.parametrize("largest", [0, 5, 70_000, 2**31, 2**40])
+def test_ids_are_sorted_16_bits_at_a_time(largest):
+    ids_P = np.random.default_rng(0).integers(0, largest + 1, 1000)
+    np.testing.assert_array_equal(_ascending(ids_P), np.argsort(ids_P, kind="stable"))
+    assert len(_ascending(ids_P[:0])) == 0
