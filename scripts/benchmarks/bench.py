@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import building
 import evaluation
 import exact
 import extraction
@@ -51,6 +52,7 @@ QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=5_
 def groups(args: argparse.Namespace, size: Size, peak: float) -> Mapping[str, Callable[[], Iterator[Row]]]:
     return {
         "exact": lambda: exact.rows(args.keys, keys=size.searched, queries=size.queries, rounds=size.rounds, peak=peak),
+        "building": lambda: building.rows(args.keys, keys=size.searched, rounds=size.rounds),
         "extraction": lambda: extraction.rows(args.model, args.text, tokens=size.tokens, rounds=size.rounds),
         "evaluation": lambda: evaluation.rows(
             args.model, args.text, args.held_out, keys=size.keys, queries=size.queries, rounds=size.rounds
