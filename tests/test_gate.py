@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from index.neighbors import Neighbors
 from knnlm.probability import NEAREST, Gate, Mix, Search, fit_gate, fit_lambda, knn_log_probs, mix
+from knnlm.search import LayerSearcher
+from knnlm.serving.retrieval import Retrieval
 
 GATE = Gate(offset=2.0, distance=-0.3, different=-0.8)
 SETTING = Mix(k=16, temperature=10.0, lam=0.4, gate=GATE)
@@ -168,6 +173,27 @@ def test_no_neighbour_at_all_leaves_the_plain_lm() -> None:
     assert lambdas_Q[1] == pytest.approx(loop_lambda(nothing[1], values_QJ[1], SETTING))
     lm_Q = np.array([-1.5, -2.5])
     assert mix(lm_Q, np.array([-np.inf, -1.0]), lambdas_Q)[0] == lm_Q[0]
+
+
+def test_absent_neighbours_of_an_index_have_no_token() -> None:
+    """Their id is -1, which is a place in the values too: the last one's token would count as a different one."""
+    ids_QK, distances_QK = np.array([[0, 2, -1], [-1, -1, -1]]), np.array([[1, 2, np.inf], [np.inf] * 3], np.float32)
+    index = SimpleNamespace(search=lambda queries, k: Neighbors(distances_QK, ids_QK))
+    keys = SimpleNamespace(prepare_queries=lambda vectors, metric: vectors)
+    store = SimpleNamespace(values=np.array([5, 6, 5, 7], np.int32), keys=lambda layer: keys)
+    searcher = LayerSearcher(store, "layer", "l2", index)  # type: ignore[arg-type]
+    vectors_QD, setting = np.zeros((2, 1), np.float32), replace(SETTING, k=3)
+    search = searcher.cached(vectors_QD, np.array([5, 7], np.int32), 3)
+    np.testing.assert_array_equal(search.values_QJ, [[5, 5, -1], [-1, -1, -1]])
+    np.testing.assert_array_equal(search.hits_QK, [[True, True, False], [False] * 3])
+    expected = [loop_lambda(distances_QK[0], np.array([5, 5]), setting), 0]
+    assert setting.lambdas(search.distances_QK, search.values_QJ) == pytest.approx(expected)
+    log_probs = torch.full((2, 8), -np.log(8))
+    Retrieval(searcher, setting).mix_in(log_probs, torch.arange(2), torch.zeros(2, 1))
+    mixed = np.full((2, 8), 1 / 8)
+    mixed[0] *= 1 - expected[0]
+    mixed[0, 5] += expected[0]
+    np.testing.assert_allclose(log_probs.exp().numpy(), mixed, rtol=1e-6)
 
 
 def test_copies_and_negative_distances_have_the_distance_zero() -> None:
