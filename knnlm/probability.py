@@ -253,33 +253,34 @@ def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float
     gains_Q = knn_log_probs(search, setting.k, setting.temperature) - lm_log_probs
     inputs_Q2 = _gate_inputs(search.distances_QK, search.values_QJ, setting.k)
     means, deviations = inputs_Q2.mean(axis=0), inputs_Q2.std(axis=0)
-    # What is the same for all queries tells nothing.
-    scaled_Q2 = np.divide(inputs_Q2 - means, deviations, out=np.zeros_like(inputs_Q2), where=deviations > 0)
+    # What is the same for all queries, up to rounding, tells nothing.
+    deviations = np.where(deviations > 1e-6 * means, deviations, np.inf)
+    scaled_Q2 = (inputs_Q2 - means) / deviations
     falling = np.ones(2, np.bool_)
     while True:
         offset, *slopes = _fit_logits(np.where(falling, scaled_Q2, 0.0), gains_Q, _logit(setting.lam), prior)
         if (np.array(slopes) <= 0).all():
             break
         falling &= np.array(slopes) <= 0
-    distance, different = np.divide(slopes, deviations, out=np.zeros(2), where=deviations > 0)
+    distance, different = np.array(slopes) / deviations
     gate = Gate(float(offset - means @ (distance, different)), float(distance), float(different))
     return replace(setting, gate=gate)
 
 
-def _fit_logits(inputs_Q2: Floats, gains_Q: Floats, logit: float, prior: float, *, steps: int = 100) -> Floats:
-    """Offset and slopes by the gradient EM of mixtures (Lange 1995): Newton steps, with the curvature that the
-    likelihood would have if it were known which of the two gave each token.
+def _fit_logits(inputs_Q2: Floats, gains_Q: Floats, logit: float, prior: float, *, steps: int = 500) -> Floats:
+    """Offset and slopes by steps that never lower the likelihood: those of EM, whose logistic regression is bounded by
+    one parabola for all steps (Böhning & Lindsay 1988).
 
     :param gains_Q: log p_kNN - log p_LM of each target.
     """
     inputs_Q3 = np.column_stack([np.ones(len(inputs_Q2)), inputs_Q2])
+    curvature = inputs_Q3.T @ inputs_Q3 / 4 + prior * np.eye(3)
     found = np.zeros(3)
     for _ in range(steps):
         logits_Q = logit + inputs_Q3 @ found
-        lambdas_Q = _sigmoid(logits_Q)
-        curvature = (inputs_Q3.T * (lambdas_Q * (1 - lambdas_Q))) @ inputs_Q3 + prior * np.eye(3)
-        # _sigmoid(logits + gains): the chance that the neighbours gave the token, now that it is known.
-        step = np.linalg.solve(curvature, inputs_Q3.T @ (_sigmoid(logits_Q + gains_Q) - lambdas_Q) - prior * found)
+        # The chance that the neighbours gave the token, now that it is known, less that of before.
+        surprise_Q = _sigmoid(logits_Q + gains_Q) - _sigmoid(logits_Q)
+        step = np.linalg.solve(curvature, inputs_Q3.T @ surprise_Q - prior * found)
         found += step
         if np.abs(step).max() < 1e-6:
             break
