@@ -5,6 +5,7 @@
 Beside fixed λ: the gate of `knnlm.probability`; λ by buckets of the nearest distance (Drozdov et al. 2022; here with
 a prior, and falling), which the library does not have; both also fitted on short stretches of the tuning part; and what
 it would save, and cost, not to search where the LM is certain. A tenth of the text is held out as in `layer_study.py`.
+With `--elsewhere OTHER` also what both, as fitted on the text, are worth on another one.
 Shapes: Q queries, B buckets.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,9 @@ import torch
 from layer_study import split_text
 from numpy.typing import NDArray
 
-from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.corpus import read_documents, tokenize
+from knnlm.datastore import Datastore
 from knnlm.evaluation import Queries, open_queries
 from knnlm.layers import FINAL
 from knnlm.lm import LanguageModel, load_model
@@ -112,18 +115,32 @@ def skipped(tuning: Part, setting: Mix) -> float:
     return float(tuning.certainty_Q[order[allowed[-1]]]) if len(allowed) else np.inf
 
 
+@contextmanager
+def searched(
+    lm: LanguageModel, store: Datastore, text: Sequence[Path], tokens: int, settings: Settings
+) -> Iterator[tuple[Part, Queries]]:
+    """A text's queries, all of them searched for."""
+    documents, (layer,) = take_slices(tokenize(read_documents(text), lm.encode), tokens, seed=0), store.layers
+    with open_queries(lm, documents, window_config(lm, settings.text), [layer, FINAL]) as queries:
+        searcher, start = open_searcher(store, layer, settings.knn.metric, exact=True), time.perf_counter()
+        search = searcher.cached(queries.vectors(layer), queries.targets_Q, min(settings.knn.max_k, store.count))
+        print(f"{store.count:,} keys, {len(queries.lm_Q):,} queries in {time.perf_counter() - start:.1f} s")
+        yield Part(search, queries.lm_Q, certainties(lm, queries)), queries
+
+
 def certainties(lm: LanguageModel, queries: Queries) -> Floats:
     rows = torch.split(torch.from_numpy(queries.vectors(FINAL)), 512)
     return np.concatenate([lm.log_probs(row).max(dim=1).values.double().exp().numpy() for row in rows])
 
 
-def report(name: str, part: Part, losses_Q: Floats, base_Q: Floats, clusters_Q: NDArray[np.int64], more: str) -> None:
+def report(name: str, losses_Q: Floats, base_Q: Floats, clusters_Q: NDArray[np.int64], more: str) -> None:
     change, interval = relative_change(losses_Q, base_Q, clusters_Q)
     told = f"{change:+.2%} ({interval.low:+.2%} … {interval.high:+.2%})"
     print(f"{name:8s} {np.exp(losses_Q.mean()):8.2f} {told}, {more}", flush=True)
 
 
-def compare(whole: Part, queries: Queries) -> None:
+def compare(whole: Part, queries: Queries) -> Mix:
+    """Print the rows; gives the fitted setting back."""
     parts = queries.parts
     tuning, reporting = whole.rows(parts.tuning_Q), whole.rows(parts.reporting_Q)
     clusters_Q = parts.clusters_Q[parts.reporting_Q]
@@ -136,16 +153,26 @@ def compare(whole: Part, queries: Queries) -> None:
         seconds = time.perf_counter() - start
         few = on_stretches(tuning, reporting, rule)
         more = f"on {STRETCH} tokens {few.mean():+.2%}, at worst {few.max():+.2%}; fitted in {seconds:.3f} s"
-        report(name, reporting, reporting.losses(setting, lambdas), base_Q, clusters_Q, more)
+        report(name, reporting.losses(setting, lambdas), base_Q, clusters_Q, more)
     skip_Q = reporting.certainty_Q >= skipped(tuning, setting)
     losses_Q = np.where(skip_Q, -reporting.lm_Q, base_Q)
-    report("skip", reporting, losses_Q, base_Q, clusters_Q, f"{skip_Q.mean():.1%} of searches saved")
+    report("skip", losses_Q, base_Q, clusters_Q, f"{skip_Q.mean():.1%} of searches saved")
+    return fit_gate(tuning.search, tuning.lm_Q, setting)
+
+
+def elsewhere(part: Part, setting: Mix, clusters_Q: NDArray[np.int64]) -> None:
+    """The plain LM is what fixed λ and gate are compared with."""
+    print(f"elsewhere: LM {np.exp(-part.lm_Q.mean()):.2f}")
+    gated = part.losses(setting, lambda search: setting.lambdas(search.distances_QK, search.values_QJ))
+    for name, losses_Q in (("fixed", part.losses(setting)), ("gate", gated)):
+        report(name, losses_Q, -part.lm_Q, clusters_Q, "against the LM")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", nargs="+", type=Path, required=True)
+    parser.add_argument("--elsewhere", type=Path)
     parser.add_argument("--layer", default="-1.ffn_input")
     parser.add_argument("--metric", default="l2")
     parser.add_argument("--max-tokens", type=int, default=150_000)
@@ -153,17 +180,15 @@ def main() -> None:
     args = parser.parse_args()
     lm, knn = load_model(args.model), KNNConfig(index="exact", metric=args.metric)
     text, layers = TextConfig(max_tokens=args.max_tokens), LayerConfig(layers=args.layer)
-    settings = Settings(text=text, layers=layers, knn=knn, evaluation=EvalConfig(eval_tokens=args.eval_tokens))
+    settings = Settings(text=text, layers=layers, knn=knn)
     with tempfile.TemporaryDirectory() as folder:
         training, held_out = split_text(args.text, Path(folder))
         store = build(lm, [training], Path(folder) / "store", settings=settings)
-        documents = take_slices(tokenize(read_documents([held_out]), lm.encode), args.eval_tokens, seed=0)
-        (layer,) = store.layers
-        with open_queries(lm, documents, window_config(lm, text), [layer, FINAL]) as queries:
-            searcher, start = open_searcher(store, layer, knn.metric, exact=True), time.perf_counter()
-            search = searcher.cached(queries.vectors(layer), queries.targets_Q, min(knn.max_k, store.count))
-            print(f"{store.count:,} keys, {len(queries.lm_Q):,} queries in {time.perf_counter() - start:.1f} s")
-            compare(Part(search, queries.lm_Q, certainties(lm, queries)), queries)
+        with searched(lm, store, [held_out], args.eval_tokens, settings) as (whole, queries):
+            setting = compare(whole, queries)
+        if args.elsewhere:
+            with searched(lm, store, [args.elsewhere], args.eval_tokens, settings) as (whole, queries):
+                elsewhere(whole, setting, queries.parts.clusters_Q)
 
 
 if __name__ == "__main__":
