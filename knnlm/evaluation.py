@@ -13,7 +13,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,11 @@ from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
 from knnlm.parts import Parts, split_parts
-from knnlm.probability import LAMBDA_CURVE, Mix, Search, fit, knn_log_probs, mix
+from knnlm.probability import LAMBDA_CURVE, Mix, Search, fit, fit_gate, knn_log_probs, mix
 from knnlm.progress import Progress, Silent
 from knnlm.results import (
     SCORES,
+    ByQuery,
     Choice,
     Correlation,
     EvalResult,
@@ -81,7 +82,7 @@ class LayerOutcome:
 
     layer: str
     mix: Mix
-    """Fitted on the tuning part."""
+    """Fitted on the tuning part; with a gate where lambda was. All but `gated_losses_R` is with the fixed lambda."""
     losses_Q: Floats
     """-log p of every target, cross-fitted: tuning tokens under the setting fitted on the reporting part, all others
     under `mix`, so that no token is scored with what was fitted on it."""
@@ -90,6 +91,8 @@ class LayerOutcome:
     swapped_loss: float
     """Mean, on the reporting part, with the setting fitted there: the same for the swapped roles."""
     lambda_curve: tuple[tuple[float, float], ...]
+    gated_losses_R: Floats | None = None
+    """-log p of the reporting part's targets under the gate."""
 
 
 @contextmanager
@@ -147,15 +150,18 @@ def evaluate_layers(
 
 
 def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> LayerOutcome:
-    """Fit on each part, score the other."""
+    """Fit on each part, score the other; a gate, on the tuning part, unless lambda is given."""
     tuning, rest, lm_Q = queries.parts.tuning_Q, ~queries.parts.tuning_Q, queries.lm_Q
     mine, swapped = (
         fit(search.rows(part), lm_Q[part], k=knn.k, temperature=knn.temperature, lam=knn.lam)
         for part in (tuning, queries.parts.fitting_Q)
     )
     losses_Q, swapped_Q = _losses(search, lm_Q, mine), _losses(search, lm_Q, swapped)
+    if knn.lam is None:
+        mine = fit_gate(search.rows(tuning), lm_Q[tuning], mine)
     reporting = queries.parts.reporting_Q
-    knn_Q = knn_log_probs(search.rows(reporting), mine.k, mine.temperature)
+    reported = search.rows(reporting)
+    knn_Q = knn_log_probs(reported, mine.k, mine.temperature)
     return LayerOutcome(
         layer=layer,
         mix=mine,
@@ -163,6 +169,7 @@ def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> Lay
         tuning_loss=float(np.mean(losses_Q[tuning])),
         swapped_loss=float(np.mean(swapped_Q[queries.parts.fitting_Q])),
         lambda_curve=tuple((lam, _perplexity(-mix(lm_Q[reporting], knn_Q, lam))) for lam in LAMBDA_CURVE),
+        gated_losses_R=_gated_losses(reported, lm_Q[reporting], knn_Q, mine),
     )
 
 
@@ -172,6 +179,12 @@ def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutco
     searcher = open_searcher(store, one.layer, metric)
     search = searcher.cached(queries.vectors(one.layer)[reporting], queries.targets_Q[reporting], one.mix.k)
     return _perplexity(_losses(search, queries.lm_Q[reporting], one.mix))
+
+
+def _gated_losses(search: Search, lm_log_probs: Floats, knn: Floats, setting: Mix) -> Floats | None:
+    if setting.gate is None:
+        return None
+    return -mix(lm_log_probs, knn, setting.lambdas(search.distances_QK, search.values_QJ))
 
 
 def _losses(search: Search, lm_log_probs: Floats, setting: Mix) -> Floats:
@@ -277,7 +290,15 @@ def _layer_result(one: LayerOutcome, best: LayerOutcome, measure: _Measure, scor
         word_perplexity=figures.word_perplexity,
         lambda_curve=one.lambda_curve,
         score=score,
+        by_query=_by_query(one, measure),
     )
+
+
+def _by_query(one: LayerOutcome, measure: _Measure) -> ByQuery | None:
+    if one.mix.gate is None or one.gated_losses_R is None:
+        return None
+    change, interval = measure.change(one.gated_losses_R, one.losses_Q[measure.reporting_Q])
+    return ByQuery(_perplexity(one.gated_losses_R), change, interval, **asdict(one.mix.gate))
 
 
 def regret(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome, parts: Parts) -> Regret | None:

@@ -222,8 +222,10 @@ def _extract_beside_evaluation(
     return scored, held_out.evaluation
 
 
-def _setting(one: LayerResult) -> dict[str, float]:
-    return {"k": one.k, "lambda": one.lam, "temperature": one.temperature}
+def _setting(one: LayerResult) -> dict[str, object]:
+    moved = one.by_query
+    gate = moved and {"offset": moved.offset, "distance": moved.distance, "different": moved.different}
+    return {"k": one.k, "lambda": one.lam, "temperature": one.temperature, "gate": gate}
 
 
 def _extract(

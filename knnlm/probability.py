@@ -7,14 +7,15 @@ neighbour's value the target?). Then, in the terms of Khandelwal et al. 2020, se
     log p             = log(lambda p_kNN + (1 - lambda) p_LM)
 
 so perplexity needs one number per token, never a distribution over the vocabulary. Who generates text needs that:
-`token_shares` gives the tokens that any neighbour votes for, at most K for each query.
-Shapes: Q queries, K neighbours, T temperatures, S settings of k, M pairs of a query and a token.
+`token_shares` gives the tokens that any neighbour votes for, at most K for each query. Lambda is one number, or one for
+each query (`Gate`).
+Shapes: Q queries, K neighbours, J nearest of them, T temperatures, S settings of k, M pairs of a query and a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 # Temperatures that float32 can divide by.
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# The least and the largest lambda that is fitted: none of the two distributions is ever left out.
+_LEAST, _MOST = 1e-4, 1 - 1e-4
+# So many nearest neighbours tell a gate whether they agree on the next token.
+NEAREST = 8
 LAMBDA_CURVE = (*(round(i / 20, 2) for i in range(20)), 0.98)
 
 
@@ -32,10 +37,28 @@ class Search:
 
     distances_QK: NDArray[np.float32]
     hits_QK: NDArray[np.bool_]
+    values_QJ: NDArray[np.integer[Any]] | None = None
+    """The tokens of the `NEAREST`, -1 for an absent one: what a gate needs besides distances, and nothing else does."""
 
     def rows(self, chosen: NDArray[np.bool_]) -> Search:
         """The search of some of the queries."""
-        return Search(self.distances_QK[chosen], self.hits_QK[chosen])
+        values_QJ = None if self.values_QJ is None else self.values_QJ[chosen]
+        return Search(self.distances_QK[chosen], self.hits_QK[chosen], values_QJ)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How the logit of lambda moves with the query: the gate of a mixture of two experts (Jordan & Jacobs 1994).
+
+    Neither coefficient is above 0: lambda falls with distance and with disagreement.
+    """
+
+    offset: float
+    distance: float
+    """For each unit of the root of the nearest distance; Drozdov et al. 2022 have buckets of it."""
+    different: float
+    """For the log of the number of different tokens among the `NEAREST`, as adaptive kNN-MT (Zheng et al. 2021) counts
+    them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,20 @@ class Mix:
     k: int
     temperature: float
     lam: float
+    gate: Gate | None = None
+    """None: lambda is the same for all queries."""
+
+    def lambdas(self, distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]] | None) -> Floats:
+        """Each query's lambda, [Q]; where there is a gate, 0 for a query that nothing was found for.
+
+        :param values_QK: for a gate, each neighbour's token, -1 for an absent one; the `NEAREST` columns are enough.
+        """
+        if self.gate is None:
+            return np.full(len(distances_QK), float(self.lam))
+        slopes = np.array([self.gate.distance, self.gate.different])
+        logits_Q = _logit(self.lam) + self.gate.offset + _gate_inputs(distances_QK, values_QK, self.k) @ slopes
+        lambdas_Q = np.minimum(_sigmoid(logits_Q), _MOST)
+        return np.where(np.isfinite(distances_QK[:, 0]), lambdas_Q, 0.0)
 
 
 @dataclass(frozen=True)
@@ -108,13 +145,17 @@ def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> l
         return list(np.log(share_QS).T)
 
 
-def mix(lm_log_probs: Floats, knn: Floats, lam: float) -> Floats:
-    """log(lambda p_kNN + (1 - lambda) p_LM); lambda 0 returns the plain LM's numbers to the last bit."""
-    if lam == 0:
+def mix(lm_log_probs: Floats, knn: Floats, lam: float | Floats) -> Floats:
+    """log(lambda p_kNN + (1 - lambda) p_LM); lambda 0 returns the plain LM's numbers to the last bit.
+
+    :param lam: one for all, or one for each.
+    """
+    if np.all(lam == 0):
         return lm_log_probs
-    if lam == 1:
+    if np.all(lam == 1):
         return knn
-    mixed: Floats = np.logaddexp(knn + np.log(lam), lm_log_probs + np.log1p(-lam))
+    with np.errstate(divide="ignore"):
+        mixed: Floats = np.logaddexp(knn + np.log(lam), lm_log_probs + np.log1p(-np.asarray(lam)))
     return mixed
 
 
@@ -125,7 +166,7 @@ def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:
     """
     top = np.maximum(lm_log_probs, knn)
     a, b = np.exp(knn - top), np.exp(lm_log_probs - top)
-    low, high = 1e-4, 1 - 1e-4
+    low, high = _LEAST, _MOST
     for _ in range(steps):
         middle = (low + high) / 2
         rising = np.mean((a - b) / (middle * a + (1 - middle) * b)) > 0
@@ -195,3 +236,74 @@ def _best_over_k(
     loss, k, knn = min(options, key=lambda option: (option[0], -option[1]))
     weight = fit_lambda(lm_log_probs, knn) if lam is None else lam
     return loss, Mix(k, temperature, weight)
+
+
+# What the constant lambda is worth in the fit of a gate, in tokens: few tokens hardly move it.
+_PRIOR_TOKENS = 10.0
+
+
+def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float = _PRIOR_TOKENS) -> Mix:
+    """The setting with the gate of the highest likelihood on these queries, less prior / 2 times its squares.
+
+    The squares are of the offset and of the coefficients for inputs of mean 0 and standard deviation 1, so that a large
+    prior leaves lambda constant. A coefficient that would be above 0 is 0.
+
+    :param search: with `values_QJ`.
+    """
+    gains_Q = knn_log_probs(search, setting.k, setting.temperature) - lm_log_probs
+    inputs_Q2 = _gate_inputs(search.distances_QK, search.values_QJ, setting.k)
+    means, deviations = inputs_Q2.mean(axis=0), inputs_Q2.std(axis=0)
+    # What is the same for all queries, up to rounding, tells nothing.
+    deviations = np.where(deviations > 1e-6 * means, deviations, np.inf)
+    scaled_Q2 = (inputs_Q2 - means) / deviations
+    falling = np.ones(2, np.bool_)
+    while True:
+        offset, *slopes = _fit_logits(np.where(falling, scaled_Q2, 0.0), gains_Q, _logit(setting.lam), prior)
+        if (np.array(slopes) <= 0).all():
+            break
+        falling &= np.array(slopes) <= 0
+    distance, different = np.array(slopes) / deviations
+    gate = Gate(float(offset - means @ (distance, different)), float(distance), float(different))
+    return replace(setting, gate=gate)
+
+
+def _fit_logits(inputs_Q2: Floats, gains_Q: Floats, logit: float, prior: float, *, steps: int = 500) -> Floats:
+    """Offset and slopes by steps that never lower the likelihood: those of EM, whose logistic regression is bounded by
+    one parabola for all steps (Böhning & Lindsay 1988).
+
+    :param gains_Q: log p_kNN - log p_LM of each target.
+    """
+    inputs_Q3 = np.column_stack([np.ones(len(inputs_Q2)), inputs_Q2])
+    curvature = inputs_Q3.T @ inputs_Q3 / 4 + prior * np.eye(3)
+    found = np.zeros(3)
+    for _ in range(steps):
+        logits_Q = logit + inputs_Q3 @ found
+        # The chance that the neighbours gave the token, now that it is known, less that of before.
+        surprise_Q = _sigmoid(logits_Q + gains_Q) - _sigmoid(logits_Q)
+        step = np.linalg.solve(curvature, inputs_Q3.T @ surprise_Q - prior * found)
+        found += step
+        if np.abs(step).max() < 1e-6:
+            break
+    return found
+
+
+def _gate_inputs(distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]] | None, k: int) -> Floats:
+    """[Q, 2]: root of the nearest distance (of squared L2, L2), and log of how many tokens the nearest have.
+
+    An inner product may give a negative distance: 0 here. A query without any neighbour has 0 and 0.
+    """
+    assert values_QK is not None, "a search without its nearest values"
+    nearest_Q = np.where(np.isfinite(distances_QK[:, 0]), distances_QK[:, 0], 0)
+    values_QJ = np.sort(values_QK[:, : min(k, NEAREST)], axis=1)
+    new_QJ = np.diff(values_QJ, axis=1, prepend=-1) > 0
+    return np.column_stack([np.sqrt(np.maximum(nearest_Q, 0)), np.log(np.maximum(new_QJ.sum(axis=1), 1))])
+
+
+def _logit(lam: float) -> float:
+    with np.errstate(divide="ignore"):
+        return float(np.log(lam) - np.log1p(-lam))
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    """1 / (1 + exp(-x)) without an overflow; infinite x are allowed."""
+    return np.asarray((1 + np.tanh(logits / 2)) / 2)

@@ -138,6 +138,20 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class ByQuery:
+    """The kNN-LM of a layer with a lambda of its own for each query, beside the fixed lambda."""
+
+    perplexity: float
+    change: float
+    """Perplexity relative to that with the fixed lambda, minus 1; NaN, as its interval, where one is infinite."""
+    interval: Interval
+    offset: float
+    """With `distance` and `different`: what `knnlm.probability.Gate` adds to the logit of the fixed lambda."""
+    distance: float
+    different: float
+
+
+@dataclass(frozen=True)
 class LayerResult:
     """The kNN-LM whose keys come from one layer."""
 
@@ -159,6 +173,8 @@ class LayerResult:
     lambda_curve: tuple[tuple[float, float], ...]
     """(lambda, perplexity on the reporting part) at the fitted k and temperature."""
     score: LayerScore | None = None
+    by_query: ByQuery | None = None
+    """None where lambda was given, or an older version wrote the file."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from knnlm.config import KNNConfig, Settings
 from knnlm.datastore import Datastore
 from knnlm.errors import InputError
 from knnlm.layers import select_layers
-from knnlm.probability import Search
+from knnlm.probability import NEAREST, Search
 from knnlm.progress import Advance, ignore
 
 # Queries searched together: bounds the memory of ids and distances (12 bytes x K each) before they become hits.
@@ -47,18 +47,21 @@ class LayerSearcher:
     def cached(
         self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance = ignore
     ) -> Search:
-        """One search for all queries, kept as (distance, does the value equal the target?)."""
+        """One search for all queries, kept as (distance, does the value equal the target?) and the nearest values."""
         count = len(targets_Q)
         distances_QK = np.empty((count, k), np.float32)
         hits_QK = np.empty((count, k), np.bool_)
+        values_QJ = np.empty((count, min(k, NEAREST)), np.int32)
         values = self.store.values
         for start in range(0, count, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, count))
             found = self.neighbors(vectors_QD[rows], k)
             distances_QK[rows] = found.distances_QK
-            hits_QK[rows] = (values[found.ids_QK] == targets_Q[rows, None]) & (found.ids_QK >= 0)
+            values_QK = np.where(found.ids_QK >= 0, values[found.ids_QK], -1)
+            hits_QK[rows] = values_QK == targets_Q[rows, None]
+            values_QJ[rows] = values_QK[:, :NEAREST]
             advance(rows.stop, count)
-        return Search(distances_QK, hits_QK)
+        return Search(distances_QK, hits_QK, values_QJ)
 
 
 def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = False) -> LayerSearcher:

@@ -95,10 +95,14 @@ def _eval_cells(one: LayerResult, kinds: Sequence[ScoreKind], result: EvalResult
         value = _known(getattr(one.score, kind.name), f".{kind.digits}f") if one.score else UNKNOWN
         yield f"{value} ± {_half(one.score.interval):.3f}" if one.score and kind.name == "dispersion" else value
     yield f"{one.perplexity:.3f}"
-    yield UNKNOWN if math.isnan(one.change) else f"{one.change:+.1%} ± {_known(_half(one.interval), '.1%')}"
+    yield _change(one.change, one.interval)
     yield f"{one.k}"
     yield f"{one.lam:.3f}"
     yield f"{one.temperature:.4g}"
+
+
+def _change(value: float, interval: Interval) -> str:
+    return UNKNOWN if math.isnan(value) else f"{value:+.1%} ± {_known(_half(interval), '.1%')}"
 
 
 def _known(value: float, form: str) -> str:
@@ -131,6 +135,7 @@ def _verdict_lines(result: EvalResult) -> Iterator[Text]:
         yield Text(
             f"Regret of the choice: {told}; against the best in hindsight {result.regret.against_hindsight:+.2%}."
         )
+    yield from _by_query_lines(result)
     yield from _correlation_lines(result.correlations)
     if result.index:
         one = result.index
@@ -138,6 +143,15 @@ def _verdict_lines(result: EvalResult) -> Iterator[Text]:
         yield Text(f"Index of {one.layer}: {one.spec}, recall@{one.recall_k} {one.recall:.4f}{with_it}.")
     for warning in result.warnings:
         yield Text(f"Warning: {warning}.", style="yellow")
+
+
+def _by_query_lines(result: EvalResult) -> Iterator[Text]:
+    """Of the layer that is chosen, or best where none is."""
+    for one in result.layers:
+        moved = one.by_query
+        if moved and one.layer == (result.selected or result.best):
+            against = f"{_change(moved.change, moved.interval)} against its fixed λ"
+            yield Text(f"λ by query: {one.layer} has perplexity {moved.perplexity:.3f}, {against}.")
 
 
 def _correlation_lines(correlations: Sequence[Correlation]) -> Iterator[Text]:

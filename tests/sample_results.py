@@ -7,6 +7,7 @@ import random
 
 from knnlm.report.names import FINAL, PARTS
 from knnlm.results import (
+    ByQuery,
     Choice,
     Correlation,
     EvalResult,
@@ -95,6 +96,7 @@ def sample_layer(name: str, depth: float, rng: random.Random) -> LayerResult:
         word_perplexity=perplexity**1.32,
         lambda_curve=sample_curve(perplexity, lam),
         score=sample_score(name, depth, rng),
+        by_query=ByQuery(perplexity * 0.962, -0.038, Interval(-0.048, -0.0274), 3.82, -0.301, -1.152),
     )
 
 

@@ -12,7 +12,7 @@ from knnlm.config import KNNConfig
 from knnlm.errors import InputError
 from knnlm.evaluation import LayerOutcome, check_evaluation, outcome, regret, summarize
 from knnlm.parts import Parts
-from knnlm.probability import Mix, Search, fit, knn_log_probs, mix
+from knnlm.probability import Mix, Search, fit, fit_gate, knn_log_probs, mix
 from knnlm.results import EvalResult
 from knnlm.windows import TokenDocument
 from tests.sample_results import sample_scores
@@ -25,7 +25,8 @@ PARTS = Parts(TUNING, ~TUNING, ~TUNING, np.arange(TOKENS) // 20, True)
 def make_search(hit_share: np.ndarray, seed: int = 0) -> Search:
     rng = np.random.default_rng(seed)
     distances = np.sort(rng.gamma(2.0, 10.0, (TOKENS, 16)), axis=1).astype(np.float32)
-    return Search(distances, rng.random((TOKENS, 16)) < hit_share[:, None])
+    hits = rng.random((TOKENS, 16)) < hit_share[:, None]
+    return Search(distances, hits, np.where(hits, 1, rng.integers(2, 50, hits.shape))[:, :8])
 
 
 def losses(search: Search, lm: np.ndarray, setting: Mix) -> np.ndarray:
@@ -40,7 +41,11 @@ def test_each_part_is_scored_with_what_the_other_was_fitted_on() -> None:
     found = outcome("layer", search, queries, KNNConfig())  # type: ignore[arg-type]
     mine, swapped = fit(search.rows(TUNING), lm[TUNING]), fit(search.rows(~TUNING), lm[~TUNING])
     assert mine.lam > swapped.lam + 0.2
-    assert found.mix == mine
+    gated = fit_gate(search.rows(TUNING), lm[TUNING], mine)
+    assert found.mix == gated
+    lambdas = gated.lambdas(search.distances_QK, search.values_QJ)
+    expected = -mix(lm, knn_log_probs(search, mine.k, mine.temperature), lambdas)[~TUNING]
+    np.testing.assert_array_equal(found.gated_losses_R, expected)
     assert found.losses_Q[~TUNING] == pytest.approx(losses(search, lm, mine)[~TUNING])
     assert found.losses_Q[TUNING] == pytest.approx(losses(search, lm, swapped)[TUNING])
     assert found.tuning_loss == pytest.approx(losses(search, lm, mine)[TUNING].mean())
@@ -50,12 +55,19 @@ def test_each_part_is_scored_with_what_the_other_was_fitted_on() -> None:
 def test_what_is_reported_cannot_move_what_was_fitted() -> None:
     lm = np.log(np.random.default_rng(1).uniform(0.01, 0.5, TOKENS))
     search = make_search(np.full(TOKENS, 0.3))
-    changed = Search(search.distances_QK, np.where(TUNING[:, None], search.hits_QK, ~search.hits_QK))
+    changed = replace(search, hits_QK=np.where(TUNING[:, None], search.hits_QK, ~search.hits_QK))
     queries = SimpleNamespace(parts=PARTS, lm_Q=lm)
     first, second = (outcome("layer", one, queries, KNNConfig()) for one in (search, changed))  # type: ignore[arg-type]
     assert first.mix == second.mix
     assert first.tuning_loss == second.tuning_loss
     assert not np.allclose(first.losses_Q, second.losses_Q)
+
+
+def test_given_lambda_is_the_same_for_all_queries() -> None:
+    search, lm = make_search(np.full(TOKENS, 0.3)), np.full(TOKENS, -3.0)
+    queries = SimpleNamespace(parts=PARTS, lm_Q=lm)
+    found = outcome("layer", search, queries, KNNConfig(lam=0.3))  # type: ignore[arg-type]
+    assert (found.mix.lam, found.mix.gate, found.gated_losses_R) == (0.3, None, None)
 
 
 def hand_made(layer: str, on_tuning: float, on_rest: float, tuning_loss: float, swapped_loss: float) -> LayerOutcome:

@@ -7,6 +7,8 @@ rounding that swaps the k-th neighbour changes no number here.
 from __future__ import annotations
 
 import inspect
+import math
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ from knnlm.errors import DatastoreMismatch, InputError, ModelError
 from knnlm.evaluation import evaluate_layers, open_queries
 from knnlm.lm import LanguageModel
 from knnlm.pipeline import build, run
+from knnlm.probability import Gate, Mix
 from knnlm.serving.retrieval import open_retrieval
 from knnlm.windows import TokenDocument, WindowConfig
 from tests import oracle
@@ -44,6 +47,9 @@ KINDS = ("gpt2", "llama", "falcon", "bloom", "mixtral")
 LAYERS = ("1.ffn_output", "2.ffn_input", "final_norm")
 PROMPTS = ("the nurse counts a pulse and", "each patient", "borrows one reference before Holmes ends")
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
+NO_GATE = Gate(0.0, 0.0, 0.0)
+# Under which lambda goes from 0.3 to 0.86 on the texts below, in Llama.
+GATE = Gate(offset=3.0, distance=-0.5, different=-0.9)
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +75,10 @@ def stores(tmp_path_factory):
 def knn_of(stores):
     """A KNNLM of a kind, which never ends by itself."""
 
-    def make(kind: str = "gpt2", layer: str = "2.ffn_input", lam: float = LAMBDA) -> KNNLM:
+    def make(kind: str = "gpt2", layer: str = "2.ffn_input", lam: float = LAMBDA, gate: Gate | None = None) -> KNNLM:
         lm, store = stores(kind)
         model = KNNLM.from_store(store, layer, K, TEMPERATURE, lam, lm=lm)
+        model.retrieval = replace(model.retrieval, setting=replace(model.retrieval.setting, gate=gate))
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         return model
 
@@ -127,7 +134,7 @@ def forced(model: KNNLM, tokens: Sequence[int]) -> Tensor:
 # The distribution itself
 
 
-def brute_force(lm, kind: str, layer: str, tokens: list[int]) -> np.ndarray:
+def brute_force(lm, kind: str, layer: str, tokens: list[int], gate: Gate = NO_GATE) -> np.ndarray:
     """log p over the vocabulary at each position, all in float64, from raw keys."""
     path, take = MODULES[kind][layer]
     module = lm.model.get_submodule(path)
@@ -136,12 +143,18 @@ def brute_force(lm, kind: str, layer: str, tokens: list[int]) -> np.ndarray:
     plain = np.exp(logits - logits.max(1, keepdims=True))
     plain /= plain.sum(1, keepdims=True)
     knn = np.zeros_like(plain)
+    nearest_distances: list[float] = []
+    different: list[int] = []
     for position, query in enumerate(hidden):
         distances = ((store.keys - query) ** 2).sum(1)
         nearest = np.argsort(distances, kind="stable")[:K]
         weights = np.exp(-(distances[nearest] - distances[nearest[0]]) / TEMPERATURE)
         np.add.at(knn[position], store.targets[nearest], weights / weights.sum())
-    return np.log(LAMBDA * knn + (1 - LAMBDA) * plain)
+        nearest_distances.append(distances[nearest[0]])
+        different.append(len(set(store.targets[nearest[:8]].tolist())))
+    logits = math.log(LAMBDA / (1 - LAMBDA)) + gate.offset + gate.distance * np.sqrt(nearest_distances)
+    lambdas = 1 / (1 + np.exp(-(logits + gate.different * np.log(different))))[:, None]
+    return np.log(lambdas * knn + (1 - lambdas) * plain)
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("gpt2", "2.ffn_input"), ("gpt2", "final_norm"), ("llama", "2.ffn_input")])
@@ -152,6 +165,16 @@ def test_every_position_equals_float64_brute_force(kind, layer, stores, knn_of) 
     np.testing.assert_allclose(found.double().numpy(), expected, **TOLERANCE)
     plain = torch.log_softmax(stores(kind)[0].model(torch.tensor([tokens])).logits[0], -1)
     assert (found - plain).abs().max() > 3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_lambda_by_query_equals_float64_brute_force(kind, stores, knn_of) -> None:
+    tokens = encode(texts(1, 1)[0])[:CONTEXT]
+    found = forced(knn_of(kind, gate=GATE), tokens)
+    expected = brute_force(stores(kind)[0], kind, "2.ffn_input", tokens, GATE)
+    np.testing.assert_allclose(found.double().numpy(), expected, **TOLERANCE)
+    assert (found.double().exp().sum(-1) - 1).abs().max() < 1e-6
+    assert (found - forced(knn_of(kind), tokens)).abs().max() > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,14 +228,32 @@ def test_padding_changes_nothing_and_keeps_the_plain_distribution(kind, side, st
     assert torch.equal(found[~real], plain[~real])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lambda_by_query_of_the_evaluation_is_that_of_every_position(kind, stores, knn_of) -> None:
+    """Fitted by the evaluation, with k and T fitted too; the reporting part is teacher-forced."""
+    lm, store = stores(kind)
+    documents = [TokenDocument(lm.encode(text)[: CONTEXT + 1], "held out", i) for i, text in enumerate(texts(1, 16))]
+    with open_queries(lm, documents, WindowConfig(CONTEXT, STRIDE), LAYERS[1:2]) as queries:
+        (one,) = evaluate_layers(store, queries, LAYERS[1:2], KNNConfig(max_k=K))
+        reporting = queries.parts.reporting_Q
+    model = knn_of(kind)
+    model.retrieval = replace(model.retrieval, setting=one.mix)
+    losses = []
+    for document in documents:
+        row = torch.tensor(document.tokens.tolist())
+        losses.append(-forced(model, row[:-1]).gather(1, row[1:, None])[:, 0])
+    assert one.mix.gate is not None
+    np.testing.assert_allclose(torch.cat(losses).numpy()[reporting], one.gated_losses_R, **TOLERANCE)
+
+
 # Step by step
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(("cache", "gate"), [(True, None), (False, None), (True, GATE)])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_of_generate_equal_teacher_forcing(kind, layer, cache, knn_of) -> None:
-    model, rows = knn_of(kind, layer), [encode(prompt) for prompt in PROMPTS]
+def test_steps_of_generate_equal_teacher_forcing(kind, layer, cache, gate, knn_of) -> None:
+    model, rows = knn_of(kind, layer, gate=gate), [encode(prompt) for prompt in PROMPTS]
     batch = padded(rows, "left")
     done = model.generate(
         **batch,
@@ -545,11 +586,22 @@ def test_what_is_not_given_is_what_the_evaluation_fitted(tmp_path: Path) -> None
     retrieval = model.retrieval
     assert (retrieval.layer, retrieval.searcher.metric) == (chosen.layer, "cosine")
     assert (retrieval.setting.k, retrieval.setting.temperature) == (chosen.k, chosen.temperature)
-    assert retrieval.setting.lam == chosen.lam
+    assert chosen.by_query is not None
+    moved = (chosen.by_query.offset, chosen.by_query.distance, chosen.by_query.different)
+    assert (retrieval.setting.lam, retrieval.setting.gate) == (chosen.lam, Gate(*moved))
     other = KNNLM.from_store(str(tmp_path / "out"), "0.ffn_input", 5, lam=0.25).retrieval
     fitted = next(one for one in result.layers if one.layer == "0.ffn_input")
     assert (other.layer, other.setting.k, other.setting.lam) == ("0.ffn_input", 5, 0.25)
+    assert other.setting.gate is None
     assert (other.setting.temperature, other.searcher.metric) == (fitted.temperature, "cosine")
+
+
+def test_datastores_of_before_there_were_gates_have_the_fixed_lambda(stores, tmp_path: Path) -> None:
+    lm, store = stores("gpt2")
+    shutil.copytree(store.folder, tmp_path / "older")
+    older = Datastore.open(tmp_path / "older")
+    older.update_manifest(fitted={"final_norm": {"k": 8, "lambda": 0.5, "temperature": 4.0}})
+    assert KNNLM.from_store(older, "final_norm", lm=lm).retrieval.setting == Mix(8, 4.0, 0.5)
 
 
 def test_nothing_fitted_is_told_with_what_is_missing(stores) -> None:

@@ -217,6 +217,29 @@ def test_layer_row_has_the_documented_fields():
     assert to_document(result)["layers"][-1]["block"] is None
 
 
+def test_lambda_by_query_is_in_the_row_and_on_a_tile():
+    result = sample_result()
+    shown = next(layer for layer in result.layers if layer.layer == result.selected)
+    row = next(row for row in to_document(result)["layers"] if row["layer"] == result.selected)
+    assert row["by_query"] == {
+        "perplexity": shown.by_query.perplexity,
+        "change": -0.038,
+        "interval": [-0.048, -0.0274],
+        "offset": 3.82,
+        "distance": -0.301,
+        "different": -1.152,
+    }
+    tile = next(tile for tile in make_view(result, title="").tiles if tile.label == "With a λ for each query")
+    assert tile.value == numbers.perplexity(shown.by_query.perplexity)
+    assert tile.note.replace(numbers.SPACE, " ").startswith("−3.8 % against its fixed λ, 95 % interval")
+
+
+def test_reports_of_before_there_was_a_lambda_by_query_are_read():
+    document = to_document(finite(sample_result(1)))
+    older = {**document, "layers": [{k: v for k, v in row.items() if k != "by_query"} for row in document["layers"]]}
+    assert all(layer.by_query is None for layer in from_document(older).layers)
+
+
 @pytest.mark.parametrize("document", [to_document(sample_result(1)), score_document(sample_scores(1))])
 def test_schema_is_documented(document):
     words = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "report-json.md").read_text(encoding="utf-8")))
@@ -335,6 +358,7 @@ def infinite_perplexity(**changes: object) -> EvalResult:
     result, nowhere = sample_result(), Interval(math.nan, math.nan)
     unknown = {"change": math.nan, "interval": nowhere, "versus_best": math.nan, "versus_best_interval": nowhere}
     infinite = {"perplexity": math.inf, "bits_per_byte": math.inf, "word_perplexity": math.inf, "lam": 1.0}
+    infinite |= {"by_query": None}
     layers = tuple(replace(layer, **unknown, **infinite) for layer in result.layers)
     correlations = tuple(replace(one, spearman=math.nan) for one in result.correlations)
     fields = {"layers": layers, "best": "", "regret": None, "correlations": correlations}

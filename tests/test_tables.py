@@ -27,6 +27,18 @@ def test_regret_has_two_ends_in_one_line() -> None:
     assert line in shown(result)
 
 
+def test_lambda_by_query_of_the_chosen_layer_is_a_line() -> None:
+    result = sample_result()
+    chosen = next(one for one in result.layers if one.layer == result.selected)
+    assert chosen.by_query
+    perplexity = f"{chosen.by_query.perplexity:.3f}"
+    line = f"λ by query: {chosen.layer} has perplexity {perplexity}, -3.8% ± 1.0% against its fixed λ.\n"
+    assert line in shown(result)
+    assert shown(result).count("λ by query") == 1
+    fixed = tuple(replace(one, by_query=None) for one in result.layers)
+    assert "λ by query" not in shown(replace(result, layers=fixed))
+
+
 def test_infinite_perplexity_makes_dashes_of_what_depends_on_it() -> None:
     text = shown(infinite_perplexity())
     row = next(line for line in text.splitlines() if "7.ffn_input ◀ chosen " in line)

@@ -79,8 +79,11 @@ def generate(
 
 
 def _settings(retrieval: Retrieval) -> dict[str, object]:
-    setting = retrieval.setting
-    return {"layer": retrieval.layer, "k": setting.k, "temperature": setting.temperature, "lambda": setting.lam}
+    """The gate too, null where lambda is the same for all queries."""
+    from dataclasses import asdict
+
+    setting = asdict(retrieval.setting)
+    return {"layer": retrieval.layer, **{"lambda" if name == "lam" else name: of for name, of in setting.items()}}
 
 
 def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, object]:

@@ -134,12 +134,20 @@ def _tiles(result: EvalResult) -> Iterable[Tile]:
         yield Tile(f"kNN-LM, {name}", numbers.perplexity(shown.perplexity), _other_units(shown))
         interval = _interval_note(shown.interval)
         yield Tile("Change", numbers.percent(shown.change, signed=True), interval)
+        yield from _by_query_tile(shown)
     if result.regret is not None:
         hindsight = f"against hindsight {numbers.percent(result.regret.against_hindsight, signed=True)}"
         note = ", ".join(filter(None, (_interval_note(result.regret.interval), hindsight)))
         yield Tile("Regret", numbers.percent(result.regret.value, signed=True), note)
     tuned = f", tuned on {result.tuning_tokens:,}" if result.tuning_tokens else ""
     yield Tile("Keys", f"{result.keys:,}", f"reported on {result.lm.tokens:,} tokens{tuned}")
+
+
+def _by_query_tile(shown: LayerResult) -> Iterable[Tile]:
+    if shown.by_query is not None:
+        change = f"{numbers.percent(shown.by_query.change, signed=True)} against its fixed λ"
+        note = ", ".join(filter(None, (change, _interval_note(shown.by_query.interval))))
+        yield Tile("With a λ for each query", numbers.perplexity(shown.by_query.perplexity), note)
 
 
 def _interval_note(interval: Interval) -> str:

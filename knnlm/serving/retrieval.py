@@ -6,7 +6,6 @@ position and a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from knnlm.config import KNNConfig
 from knnlm.datastore import Datastore
 from knnlm.errors import InputError
-from knnlm.probability import Mix, TokenShares, mix, token_shares
+from knnlm.probability import NEAREST, Floats, Gate, Mix, TokenShares, mix, token_shares
 from knnlm.search import QUERY_BLOCK, LayerSearcher, built_with, check_k, open_searcher
 
 
@@ -43,23 +42,28 @@ class Retrieval:
             return
         for start in range(0, len(rows_Q), QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
-            self._mix_block(log_probs_NV, rows_Q[block], self.shares(vectors_QD[block]))
+            self._mix_block(log_probs_NV, rows_Q[block], *self._look_up(vectors_QD[block]))
 
-    def shares(self, vectors_QD: Tensor) -> TokenShares:
-        """p_kNN of raw vectors of the layer."""
-        queries_QD = vectors_QD.float().cpu().numpy()
-        found = self.searcher.neighbors(queries_QD, self.setting.k)
-        return token_shares(found.distances_QK, self.searcher.store.values[found.ids_QK], self.setting.temperature)
+    def _look_up(self, vectors_QD: Tensor) -> tuple[TokenShares, Floats]:
+        """p_kNN of raw vectors of the layer, and the lambda of each."""
+        searcher, setting = self.searcher, self.setting
+        found = searcher.neighbors(vectors_QD.float().cpu().numpy(), setting.k)
+        values_QK = searcher.store.values[found.ids_QK]
+        shares = token_shares(found.distances_QK, values_QK, setting.temperature)
+        nearest_QJ = np.where(found.ids_QK >= 0, values_QK, -1)[:, :NEAREST]
+        return shares, setting.lambdas(found.distances_QK, nearest_QJ)
 
-    def _mix_block(self, log_probs_NV: Tensor, rows_Q: Tensor, shares: TokenShares) -> None:
-        device, lam = log_probs_NV.device, self.setting.lam
+    def _mix_block(self, log_probs_NV: Tensor, rows_Q: Tensor, shares: TokenShares, lambdas_Q: Floats) -> None:
+        device = log_probs_NV.device
         rows_M = rows_Q[torch.from_numpy(shares.rows_M).to(rows_Q.device)].to(device)
         tokens_M = torch.from_numpy(shares.tokens_M).to(device)
-        mixed_M = mix(log_probs_NV[rows_M, tokens_M].double().cpu().numpy(), shares.log_probs_M, lam)
+        lm_M = log_probs_NV[rows_M, tokens_M].double().cpu().numpy()
+        mixed_M = mix(lm_M, shares.log_probs_M, lambdas_Q[shares.rows_M])
         # What no neighbour votes for. An expanded tensor: no copy of the rows is made.
-        found_Q = rows_Q[np.unique(shares.rows_M)].to(device)
-        rest = log_probs_NV.new_tensor(math.log1p(-lam) if lam < 1 else -math.inf)
-        log_probs_NV.index_add_(0, found_Q, rest.expand(len(found_Q), log_probs_NV.shape[1]))
+        found = np.unique(shares.rows_M)
+        with np.errstate(divide="ignore"):
+            rest_Q1 = torch.from_numpy(np.log1p(-lambdas_Q[found])[:, None]).to(log_probs_NV)
+        log_probs_NV.index_add_(0, rows_Q[found].to(device), rest_Q1.expand(-1, log_probs_NV.shape[1]))
         log_probs_NV[rows_M, tokens_M] = torch.from_numpy(mixed_M).to(log_probs_NV)
 
 
@@ -71,6 +75,8 @@ def open_retrieval(
     lam: float | None = None,
 ) -> Retrieval:
     """What is not given is what the datastore's evaluation fitted; the layer is the chosen one.
+
+    A given lambda is the same for all queries; the fitted one moves with the query, by the gate fitted with it.
 
     :raises InputError: something is neither given nor fitted, or no layer was chosen among several; a wrong value.
     :raises DatastoreMismatch: the layer is not stored.
@@ -105,4 +111,11 @@ def _setting(store: Datastore, layer: str, given: KNNConfig) -> Mix:
         raise InputError(
             f"nothing was fitted for {layer} of {store.folder}; give {', '.join(missing)} (knnlm eval prints them)"
         )
-    return Mix(int(values["k"]), float(values["temperature"]), float(values["lambda"]))
+    # Datastores of before there were gates have none.
+    gate = None if given.lam is not None else fitted.get("gate")
+    return Mix(
+        int(values["k"]),
+        float(values["temperature"]),
+        float(values["lambda"]),
+        gate and Gate(float(gate["offset"]), float(gate["distance"]), float(gate["different"])),
+    )

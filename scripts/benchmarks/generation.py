@@ -1,4 +1,7 @@
-"""Milliseconds a step of generate(), plain and with the memory: generation.py STORE [ROWS...]."""
+"""Milliseconds a step of generate(), plain and with the memory: generation.py STORE [ROWS...].
+
+STORE is of `knnlm run`, which fits a λ by query.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,15 @@ def milliseconds(model: Any, ids_BT: torch.Tensor) -> float:  # noqa: ANN401 - a
 def main() -> None:
     store = open_datastore(sys.argv[1])
     lm = load_model(store.manifest.model)
-    mixed, off = KNNLM.from_store(store, lm=lm), KNNLM.from_store(store, lm=lm)
+    mixed, fixed, off = (KNNLM.from_store(store, lm=lm) for _ in range(3))
+    fixed.retrieval = replace(fixed.retrieval, setting=replace(fixed.retrieval.setting, gate=None))
     off.retrieval = replace(off.retrieval, setting=replace(off.retrieval.setting, lam=0.0))
     print(f"{len(store):,} keys of {mixed.retrieval.searcher.index.dim} numbers, {mixed.retrieval.setting}")
     for rows in map(int, sys.argv[2:] or ["1", "16"]):
         ids_BT = torch.tensor([lm.encode("The borrow checker").tolist()] * rows)
-        figures = [milliseconds(model, ids_BT) for model in (lm.model, off, mixed)]
-        print("{} rows: plain {:.1f} ms, lambda 0 {:.1f} ms, mixed {:.1f} ms".format(rows, *figures))
+        figures = [milliseconds(model, ids_BT) for model in (lm.model, off, fixed, mixed)]
+        told = "{} rows: plain {:.1f} ms, lambda 0 {:.1f} ms, fixed lambda {:.1f} ms, lambda by query {:.1f} ms"
+        print(told.format(rows, *figures))
 
 
 if __name__ == "__main__":
