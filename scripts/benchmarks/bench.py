@@ -45,7 +45,7 @@ class Size:
     searched: int
 
 
-FULL = Size(tokens=12_000, rounds=5, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
+FULL = Size(tokens=12_000, rounds=3, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
 QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=5_000, searched=60_000)
 
 
