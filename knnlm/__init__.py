@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from knnlm.lm import LanguageModel, load_model, random_model
     from knnlm.pipeline import build, evaluate, run, score
     from knnlm.results import (
+        ByQuery,
         Choice,
         Correlation,
         EvalResult,
@@ -82,6 +83,7 @@ _NAMES = {
     "pipeline": ("build", "evaluate", "run", "score"),
     "training.push_away": ("different_token_distance", "distance_between", "mean_distance", "uniformity"),
     "results": (
+        "ByQuery",
         "Choice",
         "Correlation",
         "EvalResult",
@@ -110,6 +112,7 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were a constant
+    "ByQuery",
     "Choice",
     "CorrelateConfig",
     "Correlation",
