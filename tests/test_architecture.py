@@ -24,6 +24,7 @@ LEVELS = (
     {
         "queries",
         "serving.retrieval",
+        "serving.sampling",
         "slices.questions",
         "slices.statistics",
         "training.trainer",
@@ -31,7 +32,7 @@ LEVELS = (
     },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts", "serving.text", "serving.harness"},
+    {"parts", "serving.text", "serving.batch", "serving.harness"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
