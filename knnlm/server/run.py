@@ -1,0 +1,70 @@
+"""A server process: its address, and its end. The import of uvicorn."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from knnlm.errors import InputError
+from knnlm.server.service import Service
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, so that nobody else does while the model is loaded; port 0 picks a free one.
+
+    :raises InputError: it cannot be taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        taken = socket.socket(family, kind, protocol)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--host {host} with --port {port} cannot be taken: {reason}; give another one") from error
+    return taken
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(app: FastAPI, service: Service, listener: socket.socket, started: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; then finish what runs. A second one ends at once.
+
+    :param started: is called when clients can come.
+    """
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on")
+    _Server(config, service, started).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which closes its door only when nobody is inside any more: until then new requests are told why not."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._when_started = service, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the door, and say so."""
+        await super().startup(sockets)
+        self._when_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came; uvicorn would raise it again at the end, and the exit status would not be 0."""
+        self.force_exit = self._service.closing
+        self._service.closing = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every tenth of a second: whether to end."""
+        self.should_exit = self.force_exit or (self._service.closing and not self._service.active)
+        return await super().on_tick(counter)
