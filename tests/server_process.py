@@ -28,9 +28,13 @@ class Paced:
     def __init__(self, service: Service) -> None:
         self._turns, self._model = Semaphore(0), service.thread._model
         self._run, self._model.run = self._model.run, self._wait
+        self.is_due = False
+        """A forward pass waits for being allowed."""
 
     def _wait(self, *args):
+        self.is_due = True
         assert self._turns.acquire(timeout=60)
+        self.is_due = False
         return self._run(*args)
 
     def allow(self, passes: int) -> None:

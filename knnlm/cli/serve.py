@@ -70,13 +70,12 @@ def serve(
         queue=max_queue,
         seconds=max_seconds,
     )
-    listener = listen(host, port)
-    opened = Datastore.open(store)
-    retrieval = open_retrieval(opened, layer, k, temperature, lam)
     screen = Screen(False)
-    lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
-    service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
-    app = create_app(service, api_key=api_key)
-    place = f"[{host}]" if ":" in host else host
-    address = f"http://{place}:{listener.getsockname()[1]}"
-    serve(app, service, listener, lambda: screen.say(f"Serving {service.name} at {address} (Ctrl-C ends it)"))
+    with listen(host, port) as listener:
+        opened = Datastore.open(store)
+        retrieval = open_retrieval(opened, layer, k, temperature, lam)
+        lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+        service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
+        serve(create_app(service, api_key=api_key), service, listener, lambda: screen.say(line))

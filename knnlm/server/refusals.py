@@ -40,7 +40,8 @@ class Refusal(Exception):
 
 def mistake() -> Refusal:
     """Something that should not have happened; whoever tells a client so lets the exception go on to the log."""
-    return Refusal(500, "the server made a mistake; its log tells which", code="internal_error")
+    message = "the server made a mistake; its log tells which"
+    return Refusal(500, message, code="internal_error", headers={"connection": "close"})  # uvicorn will close it
 
 
 def too_long(seconds: float) -> Refusal:

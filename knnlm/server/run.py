@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from ipaddress import ip_address
 from types import FrameType
 
@@ -19,13 +20,17 @@ def listen(host: str, port: int) -> socket.socket:
 
     :raises InputError: it cannot be taken.
     """
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port is {port}, but must be from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        with ExitStack() as failing:
+            taken = failing.enter_context(socket.socket(family, kind, protocol))
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+            failing.pop_all()
+    except OSError as error:
+        reason = error.strerror or error
         raise InputError(f"--host {host} with --port {port} cannot be taken: {reason}; give another one") from error
     return taken
 
