@@ -312,6 +312,7 @@ def test_another_model_is_not_found(client) -> None:
             },
             200,
         ),
+        ({"seed": 1 << 80, "n": 1.0, "max_tokens": 2.0, "logprobs": 0.0, "knn": {"k": 4.0}}, 200),
         ({"seed": None, "n": None, "max_tokens": None, "knn": None, "stop": None, "logprobs": None, "echo": None}, 200),
     ],
 )
@@ -334,7 +335,6 @@ def test_what_changes_nothing_is_accepted(options, status, server) -> None:
         (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', {}),
         (b'{"model": "tiny", "prompt": "a", "temperature": 1e999}', {}),
         (b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", {}),
-        (b'{"model": "tiny", "prompt": "a", "seed": 99999999999999999999}', {}),
         (b"\xff\xfe", {}),
         (b'{"model": "tiny", "prompt": "a"}', {"content-type": "text/plain"}),
         (b'{"model": "tiny", "prompt": "a"}', {"content-type": "application/x-www-form-urlencoded"}),

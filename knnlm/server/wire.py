@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -18,8 +18,16 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _integral(value: object) -> object:
+    """JSON knows numbers only: 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
 Text = Annotated[str, AfterValidator(_encodable)]
-Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31), BeforeValidator(_integral)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Prompt = Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
@@ -35,7 +43,7 @@ class KnnOptions(_Request):
     """The kNN-LM's own settings; what is not given is what the server was started with."""
 
     lam: Annotated[float | None, Field(alias="lambda", ge=0, le=1)] = None
-    k: Annotated[int | None, Field(ge=1)] = None
+    k: Positive | None = None
     temperature: Annotated[float | None, Field(gt=0)] = None
 
 
@@ -50,19 +58,19 @@ class CompletionRequest(_Request):
 
     model: str
     prompt: Prompt
-    max_tokens: Annotated[int | None, Field(ge=0)] = None
+    max_tokens: Count | None = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
-    n: Annotated[int | None, Field(ge=1)] = None
+    n: Positive | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    seed: Annotated[int | None, Field(ge=-(1 << 63), lt=1 << 63)] = None
-    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    seed: Integer | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_integral)] | None = None
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     knn: KnnOptions | None = None
-    best_of: Annotated[int | None, Field(ge=1, description="As n: the best of more is not looked for.")] = None
+    best_of: Annotated[Positive | None, Field(description="As n: the best of more is not looked for.")] = None
     frequency_penalty: Neutral | None = None
     presence_penalty: Neutral | None = None
     logit_bias: Annotated[dict[str, float] | None, Field(max_length=0)] = None
