@@ -56,11 +56,11 @@ class Running:
             yield client
 
 
-def make_service(store: Path, **limits) -> Service:
+def make_service(store: Path, name: str = NAME, **limits) -> Service:
     """A service of its own model, so that no test sees another's."""
     lm = load_model(Datastore.open(store).manifest.model)
     model = KNNLM.from_store(store, LAYER, K, TEMPERATURE, LAMBDA, lm=lm)
-    return Service(NAME, lm, model, Limits(**limits))
+    return Service(name, lm, model, Limits(**limits))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,6 +14,7 @@ import torch
 
 from knnlm import KNNLM
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running
+from tests.source_files import ROOT
 
 PROMPT = "the nurse counts a pulse"
 OTHERS = ("each patient", "borrows one reference before Holmes ends", "The")
@@ -372,6 +374,18 @@ def test_key_is_needed_where_there_is_one(store_folder) -> None:
             assert httpx.get(server.url + path, headers={"authorization": b"Bearer \xff\xfe"}).status_code == 401
         for path in ("/healthz", "/metrics", "/openapi.json"):
             assert httpx.get(server.url + path).status_code == 200
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/serve.md"])
+def test_lines_in_the_documentation_run(page, store_folder, capsys) -> None:
+    (block,) = re.findall(r"```python\n(from openai import OpenAI\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    address = "http://127.0.0.1:8000"
+    assert block.count(address) == 1
+    with running(make_service(store_folder, "book.knn")) as server:
+        names = {}
+        exec(block.replace(address, server.url), names)
+        names["client"].close()
+    assert len(capsys.readouterr().out) > 10
 
 
 def test_health_and_metrics(server) -> None:

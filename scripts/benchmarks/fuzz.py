@@ -57,10 +57,9 @@ def counted(server: Server) -> Counter[str]:
 
 
 def run(server: Server, requests: int) -> int:
-    """Fuzz until there were so many requests; the number of failures."""
-    failures, seed = 0, 0
-    while sum(counted(server).values()) < requests:
-        examples = max(1, min(1000, requests // 4))
+    """Fuzz until there were so many requests, with and without the model's name; the number of failures."""
+    failures, seed, examples = 0, 0, max(1, min(1000, requests // 8))
+    while seed < 2 or sum(counted(server).values()) < requests:
         failures += fuzz(server, described(server, named=seed % 2 == 1), examples, seed) != 0
         print(f"round {seed}: {dict(sorted(counted(server).items()))}, {server.megabytes:.0f} MB", flush=True)
         seed += 1
