@@ -72,7 +72,7 @@ def running(service: Service, **options) -> Iterator[Running]:
     thread = Thread(target=serve, args=(app, service, listener, started.set))
     thread.start()
     try:
-        assert started.wait(30)
+        assert started.wait(120)
         yield Running(service, url)
     finally:
         service.closing = True

@@ -49,7 +49,8 @@ def serve(
 
     Example: knnlm serve nursing.knn --port 8000
     """
-    from knnlm.server.run import is_loopback, listen, serve
+    from knnlm.server.gate import is_loopback
+    from knnlm.server.run import listen, serve
 
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise typer.BadParameter("the key is empty or has more than visible ASCII", param_hint="--api-key")
@@ -78,4 +79,5 @@ def serve(
         service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
-        serve(create_app(service, api_key=api_key), service, listener, lambda: screen.say(line))
+        app = create_app(service, api_key=api_key, only_local=not (api_key or insecure))
+        serve(app, service, listener, lambda: screen.say(line))

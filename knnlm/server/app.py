@@ -30,10 +30,13 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, *, api_key: str | None = None, routers: Sequence[APIRouter] = ()) -> FastAPI:
+def create_app(
+    service: Service, *, api_key: str | None = None, only_local: bool = False, routers: Sequence[APIRouter] = ()
+) -> FastAPI:
     """The server's application; the service's thread lives as long as it does.
 
     :param api_key: what /v1/ and /explorer/ then need as `Authorization: Bearer KEY`.
+    :param only_local: refuse requests that were made to another name than those of this machine.
     :param routers: further routes, such as the explorer's.
     """
 
@@ -47,7 +50,7 @@ def create_app(service: Service, *, api_key: str | None = None, routers: Sequenc
     app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for router in (_routes(service), *routers):
         app.include_router(router)
-    app.add_middleware(Gate, service=service, api_key=api_key)
+    app.add_middleware(Gate, service=service, api_key=api_key, only_local=only_local)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)

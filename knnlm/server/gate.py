@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
 from typing import Any
 
 from knnlm.server.refusals import Refusal, too_long
@@ -24,8 +26,8 @@ _COUNTED = ("/v1/completions", "/v1/models", "/healthz", "/metrics")
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: App, service: Service, api_key: str | None) -> None:
-        self._app, self._service, self._key = app, service, api_key
+    def __init__(self, app: App, service: Service, api_key: str | None, only_local: bool) -> None:
+        self._app, self._service, self._key, self._only_local = app, service, api_key, only_local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -62,10 +64,15 @@ class Gate:
 
     def _check(self, scope: Message) -> None:
         if self._service.closing:
-            headers = {"retry-after": "5", "connection": "close"}
-            raise Refusal(503, "the server is shutting down", code="shutting_down", headers=headers)
+            away = {"retry-after": "5", "connection": "close"}
+            raise Refusal(503, "the server is shutting down", code="shutting_down", headers=away)
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if self._only_local and not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
+            # A page from elsewhere whose name was made to lead here would be of the same origin (DNS rebinding).
+            raise Refusal(403, f"without a key this server answers to names of this machine only, not to {host!r}")
         if self._key is not None and scope["path"].startswith(_LOCKED):
-            given = dict(scope["headers"]).get(b"authorization", b"")
+            given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
                 message = "this needs the server's key, as Authorization: Bearer KEY; none or another one was given"
                 raise Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
@@ -89,6 +96,14 @@ class Gate:
                 )
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

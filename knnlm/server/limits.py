@@ -22,7 +22,7 @@ class Limits:
     queue: int = 128
     """Choices, and the explorer's calls, that wait."""
     seconds: float = 120.0
-    """From a request's first byte to the last of its answer."""
+    """For a request's body to come, and again for its answer."""
     body_bytes: int = 4 << 20
 
     def __post_init__(self) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from ipaddress import ip_address
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from knnlm.errors import InputError
 from knnlm.server.service import Service
+
+_IDLE = 2
+"""Seconds that a connection without a request may stay when all is over."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,21 +40,17 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine can reach an address."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def serve(app: FastAPI, service: Service, listener: socket.socket, started: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C; then finish what runs. A second one ends at once.
+    """Serve until SIGTERM or Ctrl-C; then finish what runs.
 
     :param started: is called when clients can come.
+    :raises KeyboardInterrupt: a second signal came, and what ran was not finished.
     """
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="on")
-    _Server(config, service, started).run(sockets=[listener])
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
+    server = _Server(uvicorn.Config(app, timeout_graceful_shutdown=_IDLE, **options), service, started)
+    server.run(sockets=[listener])
+    if server.force_exit:
+        raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
@@ -57,7 +58,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._service, self._when_started = service, started
+        self._service, self._when_started, self._last = service, started, math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the door, and say so."""
@@ -68,8 +69,10 @@ class _Server(uvicorn.Server):
         """A signal came; uvicorn would raise it again at the end, and the exit status would not be 0."""
         self.force_exit = self._service.closing
         self._service.closing = True
+        self._last = time.monotonic() + self._service.limits.seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Every tenth of a second: whether to end."""
-        self.should_exit = self.force_exit or (self._service.closing and not self._service.active)
+        """Every tenth of a second: whether to end. A client that does not read its answer is not waited for."""
+        done = not self._service.active or time.monotonic() > self._last
+        self.should_exit = self.force_exit or (self._service.closing and done)
         return await super().on_tick(counter)
