@@ -104,7 +104,8 @@ class _Stream(StreamingResponse):
     """An answer in pieces, which is closed however the response ends."""
 
     def __init__(self, answer: Answer, *, usage: bool) -> None:
-        super().__init__(answer.events(usage=usage), media_type="text/event-stream")
+        never_kept = {"cache-control": "no-cache"}
+        super().__init__(answer.events(usage=usage), headers=never_kept, media_type="text/event-stream")
         self._answer = answer
 
     async def __call__(self, *args: Any) -> None:  # noqa: ANN401 - ASGI

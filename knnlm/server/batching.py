@@ -100,7 +100,7 @@ class ModelThread:
                 prompts = self._next_prompts()
             if call:
                 call()
-            self._guarded(prompts, lambda: self._admit(prompts))  # noqa: B023 - called at once
+            self._guarded(prompts, partial(self._admit, prompts))
             self._guarded([prompt for prompt, _ in self._rows], self._step)
         for future, _ in self._calls:
             future.cancel()

@@ -64,6 +64,7 @@ class Words:
 
     def __init__(self, lm: LanguageModel, ends: frozenset[int]) -> None:
         self.lm, self.ends = lm, ends
+        self._no_text = {*ends, lm.tokenizer.bos_token_id}
         self._anchor = lm.encode("a").tolist()[-1:]
         self._length = len(lm.decode(self._anchor))
         self._names: dict[int, str] = {}
@@ -75,9 +76,13 @@ class Words:
             self._names[token] = str(self.lm.tokenizer.convert_ids_to_tokens(token)) if INCOMPLETE in text else text
         return self._names[token]
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What a prompt of tokens says; those that begin and end a text are none of it."""
+        return self.lm.decode([token for token in tokens if token not in self._no_text])
+
     def offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Where the text of each token begins, and at the end the length of all."""
-        text, found = Detokenizer(self.lm, (), {*self.ends, self.lm.tokenizer.bos_token_id}), [0]
+        """Where in the text each token begins, and at the end its length."""
+        text, found = Detokenizer(self.lm, (), self._no_text), [0]
         for token in tokens:
             found.append(found[-1] + len(text.put(token)))
         return found

@@ -53,7 +53,7 @@ class Service:
         found = []
         for number, one in enumerate(given):
             tokens = self._encode(one, wish.max_tokens)
-            text = one if isinstance(one, str) else self.lm.decode([t for t in one if t not in self._words.ends])
+            text = one if isinstance(one, str) else self._words.text(one)
             first = number * n
             found.append(Prompt(self._words, tokens, text, setting, wish, first=first, n=n, seed=request.seed))
         return found
