@@ -24,6 +24,7 @@ LEVELS = (
     {
         "queries",
         "serving.retrieval",
+        "serving.sampling",
         "slices.questions",
         "slices.statistics",
         "training.trainer",
@@ -31,30 +32,34 @@ LEVELS = (
     },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts", "serving.text", "serving.harness"},
+    {"parts", "serving.text", "serving.batch", "serving.harness"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
-    {"examples"},
-    {"pipeline", "correlate.study", "training.train", "tables", "screen"},
-    {"correlate.document", "slices.document", "checkpoints.document"},
+    {"examples", "server.limits", "server.refusals", "server.wire", "server.metrics", "server.choices"},
+    {"pipeline", "correlate.study", "training.train", "tables", "screen", "server.batching"},
+    {"correlate.document", "slices.document", "checkpoints.document", "server.service", "server.completions"},
+    {"server.gate", "server.app", "server.run"},
     {"cli"},
     {"__main__"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
 REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", "knnlm.storage"}
-# Their __init__ holds nothing but a sentence, or in knnlm/ itself lazy names.
-PACKAGES = ("__init__", "checkpoints", "correlate", "serving", "slices", "training")
+# Their __init__ holds nothing but a sentence, in server/ what is missing, or in knnlm/ itself lazy names.
+PACKAGES = ("__init__", "checkpoints", "correlate", "server", "serving", "slices", "training")
 # The command line only names the errors.
 INDEX_SEEN_BY = {"knnlm.correlate.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
-HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval"}
+HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval", "fastapi", "uvicorn"}
 ONLY_IN = {
     "faiss": {"index/faiss_index.py"},
     "transformers": {"knnlm/lm.py", "knnlm/training/trainer.py"},  # a subclass needs its base
     "datasets": {"knnlm/corpus.py"},
     "peft": {"knnlm/training/train.py"},
     "lm_eval": {"knnlm/serving/harness.py"},  # a subclass needs its base
+    "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py"},
+    "pydantic": {"knnlm/server/wire.py"},
+    "uvicorn": {"knnlm/server/run.py"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450
 

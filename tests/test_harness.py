@@ -1,6 +1,6 @@
 """The real lm-eval with the model `knnlm`, on tasks made here, against our own numbers, a float64 loop, and its `hf`.
 
-Run where lm-eval is: `scripts/install test train eval`, then `.venv/bin/python -m pytest tests/test_harness.py`.
+Run where lm-eval is, as after `scripts/install test train eval`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")
 ]
 Stream = Annotated[bool, typer.Option("--stream", help="Show the text while it is generated.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")]
 
 
 def generate(
@@ -39,7 +38,7 @@ def generate(
     top_p: TopP = None,
     seed: options.Seed = 0,
     stream: Stream = False,
-    layer: Layer = None,
+    layer: options.Layer = None,
     k: options.K = None,
     temperature: options.Temperature = None,
     lam: options.Lambda = None,

@@ -24,6 +24,7 @@ MaybeEvalText = Annotated[
     list[str] | None, typer.Option("--eval-text", help="Evaluation text; without it a tenth of the text is held out.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")]
 Store = Annotated[Path, typer.Argument(help="Folder of a datastore.")]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, -1.*, 5.attn_input,final_norm …")

@@ -1,7 +1,7 @@
 """The neighbours' part in a language model's predictions: which layer, index and setting, and the mixing of all tokens.
 
-Shapes: N positions, Q those of them that are searched for, D dimension, K neighbours, V vocabulary, M pairs of a
-position and a token.
+Shapes: B rows, N positions, Q those of them that are searched for, D dimension, K neighbours, V vocabulary, M pairs of
+a position and a token.
 """
 
 from __future__ import annotations
@@ -65,6 +65,22 @@ class Retrieval:
             rest_Q1 = torch.from_numpy(np.log1p(-lambdas_Q[found])[:, None]).to(log_probs_NV)
         log_probs_NV.index_add_(0, rows_Q[found].to(device), rest_Q1.expand(-1, log_probs_NV.shape[1]))
         log_probs_NV[rows_M, tokens_M] = torch.from_numpy(mixed_M).to(log_probs_NV)
+
+
+@dataclass(frozen=True)
+class RowRetrieval(Retrieval):
+    """A setting of its own for each row of a batch, which has the same number of positions in every row."""
+
+    settings_B: tuple[Mix, ...]
+
+    def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
+        """As `Retrieval.mix_in`: one search for each of the different settings."""
+        positions = len(log_probs_NV) // len(self.settings_B)
+        owners_Q = (rows_Q // positions).tolist()
+        for setting in dict.fromkeys(self.settings_B):
+            chosen_Q = torch.tensor([self.settings_B[owner] == setting for owner in owners_Q], dtype=torch.bool)
+            same = Retrieval(self.searcher, setting)
+            same.mix_in(log_probs_NV, rows_Q[chosen_Q.to(rows_Q.device)], vectors_QD[chosen_Q.to(vectors_QD.device)])
 
 
 def open_retrieval(

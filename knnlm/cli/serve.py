@@ -1,0 +1,83 @@
+"""An OpenAI-compatible server of a datastore's kNN-LM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knnlm.cli import options
+from knnlm.cli.shared import load
+from knnlm.screen import Screen
+
+Host = Annotated[str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")]
+Port = Annotated[int, typer.Option("--port", help="0 picks a free one.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="KNNLM_API_KEY", help="What clients have to send; better as KNNLM_API_KEY."),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Listen at any address without a key.")]
+PromptTokens = Annotated[int, typer.Option("--max-prompt-tokens", help="Of one prompt.")]
+CompletionTokens = Annotated[int, typer.Option("--max-completion-tokens", help="Of one choice.")]
+MaxBatch = Annotated[int, typer.Option("--max-batch", help="Choices that are continued together.")]
+MaxQueue = Annotated[int, typer.Option("--max-queue", help="Choices that wait; more are told to come back.")]
+MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="For one request.")]
+
+
+def serve(
+    store: options.Store,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    insecure: Insecure = False,
+    layer: options.Layer = None,
+    k: options.K = None,
+    temperature: options.Temperature = None,
+    lam: options.Lambda = None,
+    max_prompt_tokens: PromptTokens = 8192,
+    max_completion_tokens: CompletionTokens = 2048,
+    max_batch: MaxBatch = 16,
+    max_queue: MaxQueue = 128,
+    max_seconds: MaxSeconds = 120.0,
+    model: options.OtherModel = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Serve the kNN-LM to clients of OpenAI's completions API.
+
+    Example: knnlm serve nursing.knn --port 8000
+    """
+    from knnlm.server.gate import is_loopback
+    from knnlm.server.run import listen, serve
+
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise typer.BadParameter("the key is empty or has more than visible ASCII", param_hint="--api-key")
+    if not (is_loopback(host) or api_key or insecure):
+        message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
+        raise typer.BadParameter(message, param_hint="--host")
+    from knnlm.datastore import Datastore
+    from knnlm.server.app import create_app
+    from knnlm.server.limits import Limits
+    from knnlm.server.service import Service
+    from knnlm.serving.model import KNNLM
+    from knnlm.serving.retrieval import open_retrieval
+
+    limits = Limits(
+        prompt_tokens=max_prompt_tokens,
+        completion_tokens=max_completion_tokens,
+        batch=max_batch,
+        queue=max_queue,
+        seconds=max_seconds,
+    )
+    screen = Screen(False)
+    with listen(host, port) as listener:
+        opened = Datastore.open(store)
+        retrieval = open_retrieval(opened, layer, k, temperature, lam)
+        lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+        service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
+        app = create_app(service, api_key=api_key, only_local=not (api_key or insecure))
+        serve(app, service, listener, lambda: screen.say(line))

@@ -1,0 +1,162 @@
+"""The routes. The import of FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+
+from knnlm.server import wire
+from knnlm.server.completions import Answer
+from knnlm.server.gate import Gate
+from knnlm.server.metrics import CONTENT_TYPE
+from knnlm.server.refusals import Refusal, mistake
+from knnlm.server.service import Service
+from knnlm.version import __version__
+
+T = TypeVar("T")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": wire.Error, "description": "What is wrong with the request"},
+    "5XX": {"model": wire.Error, "description": "What is wrong with the server"},
+}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, pieces of it"}
+}
+
+
+def create_app(
+    service: Service, *, api_key: str | None = None, only_local: bool = False, routers: Sequence[APIRouter] = ()
+) -> FastAPI:
+    """The server's application; the service's thread lives as long as it does.
+
+    :param api_key: what /v1/ and /explorer/ then need as `Authorization: Bearer KEY`.
+    :param only_local: refuse requests that were made to another name than those of this machine.
+    :param routers: further routes, such as the explorer's.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.thread.start()
+        yield
+        await asyncio.to_thread(service.thread.stop)
+
+    # Pages of documentation would load scripts from elsewhere; the description itself is at /openapi.json.
+    app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    for router in (_routes(service), *routers):
+        app.include_router(router)
+    app.add_middleware(Gate, service=service, api_key=api_key, only_local=only_local)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+def _routes(service: Service) -> APIRouter:
+    router = APIRouter(responses=_ERRORS)
+    model = wire.Model(id=service.name, created=service.created)
+
+    @router.get("/healthz")
+    async def healthz() -> wire.Health:
+        """Whether the server answers and takes requests."""
+        return wire.Health()
+
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
+    async def metrics() -> Response:
+        """Counts in the text form of Prometheus."""
+        thread = service.thread
+        gauges = {"knnlm_choices_running": thread.running, "knnlm_choices_waiting": thread.waiting}
+        return Response(service.metrics.text(gauges), headers={"content-type": CONTENT_TYPE})
+
+    @router.get("/v1/models")
+    async def models() -> wire.Models:
+        """The one that is served."""
+        return wire.Models(data=[model])
+
+    @router.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> wire.Model:
+        """The one that is served, by its name."""
+        service.check_model(name)
+        return model
+
+    @router.post("/v1/completions", response_model=wire.Completion, responses=_STREAM)
+    async def completions(asked: wire.CompletionRequest, request: Request) -> Any:  # noqa: ANN401 - a model or a response
+        """Go on with prompts."""
+        prompts = await asyncio.to_thread(service.prompts, asked)
+        answer = Answer(service.thread, prompts, service.name, service.limits.seconds)
+        if asked.stream:
+            return _Stream(answer, usage=bool(asked.stream_options and asked.stream_options.include_usage))
+        try:
+            return await _unless_gone(request, answer.whole())
+        finally:
+            answer.close()
+
+    return router
+
+
+class _Stream(StreamingResponse):
+    """An answer in pieces, which is closed however the response ends."""
+
+    def __init__(self, answer: Answer, *, usage: bool) -> None:
+        never_kept = {"cache-control": "no-cache"}
+        super().__init__(answer.events(usage=usage), headers=never_kept, media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, *args: Any) -> None:  # noqa: ANN401 - ASGI
+        try:
+            await super().__call__(*args)
+        finally:
+            self._answer.close()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
+    """The result of some work, which ends when the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else Response(status_code=499)
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _respond(refusal: Refusal) -> Response:
+    return Response(refusal.body, refusal.status, refusal.headers)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return _respond(error)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    """A body that is no JSON, or not of the form that is described."""
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()
+    where = [str(place) for place in problems[0]["loc"][1:]]
+    if problems[0]["type"] == "json_invalid" or not where:
+        return _respond(Refusal(400, "the body is no JSON object, or is not declared as application/json"))
+    # A field that may have several forms has a problem with each of them.
+    field = where[0]
+    found = dict.fromkeys(one["msg"] for one in problems if one["loc"][1:2] == (field,))
+    return _respond(Refusal(400, f"{field}: {'; or: '.join(found)}", param=field))
+
+
+async def _no_route(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _respond(Refusal(error.status_code, str(error.detail), headers=error.headers))
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return _respond(mistake())

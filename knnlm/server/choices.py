@@ -1,0 +1,230 @@
+"""From the distributions of one prompt's continuations to pieces of answers. On the thread that owns the model.
+
+Shapes: T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm.lm import LanguageModel
+from knnlm.probability import Mix
+from knnlm.serving.sampling import choose
+from knnlm.serving.text import INCOMPLETE, Detokenizer
+
+LEAST = -9999.0
+"""What OpenAI's API has in the place of -inf, which JSON cannot write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a request wants of each choice."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+    logprobs: int | None
+    """How many of the likeliest tokens are told with each token; None tells nothing."""
+    echo: bool
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of an answer, where its text begins, and the mixed distribution's log-probabilities."""
+
+    token: str
+    offset: int
+    log_prob: float | None
+    top: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a choice gains by a step."""
+
+    choice: int
+    text: str
+    scores: tuple[TokenScore, ...] = ()
+    finish: str | None = None
+    tokens: int = 0
+    """Generated for it, the end token among them."""
+
+
+Emit = Callable[[Piece | Exception], object]
+
+
+class Words:
+    """The model's vocabulary as text."""
+
+    def __init__(self, lm: LanguageModel, ends: frozenset[int]) -> None:
+        self.lm, self.ends = lm, ends
+        self._no_text = {*ends, lm.tokenizer.bos_token_id}
+        self._anchor = lm.encode("a").tolist()[-1:]
+        self._length = len(lm.decode(self._anchor))
+        self._names: dict[int, str] = {}
+
+    def name(self, token: int) -> str:
+        """A token as it is in the middle of a text; a piece of a character by the tokenizer's own name for it."""
+        if token not in self._names:
+            text = self.lm.decode([*self._anchor, token])[self._length :]
+            self._names[token] = str(self.lm.tokenizer.convert_ids_to_tokens(token)) if INCOMPLETE in text else text
+        return self._names[token]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What a prompt of tokens says; those that begin and end a text are none of it."""
+        return self.lm.decode([token for token in tokens if token not in self._no_text])
+
+    def offsets(self, tokens: Sequence[int]) -> list[int]:
+        """Where in the text each token begins, and at the end its length."""
+        text, found = Detokenizer(self.lm, (), self._no_text), [0]
+        for token in tokens:
+            found.append(found[-1] + len(text.put(token)))
+        return found
+
+    def likeliest(self, log_probs_TV: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, dict[str, float]]]:
+        """Each token's log-probability, and those of the likeliest `top` and of itself by their names."""
+        tokens_T = torch.tensor(tokens, dtype=torch.long, device=log_probs_TV.device)
+        values = log_probs_TV.gather(1, tokens_T[:, None])[:, 0].tolist()
+        best = log_probs_TV.topk(min(top, log_probs_TV.shape[1]), dim=1)
+        found = []
+        for value, token, probs, others in zip(
+            values, tokens, best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            named: dict[str, float] = {}
+            for other, prob in [*zip(others, probs, strict=True), (token, value)]:
+                named.setdefault(self.name(other), max(prob, LEAST))
+            found.append((max(value, LEAST), named))
+        return found
+
+
+class Choice:
+    """One continuation: its tokens, one for each distribution that it is shown, and what of their text can be told."""
+
+    token: int
+    """The last one."""
+    finish: str | None = None
+    """Why it is over: `stop`, by the end token or a stop, or `length`."""
+
+    def __init__(self, words: Words, prompt: Prompt, index: int, random: np.random.Generator) -> None:
+        self._words, self._wish, self._index, self._random = words, prompt.wish, index, random
+        self._pieces = Detokenizer(words.lm, prompt.tokens, words.ends)
+        self._base = len(prompt.text) if prompt.wish.echo else 0
+        self._text, self._shown, self._count, self._cut = "", 0, 0, False
+        self._scores: list[TokenScore] = []
+
+    def begin(self, text: str, scores: Sequence[TokenScore]) -> Piece:
+        """The prompt, if it is to be told again. Nothing more where no token is wanted."""
+        self.finish = None if self._wish.max_tokens else "length"
+        return Piece(self._index, text, tuple(scores), self.finish)
+
+    def take(self, log_probs_V: Tensor) -> Piece:
+        """Choose the next token. `log_probs_V` is on the CPU."""
+        self.token = choose(log_probs_V, self._wish.temperature, self._wish.top_p, self._random)
+        self._count += 1
+        self._score(log_probs_V)
+        self._grow(self._pieces.put(self.token))
+        ended = self.token in self._words.ends
+        if self.finish is None and (ended or self._count == self._wish.max_tokens):
+            self._grow(self._pieces.rest())
+            if not self._cut:
+                self.finish = "stop" if ended else "length"
+        return self._show()
+
+    def _score(self, log_probs_V: Tensor) -> None:
+        if self._wish.logprobs is not None:
+            ((value, top),) = self._words.likeliest(log_probs_V[None], [self.token], self._wish.logprobs)
+            name, offset = self._words.name(self.token), self._base + len(self._text)
+            self._scores.append(TokenScore(name, offset, value, top))
+
+    def _grow(self, piece: str) -> None:
+        """Add text, and cut it off where a stop begins."""
+        known, self._text = len(self._text), self._text + piece
+        starts = [self._text.find(stop, max(0, known - len(stop) + 1)) for stop in self._wish.stop]
+        if found := [start for start in starts if start >= 0]:
+            self._text, self._cut, self.finish = self._text[: min(found)], True, "stop"
+
+    def _held(self) -> int:
+        """Characters at the end that may become a stop."""
+        ends = ((stop, min(len(stop) - 1, len(self._text))) for stop in self._wish.stop)
+        sizes = (size for stop, most in ends for size in range(most, 0, -1) if self._text.endswith(stop[:size]))
+        return max(sizes, default=0)
+
+    def _show(self) -> Piece:
+        shown = len(self._text) - (0 if self.finish else self._held())
+        whole = self.finish and not self._cut  # then tokens without text, such as the end, are told too
+        scores = [one for one in self._scores if whole or one.offset < self._base + shown]
+        piece = Piece(self._index, self._text[self._shown : shown], tuple(scores), self.finish, self._count)
+        self._shown, self._scores = max(self._shown, shown), self._scores[len(scores) :]
+        return piece
+
+
+class Prompt:
+    """One prompt of a request, and the choices that go on with it.
+
+    :param text: as the client gave it, or that of the tokens.
+    :param first: the number of its first choice in the answer; it has `n`.
+    :param seed: the same one gives the same choices; None leaves them to chance.
+    """
+
+    cancelled = False
+    """Nobody waits for it any more."""
+    emit: Emit
+    """Takes what there is to tell, or what went wrong; it is called from the model's thread."""
+
+    def __init__(
+        self,
+        words: Words,
+        tokens: list[int],
+        text: str,
+        setting: Mix,
+        wish: Wish,
+        *,
+        first: int,
+        n: int,
+        seed: int | None,
+    ) -> None:
+        self.tokens, self.text, self.setting, self.wish, self._words = tokens, text, setting, wish, words
+        self._first = first
+        self._offsets = words.offsets(tokens) if self.is_scored else []
+        self._scores: list[TokenScore] = []
+        self.choices = [Choice(words, self, first + each, _generator(seed, each)) for each in range(n)]
+
+    @property
+    def numbers(self) -> range:
+        """Of its choices, in the answer."""
+        return range(self._first, self._first + len(self.choices))
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the log-probabilities of its own tokens are wanted."""
+        return self.wish.echo and self.wish.logprobs is not None
+
+    def score(self, position: int, log_probs_TV: Tensor) -> None:
+        """See the distributions at some positions in turn; positions of padding are negative."""
+        known = log_probs_TV[max(0, -position) :]
+        position = max(0, position)
+        if position == 0 and len(known):
+            self._scores.append(TokenScore(self._words.name(self.tokens[0]), self._offsets[0], None, None))
+        targets = self.tokens[position + 1 : position + 1 + len(known)]
+        found = self._words.likeliest(known[: len(targets)], targets, self.wish.logprobs or 0)
+        places = zip(targets, self._offsets[position + 1 :], found, strict=False)
+        self._scores += [TokenScore(self._words.name(token), start, *one) for token, start, one in places]
+
+    def begin(self) -> None:
+        """Emit what each choice begins with."""
+        for choice in self.choices:
+            self.emit(choice.begin(self.text if self.wish.echo else "", self._scores))
+
+    def advance(self, choice: Choice, log_probs_V: Tensor) -> None:
+        """Emit what a choice gains by a distribution."""
+        self.emit(choice.take(log_probs_V))
+
+
+def _generator(seed: int | None, choice: int) -> np.random.Generator:
+    return np.random.default_rng(None if seed is None else [seed % (1 << 64), choice])

@@ -1,0 +1,126 @@
+"""What every request passes first: is the server still open, is there a key, is the body not too much or too slow?"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from ipaddress import ip_address
+from typing import Any
+
+from knnlm.server.refusals import Refusal, too_long
+from knnlm.server.service import Service
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+# What needs the key, where there is one: whatever tells of the text behind the model.
+_LOCKED = ("/v1/", "/explorer/")
+# The paths that are counted by their names.
+_COUNTED = ("/v1/completions", "/v1/models", "/healthz", "/metrics")
+
+
+class Gate:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: App, service: Service, api_key: str | None, only_local: bool) -> None:
+        self._app, self._service, self._key, self._only_local = app, service, api_key, only_local
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Let a request in, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, service = time.perf_counter(), self._service
+        status = [499]  # the client went away before there was an answer
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+            await send(message)
+
+        service.active += 1
+        try:
+            await self._enter(scope, receive, counted)
+        finally:
+            service.active -= 1
+            path = scope["path"] if scope["path"] in _COUNTED else "other"
+            service.metrics.count("knnlm_requests_total", path=path, status=str(status[0]))
+            if path == "/v1/completions":
+                service.metrics.observe("knnlm_completion_seconds", time.perf_counter() - started)
+
+    async def _enter(self, scope: Message, receive: Receive, send: Send) -> None:
+        try:
+            self._check(scope)
+            body = await self._read(receive)
+        except Refusal as refusal:
+            await _answer(refusal, send)
+            return
+        if body is not None:
+            await self._app(scope, _again(body, receive), send)
+
+    def _check(self, scope: Message) -> None:
+        if self._service.closing:
+            away = {"retry-after": "5", "connection": "close"}
+            raise Refusal(503, "the server is shutting down", code="shutting_down", headers=away)
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if self._only_local and not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
+            # A page from elsewhere whose name was made to lead here would be of the same origin (DNS rebinding).
+            raise Refusal(403, f"without a key this server answers to names of this machine only, not to {host!r}")
+        if self._key is not None and scope["path"].startswith(_LOCKED):
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+                message = "this needs the server's key, as Authorization: Bearer KEY; none or another one was given"
+                raise Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None where the client went away."""
+        limits, parts, size = self._service.limits, [], 0
+        deadline = time.monotonic() + limits.seconds
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except TimeoutError:
+                raise too_long(limits.seconds) from None
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limits.body_bytes:
+                raise Refusal(
+                    413, f"the body is longer than {limits.body_bytes} bytes", headers={"connection": "close"}
+                )
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, for whoever reads it next, and then what really comes: that the client went away."""
+    due = [body]
+
+    async def replay() -> Message:
+        if due:
+            return {"type": "http.request", "body": due.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
+async def _answer(refusal: Refusal, send: Send) -> None:
+    body = refusal.body
+    headers = {**refusal.headers, "content-length": str(len(body))}
+    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,54 @@
+"""What the server counts, in the text form that Prometheus reads (exposition format 0.0.4)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from threading import Lock
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Name: kind, what it is.
+_KNOWN = {
+    "knnlm_requests_total": ("counter", "Answers, by path and status."),
+    "knnlm_tokens_total": ("counter", "Tokens of prompts read, and tokens generated."),
+    "knnlm_steps_total": ("counter", "Forward passes that gave a token to each of some choices."),
+    "knnlm_completion_seconds": ("histogram", "From a completion's request to the end of its answer."),
+    "knnlm_choices_running": ("gauge", "Choices that are being continued."),
+    "knnlm_choices_waiting": ("gauge", "Choices, and the explorer's calls, that wait."),
+}
+_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """Counts of one server. Any thread may add to them."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._values: Counter[tuple[str, str]] = Counter()
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        with self._lock:
+            self._values[name, _labels(labels)] += amount  # type: ignore[assignment] # a Counter of float
+
+    def observe(self, name: str, value: float) -> None:
+        """Add to a histogram."""
+        for limit in (*_BUCKETS, float("inf")):
+            self.count(f"{name}_bucket", float(value <= limit), le="+Inf" if limit == float("inf") else str(limit))
+        self.count(f"{name}_sum", value)
+        self.count(f"{name}_count")
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        """All of them, with what is read off right now."""
+        with self._lock:
+            values = [*self._values.items(), *(((name, ""), value) for name, value in gauges.items())]
+        lines = []
+        for name, (kind, meaning) in _KNOWN.items():
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{own}{labels} {value:.17g}" for (own, labels), value in values if own.startswith(name)]
+        return "\n".join([*lines, ""])
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    """Our own words only: nothing in them needs escaping."""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""

@@ -1,0 +1,78 @@
+"""A server process: its address, and its end. The import of uvicorn."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from knnlm.errors import InputError
+from knnlm.server.service import Service
+
+_IDLE = 2
+"""Seconds that a connection without a request may stay when all is over."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address, so that nobody else does while the model is loaded; port 0 picks a free one.
+
+    :raises InputError: it cannot be taken.
+    """
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port is {port}, but must be from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as failing:
+            taken = failing.enter_context(socket.socket(family, kind, protocol))
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+            failing.pop_all()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--host {host} with --port {port} cannot be taken: {reason}; give another one") from error
+    return taken
+
+
+def serve(app: FastAPI, service: Service, listener: socket.socket, started: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; then finish what runs.
+
+    :param started: is called when clients can come.
+    :raises KeyboardInterrupt: a second signal came, and what ran was not finished.
+    """
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
+    server = _Server(uvicorn.Config(app, timeout_graceful_shutdown=_IDLE, **options), service, started)
+    server.run(sockets=[listener])
+    if server.force_exit:
+        raise KeyboardInterrupt
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which closes its door only when nobody is inside any more: until then new requests are told why not."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._when_started, self._last = service, started, math.inf
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the door, and say so."""
+        await super().startup(sockets)
+        self._when_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came; uvicorn would raise it again at the end, and the exit status would not be 0."""
+        self.force_exit = self._service.closing
+        self._service.closing = True
+        self._last = time.monotonic() + self._service.limits.seconds
+
+    async def on_tick(self, counter: int) -> bool:
+        """Every tenth of a second: whether to end. A client that does not read its answer is not waited for."""
+        done = not self._service.active or time.monotonic() > self._last
+        self.should_exit = self.force_exit or (self._service.closing and done)
+        return await super().on_tick(counter)

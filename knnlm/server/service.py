@@ -1,0 +1,121 @@
+"""What is served: the kNN-LM with its thread, and from a request to prompts that the thread can take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from knnlm.errors import InputError
+from knnlm.lm import LanguageModel
+from knnlm.probability import Mix
+from knnlm.server.batching import ModelThread
+from knnlm.server.choices import Prompt, Wish, Words
+from knnlm.server.limits import Limits
+from knnlm.server.metrics import Metrics
+from knnlm.server.refusals import Refusal
+from knnlm.server.wire import CompletionRequest
+from knnlm.serving.batch import RowModel
+from knnlm.serving.model import KNNLM
+from knnlm.serving.text import encode_prompt, end_tokens
+
+
+class Service:
+    """One kNN-LM under one name. Its model must not be used elsewhere but through `thread.run`."""
+
+    closing = False
+    """No new request is taken."""
+    active = 0
+    """Requests that are being answered."""
+
+    def __init__(self, name: str, lm: LanguageModel, model: KNNLM, limits: Limits | None = None) -> None:
+        self.name, self.lm, self.limits = name, lm, limits or Limits()
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.thread = ModelThread(RowModel(model, lm.vocabulary), self.limits, self.metrics)
+        self._words = Words(lm, end_tokens(model, lm))
+        self._setting, self._count = model.retrieval.setting, model.retrieval.searcher.store.count
+
+    def check_model(self, name: str) -> None:
+        """:raises Refusal: another model is asked for."""
+        if name != self.name:
+            message = f"there is no model {name!r} here; the one that is served is {self.name!r}"
+            raise Refusal(404, message, param="model", code="model_not_found")
+
+    def prompts(self, request: CompletionRequest) -> list[Prompt]:
+        """The prompts of a request, with all their choices. Long texts take a moment to become tokens.
+
+        :raises Refusal: for the field that is beyond a limit, or cannot be done.
+        """
+        self.check_model(request.model)
+        given, n = _one_by_one(request), 1 if request.n is None else request.n
+        self._check_choices(request, len(given) * n)
+        setting, wish = self._setting_of(request), self._wish(request)
+        found = []
+        for number, one in enumerate(given):
+            tokens = self._encode(one, wish.max_tokens)
+            text = one if isinstance(one, str) else self._words.text(one)
+            first = number * n
+            found.append(Prompt(self._words, tokens, text, setting, wish, first=first, n=n, seed=request.seed))
+        return found
+
+    def _check_choices(self, request: CompletionRequest, choices: int) -> None:
+        n, limits = request.n or 1, self.limits
+        if n > limits.batch:
+            raise Refusal(400, f"n is {n}, but at most {limits.batch} choices are made of a prompt", param="n")
+        if request.best_of not in (None, n):
+            message = f"best_of is {request.best_of}, but must be n, which is {n}: the best of more is not looked for"
+            raise Refusal(400, message, param="best_of")
+        if choices > limits.queue:
+            message = f"the prompts with n ask for {choices} choices, but at most {limits.queue} can wait; send fewer"
+            raise Refusal(400, message, param="prompt")
+
+    def _setting_of(self, request: CompletionRequest) -> Mix:
+        asked, own = request.knn, self._setting
+        if asked is None:
+            return own
+        most = min(self._count, max(self.limits.neighbors, own.k))
+        if asked.k is not None and asked.k > most:
+            raise Refusal(400, f"knn.k is {asked.k}, but can be at most {most}", param="knn.k")
+        return Mix(
+            own.k if asked.k is None else asked.k,
+            own.temperature if asked.temperature is None else asked.temperature,
+            own.lam if asked.lam is None else asked.lam,
+        )
+
+    def _wish(self, request: CompletionRequest) -> Wish:
+        tokens = 16 if request.max_tokens is None else request.max_tokens  # the defaults are those of OpenAI's API
+        if tokens > self.limits.completion_tokens:
+            message = f"max_tokens is {tokens}, but can be at most {self.limits.completion_tokens}"
+            raise Refusal(400, message, param="max_tokens")
+        return Wish(
+            max_tokens=tokens,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+            logprobs=request.logprobs,
+            echo=bool(request.echo),
+        )
+
+    def _encode(self, prompt: str | Sequence[int], new: int) -> list[int]:
+        """The tokens of one prompt. With `new` ones to come they must fit into the model's context."""
+        try:
+            tokens = encode_prompt(self.lm, prompt) if isinstance(prompt, str) else list(prompt)
+        except InputError as error:
+            raise Refusal(400, str(error), param="prompt") from error
+        if wrong := next((token for token in tokens if token >= self.lm.vocabulary), None):
+            message = f"token {wrong} of the prompt is none of the model's {self.lm.vocabulary}; use its own tokenizer"
+            raise Refusal(400, message, param="prompt")
+        context, most = self.lm.context_limit, self.limits.prompt_tokens
+        if len(tokens) > most or (context is not None and len(tokens) + new > context):
+            limit = f"{most} of a prompt here" if len(tokens) > most else f"{context} of the model's context"
+            message = f"a prompt of {len(tokens)} tokens with max_tokens {new} is beyond the {limit}; shorten it"
+            raise Refusal(400, message, param="prompt", code="context_length_exceeded")
+        return tokens
+
+
+def _one_by_one(request: CompletionRequest) -> list[str | list[int]]:
+    """Of all forms that `prompt` may have, a list of texts or of lists of tokens."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    return [prompt] if isinstance(prompt[0], int) else list(prompt)

@@ -1,0 +1,341 @@
+"""What a server does when it is asked too much, when clients go away, when something fails, and when it has to end."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from knnlm.errors import InputError
+from knnlm.server import run
+from knnlm.server.app import create_app
+from knnlm.server.gate import is_loopback
+from knnlm.server.limits import Limits
+from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running
+from tests.source_files import ROOT
+
+PROMPT = "the nurse counts"
+
+
+@contextmanager
+def paced(store: Path, **limits):
+    """A server that computes only what it is allowed to, and threads to ask it from."""
+    service = make_service(store, **limits)
+    turns = Paced(service)
+    with running(service) as server, ThreadPoolExecutor(8) as pool:
+        try:
+            yield server, turns, pool
+        finally:
+            turns.allow(10_000)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what comes soon."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
+
+
+def post(server: Running, **options) -> httpx.Response:
+    body = {"model": NAME, "prompt": PROMPT, "temperature": 0, **options}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+
+def open_socket(server: Running, **options) -> socket.socket:
+    """A client that has sent a whole request and reads nothing."""
+    request = httpx.Request("POST", f"{server.url}/v1/completions", json={"model": NAME, "prompt": PROMPT, **options})
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection = socket.create_connection((request.url.host, request.url.port))
+    connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+    return connection
+
+
+def test_a_full_queue_is_told_at_once(store_folder) -> None:
+    with paced(store_folder, batch=1, queue=2) as (server, turns, pool):
+        thread = server.service.thread
+        first = pool.submit(post, server, max_tokens=2)
+        until(lambda: turns.is_due)
+        waiting = [pool.submit(post, server, max_tokens=2) for _ in range(2)]
+        until(lambda: thread.waiting == 2)
+        answer = post(server)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert "\nknnlm_choices_waiting 2" in httpx.get(f"{server.url}/metrics").text
+        turns.allow(6)
+        assert [one.result().status_code for one in (first, *waiting)] == [200] * 3
+        turns.allow(100)
+        with server.client(max_retries=2) as client:  # whose own retries heed Retry-After
+            assert client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(stream, store_folder) -> None:
+    with paced(store_folder, batch=1, queue=1) as (server, turns, pool):
+        thread = server.service.thread
+        runs = open_socket(server, max_tokens=100, stream=stream)
+        turns.allow(3)
+        until(lambda: thread.running == 1)
+        waits = open_socket(server, max_tokens=100, stream=stream)
+        until(lambda: thread.waiting == 1)
+        waits.close()
+        until(lambda: thread.waiting == 0)  # although nothing is computed
+        runs.close()
+        until(lambda: server.service.active == 0)
+        later = pool.submit(post, server, max_tokens=2)
+        turns.allow(3)  # of the one that is gone, at most one step
+        assert later.result().status_code == 200
+        until(lambda: thread.running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_limited(stream, store_folder) -> None:
+    with paced(store_folder, seconds=0.5) as (server, turns, _):
+        turns.allow(2)
+        with server.client(max_retries=5) as client, pytest.raises(openai.APIError) as found:
+            list(client.completions.create(model=NAME, prompt=PROMPT, max_tokens=99, stream=stream))
+        assert found.value.code == "timeout" and "longer than the 0.5 seconds" in found.value.message
+        turns.allow(1)
+        until(lambda: server.service.thread.running == 0)
+        counted = server.service.metrics._values[REQUESTS, '{path="/v1/completions",status="408"}']
+        assert counted == (0 if stream else 1)  # once: the client does not ask again
+
+
+REQUESTS = "knnlm_requests_total"
+
+
+def test_a_body_is_limited_and_must_come_in_time(store_folder) -> None:
+    with running(make_service(store_folder, body_bytes=1000, seconds=2)) as server:
+        assert post(server, prompt="a" * 900).status_code == 400  # read, but too long for the model
+        for headers in ({}, {"transfer-encoding": "chunked"}):
+            answer = post_parts(server, [b"[" + b" " * 600] * 4, headers)
+            assert "413" in answer.splitlines()[0] and '"the body is longer than 1000 bytes"' in answer
+        slow = post_parts(server, [b"["], {"content-length": "10"})
+        assert "408" in slow.splitlines()[0] and '"code": "timeout"' in slow
+
+
+def post_parts(server: Running, parts: list[bytes], headers: dict[str, str]) -> str:
+    """Send a body in parts that need not be what the head says, and read what comes."""
+    host, port = server.url.removeprefix("http://").split(":")
+    given = {"host": host, "content-length": str(sum(map(len, parts))), "connection": "close"} | headers
+    if "transfer-encoding" in headers:
+        del given["content-length"]
+        parts = [f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in parts]
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = "".join(f"{name}: {value}\r\n" for name, value in given.items())
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + b"".join(parts))
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    return received.decode()
+
+
+# The thread of the model
+
+
+def test_a_call_runs_on_the_models_thread_between_two_steps(store_folder) -> None:
+    with paced(store_folder, queue=1) as (server, turns, pool):
+        thread = server.service.thread
+        request = pool.submit(post, server, max_tokens=3)
+        turns.allow(1)
+        until(lambda: thread.running == 1)
+        call = pool.submit(asyncio.run, thread.run(lambda: (threading.current_thread().name, thread.running)))
+        until(lambda: thread.waiting == 1)
+        assert post(server).status_code == 429  # it counts
+        turns.allow(1)
+        assert call.result() == ("knnlm-model", 1)
+        turns.allow(1)
+        assert request.result().status_code == 200
+        failing = pool.submit(asyncio.run, thread.run(lambda: 1 // 0))
+        with pytest.raises(ZeroDivisionError):
+            failing.result()
+        assert asyncio.run(thread.run(lambda: 7)) == 7
+
+
+def test_a_call_that_nobody_waits_for_is_not_made(store_folder) -> None:
+    with paced(store_folder) as (server, turns, pool):
+        thread, made = server.service.thread, []
+        request = pool.submit(post, server, max_tokens=1)
+        until(lambda: turns.is_due)
+
+        async def give_up() -> None:
+            await asyncio.wait_for(thread.run(lambda: made.append(1)), 0.05)
+
+        with pytest.raises(TimeoutError):
+            asyncio.run(give_up())
+        turns.allow(1)
+        assert request.result().status_code == 200
+        asyncio.run(thread.run(lambda: None))
+        assert made == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_is_told_and_the_server_lives(stream, store_folder) -> None:
+    service = make_service(store_folder)
+    run, service.thread._model.run = service.thread._model.run, fail
+    with running(service) as server, server.client() as client:
+        with pytest.raises(openai.APIError) as found:
+            list(client.completions.create(model=NAME, prompt=PROMPT, max_tokens=99, stream=stream))
+        assert found.value.code == "internal_error" and "out of memory" not in found.value.message
+        service.thread._model.run = run
+        assert client.completions.create(model=NAME, prompt=PROMPT, max_tokens=3).usage.completion_tokens == 3
+
+
+def fail(*_):
+    raise RuntimeError("out of memory")
+
+
+# The end
+
+
+def test_what_runs_is_finished_and_new_requests_are_told(store_folder) -> None:
+    with paced(store_folder) as (server, turns, pool):
+        request = pool.submit(post, server, max_tokens=4)
+        until(lambda: turns.is_due)
+        server.service.closing = True
+        for path in ("/healthz", "/v1/models"):
+            answer = httpx.get(server.url + path)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+            assert answer.json()["error"] == {
+                "message": "the server is shutting down",
+                "type": "server_error",
+                "param": None,
+                "code": "shutting_down",
+            }
+        turns.allow(4)
+        assert request.result().json()["usage"]["completion_tokens"] == 4
+
+
+def start(store: Path, *options: object) -> tuple[subprocess.Popen[str], str]:
+    setting = ("--layer", LAYER, "--k", K, "--temperature", TEMPERATURE, "--lambda", LAMBDA)
+    words = [sys.executable, "-m", "knnlm", "serve", str(store), "--port", "0", *map(str, (*setting, *options))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    address = re.fullmatch(r"Serving (\S+) at (http://\S+) \(Ctrl-C ends it\)\n", line)
+    assert address, line + process.stderr.read()
+    assert address[1] == store.name
+    return process, address[2]
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(store_folder, monkeypatch) -> None:
+    monkeypatch.setenv("KNNLM_API_KEY", "s3cret")  # without it, the address is refused
+    process, url = start(store_folder, "--host", "0.0.0.0")
+    url = url.replace("0.0.0.0", "127.0.0.1")
+    with process, openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0) as client:
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        stream = client.completions.create(
+            model=store_folder.name, prompt="a", max_tokens=120, n=16, stream=True, temperature=0
+        )
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        pieces = list(stream)
+        assert sum(piece.choices[0].finish_reason is not None for piece in pieces) == 16
+        assert process.wait(120) == 0
+        assert process.stdout.read() == process.stderr.read() == ""
+
+
+def test_a_second_signal_ends_at_once(store_folder) -> None:
+    process, url = start(store_folder)
+    body = {"model": store_folder.name, "prompt": "a", "max_tokens": 120, "n": 16, "stream": True}
+    with process, httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        process.send_signal(signal.SIGSTOP)  # so that both come before anything is finished
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) == 130
+        assert process.stderr.read().splitlines()[-1].startswith("knnlm: stopped by Ctrl-C")
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(store_folder) -> None:
+    service = make_service(store_folder, seconds=0.2)
+    server = run._Server(uvicorn.Config(create_app(service)), service, lambda: None)
+    service.active = 1
+    assert not asyncio.run(server.on_tick(1))
+    server.handle_exit(signal.SIGTERM, None)
+    assert not asyncio.run(server.on_tick(1))
+    time.sleep(0.25)
+    assert asyncio.run(server.on_tick(1)) and not server.force_exit
+
+
+def test_without_a_key_only_names_of_this_machine_are_answered(store_folder) -> None:
+    with running(make_service(store_folder), only_local=True) as server:
+        for host, status in (("localhost", 200), ("127.0.0.1:80", 200), ("[::1]:80", 200), ("evil.example:80", 403)):
+            answer = httpx.get(f"{server.url}/v1/models", headers={"host": host})
+            assert answer.status_code == status, host
+        assert "not to 'evil.example:80'" in answer.json()["error"]["message"]
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--host", "0.0.0.0"), "anybody could use the model and read from its text at 0.0.0.0; give --api-key"),
+        (("--host", "::"), "anybody could use the model"),
+        (("--host", "example.org"), "anybody could use the model"),
+        (("--api-key", ""), "the key is empty"),
+        (("--api-key", "sécret"), "visible ASCII"),
+        (("--port", 99_999_999), "--port is 99999999, but must be from 0 to 65535"),
+        (("--host", "192.0.2.1", "--insecure"), "--host 192.0.2.1 with --port 0 cannot be taken"),
+        (("--max-batch", 0), "--max-batch is 0, but must be above 0"),
+        (("--max-seconds", "nan"), "--max-seconds is nan, but must be above 0"),
+        (("--layer", "0.ffn_input"), "has no keys of layer 0.ffn_input"),
+        (("--model", "./nowhere"), "there is no folder ./nowhere"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options, message, call, store_folder) -> None:
+    setting = ("--layer", LAYER, "--k", K, "--temperature", TEMPERATURE, "--lambda", LAMBDA)
+    refused = call("serve", store_folder, "--port", 0, *setting, *options)
+    assert (refused.status, refused.out, len(refused.errors)) == (2, "", 1), refused
+    assert message in refused.errors[0]
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(call, tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = call("serve", tmp_path, "--port", port)
+    assert refused.status == 2 and f"--port {port} cannot be taken: Address already in use" in refused.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "inside"),
+    [("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_what_is_loopback(host, inside) -> None:
+    assert is_loopback(host) == inside
+
+
+def test_limits_are_those_of_the_command_line() -> None:
+    import inspect
+
+    from knnlm.cli.serve import serve
+
+    defaults = {name: one.default for name, one in inspect.signature(serve).parameters.items()}
+    for name in ("prompt_tokens", "completion_tokens", "batch", "queue", "seconds"):
+        assert defaults[f"max_{name}"] == getattr(Limits(), name)
+    with pytest.raises(InputError, match="--max-queue is 0"):
+        Limits(queue=0)
+
+
+def test_one_line_says_how_to_install_the_server() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; sys.argv = ['knnlm', 'serve', '.']; import knnlm.cli as cli"
+    words = [sys.executable, "-c", f"{code}; cli.main()"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "knnlm: serve needs uvicorn, which is not installed; pip install 'knnlm[serve]'\n"
