@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from knnlm.serving.model import KNNLM
 Write = Callable[[str], None]
 # What a decoder puts in the place of bytes that are no character, or not yet.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Tokens of the prompt that its continuation is decoded with: more than those of any one character.
+_WINDOW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,7 @@ class Writer:
 
     def __init__(self, model: KNNLM, lm: LanguageModel, decoding: Decoding) -> None:
         self._model, self._lm, self._decoding = model, lm, decoding
-        own = model.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else lm.tokenizer.eos_token_id
-        self._ends: set[int] = set(ends if isinstance(ends, list) else [ends]) - {None}
+        self._ends, own = end_tokens(model, lm), model.generation_config
         padding = own.pad_token_id if own.pad_token_id is not None else min(self._ends, default=0)
         model.generation_config = type(own)(eos_token_id=sorted(self._ends) or None, pad_token_id=padding)
 
@@ -75,12 +75,7 @@ class Writer:
 
         :raises InputError: no tokens at all, or more than the model takes with those to be generated.
         """
-        tokens, start = self._lm.encode(prompt).tolist(), self._lm.tokenizer.bos_token_id
-        tokens = tokens or ([] if start is None else [start])
-        if not tokens:
-            raise InputError(
-                f"the prompt is empty, and {self._lm.name} has no token that begins a text; give some text"
-            )
+        tokens = encode_prompt(self._lm, prompt)
         limit, new = self._lm.context_limit, self._decoding.max_new_tokens
         if limit is not None and len(tokens) + new > limit:
             raise InputError(
@@ -100,12 +95,10 @@ class Writer:
 
 
 class _Pieces:
-    """A streamer of `generate()`: from tokens to pieces of text, none of which ends inside a character."""
+    """A streamer of `generate()`: from tokens to pieces of text."""
 
-    def __init__(self, lm: LanguageModel, prompt: list[int], ends: set[int], write: Write) -> None:
-        self._lm, self._tokens, self._ends, self._write = lm, list(prompt), ends, write
-        # Tokens are decoded with the prompt: some tokenizers drop the space before a first word.
-        self._begin = len(lm.decode(prompt))
+    def __init__(self, lm: LanguageModel, prompt: list[int], ends: Collection[int], write: Write) -> None:
+        self._text, self._write = Detokenizer(lm, prompt, ends), write
         self._prompt_is_due = True
         self.text = ""
 
@@ -114,16 +107,66 @@ class _Pieces:
         if self._prompt_is_due:
             self._prompt_is_due = False
             return
-        self._tokens += [token for token in tokens.flatten().tolist() if token not in self._ends]
-        text = self._lm.decode(self._tokens)[self._begin :]
-        if not text.endswith(INCOMPLETE):
-            self._give(text)
+        for token in tokens.flatten().tolist():
+            self._give(self._text.put(token))
 
     def end(self) -> None:
         """What is incomplete stays so."""
-        self._give(self._lm.decode(self._tokens)[self._begin :])
+        self._give(self._text.rest())
 
-    def _give(self, text: str) -> None:
-        piece, self.text = text[len(self.text) :], text
+    def _give(self, piece: str) -> None:
+        self.text += piece
         if piece:
             self._write(piece)
+
+
+class Detokenizer:
+    """From tokens to pieces of text as they come, none of which ends inside a character.
+
+    Together the pieces are what all tokens decoded at once have after the text of those `before`, but only the tokens
+    of the last piece are decoded again: some tokenizers drop the space before a first word.
+
+    :param hidden: tokens that are no text, as those that end it.
+    """
+
+    def __init__(self, lm: LanguageModel, before: Sequence[int], hidden: Collection[int]) -> None:
+        self._lm, self._hidden = lm, hidden
+        self._tokens = list(before[-_WINDOW:])
+        self._shown = len(self._tokens)
+        self._length = len(lm.decode(self._tokens))
+
+    def put(self, token: int) -> str:
+        """The text that is complete with this token: often none, or more than its own."""
+        if token in self._hidden:
+            return ""
+        self._tokens.append(token)
+        text = self._lm.decode(self._tokens)
+        return "" if text.endswith(INCOMPLETE) else self._show(text)
+
+    def rest(self) -> str:
+        """What stayed incomplete."""
+        return self._show(self._lm.decode(self._tokens))
+
+    def _show(self, text: str) -> str:
+        piece = text[self._length :]
+        self._tokens = self._tokens[self._shown :] or self._tokens
+        self._shown, self._length = len(self._tokens), len(self._lm.decode(self._tokens))
+        return piece
+
+
+def end_tokens(model: KNNLM, lm: LanguageModel) -> frozenset[int]:
+    """The tokens that end a text: those of the model's generation settings, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if ends is not None else lm.tokenizer.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def encode_prompt(lm: LanguageModel, prompt: str) -> list[int]:
+    """The prompt's tokens; of an empty one, the token that begins a text.
+
+    :raises InputError: no tokens at all.
+    """
+    tokens, start = lm.encode(prompt).tolist(), lm.tokenizer.bos_token_id
+    if not tokens and start is None:
+        raise InputError(f"the prompt is empty, and {lm.name} has no token that begins a text; give some text")
+    return tokens or [start]
