@@ -23,7 +23,9 @@ LEVELS = (
     {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets", "checkpoints.figures"},
     {
         "queries",
+        "serving.evidence",
         "serving.retrieval",
+        "serving.sampling",
         "slices.questions",
         "slices.statistics",
         "training.trainer",
@@ -31,7 +33,7 @@ LEVELS = (
     },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts", "serving.text", "serving.harness"},
+    {"parts", "serving.text", "serving.continuing", "serving.explain", "serving.harness"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, generate, harness, main_job, rank, slices, train
+from knnlm.cli import correlate, explain, generate, harness, main_job, rank, slices, train
 
 app = typer.Typer(
     name="knnlm",
@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "info": main_job.info,
     "verify": main_job.verify,
     "generate": generate.generate,
+    "explain": explain.explain,
     "lm-eval": harness.lm_eval,
     "correlate": correlate.correlate,
     "slices": slices.slices,

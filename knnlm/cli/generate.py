@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load
+from knnlm.cli.shared import load, read_standard_input
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")
 ]
 Stream = Annotated[bool, typer.Option("--stream", help="Show the text while it is generated.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")]
 
 
 def generate(
@@ -39,7 +38,7 @@ def generate(
     top_p: TopP = None,
     seed: options.Seed = 0,
     stream: Stream = False,
-    layer: Layer = None,
+    layer: options.Layer = None,
     k: options.K = None,
     temperature: options.Temperature = None,
     lam: options.Lambda = None,
@@ -66,7 +65,7 @@ def generate(
     opened = Datastore.open(store)
     retrieval = open_retrieval(opened, layer, k, temperature, lam)
     screen = Screen(json)
-    prompts = prompt or [_read_prompt(screen)]
+    prompts = prompt or [read_standard_input("--prompt", screen)]
     lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     writer = Writer(KNNLM.from_retrieval(lm, retrieval), lm, decoding)
     for one in prompts:
@@ -105,16 +104,3 @@ def _write(text: str) -> None:
     """As it is: rich would wrap lines and expand tabs."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _read_prompt(screen: Screen) -> str:
-    """Standard input without its last line break."""
-    if sys.stdin.isatty():
-        screen.note("Type a prompt; Ctrl-D ends it.")
-    try:
-        text = sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"standard input is not UTF-8 at byte {error.start}", param_hint="--prompt") from None
-    if not text:
-        raise typer.BadParameter("standard input is empty; give --prompt TEXT", param_hint="--prompt")
-    return text.removesuffix("\n")

@@ -32,6 +32,7 @@ Candidates = Annotated[
     str, typer.Option("--candidates", help="Layers that may be chosen: candidates, residual, all, or a pattern.")
 ]
 Select = Annotated[str, typer.Option("--select", help="What chooses: dispersion, probe, or a layer's name.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")]
 K = Annotated[int | None, typer.Option("--k", help="Neighbours; fitted when not given.")]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Of the softmax over distances; fitted when not given.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,19 @@ def quiet_loading(name: str) -> bool:
     if local:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return local
+
+
+def read_standard_input(option: str, screen: Screen) -> str:
+    """The text that an option would have given, without its last line break."""
+    if sys.stdin.isatty():
+        screen.note("Type a text; Ctrl-D ends it.")
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"standard input is not UTF-8 at byte {error.start}", param_hint=option) from None
+    if not text:
+        raise typer.BadParameter(f"standard input is empty; give {option} TEXT", param_hint=option)
+    return text.removesuffix("\n")
 
 
 def check_show(show: str | None) -> None:
