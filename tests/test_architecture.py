@@ -34,6 +34,7 @@ LEVELS = (
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
     {"parts", "serving.text", "serving.continuing", "serving.explain", "serving.harness"},
+    {"explorer.wire", "explorer.routes"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
@@ -47,16 +48,18 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
 REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", "knnlm.storage"}
 # Their __init__ holds nothing but a sentence, or in knnlm/ itself lazy names.
-PACKAGES = ("__init__", "checkpoints", "correlate", "serving", "slices", "training")
+PACKAGES = ("__init__", "checkpoints", "correlate", "explorer", "serving", "slices", "training")
 # The command line only names the errors.
 INDEX_SEEN_BY = {"knnlm.correlate.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
-HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval"}
+HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval", "fastapi"}
 ONLY_IN = {
     "faiss": {"index/faiss_index.py"},
     "transformers": {"knnlm/lm.py", "knnlm/training/trainer.py"},  # a subclass needs its base
     "datasets": {"knnlm/corpus.py"},
     "peft": {"knnlm/training/train.py"},
     "lm_eval": {"knnlm/serving/harness.py"},  # a subclass needs its base
+    "fastapi": {"knnlm/explorer/routes.py"},
+    "pydantic": {"knnlm/explorer/wire.py"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450
 

@@ -148,7 +148,7 @@ def test_without_any_neighbour_the_lm_speaks(explainer, monkeypatch) -> None:
 def test_each_layer_has_its_own_setting(explainer) -> None:
     assert explainer.setting("final_norm") == Mix(7, 1.5, 0.25)
     assert explainer.setting("1.ffn_output") == explainer.setting() == SETTING  # nothing was fitted for it
-    assert [explainer.is_fitted(layer) for layer in ("final_norm", "1.ffn_output")] == [True, False]
+    assert [explainer.fitted(layer) for layer in ("final_norm", "1.ffn_output")] == [Mix(7, 1.5, 0.25), None]
     assert explainer.explain(TEXT, "final_norm").k == 7
     with pytest.raises(DatastoreMismatch, match=r"has no keys of layer 0\.ffn_input"):
         explainer.explain(TEXT, "0.ffn_input")

@@ -119,18 +119,20 @@ class Explainer:
         """
         layer = layer or self.first
         if layer not in self._models:
-            setting = self.setting(self.first)
-            given = () if self.is_fitted(layer) else (setting.k, setting.temperature, setting.lam)
-            self._models[layer] = KNNLM.from_retrieval(self.lm, open_retrieval(self.store, layer, *given))
+            own = self.setting(layer)
+            retrieval = open_retrieval(self.store, layer, own.k, own.temperature, own.lam)
+            self._models[layer] = KNNLM.from_retrieval(self.lm, retrieval)
         return self._models[layer]
 
     def setting(self, layer: str | None = None) -> Mix:
-        """What the layer's k, temperature and λ are unless somebody changes them. Raises as `model`."""
-        return self.model(layer).retrieval.setting
+        """What the layer's k, temperature and λ are unless somebody changes them."""
+        first = self._models[self.first].retrieval.setting
+        return first if layer in (None, self.first) else self.fitted(layer) or first
 
-    def is_fitted(self, layer: str) -> bool:
-        """Whether an evaluation fitted k, temperature and λ for the layer."""
-        return layer in (self.store.manifest.fitted or {})
+    def fitted(self, layer: str) -> Mix | None:
+        """What an evaluation fitted for the layer, if there was one."""
+        fitted = (self.store.manifest.fitted or {}).get(layer)
+        return fitted and Mix(int(fitted["k"]), float(fitted["temperature"]), float(fitted["lambda"]))
 
     def depth(self, layer: str | None = None) -> int:
         """The neighbours that a search brings: the layer's own k, and those that fitting tries."""
