@@ -87,7 +87,7 @@ class Page:
         """Until nothing is under way, and the neighbours of what is open are there."""
         self.wait(lambda: self.find("#continue").is_displayed())
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-        self.wait(lambda: self.all("#neighbors li") or not self.find("#token").is_displayed(), "no neighbours")
+        self.wait(lambda: not self.all("#neighbors[aria-busy=true]"), "no neighbours")
 
     def tokens(self) -> list:
         return self.all("#tokens [role=option]")
@@ -183,7 +183,7 @@ def test_page_fits_and_says_what_it_explains(width, scheme, browser, server) -> 
     assert browser.get_log("browser") == []
 
 
-def test_text_is_explained_and_the_token_that_was_helped_most_is_open(page, explainer) -> None:
+def test_text_is_explained_and_what_was_helped_most_is_open(page, explainer) -> None:
     page.explain()
     tokens = explainer.encode(TEXT)
     found = explainer.evidence(tokens)
@@ -191,7 +191,7 @@ def test_text_is_explained_and_the_token_that_was_helped_most_is_open(page, expl
     assert shown == TEXT and len(page.tokens()) == len(tokens)
     assert page.setting() == SETTING
     check_text(page, found, tokens, SETTING)
-    gains = page.probabilities()[:, 1] / page.probabilities()[:, 0]
+    gains = page.probabilities()[:, 1] - page.probabilities()[:, 0]
     (chosen,) = page.all("#tokens [aria-selected=true]")
     assert page.tokens().index(chosen) == 1 + int(gains.argmax())
 
@@ -237,6 +237,19 @@ def test_a_token_of_a_distribution_shows_who_votes_for_it(page, explainer) -> No
     page.find("#all").click()
     page.settle()
     check_token(page, evidence, tokens[9], SETTING)
+
+
+def test_neighbours_that_come_late_do_not_replace_those_of_another_token(browser, explainer) -> None:
+    with running(explainer, delay=0.3) as slow:
+        page = Page(browser, slow)
+        page.explain()
+        page.open(5)
+        shown = page.find("#neighbors").text
+        for at in (9, 5):
+            page.driver.execute_script("arguments[0].click()", page.tokens()[at])
+        page.wait(lambda: slow.calls.count("/explorer/sources") == 3)
+        page.driver.execute_async_script("setTimeout(arguments[0], 600)")
+        assert page.find("#neighbors").text == shown
 
 
 # The setting
@@ -396,6 +409,7 @@ def test_everything_works_by_keyboard_alone(page, explainer) -> None:
     assert abs(page.tokens()[at()].rect["y"] - top["y"]) < 5
     press(Keys.END)
     assert at() == len(tokens) - 1
+    press(Keys.HOME, Keys.ARROW_RIGHT)
     reached = []
     for _ in range(12):
         press(Keys.TAB)

@@ -164,9 +164,12 @@ const goOn = () =>
 function addToken(event) {
   if (event.error) throw new Error(event.error.message);
   const [token] = unpack(event);
+  const box = $("tokens");
+  const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
   state.tokens.push(token);
-  $("tokens").append(tokenElement(token, state.tokens.length - 1, "new"));
+  box.append(tokenElement(token, state.tokens.length - 1, "new"));
   paint(state.tokens.length - 1);
+  if (atEnd) box.scrollTop = box.scrollHeight;
   if (event.finish_reason !== "stop") $("text").value += token.text; // an end token is no text
 }
 
@@ -207,7 +210,7 @@ const changeLayer = () =>
 
 // The tokens
 
-function show(tokens, chosen = mostChanged(tokens)) {
+function show(tokens, chosen = mostHelped(tokens)) {
   state.tokens = tokens;
   state.chosen = chosen;
   state.voters = null;
@@ -216,12 +219,12 @@ function show(tokens, chosen = mostChanged(tokens)) {
   update();
 }
 
-/** The token that the memory helped most: what a new text opens with. */
-function mostChanged(tokens) {
+/** The token whose probability the memory raised most: what a new text opens with. */
+function mostHelped(tokens) {
   const gains = tokens.map(({ evidence }) => {
     if (!evidence) return -Infinity;
     const { lm, mixed } = predict(evidence, state.setting);
-    return Math.log(mixed[evidence.at] / lm[evidence.at]);
+    return mixed[evidence.at] - lm[evidence.at];
   });
   return gains.indexOf(Math.max(...gains));
 }
@@ -322,7 +325,7 @@ function showToken() {
   const { text, evidence } = chosen;
   const before = state.tokens.slice(0, state.chosen).map((one) => one.text).join("");
   const mark = make("mark", { class: options()[state.chosen].className }, visible(text));
-  $("context").replaceChildren(before.length > 90 ? `…${flow(before.slice(-90))}` : flow(before), mark);
+  $("context").replaceChildren(before.length > 90 ? `…${flow(before.slice(-90).replace(/^\S{0,20}(?=\s)/, ""))}` : flow(before), mark);
   for (const element of document.querySelectorAll(".three, .three-hint, .neighbors-head, #neighbors-note, #neighbors")) element.hidden = !evidence;
   if (!evidence) {
     $("detail-title").textContent = "The first token: nothing predicts it";
@@ -379,12 +382,14 @@ async function showNeighbors(evidence, weights) {
   $("all").hidden = voters === null;
   $("neighbors-note").textContent = neighborsNote(all, shown, weights, voters === null ? null : state.texts.get(evidence.tokens[voters]));
   const missing = shown.map((i) => evidence.rows[i]).filter((row) => !sources.has(row));
+  $("neighbors").setAttribute("aria-busy", missing.length > 0);
   if (missing.length) {
     const told = await ask("explorer/sources", { rows: missing }).then((response) => response.json(), () => null);
     told?.sources.forEach((source, at) => sources.set(missing[at], source));
     if (mine !== turn) return; // something else was opened meanwhile
     if (!told) $("neighbors-note").append(" Their text could not be fetched.");
   }
+  $("neighbors").setAttribute("aria-busy", false);
   const heaviest = weights[0];
   $("neighbors").replaceChildren(...shown.filter((i) => sources.has(evidence.rows[i])).map((i) => neighbor(evidence, i, weights[i], heaviest)));
 }
