@@ -36,6 +36,7 @@ def server(explainer):
         yield found
 
 
+VIEW = "return [innerWidth, visualViewport.offsetLeft, visualViewport.scale]"
 PROBABILITIES = """
 return [...document.querySelectorAll('#tokens [role=option]')].slice(1)
   .map((one) => [one.dataset.lm, one.dataset.mixed].map(Number))
@@ -57,6 +58,7 @@ class Page:
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        driver.execute_cdp_cmd("Emulation.resetPageScaleFactor", {})  # a phone's is left to the next page
         driver.get(server.url)
 
     def find(self, selector: str):
@@ -69,7 +71,7 @@ class Page:
         WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: condition(), what)
 
     def ready(self) -> Page:
-        self.wait(lambda: self.driver.execute_script("return innerWidth") == self.width, "the window has another width")
+        self.wait(lambda: self.driver.execute_script(VIEW) == [self.width, 0, 1], "the window has another width")
         self.wait(lambda: self.find("#store").text, "the datastore was not told")
         return self
 
