@@ -28,7 +28,7 @@ from knnlm.datastore import Datastore
 from knnlm.errors import DatastoreMismatch, InputError
 from knnlm.lm import LanguageModel, load_model
 from knnlm.pipeline import build
-from knnlm.probability import Mix
+from knnlm.probability import Gate, Mix
 from knnlm.serving.evidence import mixed_log_probs
 from knnlm.serving.explain import SHOWN_NEIGHBORS, Explainer
 from knnlm.serving.retrieval import open_retrieval
@@ -40,6 +40,7 @@ from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 CONTEXT, STRIDE = 32, 16
 SETTING = Mix(64, 4.0, 0.6)
 OTHER = Mix(7, 1.5, 0.25)
+GATED = Mix(64, 4.0, 0.6, Gate(1.5, -0.35, -0.7))
 LAYERS = "2.ffn_input,final_norm,1.ffn_output"
 TEXT = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it"
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
@@ -53,12 +54,14 @@ def explainer(request, tmp_path_factory) -> Explainer:
         text=TextConfig(context=CONTEXT, stride=STRIDE), layers=LayerConfig(layers=LAYERS), key_dtype="float32"
     )
     store = build(lm, [write_jsonl(folder / "text.jsonl", texts(0, 6))], folder / "store", settings=settings)
-    store.update_manifest(fitted={"final_norm": {"k": 7, "temperature": 1.5, "lambda": 0.25}})
+    gate = {"offset": 1.5, "distance": -0.35, "different": -0.7}
+    fitted = {"k": 64, "temperature": 4.0, "lambda": 0.6}
+    store.update_manifest(fitted={"final_norm": fitted | {"gate": gate}, "2.ffn_input": fitted | {"gate": gate}})
     return Explainer(lm, open_retrieval(store, "2.ffn_input", SETTING.k, SETTING.temperature, SETTING.lam))
 
 
 def distributions(explainer: Explainer, tokens: list[int], setting: Mix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """p_LM, p_kNN and their mixture [T, V] for keys of 2.ffn_input, in float64, from raw keys."""
+    """p_LM, p_kNN and their mixture with the fixed λ [T, V] for keys of 2.ffn_input, in float64, from raw keys."""
     model = explainer.lm.model
     path, take = MODULES[explainer.lm.name]["2.ffn_input"]
     documents = [explainer.lm.encode(text).tolist() for text in texts(0, 6)]
@@ -77,8 +80,7 @@ def distributions(explainer: Explainer, tokens: list[int], setting: Mix) -> tupl
 
 def forced(explainer: Explainer, tokens: list[int], layer: str, setting: Mix) -> np.ndarray:
     """log p [T, V] by teacher forcing through `KNNLM`."""
-    retrieval = open_retrieval(explainer.store, layer, setting.k, setting.temperature, setting.lam)
-    model = KNNLM.from_retrieval(explainer.lm, retrieval)
+    model = KNNLM.from_retrieval(explainer.lm, replace(explainer.retrieval(layer), setting=setting))
     return model(torch.tensor([tokens])).logits[0].double().numpy()
 
 
@@ -100,7 +102,7 @@ def test_every_figure_equals_float64_brute_force(explainer) -> None:
             np.testing.assert_allclose([likely.probability for likely in shown], largest[largest > 0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("setting", [SETTING, OTHER, Mix(1, 0.5, 1.0), Mix(300, 20.0, 0.0)])
+@pytest.mark.parametrize("setting", [SETTING, OTHER, GATED, Mix(1, 0.5, 1.0), Mix(300, 20.0, 0.0)])
 @pytest.mark.parametrize("layer", LAYERS.split(","))
 def test_one_search_gives_what_teacher_forcing_gives_under_every_setting(layer, setting, explainer) -> None:
     tokens = explainer.encode(TEXT)
@@ -112,6 +114,15 @@ def test_one_search_gives_what_teacher_forcing_gives_under_every_setting(layer, 
         # Nothing that is left out is likelier than what is told.
         rest = np.delete(np.exp(log_probs[place]), under.tokens_M)
         assert rest.max(initial=0) <= np.sort(under.mixed_M)[-10] + 1e-6
+
+
+def test_a_gate_moves_lambda_from_token_to_token(explainer) -> None:
+    found = explainer.explain(TEXT, "final_norm")
+    weights = np.array([one.lam for one in found.tokens])
+    assert np.ptp(weights) > 0.1 and len(set(weights)) == len(weights)
+    for one in found.tokens:
+        mixed = one.lam * one.knn_probability + (1 - one.lam) * one.lm_probability
+        assert one.mixed_probability == pytest.approx(mixed, rel=1e-9)
 
 
 def test_neighbours_stand_in_the_text(explainer) -> None:
@@ -141,15 +152,19 @@ def test_without_any_neighbour_the_lm_speaks(explainer, monkeypatch) -> None:
     monkeypatch.setattr(type(searcher), "neighbors", lambda self, vectors_QD, k: absent(len(vectors_QD), k))
     found = explainer.explain(TEXT)
     for one in found.tokens:
-        assert (one.mixed_probability, one.knn_probability, one.change) == (one.lm_probability, 0, 0)
+        assert (one.mixed_probability, one.knn_probability, one.change, one.lam) == (one.lm_probability, 0, 0, 0)
         assert one.neighbors == one.knn_likeliest == ()
 
 
 def test_each_layer_has_its_own_setting(explainer) -> None:
-    assert explainer.setting("final_norm") == Mix(7, 1.5, 0.25)
-    assert explainer.setting("1.ffn_output") == explainer.setting() == SETTING  # nothing was fitted for it
-    assert [explainer.fitted(layer) for layer in ("final_norm", "1.ffn_output")] == [Mix(7, 1.5, 0.25), None]
-    assert explainer.explain(TEXT, "final_norm").k == 7
+    assert explainer.retrieval("final_norm").setting == GATED
+    assert explainer.retrieval("1.ffn_output").setting == explainer.retrieval().setting == SETTING  # nothing fitted
+    assert [explainer.is_fitted(layer) for layer in ("final_norm", "1.ffn_output", "2.ffn_input")] == [
+        True,
+        False,
+        False,
+    ]
+    assert explainer.explain(TEXT, "final_norm").setting == GATED
     with pytest.raises(DatastoreMismatch, match=r"has no keys of layer 0\.ffn_input"):
         explainer.explain(TEXT, "0.ffn_input")
 
@@ -165,7 +180,7 @@ def test_what_cannot_be_explained_is_refused(text, message, explainer) -> None:
 # Going on
 
 
-@pytest.mark.parametrize("setting", [SETTING, OTHER])
+@pytest.mark.parametrize("setting", [SETTING, OTHER, GATED])
 def test_likeliest_tokens_are_those_of_generate(setting, explainer) -> None:
     tokens = explainer.encode(TEXT)[:9]
     model = KNNLM.from_retrieval(explainer.lm, replace(explainer.model().retrieval, setting=setting))
@@ -212,7 +227,7 @@ def test_drawn_tokens_are_of_the_nucleus_and_repeat_with_the_seed(explainer) -> 
     assert drawn(0, 1e-9) == [greedy.step().token for _ in range(6)]
 
 
-@pytest.mark.parametrize("setting", [SETTING, OTHER, Mix(64, 4.0, 0.0), Mix(64, 4.0, 1.0)])
+@pytest.mark.parametrize("setting", [SETTING, OTHER, GATED, Mix(64, 4.0, 0.0), Mix(64, 4.0, 1.0)])
 def test_tokens_are_drawn_from_the_mixed_distribution(setting, explainer) -> None:
     tokens = explainer.encode(TEXT)
     log_probs_TV = torch.log_softmax(explainer.lm.model(torch.tensor([tokens])).logits[0].detach(), -1)
@@ -272,7 +287,9 @@ def test_json_is_one_document_with_every_figure(call, expected, store_folder: Pa
     asked = {"store": str(store_folder), "text": TEXT, "layer": "2.ffn_input", "k": 64, "lambda": 0.6}
     assert document.items() >= asked.items()
     assert document["mixed_perplexity"] == expected.mixed_perplexity
-    assert document["tokens"] == json.loads(json.dumps([asdict(one) for one in expected.tokens]))
+    told = [asdict(one) for one in expected.tokens]
+    assert document["tokens"] == json.loads(json.dumps([{"lambda": one.pop("lam"), **one} for one in told]))
+    assert document["gate"] is None
     assert document["beginning"] + "".join(one["text"] for one in document["tokens"]) == TEXT
 
 
@@ -280,7 +297,7 @@ def test_table_has_a_line_for_each_token(call, expected, store_folder: Path) -> 
     done = call("explain", store_folder, "--text", TEXT, *ASKED)
     assert (done.status, done.errors) == (0, ())
     lines = [line.split() for line in done.out.splitlines()]
-    head = next(place for place, line in enumerate(lines) if line[:4] == ["token", "p_LM", "p_kNN", "p_mixed"])
+    head = next(place for place, line in enumerate(lines) if line[:5] == ["token", "p_LM", "p_kNN", "λ", "p_mixed"])
     rows = lines[head + 2 : head + 2 + len(expected.tokens)]
     for row, one in zip(rows, expected.tokens, strict=True):
         assert row[0] == one.text.replace(" ", "␣")

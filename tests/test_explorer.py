@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.client import HTTPConnection
 from time import monotonic, sleep
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from knnlm.explorer import wire
 from knnlm.explorer.routes import PAGE
-from knnlm.probability import Mix
-from tests.explorer_server import FITTED, SOURCE, Running, make_explainer, running
+from knnlm.probability import Gate, Mix
+from tests.explorer_server import FITTED, GATE, SOURCE, Running, make_explainer, running
 
 TEXT = "the nurse counts a pulse and each patient borrows one reference"
 ON = {"k": 40, "temperature": 9.0, "lambda": 0.35}
@@ -78,7 +78,9 @@ def test_store_tells_layers_and_settings(server) -> None:
     assert (told["keys"], told["documents"], told["max_tokens"]) == (server.explainer.store.count, 7, 128)
     assert [one["name"] for one in told["layers"]] == list(FITTED)
     for one in told["layers"]:
-        assert {name: one[name] for name in ("k", "temperature", "lambda")} == FITTED[one["name"]]
+        assert {name: one[name] for name in ("k", "temperature", "lambda", "gate")} == {"gate": None} | FITTED[
+            one["name"]
+        ]
         assert (one["fitted"], one["first"], one["depth"]) == (True, one["name"] == "2.ffn_input", 1024)
 
 
@@ -136,6 +138,16 @@ def test_continuation_tells_each_token_with_its_evidence(server) -> None:
     new = [event["tokens"][0]["token"] for event in told]
     whole = server.explainer.lm.decode([*tokens, *new])
     assert TEXT + "".join(event["tokens"][0]["text"] for event in told) == whole
+
+
+def test_gate_of_the_layer_moves_lambda_where_it_is_asked_for(server) -> None:
+    tokens = server.explainer.encode(TEXT)
+    asked = {"tokens": tokens, "k": 64, "temperature": 4.0, "lambda": 0.625, "max_new_tokens": 10}
+    setting = Mix(64, 4.0, 0.625)
+    for gated, own in ((False, setting), (True, replace(setting, gate=Gate(**GATE)))):
+        going = server.explainer.go_on(tokens, own)
+        told = events(server, {**asked, "gated": gated})
+        assert [event["tokens"][0]["token"] for event in told] == [going.step().token for _ in range(10)]
 
 
 def test_continuation_can_be_drawn_and_repeated(server) -> None:

@@ -13,15 +13,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from knnlm.probability import Mix
+from knnlm.probability import Gate, Mix
 from knnlm.serving.evidence import Evidence
 from tests import test_report_browser as report_browser
-from tests.explorer_server import FITTED, MARKUP, SOURCE, Running, make_explainer, running
+from tests.explorer_server import FITTED, GATE, MARKUP, SOURCE, Running, make_explainer, running
 
 browser = report_browser.browser
 page_width = report_browser.page_width
 TEXT = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it"
-SETTING = Mix(64, 4.0, 0.625)
+SETTING = Mix(64, 4.0, 0.625, Gate(**GATE))
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
 
 
@@ -106,7 +106,9 @@ class Page:
         return np.array(self.driver.execute_script(script, selector))
 
     def setting(self) -> Mix:
-        return Mix(int(self.value("#k-value")), self.value("#temperature-value"), self.value("#lambda-value"))
+        box = self.find("#gate")
+        gate = Gate(**GATE) if box.is_displayed() and box.is_selected() else None
+        return Mix(int(self.value("#k-value")), self.value("#temperature-value"), self.value("#lambda-value"), gate)
 
     def probabilities(self) -> np.ndarray:
         """p_LM and p_mixed of each token but the first, as the page has them: [tokens, 2]."""
@@ -287,8 +289,31 @@ def test_sliders_change_everything_without_a_search(page, explainer) -> None:
     assert page.searches() == searches
 
 
+def test_lambda_moves_with_the_token_or_not(page, explainer) -> None:
+    page.explain()
+    tokens = explainer.encode(TEXT)
+    found = explainer.evidence(tokens)
+    page.open(7)
+    gated = found[6].under(SETTING).lam
+    assert abs(gated - 0.625) > 0.02 and page.find("#mixed-how").text.startswith(f"{100 * gated:.0f} % memory")
+    page.find("#gate").click()
+    page.settle()
+    assert page.setting() == Mix(64, 4.0, 0.625) and page.find("#mixed-how").text == "63 % memory, 38 % model"
+    check_text(page, found, tokens, page.setting())
+    check_token(page, found[6], tokens[7], page.setting())
+    page.find("#continue").click()
+    page.settle()
+    page.find("#reset").click()
+    page.settle()
+    assert page.setting() == SETTING
+    Select(page.find("#layer")).select_by_value("1.ffn_input")
+    page.settle()
+    assert not page.find("#gate").is_displayed()
+
+
 def test_memory_alone_may_make_a_token_impossible(page) -> None:
     page.explain("zzz the nurse")
+    page.find("#gate").click()  # a gate keeps a little of the model
     move(page, "lambda", Keys.END, 1)
     assert page.find("#status").text.endswith("∞ with its memory.")
     at = 1 + int((page.probabilities()[:, 1] == 0).argmax())
@@ -416,9 +441,9 @@ def test_everything_works_by_keyboard_alone(page, explainer) -> None:
     for _ in range(12):
         press(Keys.TAB)
         reached.append(focused())
-    assert [one for one in reached if one][:9] == [
+    assert [one for one in reached if one][:10] == [
         *("edit", "continue", "count", "how", "reset", "layer"),
-        *("lambda", "k", "temperature"),
+        *("lambda", "k", "temperature", "gate"),
     ]
     assert page.all("#token button")[0].is_displayed()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load, read_standard_input
+from knnlm.cli.shared import load, read_standard_input, setting_document
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
@@ -52,22 +52,29 @@ def explain(
     explanation = Explainer(lm, retrieval).explain(given)
     screen.say(_table(explanation))
     screen.say(_summary(explanation))
-    screen.result({"store": str(store), "model": lm.name, "text": given, **_document(explanation)})
+    known = {"store": str(store), "model": lm.name, "text": given, **setting_document(retrieval)}
+    screen.result(known | _document(explanation))
 
 
 def _document(explanation: Explanation) -> dict[str, object]:
-    document = {"lambda" if name == "lam" else name: value for name, value in asdict(explanation).items()}
-    perplexities = {"lm_perplexity": explanation.lm_perplexity, "mixed_perplexity": explanation.mixed_perplexity}
-    return perplexities | document
+    tokens = [asdict(one) for one in explanation.tokens]
+    return {
+        "lm_perplexity": explanation.lm_perplexity,
+        "mixed_perplexity": explanation.mixed_perplexity,
+        "beginning": explanation.beginning,
+        "tokens": [{"lambda" if name == "lam" else name: of for name, of in one.items()} for one in tokens],
+    }
 
 
 def _table(explanation: Explanation) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    setting = f"k {explanation.k}, T {explanation.temperature:.4g}, λ {explanation.lam:.3f}"
-    table = Table(title=f"{explanation.layer}, {setting}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("token", "p_LM", "p_kNN", "p_mixed", "change", "nearest neighbour → its token"):
+    setting = explanation.setting
+    moved = "" if setting.gate is None else ", moved by token"
+    title = f"{explanation.layer}, k {setting.k}, T {setting.temperature:.4g}, λ {setting.lam:.3f}{moved}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("token", "p_LM", "p_kNN", "λ", "p_mixed", "change", "nearest neighbour → its token"):
         left = name.startswith(("token", "nearest"))
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for one in explanation.tokens:
@@ -84,7 +91,9 @@ def _cells(one: ExplainedToken) -> Iterator[Text]:
     from knnlm.tables import UNKNOWN
 
     yield Text(visible(one.text))
-    yield from map(Text, map(probability, (one.lm_probability, one.knn_probability, one.mixed_probability)))
+    yield from map(Text, map(probability, (one.lm_probability, one.knn_probability)))
+    yield Text(f"{one.lam:.3f}")
+    yield Text(probability(one.mixed_probability))
     yield Text(UNKNOWN if one.change is None else f"{one.change:+.1f} bits")
     nearest = one.neighbors[0].source if one.neighbors else None
     yield Text(UNKNOWN if nearest is None else f"{flow_end(nearest.before, SNIPPET)} → {visible(nearest.token)}")

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load, read_standard_input
+from knnlm.cli.shared import load, read_standard_input, setting_document
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
-    from knnlm.serving.retrieval import Retrieval
     from knnlm.serving.text import Writer
 
 
@@ -73,16 +72,14 @@ def generate(
     manual_seed(seed)
     continuations = [_show(writer, one, stream, json) for one in prompts]
     screen.result(
-        {"store": str(store), "model": lm.name, **_settings(retrieval), "seed": seed, "continuations": continuations}
+        {
+            "store": str(store),
+            "model": lm.name,
+            **setting_document(retrieval),
+            "seed": seed,
+            "continuations": continuations,
+        }
     )
-
-
-def _settings(retrieval: Retrieval) -> dict[str, object]:
-    """The gate too, null where lambda is the same for all queries."""
-    from dataclasses import asdict
-
-    setting = asdict(retrieval.setting)
-    return {"layer": retrieval.layer, **{"lambda" if name == "lam" else name: of for name, of in setting.items()}}
 
 
 def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, object]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from knnlm.config import Settings
     from knnlm.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
+    from knnlm.serving.retrieval import Retrieval
 
 
 def settings_from(options: dict[str, Any]) -> Settings:
@@ -73,6 +74,14 @@ def read_standard_input(option: str, screen: Screen) -> str:
     if not text:
         raise typer.BadParameter(f"standard input is empty; give {option} TEXT", param_hint=option)
     return text.removesuffix("\n")
+
+
+def setting_document(retrieval: Retrieval) -> dict[str, object]:
+    """The gate too, null where lambda is the same for all queries."""
+    from dataclasses import asdict
+
+    setting = asdict(retrieval.setting)
+    return {"layer": retrieval.layer, **{"lambda" if name == "lam" else name: of for name, of in setting.items()}}
 
 
 def check_show(show: str | None) -> None:

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from knnlm.errors import InputError, KNNLMError
 from knnlm.explorer import wire
+from knnlm.probability import Mix
 from knnlm.serving.continuing import Continuing
 from knnlm.serving.explain import Explainer
 from knnlm.serving.text import Detokenizer
@@ -163,9 +164,11 @@ class _Steps:
             )
         if asked.k > explainer.depth(layer):
             raise InputError(f"k is {asked.k}, but at most {explainer.depth(layer)} neighbours are searched for")
+        gate = explainer.retrieval(layer).setting.gate if asked.gated else None
+        setting = Mix(asked.k, asked.temperature, asked.lam, gate)
         self._explainer, self._text = explainer, Detokenizer(explainer.lm, tokens, ())
         self._continuing: Continuing = explainer.go_on(
-            tokens, asked.setting, layer, temperature=asked.temperature_lm, top_p=asked.top_p, seed=asked.seed
+            tokens, setting, layer, temperature=asked.temperature_lm, top_p=asked.top_p, seed=asked.seed
         )
         self._finish_reason: str | None = None
 

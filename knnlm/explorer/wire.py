@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from knnlm.names import path_tails
-from knnlm.probability import Mix
+from knnlm.probability import NEAREST
 from knnlm.serving.evidence import LIKELIEST, Evidence
 from knnlm.serving.explain import SHOWN_NEIGHBORS, Explainer
 
@@ -54,15 +54,12 @@ class ContinueRequest(_Request):
     k: Annotated[int, Field(ge=1)]
     temperature: Annotated[float, Field(gt=0)]
     lam: Annotated[float, Field(alias="lambda", ge=0, le=1)]
+    gated: bool = False
+    """λ moves from token to token, by the gate that the layer has."""
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 40
     temperature_lm: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
-
-    @property
-    def setting(self) -> Mix:
-        """Of the kNN-LM."""
-        return Mix(self.k, self.temperature, self.lam)
 
 
 class SourcesRequest(_Request):
@@ -100,6 +97,7 @@ def store_document(explainer: Explainer) -> dict[str, Any]:
         "max_new_tokens": MAX_NEW_TOKENS,
         "likeliest": LIKELIEST,
         "neighbors": SHOWN_NEIGHBORS,
+        "nearest": NEAREST,
     }
 
 
@@ -110,14 +108,15 @@ def max_tokens(explainer: Explainer) -> int:
 
 
 def _layer(explainer: Explainer, layer: str) -> dict[str, Any]:
-    setting = explainer.setting(layer)
+    setting = explainer.retrieval(layer).setting
     return {
         "name": layer,
         "first": layer == explainer.first,
-        "fitted": explainer.fitted(layer) == setting,
+        "fitted": explainer.is_fitted(layer),
         "k": setting.k,
         "temperature": setting.temperature,
         "lambda": setting.lam,
+        "gate": setting.gate and asdict(setting.gate),
         "depth": explainer.depth(layer),
     }
 

@@ -30,6 +30,8 @@ class Prediction:
     lm_M: Floats
     knn_M: Floats
     mixed_M: Floats
+    lam: float
+    """Of this position: a gate moves λ, and without any neighbour it is 0."""
     weights_K: Floats
     """Of the nearest k; their sum is 1, or 0 where there are none."""
 
@@ -58,15 +60,16 @@ class Evidence:
     """log p_LM of these."""
 
     def under(self, setting: Mix) -> Prediction:
-        """The distributions with at most k neighbours; without any the mixed one is the LM's, as in `KNNLM`."""
+        """The distributions with at most k neighbours, mixed as `KNNLM` does."""
         distances_1K, values_1K = self.found.distances_K[None, : setting.k], self.found.values_K[None, : setting.k]
         shares = token_shares(distances_1K, values_1K, setting.temperature)
         knn_M = np.full(len(self.tokens_M), -math.inf)
         knn_M[np.searchsorted(self.tokens_M, shares.tokens_M)] = shares.log_probs_M
-        mixed_M = mix(self.lm_M, knn_M, setting.lam) if distances_1K.size else self.lm_M
+        lam = float(setting.lambdas(distances_1K, values_1K)[0]) if distances_1K.size else 0.0
+        mixed_M = mix(self.lm_M, knn_M, lam)
         weights_K = neighbor_weights(distances_1K, setting.temperature)[0].astype(np.float64)
         weights_K /= weights_K.sum() or 1
-        return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), weights_K)
+        return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, weights_K)
 
     def place(self, token: int) -> int:
         """Where one of the M tokens stands among them."""
@@ -93,9 +96,9 @@ def make_evidence(found: Neighborhood, log_probs_V: Tensor, came: int | None = N
 
 def mixed_log_probs(evidence: Evidence, log_probs_V: Tensor, setting: Mix) -> Tensor:
     """The mixed distribution over the whole vocabulary, float64 [V]: no neighbour has a token beyond the evidence."""
-    lam = setting.lam if len(evidence.found.rows_K) else 0.0
-    rest = math.log1p(-lam) if lam < 1 else -math.inf
+    under = evidence.under(setting)
+    rest = math.log1p(-under.lam) if under.lam < 1 else -math.inf
     mixed_V = log_probs_V.cpu().double() + rest
     with np.errstate(divide="ignore"):
-        mixed_V[torch.from_numpy(evidence.tokens_M)] = torch.from_numpy(np.log(evidence.under(setting).mixed_M))
+        mixed_V[torch.from_numpy(under.tokens_M)] = torch.from_numpy(np.log(under.mixed_M))
     return mixed_V

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,8 @@ class ExplainedToken:
     lm_probability: float
     knn_probability: float
     mixed_probability: float
+    lam: float
+    """The memory's weight in this mixture: a gate moves it from token to token."""
     change: float | None
     """log2 of p_mixed over p_LM: bits by which retrieval made the token likelier; None where one of them is 0."""
     lm_likeliest: tuple[Likely, ...]
@@ -80,9 +83,7 @@ class Explanation:
     """A text under one layer and setting."""
 
     layer: str
-    k: int
-    temperature: float
-    lam: float
+    setting: Mix
     beginning: str
     """The first token, which nothing predicts."""
     tokens: tuple[ExplainedToken, ...]
@@ -108,6 +109,7 @@ class Explainer:
     def __init__(self, lm: LanguageModel, retrieval: Retrieval) -> None:
         self.lm, self.first = lm, retrieval.layer
         self.store = retrieval.searcher.store
+        self._retrievals = {retrieval.layer: retrieval}
         self._models = {retrieval.layer: KNNLM.from_retrieval(lm, retrieval)}
         (self._anchor,) = lm.encode("a")[-1:].tolist()
         self.token_text: Callable[[int], str] = cache(self._token_text)
@@ -119,24 +121,28 @@ class Explainer:
         """
         layer = layer or self.first
         if layer not in self._models:
-            own = self.setting(layer)
-            retrieval = open_retrieval(self.store, layer, own.k, own.temperature, own.lam)
-            self._models[layer] = KNNLM.from_retrieval(self.lm, retrieval)
+            self._models[layer] = KNNLM.from_retrieval(self.lm, self.retrieval(layer))
         return self._models[layer]
 
-    def setting(self, layer: str | None = None) -> Mix:
-        """What the layer's k, temperature and λ are unless somebody changes them."""
-        first = self._models[self.first].retrieval.setting
-        return first if layer in (None, self.first) else self.fitted(layer) or first
+    def retrieval(self, layer: str | None = None) -> Retrieval:
+        """A layer's keys with the setting that they have unless somebody changes it. Raises as `model`."""
+        layer = layer or self.first
+        if layer not in self._retrievals:
+            first = self._retrievals[self.first].setting
+            given = () if self._fitted(layer) else (first.k, first.temperature, first.lam)
+            self._retrievals[layer] = open_retrieval(self.store, layer, *given)
+        return self._retrievals[layer]
 
-    def fitted(self, layer: str) -> Mix | None:
-        """What an evaluation fitted for the layer, if there was one."""
-        fitted = (self.store.manifest.fitted or {}).get(layer)
-        return fitted and Mix(int(fitted["k"]), float(fitted["temperature"]), float(fitted["lambda"]))
+    def is_fitted(self, layer: str) -> bool:
+        """Whether the layer's setting is what an evaluation fitted for it."""
+        setting, fitted = self.retrieval(layer).setting, self._fitted(layer)
+        numbers = {"k": setting.k, "temperature": setting.temperature, "lambda": setting.lam}
+        gated = (setting.gate is None) == (fitted.get("gate") is None)
+        return bool(fitted) and fitted.items() >= numbers.items() and gated
 
     def depth(self, layer: str | None = None) -> int:
         """The neighbours that a search brings: the layer's own k, and those that fitting tries."""
-        return min(max(self.setting(layer).k, KNNConfig.max_k), self.store.count)
+        return min(max(self.retrieval(layer).setting.k, KNNConfig.max_k), self.store.count)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text.
@@ -174,13 +180,13 @@ class Explainer:
 
         :raises InputError: as `encode`, and for a text of one token, which nothing predicts.
         """
-        tokens, setting = self.encode(text), self.setting(layer)
+        tokens, setting = self.encode(text), self.retrieval(layer).setting
         found, pieces = self.evidence(tokens, layer), self.pieces(tokens)
         if not found:
             raise InputError("the text has one token, which nothing predicts; give a longer text")
         places = zip(found, tokens[1:], pieces[1:], strict=True)
         told = tuple(self._token(evidence, setting, token, piece) for evidence, token, piece in places)
-        return Explanation(layer or self.first, setting.k, setting.temperature, setting.lam, pieces[0], told)
+        return Explanation(layer or self.first, setting, pieces[0], told)
 
     def go_on(
         self,
@@ -211,6 +217,10 @@ class Explainer:
         after = decode([value, *store.continuation(row, AFTER_TOKENS)])[len(decode([value])) :]
         return Source(decode(store.context(row, BEFORE_TOKENS)), self.token_text(value), after, *store.document_of(row))
 
+    def _fitted(self, layer: str) -> dict[str, Any]:
+        """As datastore.json has it."""
+        return (self.store.manifest.fitted or {}).get(layer) or {}
+
     def _token_text(self, token: int) -> str:
         """As it stands inside a text: some tokenizers drop the space before a first word."""
         return self.lm.decode([self._anchor, token])[len(self.lm.decode([self._anchor])) :]
@@ -224,6 +234,7 @@ class Explainer:
             lm,
             knn,
             mixed,
+            under.lam,
             math.log2(mixed / lm) if lm > 0 and mixed > 0 else None,
             self._likeliest(under.tokens_M, under.lm_M),
             self._likeliest(under.tokens_M, under.knn_M),

@@ -10,9 +10,18 @@ const state = { store: null, layer: "", setting: null, tokens: [], texts: new Ma
 
 const floats = (text) => new Float32Array(Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer);
 
+/** λ of one token: moved by the layer's gate, if it is on (docs/mixing.md). */
+function lambdaOf({ distances, votes }, { k, lambda, gate }) {
+  if (!gate) return lambda;
+  const different = new Set(votes.slice(0, Math.min(k, state.store.nearest))).size;
+  const moved = gate.offset + gate.distance * Math.sqrt(Math.max(distances[0], 0)) + gate.different * Math.log(different);
+  return Math.min((1 + Math.tanh((Math.log(lambda) - Math.log1p(-lambda) + moved) / 2)) / 2, 1 - 1e-4);
+}
+
 /** The three distributions of a token's evidence under a setting; probabilities at its M tokens. */
-function predict(evidence, { k, temperature, lambda }) {
+function predict(evidence, setting) {
   const { distances, votes, lm } = evidence;
+  const { k, temperature } = setting;
   const weights = new Float64Array(Math.min(k, distances.length));
   const knn = new Float64Array(lm.length);
   let total = 0;
@@ -22,11 +31,12 @@ function predict(evidence, { k, temperature, lambda }) {
     total += weights[i];
   }
   for (let i = 0; i < weights.length; i++) weights[i] /= total;
+  const lambda = total ? lambdaOf(evidence, setting) : 0; // no neighbour at all: the plain model
   const mixed = lm.map((p, at) => {
     knn[at] = total ? knn[at] / total : 0;
-    return total ? lambda * knn[at] + (1 - lambda) * p : p; // no neighbour at all: the plain model
+    return lambda * knn[at] + (1 - lambda) * p;
   });
-  return { lm, knn, mixed, weights };
+  return { lm, knn, mixed, weights, lambda };
 }
 
 /** Tokens as the server tells them, ready for `predict`. */
@@ -153,7 +163,8 @@ const goOn = () =>
   busy("Going on …", async (signal) => {
     if ($("tokens").hidden) await explainText(signal);
     const drawn = $("how").value === "drawn" ? { temperature_lm: 1, top_p: 0.9, seed: Math.floor(Math.random() * 2 ** 53) } : {};
-    const from = { tokens: state.tokens.map((one) => one.token), layer: state.layer, ...state.setting };
+    const { gate, ...setting } = state.setting;
+    const from = { tokens: state.tokens.map((one) => one.token), layer: state.layer, ...setting, gated: Boolean(gate) };
     const response = await ask("explorer/continue", { ...from, max_new_tokens: Number($("count").value), ...drawn }, signal);
     state.byLayer.clear();
     state.cuts.push(state.tokens.length);
@@ -334,7 +345,7 @@ function showToken() {
   const under = predict(evidence, state.setting);
   $("detail-title").textContent = `The memory ${change(under.lm[evidence.at], under.mixed[evidence.at])}`;
   $("knn-how").textContent = count(under.weights.length, "neighbour");
-  $("mixed-how").textContent = `${percent(state.setting.lambda)} memory, ${percent(1 - state.setting.lambda)} model`;
+  $("mixed-how").textContent = `${percent(under.lambda)} memory, ${percent(1 - under.lambda)} model`;
   const top = Math.max(...under.lm, ...under.knn);
   for (const name of ["lm", "knn", "mixed"]) {
     $(`${name}-share`).replaceChildren(share(under[name][evidence.at]));
@@ -438,8 +449,10 @@ function setLayer(name) {
 }
 
 function reset() {
-  const { k, temperature, lambda } = own();
-  state.setting = { k, temperature, lambda };
+  const { k, temperature, lambda, gate } = own();
+  state.setting = { k, temperature, lambda, gate };
+  $("gate").checked = Boolean(gate);
+  $("gated").hidden = !gate;
   for (const name of Object.keys(DIALS)) showDial(name);
   updateSoon();
 }
@@ -479,6 +492,10 @@ function listen() {
   $("stop").onclick = () => state.stop?.abort();
   $("reset").onclick = reset;
   $("layer").onchange = changeLayer;
+  $("gate").onchange = () => {
+    state.setting.gate = $("gate").checked ? own().gate : null;
+    updateSoon();
+  };
   $("all").onclick = () => showVoters(null);
   $("text").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) explain();
