@@ -33,7 +33,8 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 MARKUP = "<script>window.broken = 1</script><img src=x onerror='window.broken = 2'><b>bold</b> the nurse"
 # A file may have any name too.
 SOURCE = "<i>text<i>.jsonl"
-GATE = {"offset": 2.5, "distance": -0.5, "different": -0.6}
+# Such that the likeliest continuation is another one than with the fixed λ.
+GATE = {"offset": 0.5, "distance": -0.6, "different": -0.8}
 FITTED = {
     "1.ffn_input": {"k": 40, "temperature": 9.0, "lambda": 0.35},
     "2.ffn_input": {"k": 64, "temperature": 4.0, "lambda": 0.625, "gate": GATE},

@@ -144,10 +144,12 @@ def test_gate_of_the_layer_moves_lambda_where_it_is_asked_for(server) -> None:
     tokens = server.explainer.encode(TEXT)
     asked = {"tokens": tokens, "k": 64, "temperature": 4.0, "lambda": 0.625, "max_new_tokens": 10}
     setting = Mix(64, 4.0, 0.625)
+    found = {}
     for gated, own in ((False, setting), (True, replace(setting, gate=Gate(**GATE)))):
         going = server.explainer.go_on(tokens, own)
-        told = events(server, {**asked, "gated": gated})
-        assert [event["tokens"][0]["token"] for event in told] == [going.step().token for _ in range(10)]
+        found[gated] = [event["tokens"][0]["token"] for event in events(server, {**asked, "gated": gated})]
+        assert found[gated] == [going.step().token for _ in range(10)]
+    assert found[True] != found[False]
 
 
 def test_continuation_can_be_drawn_and_repeated(server) -> None:

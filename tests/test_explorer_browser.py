@@ -36,7 +36,6 @@ def server(explainer):
         yield found
 
 
-VIEW = "return [innerWidth, visualViewport.offsetLeft, visualViewport.scale]"
 PROBABILITIES = """
 return [...document.querySelectorAll('#tokens [role=option]')].slice(1)
   .map((one) => [one.dataset.lm, one.dataset.mixed].map(Number))
@@ -51,14 +50,13 @@ class Page:
     """The explorer in a browser's window."""
 
     def __init__(self, driver, server: Running, *, width: int = 1280, scheme: str = "light") -> None:
-        self.driver, self.server, self.width = driver, server, width
+        self.driver, self.server = driver, server
         driver.get("about:blank")
         driver.get_log("browser")  # what other tests left
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        driver.execute_cdp_cmd("Emulation.resetPageScaleFactor", {})  # a phone's is left to the next page
         driver.get(server.url)
 
     def find(self, selector: str):
@@ -71,7 +69,6 @@ class Page:
         WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: condition(), what)
 
     def ready(self) -> Page:
-        self.wait(lambda: self.driver.execute_script(VIEW) == [self.width, 0, 1], "the window has another width")
         self.wait(lambda: self.find("#store").text, "the datastore was not told")
         return self
 
@@ -181,6 +178,9 @@ def test_page_fits_and_says_what_it_explains(width, scheme, browser, server) -> 
     page = Page(browser, server, width=width, scheme=scheme).ready()
     assert page.find("#store").text.startswith("tiny.knn: ") and "where/tiny" in page.find("#store").text
     assert page_width(browser) <= width
+    page.find("#text").send_keys("x" * 200)
+    assert page_width(browser) <= width
+    page.find("#text").clear()
     page.explain("the nurse counts " + "pulse" * 10)
     page.open(3)
     assert page_width(browser) <= width
@@ -489,10 +489,17 @@ def contrast(page: Page, element) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+def explain_in_full_colour(page: Page) -> None:
+    """With λ = 1: no neighbour has what stands in no document."""
+    page.explain("zzz the nurse counts a pulse")
+    page.find("#gate").click()
+    move(page, "lambda", Keys.END, 1)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_coloured_tokens_can_be_read(scheme, browser, server) -> None:
     page = Page(browser, server, scheme=scheme)
-    page.explain()
+    explain_in_full_colour(page)
     assert {"helped", "hurt"} <= {one.get_attribute("class") for one in page.tokens()}
     samples = page.all("#legend .sample")
     assert len(samples) == 2
@@ -501,7 +508,7 @@ def test_coloured_tokens_can_be_read(scheme, browser, server) -> None:
 
 
 def test_direction_shows_without_colour(page) -> None:
-    page.explain()
+    explain_in_full_colour(page)
     edge = "return getComputedStyle(arguments[0]).backgroundPosition"
     kinds = {one.get_attribute("class"): page.driver.execute_script(edge, one) for one in page.tokens()}
     assert kinds["helped"].split(",")[0].endswith("0%") and kinds["hurt"].split(",")[0].endswith("100%")
