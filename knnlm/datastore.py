@@ -139,6 +139,12 @@ class Datastore:
             return np.concatenate([np.array([first_token], np.int32), tokens])
         return tokens
 
+    def continuation(self, row: int, width: int) -> NDArray[np.int32]:
+        """The next `width` tokens after the value of a row, in its document; fewer where it ends earlier."""
+        next_document = self._document(row) + 1
+        ends = self.documents[next_document : next_document + 1, 0].tolist() or [self.count]
+        return self.values[row + 1 : min(row + 1 + width, ends[0])]
+
     def check_model(self, fingerprint: Mapping[str, str]) -> None:
         """Refuse a model whose vectors or tokens are not those of the datastore.
 

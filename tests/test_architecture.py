@@ -23,6 +23,7 @@ LEVELS = (
     {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets", "checkpoints.figures"},
     {
         "queries",
+        "serving.evidence",
         "serving.retrieval",
         "serving.sampling",
         "slices.questions",
@@ -32,7 +33,8 @@ LEVELS = (
     },
     {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
     {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts", "serving.text", "serving.batch", "serving.harness"},
+    {"parts", "serving.text", "serving.batch", "serving.continuing", "serving.explain", "serving.harness"},
+    {"explorer.wire", "explorer.routes"},
     {"segments", "correlate.clusters"},
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
@@ -47,7 +49,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 # report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
 REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", "knnlm.storage"}
 # Their __init__ holds nothing but a sentence, in server/ what is missing, or in knnlm/ itself lazy names.
-PACKAGES = ("__init__", "checkpoints", "correlate", "server", "serving", "slices", "training")
+PACKAGES = ("__init__", "checkpoints", "correlate", "explorer", "server", "serving", "slices", "training")
 # The command line only names the errors.
 INDEX_SEEN_BY = {"knnlm.correlate.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
 HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval", "fastapi", "uvicorn"}
@@ -57,8 +59,8 @@ ONLY_IN = {
     "datasets": {"knnlm/corpus.py"},
     "peft": {"knnlm/training/train.py"},
     "lm_eval": {"knnlm/serving/harness.py"},  # a subclass needs its base
-    "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py"},
-    "pydantic": {"knnlm/server/wire.py"},
+    "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/explorer/routes.py"},
+    "pydantic": {"knnlm/server/wire.py", "knnlm/explorer/wire.py"},
     "uvicorn": {"knnlm/server/run.py"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450

@@ -59,7 +59,7 @@ def shown(default: object) -> str:
 
 
 def test_options_were_found():
-    assert {"run", "eval"} <= COMMANDS.keys() and options()["--lambda"].keys() == {"run", "eval", "generate", "serve"}
+    assert {"run", "eval"} <= COMMANDS.keys() and {"run", "eval", "generate"} <= options()["--lambda"].keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

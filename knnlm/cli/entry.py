@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, generate, harness, main_job, rank, serve, slices, train
+from knnlm.cli import correlate, explain, generate, harness, main_job, rank, serve, slices, train
 
 app = typer.Typer(
     name="knnlm",
@@ -30,6 +30,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "verify": main_job.verify,
     "generate": generate.generate,
     "serve": serve.serve,
+    "explain": explain.explain,
     "lm-eval": harness.lm_eval,
     "correlate": correlate.correlate,
     "slices": slices.slices,

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load
+from knnlm.cli.shared import load, read_standard_input, setting_document
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
-    from knnlm.serving.retrieval import Retrieval
     from knnlm.serving.text import Writer
 
 
@@ -65,7 +64,7 @@ def generate(
     opened = Datastore.open(store)
     retrieval = open_retrieval(opened, layer, k, temperature, lam)
     screen = Screen(json)
-    prompts = prompt or [_read_prompt(screen)]
+    prompts = prompt or [read_standard_input("--prompt", screen)]
     lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
     writer = Writer(KNNLM.from_retrieval(lm, retrieval), lm, decoding)
     for one in prompts:
@@ -73,16 +72,14 @@ def generate(
     manual_seed(seed)
     continuations = [_show(writer, one, stream, json) for one in prompts]
     screen.result(
-        {"store": str(store), "model": lm.name, **_settings(retrieval), "seed": seed, "continuations": continuations}
+        {
+            "store": str(store),
+            "model": lm.name,
+            **setting_document(retrieval),
+            "seed": seed,
+            "continuations": continuations,
+        }
     )
-
-
-def _settings(retrieval: Retrieval) -> dict[str, object]:
-    """The gate too, null where lambda is the same for all queries."""
-    from dataclasses import asdict
-
-    setting = asdict(retrieval.setting)
-    return {"layer": retrieval.layer, **{"lambda" if name == "lam" else name: of for name, of in setting.items()}}
 
 
 def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, object]:
@@ -104,16 +101,3 @@ def _write(text: str) -> None:
     """As it is: rich would wrap lines and expand tabs."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _read_prompt(screen: Screen) -> str:
-    """Standard input without its last line break."""
-    if sys.stdin.isatty():
-        screen.note("Type a prompt; Ctrl-D ends it.")
-    try:
-        text = sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"standard input is not UTF-8 at byte {error.start}", param_hint="--prompt") from None
-    if not text:
-        raise typer.BadParameter("standard input is empty; give --prompt TEXT", param_hint="--prompt")
-    return text.removesuffix("\n")

@@ -58,9 +58,11 @@ def serve(
         message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
         raise typer.BadParameter(message, param_hint="--host")
     from knnlm.datastore import Datastore
+    from knnlm.explorer.routes import explorer_router
     from knnlm.server.app import create_app
     from knnlm.server.limits import Limits
     from knnlm.server.service import Service
+    from knnlm.serving.explain import Explainer
     from knnlm.serving.model import KNNLM
     from knnlm.serving.retrieval import open_retrieval
 
@@ -79,5 +81,6 @@ def serve(
         service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
-        app = create_app(service, api_key=api_key, only_local=not (api_key or insecure))
+        page = explorer_router(Explainer(lm, retrieval), service.thread.run)
+        app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
         serve(app, service, listener, lambda: screen.say(line))

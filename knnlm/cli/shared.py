@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from knnlm.config import Settings
     from knnlm.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
+    from knnlm.serving.retrieval import Retrieval
 
 
 def settings_from(options: dict[str, Any]) -> Settings:
@@ -59,6 +61,27 @@ def quiet_loading(name: str) -> bool:
     if local:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return local
+
+
+def read_standard_input(option: str, screen: Screen) -> str:
+    """The text that an option would have given, without its last line break."""
+    if sys.stdin.isatty():
+        screen.note("Type a text; Ctrl-D ends it.")
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"standard input is not UTF-8 at byte {error.start}", param_hint=option) from None
+    if not text:
+        raise typer.BadParameter(f"standard input is empty; give {option} TEXT", param_hint=option)
+    return text.removesuffix("\n")
+
+
+def setting_document(retrieval: Retrieval) -> dict[str, object]:
+    """The gate too, null where lambda is the same for all queries."""
+    from dataclasses import asdict
+
+    setting = asdict(retrieval.setting)
+    return {"layer": retrieval.layer, **{"lambda" if name == "lam" else name: of for name, of in setting.items()}}
 
 
 def check_show(show: str | None) -> None:

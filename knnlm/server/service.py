@@ -80,6 +80,7 @@ class Service:
             own.k if asked.k is None else asked.k,
             own.temperature if asked.temperature is None else asked.temperature,
             own.lam if asked.lam is None else asked.lam,
+            own.gate if asked.lam is None else None,  # a given lambda is the same for all tokens
         )
 
     def _wish(self, request: CompletionRequest) -> Wish:

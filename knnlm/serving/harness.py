@@ -91,9 +91,9 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """The plain LM's logits [B, T, V], which the harness normalizes; the vectors wait for `_select_cont_toks`."""
-        logits_BTV: Tensor
-        logits_BTV, vectors_BTD = self.model.unmixed(inps)
+        output, vectors_BTD = self.model.unmixed(inps)
         self._vectors_B = iter(vectors_BTD)
+        logits_BTV: Tensor = output.logits
         return logits_BTV
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:

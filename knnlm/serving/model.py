@@ -102,11 +102,14 @@ class KNNLM:
         mixed = type(output)(**{**output, "logits": log_probs_BTV, **loss})
         return mixed.to_tuple() if as_tuple else mixed
 
-    def unmixed(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The plain LM's logits [B, T, V] and the layer's vectors [B, T, D], for whoever mixes a few positions only."""
+    def unmixed(self, tokens_BT: Tensor, past: Any = None) -> tuple[Any, Tensor]:
+        """The plain LM's output and the layer's vectors [B, T, D], for whoever mixes a few positions only.
+
+        :param past: the cache of an earlier output (`past_key_values`), after whose tokens these come.
+        """
+        cached = {} if past is None else {"past_key_values": past, "use_cache": True}
         with torch.no_grad():
-            output, vectors_BTD = self._plain.run({"input_ids": tokens_BT}, self.retrieval.layer, _Keep(0))
-        return output.logits, vectors_BTD
+            return self._plain.run({"input_ids": tokens_BT, **cached}, self.retrieval.layer, _Keep(0))
 
     def _sample(self, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
         """Greedy search and sampling: `forward` is told which rows are finished, and does not search for them."""

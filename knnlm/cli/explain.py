@@ -1,0 +1,106 @@
+"""Why the kNN-LM gave each token of a text its probability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.cli import options
+from knnlm.cli.shared import load, read_standard_input, setting_document
+from knnlm.screen import Screen
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from knnlm.serving.explain import ExplainedToken, Explanation
+
+Given = Annotated[str | None, typer.Option("--text", help="What to explain; without it standard input.")]
+SNIPPET = 56
+"""Characters of a neighbour's context in the table."""
+
+
+def explain(
+    store: options.Store,
+    text: Given = None,
+    layer: options.Layer = None,
+    k: options.K = None,
+    temperature: options.Temperature = None,
+    lam: options.Lambda = None,
+    model: options.OtherModel = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    json: options.Json = False,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Show what the model and its memory thought of each token of a text.
+
+    Example: knnlm explain nursing.knn --text "The patient was given oxygen."
+    """
+    from knnlm.datastore import Datastore
+    from knnlm.serving.explain import Explainer
+    from knnlm.serving.retrieval import open_retrieval
+
+    opened = Datastore.open(store)
+    retrieval = open_retrieval(opened, layer, k, temperature, lam)
+    screen = Screen(json)
+    given = text if text is not None else read_standard_input("--text", screen)
+    lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    explanation = Explainer(lm, retrieval).explain(given)
+    screen.say(_table(explanation))
+    screen.say(_summary(explanation))
+    known = {"store": str(store), "model": lm.name, "text": given, **setting_document(retrieval)}
+    screen.result(known | _document(explanation))
+
+
+def _document(explanation: Explanation) -> dict[str, object]:
+    tokens = [asdict(one) for one in explanation.tokens]
+    return {
+        "lm_perplexity": explanation.lm_perplexity,
+        "mixed_perplexity": explanation.mixed_perplexity,
+        "beginning": explanation.beginning,
+        "tokens": [{"lambda" if name == "lam" else name: of for name, of in one.items()} for one in tokens],
+    }
+
+
+def _table(explanation: Explanation) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    setting = explanation.setting
+    moved = "" if setting.gate is None else ", moved by token"
+    title = f"{explanation.layer}, k {setting.k}, T {setting.temperature:.4g}, λ {setting.lam:.3f}{moved}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("token", "p_LM", "p_kNN", "λ", "p_mixed", "change", "nearest neighbour → its token"):
+        left = name.startswith(("token", "nearest"))
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for one in explanation.tokens:
+        table.add_row(*_cells(one))
+    return table
+
+
+def _cells(one: ExplainedToken) -> Iterator[Text]:
+    """As rich's own texts: square brackets in a corpus are no markup."""
+    from rich.text import Text
+
+    from knnlm.report.examples import flow_end, visible
+    from knnlm.report.numbers import probability
+    from knnlm.tables import UNKNOWN
+
+    yield Text(visible(one.text))
+    yield from map(Text, map(probability, (one.lm_probability, one.knn_probability)))
+    yield Text(f"{one.lam:.3f}")
+    yield Text(probability(one.mixed_probability))
+    yield Text(UNKNOWN if one.change is None else f"{one.change:+.1f} bits")
+    nearest = one.neighbors[0].source if one.neighbors else None
+    yield Text(UNKNOWN if nearest is None else f"{flow_end(nearest.before, SNIPPET)} → {visible(nearest.token)}")
+
+
+def _summary(explanation: Explanation) -> str:
+    plain, mixed = (
+        "∞" if value is None else f"{value:.2f}" for value in (explanation.lm_perplexity, explanation.mixed_perplexity)
+    )
+    return f"Perplexity of the {len(explanation.tokens)} tokens: {plain}, with the memory {mixed}."

@@ -1,0 +1,1 @@
+"""The page that shows why the kNN-LM said something."""
