@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from knnlm.server import run
 from knnlm.server.app import create_app
 from knnlm.server.gate import is_loopback
 from knnlm.server.limits import Limits
-from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running
+from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running, until
 from tests.source_files import ROOT
 
 PROMPT = "the nurse counts"
@@ -41,14 +40,6 @@ def paced(store: Path, **limits):
             yield server, turns, pool
         finally:
             turns.allow(10_000)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what comes soon."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
 
 
 def post(server: Running, **options) -> httpx.Response:
