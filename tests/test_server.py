@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from knnlm import KNNLM
-from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running
+from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running, until
 from tests.source_files import ROOT
 
 PROMPT = "the nurse counts a pulse"
@@ -121,7 +121,7 @@ def test_pieces_come_before_the_end(store_folder) -> None:
         paced.allow(1)
         pieces = iter(ask(client, max_tokens=3, temperature=0, stream=True))
         assert next(pieces).choices[0].finish_reason is None
-        assert service.thread.running == 1
+        until(lambda: service.thread.running == 1)
         paced.allow(2)
         assert [piece.choices[0].finish_reason for piece in pieces][-1] == "length"
 
