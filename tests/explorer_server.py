@@ -119,3 +119,14 @@ def running(explainer: Explainer, **options) -> Iterator[Running]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def explainer(tmp_path_factory):
+    return make_explainer(tmp_path_factory.mktemp("explorer"))
+
+
+@pytest.fixture(scope="module")
+def server(explainer):
+    with running(explainer) as found:
+        yield found

@@ -32,6 +32,7 @@ from knnlm.probability import Gate, Mix
 from knnlm.serving.evidence import mixed_log_probs
 from knnlm.serving.explain import SHOWN_NEIGHBORS, Explainer
 from knnlm.serving.retrieval import open_retrieval
+from knnlm.serving.text import TokenTexts
 from tests import oracle
 from tests.source_files import ROOT
 from tests.test_evaluate_oracle import MODULES, texts, write_jsonl
@@ -257,9 +258,9 @@ def test_space_before_a_word_is_kept_where_a_tokenizer_drops_it() -> None:
     """As those of SentencePiece: a text's first word has no space, but its token has."""
     inner = Tokenizer(models.WordLevel({"▁the": 0, "▁nurse": 1, "s": 2}, unk_token="s"))
     inner.decoder = decoders.Metaspace()
-    as_explainer = SimpleNamespace(lm=inner, _anchor=0)
+    token_text = TokenTexts(SimpleNamespace(decode=inner.decode, encode=lambda text: np.array([0])))
     assert inner.decode([1]) == "nurse"
-    assert [Explainer._token_text(as_explainer, token) for token in (1, 2)] == [" nurse", "s"]
+    assert [token_text(token) for token in (1, 2)] == [" nurse", "s"]
 
 
 # The command line

@@ -17,21 +17,13 @@ from hypothesis import strategies as st
 from knnlm.explorer import wire
 from knnlm.explorer.routes import PAGE
 from knnlm.probability import Gate, Mix
-from tests.explorer_server import FITTED, GATE, SOURCE, Running, make_explainer, running
+from tests import explorer_server
+from tests.explorer_server import FITTED, GATE, SOURCE, Running, running
+
+explainer, server = explorer_server.explainer, explorer_server.server
 
 TEXT = "the nurse counts a pulse and each patient borrows one reference"
 ON = {"k": 40, "temperature": 9.0, "lambda": 0.35}
-
-
-@pytest.fixture(scope="module")
-def explainer(tmp_path_factory):
-    return make_explainer(tmp_path_factory.mktemp("explorer"))
-
-
-@pytest.fixture(scope="module")
-def server(explainer):
-    with running(explainer) as found:
-        yield found
 
 
 def ask(server: Running, path: str, body: object = None) -> dict:

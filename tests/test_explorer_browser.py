@@ -15,25 +15,16 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from knnlm.probability import Gate, Mix
 from knnlm.serving.evidence import Evidence
+from tests import explorer_server
 from tests import test_report_browser as report_browser
-from tests.explorer_server import FITTED, GATE, MARKUP, SOURCE, Running, make_explainer, running
+from tests.explorer_server import FITTED, GATE, MARKUP, SOURCE, Running, running
 
 browser = report_browser.browser
+explainer, server = explorer_server.explainer, explorer_server.server
 page_width = report_browser.page_width
 TEXT = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it"
 SETTING = Mix(64, 4.0, 0.625, Gate(**GATE))
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def explainer(tmp_path_factory):
-    return make_explainer(tmp_path_factory.mktemp("explorer"))
-
-
-@pytest.fixture(scope="module")
-def server(explainer):
-    with running(explainer) as found:
-        yield found
 
 
 PROBABILITIES = """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load, read_standard_input, setting_document
+from knnlm.cli.shared import load, read_standard_input, setting_document, with_lambda
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
@@ -57,12 +56,11 @@ def explain(
 
 
 def _document(explanation: Explanation) -> dict[str, object]:
-    tokens = [asdict(one) for one in explanation.tokens]
     return {
         "lm_perplexity": explanation.lm_perplexity,
         "mixed_perplexity": explanation.mixed_perplexity,
         "beginning": explanation.beginning,
-        "tokens": [{"lambda" if name == "lam" else name: of for name, of in one.items()} for one in tokens],
+        "tokens": [with_lambda(one) for one in explanation.tokens],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import typer
 from knnlm.screen import Screen
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from knnlm.config import Settings
     from knnlm.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
@@ -78,10 +81,12 @@ def read_standard_input(option: str, screen: Screen) -> str:
 
 def setting_document(retrieval: Retrieval) -> dict[str, object]:
     """The gate too, null where lambda is the same for all queries."""
-    from dataclasses import asdict
+    return {"layer": retrieval.layer, **with_lambda(retrieval.setting)}
 
-    setting = asdict(retrieval.setting)
-    return {"layer": retrieval.layer, **{"lambda" if name == "lam" else name: of for name, of in setting.items()}}
+
+def with_lambda(one: DataclassInstance) -> dict[str, object]:
+    """The fields for JSON; `lam`, as lambda is no name in Python, under the name that it has everywhere else."""
+    return {"lambda" if name == "lam" else name: value for name, value in asdict(one).items()}
 
 
 def check_show(show: str | None) -> None:

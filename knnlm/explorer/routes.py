@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 from knnlm.errors import InputError, KNNLMError
 from knnlm.explorer import wire
 from knnlm.probability import Mix
+from knnlm.server.refusals import NO_JSON, Refusal
+from knnlm.server.wire import Error
 from knnlm.serving.continuing import Continuing
 from knnlm.serving.explain import Explainer
 from knnlm.serving.text import Detokenizer
@@ -36,8 +38,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_NO_JSON = "the body is no JSON object, or is not declared as application/json"
-_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": wire.Error, "description": "What is wrong"}}
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error, "description": "What is wrong"}}
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "Tokens"}}
 
 
@@ -94,7 +95,7 @@ class _Route(APIRoute):
             except RequestValidationError as error:
                 return _refuse(*_problem(error))
             except HTTPException:  # what FastAPI makes of a body in another encoding
-                return _refuse(_NO_JSON, None)
+                return _refuse(NO_JSON, None)
             except KNNLMError as error:
                 return _refuse(str(error), None)
 
@@ -106,13 +107,13 @@ def _problem(error: RequestValidationError) -> tuple[str, str | None]:
     first = error.errors()[0]
     where = ".".join(str(place) for place in first["loc"][1:])
     if first["type"] == "json_invalid" or not where:
-        return _NO_JSON, None
+        return NO_JSON, None
     return f"{where}: {first['msg']}", where
 
 
 def _refuse(message: str, param: str | None) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
-    return Response(_dump({"error": error}), 400, _HEADERS, "application/json")
+    refusal = Refusal(400, message, param=param)
+    return Response(refusal.body, refusal.status, {**refusal.headers, **_HEADERS})
 
 
 def _file(name: str, kind: str) -> Callable[[], Coroutine[Any, Any, Response]]:

@@ -68,21 +68,6 @@ class SourcesRequest(_Request):
     rows: Annotated[list[Row], Field(max_length=MAX_SOURCES)]
 
 
-class ErrorBody(BaseModel):
-    """As OpenAI has it."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    """As OpenAI has it."""
-
-    error: ErrorBody
-
-
 def store_document(explainer: Explainer) -> dict[str, Any]:
     """What is explained: model, datastore, its layers with their settings, and the page's limits."""
     store = explainer.store

@@ -16,7 +16,7 @@ from knnlm.server import wire
 from knnlm.server.completions import Answer
 from knnlm.server.gate import Gate
 from knnlm.server.metrics import CONTENT_TYPE
-from knnlm.server.refusals import Refusal, mistake
+from knnlm.server.refusals import NO_JSON, Refusal, mistake
 from knnlm.server.service import Service
 from knnlm.version import __version__
 
@@ -146,7 +146,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
     problems = error.errors()
     where = [str(place) for place in problems[0]["loc"][1:]]
     if problems[0]["type"] == "json_invalid" or not where:
-        return _respond(Refusal(400, "the body is no JSON object, or is not declared as application/json"))
+        return _respond(Refusal(400, NO_JSON))
     # A field that may have several forms has a problem with each of them.
     field = where[0]
     found = dict.fromkeys(one["msg"] for one in problems if one["loc"][1:2] == (field,))

@@ -15,7 +15,7 @@ from torch import Tensor
 from knnlm.lm import LanguageModel
 from knnlm.probability import Mix
 from knnlm.serving.sampling import choose
-from knnlm.serving.text import INCOMPLETE, Detokenizer
+from knnlm.serving.text import INCOMPLETE, Detokenizer, TokenTexts
 
 LEAST = -9999.0
 """What OpenAI's API has in the place of -inf, which JSON cannot write."""
@@ -65,16 +65,12 @@ class Words:
     def __init__(self, lm: LanguageModel, ends: frozenset[int]) -> None:
         self.lm, self.ends = lm, ends
         self._no_text = {*ends, lm.tokenizer.bos_token_id}
-        self._anchor = lm.encode("a").tolist()[-1:]
-        self._length = len(lm.decode(self._anchor))
-        self._names: dict[int, str] = {}
+        self._texts = TokenTexts(lm)
 
     def name(self, token: int) -> str:
-        """A token as it is in the middle of a text; a piece of a character by the tokenizer's own name for it."""
-        if token not in self._names:
-            text = self.lm.decode([*self._anchor, token])[self._length :]
-            self._names[token] = str(self.lm.tokenizer.convert_ids_to_tokens(token)) if INCOMPLETE in text else text
-        return self._names[token]
+        """A token's text; of a piece of a character the tokenizer's own name for it."""
+        text = self._texts(token)
+        return str(self.lm.tokenizer.convert_ids_to_tokens(token)) if INCOMPLETE in text else text
 
     def text(self, tokens: Sequence[int]) -> str:
         """What a prompt of tokens says; those that begin and end a text are none of it."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 BAD_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 # Whoever was told that it takes too long should not ask for the same again: openai's client heeds this.
 FINAL = {"x-should-retry": "false"}
+NO_JSON = "the body is no JSON object, or is not declared as application/json"
 
 
 class Refusal(Exception):

@@ -54,8 +54,9 @@ class Evidence:
 
     found: Neighborhood
     tokens_M: NDArray[np.int64]
-    """Ascending: the neighbours' tokens, the LM's `LIKELIEST`, and the one that came. A token that is not among them is
-    in no mixture among the first `LIKELIEST`: no neighbour has it, and as many others are likelier for the LM."""
+    """Ascending: the neighbours' tokens, the LM's `LIKELIEST`, and the one that came, once known. A token that is not
+    among them is in no mixture among the first `LIKELIEST`: no neighbour has it, and as many others are likelier for
+    the LM."""
     lm_M: Floats
     """log p_LM of these."""
 
@@ -71,6 +72,14 @@ class Evidence:
         weights_K /= weights_K.sum() or 1
         return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, weights_K)
 
+    def including(self, token: int, log_probs_V: Tensor) -> Evidence:
+        """With the token that came among the M."""
+        at = self.place(token)
+        if at < len(self.tokens_M) and self.tokens_M[at] == token:
+            return self
+        lm_M = np.insert(self.lm_M, at, float(log_probs_V[token]))
+        return Evidence(self.found, np.insert(self.tokens_M, at, token), lm_M)
+
     def place(self, token: int) -> int:
         """Where one of the M tokens stands among them."""
         return int(np.searchsorted(self.tokens_M, token))
@@ -85,12 +94,10 @@ def find_neighbors(searcher: LayerSearcher, vectors_TD: Tensor, k: int) -> Itera
         yield Neighborhood(distances_K[there_K], rows_K, searcher.store.values[rows_K])
 
 
-def make_evidence(found: Neighborhood, log_probs_V: Tensor, came: int | None = None) -> Evidence:
-    """Keep of the LM's log-probabilities what can matter; `came` is the token that came, where one is known."""
+def make_evidence(found: Neighborhood, log_probs_V: Tensor) -> Evidence:
+    """Keep of the LM's log-probabilities what can matter."""
     likeliest = torch.topk(log_probs_V, min(LIKELIEST, len(log_probs_V))).indices.cpu().numpy()
     tokens_M = np.union1d(found.values_K.astype(np.int64), likeliest)
-    if came is not None:
-        tokens_M = np.union1d(tokens_M, np.array([came]))
     return Evidence(found, tokens_M, log_probs_V.cpu().numpy()[tokens_M].astype(np.float64))
 
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from knnlm.config import KNNConfig
 from knnlm.errors import InputError
 from knnlm.lm import LanguageModel
 from knnlm.probability import Floats, Mix
 from knnlm.serving.continuing import Continuing
-from knnlm.serving.evidence import LIKELIEST, Evidence, find_neighbors, make_evidence
+from knnlm.serving.evidence import LIKELIEST, Evidence, Neighborhood, find_neighbors, make_evidence
 from knnlm.serving.model import KNNLM
 from knnlm.serving.retrieval import Retrieval, open_retrieval
-from knnlm.serving.text import Detokenizer
+from knnlm.serving.text import Detokenizer, TokenTexts
 
 SHOWN_NEIGHBORS = 20
 BEFORE_TOKENS, AFTER_TOKENS = 24, 12
@@ -111,8 +111,7 @@ class Explainer:
         self.store = retrieval.searcher.store
         self._retrievals = {retrieval.layer: retrieval}
         self._models = {retrieval.layer: KNNLM.from_retrieval(lm, retrieval)}
-        (self._anchor,) = lm.encode("a")[-1:].tolist()
-        self.token_text: Callable[[int], str] = cache(self._token_text)
+        self.token_text = TokenTexts(lm)
 
     def model(self, layer: str | None = None) -> KNNLM:
         """The kNN-LM with one layer's keys, opened when it is first asked for.
@@ -173,7 +172,7 @@ class Explainer:
         found = find_neighbors(model.retrieval.searcher, vectors_BTD[0], self.depth(layer))
         places = zip(found, output.logits[0], tokens[1:], strict=True)
         # Row by row: log-probabilities of all positions at once would double the memory of the logits.
-        return [make_evidence(one, torch.log_softmax(logits_V.float(), -1), token) for one, logits_V, token in places]
+        return [_evidence(one, torch.log_softmax(logits_V.float(), -1), token) for one, logits_V, token in places]
 
     def explain(self, text: str, layer: str | None = None) -> Explanation:
         """A text under the layer's setting.
@@ -221,10 +220,6 @@ class Explainer:
         """As datastore.json has it."""
         return (self.store.manifest.fitted or {}).get(layer) or {}
 
-    def _token_text(self, token: int) -> str:
-        """As it stands inside a text: some tokenizers drop the space before a first word."""
-        return self.lm.decode([self._anchor, token])[len(self.lm.decode([self._anchor])) :]
-
     def _token(self, evidence: Evidence, setting: Mix, token: int, piece: str) -> ExplainedToken:
         under, at = evidence.under(setting), evidence.place(token)
         lm, knn, mixed = (float(one_M[at]) for one_M in (under.lm_M, under.knn_M, under.mixed_M))
@@ -248,6 +243,10 @@ class Explainer:
     def _likeliest(self, tokens_M: NDArray[np.int64], share_M: Floats) -> tuple[Likely, ...]:
         first = np.argsort(-share_M, kind="stable")[:LIKELIEST]
         return tuple(Likely(self.token_text(int(tokens_M[at])), float(share_M[at])) for at in first if share_M[at] > 0)
+
+
+def _evidence(found: Neighborhood, log_probs_V: Tensor, token: int) -> Evidence:
+    return make_evidence(found, log_probs_V).including(token, log_probs_V)
 
 
 def _perplexity(probabilities: Sequence[float]) -> float | None:

@@ -154,6 +154,22 @@ class Detokenizer:
         return piece
 
 
+class TokenTexts:
+    """Each token as it stands inside a text: some tokenizers drop the space before a first word."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._anchor = lm.encode("a").tolist()[-1:]
+        self._length = len(lm.decode(self._anchor))
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        """Its text; with `INCOMPLETE` where it is a piece of a character."""
+        if token not in self._known:
+            self._known[token] = self._lm.decode([*self._anchor, token])[self._length :]
+        return self._known[token]
+
+
 def end_tokens(model: KNNLM, lm: LanguageModel) -> frozenset[int]:
     """The tokens that end a text: those of the model's generation settings, else the tokenizer's."""
     ends = model.generation_config.eos_token_id
