@@ -45,13 +45,17 @@ class Size:
     searched: int
 
 
+# Units that multiply 8-bit or bfloat16 numbers faster than float32.
+FAST_UNITS = {"avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "bf16", "i8mm"}
 FULL = Size(tokens=12_000, rounds=3, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
 QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=5_000, searched=60_000)
 
 
-def groups(args: argparse.Namespace, size: Size, peak: float) -> Mapping[str, Callable[[], Iterator[Row]]]:
+def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Mapping[str, Callable[[], Iterator[Row]]]:
+    peak, must = about["gflops"]["float32"], 2.0 if FAST_UNITS & set(about["units"]) else 1.2
+    exact_size = {"keys": size.searched, "queries": size.queries, "rounds": size.rounds}
     return {
-        "exact": lambda: exact.rows(args.keys, keys=size.searched, queries=size.queries, rounds=size.rounds, peak=peak),
+        "exact": lambda: exact.rows(args.keys, **exact_size, peak=peak, must=must),
         "building": lambda: building.rows(args.keys, keys=size.searched, rounds=size.rounds),
         "extraction": lambda: extraction.rows(args.model, args.text, tokens=size.tokens, rounds=size.rounds),
         "evaluation": lambda: evaluation.rows(
@@ -101,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()  # as the command line does
     about = machine.describe()
-    every = groups(args, QUICK if args.quick else FULL, about["gflops"]["float32"])
+    every = groups(args, QUICK if args.quick else FULL, about)
     unknown = set(args.only or ()) - set(every)
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(every)}")

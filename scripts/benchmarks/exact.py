@@ -22,18 +22,18 @@ from index.source import ArraySource
 Floats = NDArray[np.float32]
 
 
-def rows(files: Sequence[Path], *, keys: int, queries: int, rounds: int, peak: float) -> Iterator[Row]:
+def rows(files: Sequence[Path], *, keys: int, queries: int, rounds: int, peak: float, must: float) -> Iterator[Row]:
     """Keys from .npy files, or made up, of 256 and of 768 dimensions.
 
-    :param peak: GFLOP/s of the machine's fastest float32 product.
+    :param peak: GFLOP/s of the machine's fastest float32 product; `must`: what its units let expect.
     """
     for number in range(len(files) or 2):
         vectors_ND = load(files[number], keys, queries) if files else synthetic(keys + queries, (256, 768)[number])
         for k in (64, 1024):
-            yield compare(vectors_ND[:-queries], vectors_ND[-queries:], k, rounds, peak)
+            yield compare(vectors_ND[:-queries], vectors_ND[-queries:], k, rounds, peak, must)
 
 
-def compare(keys_ND: Floats, queries_QD: Floats, k: int, rounds: int, peak: float) -> Row:
+def compare(keys_ND: Floats, queries_QD: Floats, k: int, rounds: int, peak: float, must: float) -> Row:
     ours = ExactIndex(ArraySource(keys_ND), Metric.L2)
     flat = faiss.IndexFlatL2(keys_ND.shape[1])
     flat.add(keys_ND)
@@ -48,7 +48,7 @@ def compare(keys_ND: Floats, queries_QD: Floats, k: int, rounds: int, peak: floa
         "worst distance": worst(found, theirs),
     }
     stage = f"exact search, {len(keys_ND):,} x {keys_ND.shape[1]}, {len(queries_QD):,} queries, k = {k}"
-    return Row(stage, "IndexFlatL2", ratios, 1.2, figures)
+    return Row(stage, "IndexFlatL2", ratios, must, figures)
 
 
 def load(path: Path, count: int, queries: int) -> Floats:
