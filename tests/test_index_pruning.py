@@ -171,6 +171,7 @@ def test_floors_are_never_too_high():
 
 
 def test_where_8_bits_are_slow_every_key_is_compared_in_full(monkeypatch):
+    monkeypatch.setattr("index.pruning.LEAST_PAIRS", 1)
     monkeypatch.setattr("index.exact.is_fast", lambda: False)
     monkeypatch.setattr(ExactIndex, "_prune", lambda *arguments: pytest.fail("pruned"))
     keys_ND, queries_QD = falling(20_000, 128), falling(500, 128, seed=1)
@@ -213,13 +214,16 @@ def test_rank_of_the_sample_is_rarely_too_low():
 def test_short_searches_and_flat_spectra_are_scanned(monkeypatch):
     monkeypatch.setattr(ExactIndex, "_prune", lambda *arguments: pytest.fail("pruned"))
     assert not is_worth_a_plan(1_000_000, 100, 256) and not is_worth_a_plan(10_000, 1000, 256)
-    assert is_worth_a_plan(1_000_000, 4096, 768)
+    assert is_worth_a_plan(1_000_000, 4096, 768) and not is_worth_a_plan(240_000, 1024, 256)
+    monkeypatch.setattr("index.pruning.LEAST_PAIRS", 1)
+    monkeypatch.setattr("index.exact.is_fast", lambda: True)
     flat_ND = np.random.default_rng(0).standard_normal((20_000, 32)).astype(np.float32)
     found = ExactIndex(ArraySource(flat_ND), Metric.L2).search(flat_ND[:200], 10)
     assert_exact(found, flat_ND[:200], flat_ND, Metric.L2, 10)
 
 
 def test_long_search_of_a_falling_spectrum_is_pruned(monkeypatch):
+    monkeypatch.setattr("index.pruning.LEAST_PAIRS", 1)
     monkeypatch.setattr("index.exact.is_fast", lambda: True)
     calls = []
     prune = ExactIndex._prune
