@@ -190,6 +190,8 @@ def test_info_shows_the_datastore(call, gpt2_folder: Path, text_file: Path, tmp_
     assert f"Keys of each layer: {told['keys']:,} (documents: 22, sources: 1)" in lines
     assert "Windows: 32 tokens, of which 16 are new" in lines
     assert f"Chosen: {told['choice']['reason']}." in lines
+    gated = any(one["gate"] for one in told["fitted"].values())
+    assert gated == any(line.startswith("λ by query: ") for line in lines)
     assert any(line.startswith("Made with: python ") for line in lines)
     rows = {
         line.split()[0]: line.split()
@@ -219,7 +221,7 @@ def test_info_of_a_datastore_without_index_and_scores(call, tmp_path: Path) -> N
         writer.finish(fingerprint={"model": "mine"}, context=8, stride=4)
     lines = call("info", tmp_path).out.splitlines()
     assert ["final_norm", "2", "float16", "12", "bytes", *["–"] * 5] in [line.split() for line in lines]
-    assert not any(line.startswith(("Chosen", "Note")) for line in lines)
+    assert not any(line.startswith(("Chosen", "Note", "λ by query")) for line in lines)
 
 
 # Progress

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +21,7 @@ import yaml
 
 from knnlm import KNNLM
 from knnlm.config import LayerConfig, Settings, TextConfig
+from knnlm.datastore import Datastore
 from knnlm.errors import InputError
 from knnlm.lm import load_model
 from knnlm.pipeline import build
@@ -283,3 +286,17 @@ def test_command_line_says_in_one_line_what_is_missing(stores, tasks) -> None:
 
 def test_help_is_that_of_lm_eval() -> None:
     assert "Language Model Evaluation Harness" in run_command("--help").stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/lm-eval.md"])
+def test_lines_in_the_documentation_run(page, stores, tasks, tmp_path, capsys) -> None:
+    """As they stand but for the store and the task, which are ours."""
+    (block,) = re.findall(r"```python\n(import lm_eval\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    copy = shutil.copytree(stores / "gpt2", tmp_path / "book.knn")
+    Datastore.open(copy).update_manifest(fitted={LAYER: {"k": K, "temperature": TEMPERATURE, "lambda": LAMBDA}})
+    task = yaml.safe_load((tasks / "tiny_choice.yaml").read_text())
+    for shown, used in (("book.knn", str(copy)), ('"arc_easy"', repr(task))):
+        assert block.count(shown) == 1
+        block = block.replace(shown, used)
+    exec(block)
+    assert "'tiny_choice'" in capsys.readouterr().out

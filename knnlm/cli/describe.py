@@ -69,4 +69,6 @@ def _end_lines(store: Mapping[str, Any]) -> Iterator[str]:
         yield f"Chosen: {choice['reason']}."
         if choice.get("disagreement"):
             yield f"Note: {choice['disagreement']}."
+    if any(fitted.get("gate") for fitted in (store["fitted"] or {}).values()):
+        yield "λ by query: text is generated with one that moves with each query around the λ above."
     yield f"Made with: {', '.join(f'{name} {version}' for name, version in store['versions'].items())}"
