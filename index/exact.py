@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.base import VectorIndex
-from index.faiss_index import pair_distances, scan_block
-from index.int8 import Codes, Matches, is_fast
+from index.faiss_index import pair_distances, scan_block, thread_count
+from index.int8 import Codes, Matches, is_fast, one_thread
 from index.neighbors import nearest
 from index.pruning import (
     KEY_ROWS,
@@ -30,6 +31,7 @@ from index.pruning import (
 )
 from index.rerank import exact_distances as exact_distances
 from index.source import BLOCK_BYTES, blocks, centre_of, centred_queries, rows_in, spread_ids
+from index.threads import share_out
 
 # Sampled keys from which the directions of variance come: this many for each dimension.
 ROWS_PER_DIMENSION = 8
@@ -87,6 +89,10 @@ class ExactIndex(VectorIndex):
         for first, keys_ND in blocks(self.source, rows):
             yield first, keys_ND - self._centre_D
 
+    def _block(self, first: int, rows: int) -> Floats:
+        """Centred keys."""
+        return self.source.read(first, min(first + rows, len(self))) - self._centre_D
+
     def _scan(self, centred_QD: Floats, count: int) -> Ids:
         """Every key in full."""
         distances_QC, ids_QC = np.empty((len(centred_QD), 0), np.float32), np.empty((len(centred_QD), 0), np.int64)
@@ -104,13 +110,22 @@ class ExactIndex(VectorIndex):
         bound, gathered = plan.bound, Gathered(thresholds_Q, count)
         numbers_QM, offsets_Q = bound.queries(centred_QD)
         queries = Codes(numbers_QM, bound.query_floors(offsets_Q, thresholds_Q))
-        matches = Matches(queries, KEY_ROWS)
-        for first, keys_ND in self._blocks(KEY_ROWS):
-            rows_P, keys_P = matches.pairs(bound.keys(keys_ND))
-            distances_P = pair_distances(centred_QD, rows_P, keys_ND, keys_P, self.metric)
-            near_P = distances_P <= gathered.thresholds_Q[rows_P]
-            fallen = gathered.add(rows_P[near_P], distances_P[near_P], keys_P[near_P] + first)
-            queries.floors_N[fallen] = bound.query_floors(offsets_Q[fallen], gathered.thresholds_Q[fallen])
+        lock, threads = Lock(), thread_count()
+
+        def work(starts: Iterator[int]) -> None:
+            matches = Matches(queries, KEY_ROWS)
+            for first in starts:
+                keys_ND = self._block(first, KEY_ROWS)
+                rows_P, keys_P = matches.pairs(bound.keys(keys_ND))
+                distances_P = pair_distances(centred_QD, rows_P, keys_ND, keys_P, self.metric)
+                near_P = distances_P <= gathered.thresholds_Q[rows_P]
+                near = rows_P[near_P], distances_P[near_P], keys_P[near_P] + first
+                with lock:
+                    fallen = gathered.add(*near)
+                    queries.floors_N[fallen] = bound.query_floors(offsets_Q[fallen], gathered.thresholds_Q[fallen])
+
+        with one_thread():  # so that what comes after a product is shared out too
+            share_out(range(0, len(self), KEY_ROWS), work, threads)
         return gathered.ids()
 
 

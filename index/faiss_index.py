@@ -44,6 +44,19 @@ def scan_block(queries_QD: Floats, keys_ND: Floats, k: int, metric: Metric) -> t
     return (values_QK if metric is Metric.L2 else np.negative(values_QK)), ids_QK
 
 
+def thread_count() -> int:
+    """Threads that FAISS uses when it is called from this one.
+
+    Torch's number where torch was imported first: both then have one OpenMP library.
+    """
+    return int(faiss.omp_get_max_threads())
+
+
+def use_one_thread() -> None:
+    """FAISS uses one when it is called from this thread."""
+    faiss.omp_set_num_threads(1)
+
+
 def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids, metric: Metric) -> Floats:
     """The distance of query rows_P[i] and key keys_P[i], float32 [P], by direct differences; on all cores.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -123,6 +124,19 @@ def _reached(
     scores_PG = scores_QN.reshape(-1)[rows_P[:, None] * scores_QN.shape[1] + keys_PG]
     found = np.flatnonzero(scores_PG >= least_Q[rows_P, None])
     return rows_P[found // GROUP], keys_PG.reshape(-1)[found]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch uses one thread in this thread and in those that it starts meanwhile."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache

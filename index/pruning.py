@@ -38,7 +38,7 @@ SAMPLE_SHARE = 32
 DIMENSION_NS, CODE_NS = 0.021, 0.0048
 RANK_NS, SCORE_NS = 1.0, 0.45
 # Of each pair that the bound lets through, and for each of its dimensions.
-PAIR_NS, PAIR_DIMENSION_NS = 20.0, 0.1
+PAIR_NS, PAIR_DIMENSION_NS = 100.0, 0.1
 # Of each key, for each dimension, besides its rotation.
 KEY_DIMENSION_NS = 0.6
 # A plan that promises less than this is not worth its risk.
@@ -48,9 +48,9 @@ PILOT_QUERIES, PILOT_KEYS = 128, 2048
 LEADS = (0.25, 0.5, 0.75, 1.0)
 # Of fewer dimensions little can be spared (and torch 2.13 multiplies matrices of 8 bits wrongly that are 1 wide).
 LEAST_DIM = 16
-# A plan, with sample and pilot, takes some tenths of a second whatever D is: of 246 million pairs the search was
-# slower with one (0.67 to 1.12 times as fast, D = 256 and 768), of 983 million faster (1.2 to 1.75).
-LEAST_PAIRS = 1 << 29
+# A plan, with sample and pilot, takes some tenths of a second whatever D is: of 61 million pairs the search was slower
+# with one (0.6 to 0.9 times as fast, D = 256), of 246 million as fast or faster, of 410 million 1.6 (k = 64).
+LEAST_PAIRS = 1 << 28
 # Finding R takes some D³ steps: below so many pairs of a query and a key for each pair of dimensions it would show.
 PAIRS_PER_ELEMENT = 200
 # Queries and keys of one step: some 400 MB where every pair is above its floors, and keys that stay in cache.

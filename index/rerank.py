@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.faiss_index import pair_distances
+from index.faiss_index import pair_distances, thread_count
 from index.metric import Metric
 from index.neighbors import Neighbors, ordered
 from index.source import VectorSource, rows_in
+from index.threads import share_out
 
 # About 100 MB: 50 bytes a pair. The keys stay in cache, and the allocator has their memory at hand: of 64 MB, pages
 # came anew each time, and a pair took 1.8 times as long.
@@ -39,12 +40,20 @@ def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metri
     distances_QC = np.full(ids_QC.shape, np.inf, np.float32)
     rows = max(1, PAIRS // max(1, ids_QC.shape[1]))
     for start in range(0, len(ids_QC), rows):
-        block = slice(start, start + rows)
-        for pairs in _pairs_by_key(ids_QC[block], rows_in(KEY_BYTES, source.dim)):
-            keys_UD = np.ascontiguousarray(source.take(pairs.keys_U), np.float32)
-            found_P = pair_distances(queries_QD[block], pairs.rows_P, keys_UD, pairs.key_P, metric)
-            distances_QC[block].reshape(-1)[pairs.places_P] = found_P
+        _fill(distances_QC[start : start + rows], queries_QD[start:], ids_QC[start : start + rows], source, metric)
     return distances_QC
+
+
+def _fill(distances_QC: Floats, queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> None:
+    distances_P = distances_QC.reshape(-1)  # a view: whole rows
+
+    def work(pieces: Iterator[_Pairs]) -> None:
+        for pairs in pieces:
+            keys_UD = np.ascontiguousarray(source.take(pairs.keys_U), np.float32)
+            found_P = pair_distances(queries_QD, pairs.rows_P, keys_UD, pairs.key_P, metric)
+            distances_P[pairs.places_P] = found_P
+
+    share_out(list(_pairs_by_key(ids_QC, rows_in(KEY_BYTES, source.dim))), work, thread_count())
 
 
 @dataclass(frozen=True)

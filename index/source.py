@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 class VectorSource(Protocol):
-    """N keys of D dimensions."""
+    """N keys of D dimensions. Several threads read at a time."""
 
     @property
     def dim(self) -> int:

@@ -57,18 +57,14 @@ def settings(count: int, queries: int) -> Settings:
 
 
 def _beside_the_lm(lm: LanguageModel, store: Datastore, held_out: Path, queries: int, rounds: int) -> Row:
-    """All of `evaluate`: forward pass, search, fit, statistics."""
-    docs, config = documents(lm, [held_out], queries), window_config(lm, TextConfig())
-    every = settings(store.count, queries)
-    ratios = speed_ratios(
-        lambda: evaluate(lm, store, [held_out], settings=every),
-        lambda: collect(lm, docs, config, (), log_probs=True),
-        rounds,
-    )
+    """All of `evaluate` beside the LM alone: both take tokens from all over the text and run the model."""
+    config, every = window_config(lm, TextConfig()), settings(store.count, queries)
+    plain = lambda: collect(lm, documents(lm, [held_out], queries), config, (), log_probs=True)  # noqa: E731
+    whole = lambda: evaluate(lm, store, [held_out], settings=every)  # noqa: E731
+    ratios = speed_ratios(whole, plain, rounds)
     spec = next((str(one["spec"]) for one in store.manifest.indexes.values()), "exact")
     must = 0.8 if store.count <= 200_000 else 0.5
-    lm_ms = 1e3 * seconds(lambda: collect(lm, docs, config, (), log_probs=True)) / queries
-    own_ms = 1e3 * seconds(lambda: evaluate(lm, store, [held_out], settings=every)) / queries
+    lm_ms, own_ms = 1e3 * seconds(plain) / queries, 1e3 * seconds(whole) / queries
     figures: dict[str, float | str] = {"index": spec, "LM, ms a token": lm_ms, "ms more": own_ms - lm_ms}
     return Row(f"evaluate with {store.count:,} keys", "the plain LM on the same text", ratios, must, figures)
 
