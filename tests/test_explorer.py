@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from knnlm.explorer import wire
 from knnlm.explorer.routes import PAGE
@@ -224,6 +225,12 @@ def test_what_is_wrong_is_told_as_openai_does(path, body, message, server) -> No
     error = json.loads(content)["error"]
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert error["message"].startswith(message)
+
+
+def test_of_many_unknown_fields_one_is_told() -> None:
+    with pytest.raises(ValidationError) as found:
+        wire.ExplainRequest.model_validate({f"field{number}": 0 for number in range(50_000)})
+    assert found.value.error_count() == 1
 
 
 def test_what_is_no_json_is_told_so(server) -> None:

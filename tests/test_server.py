@@ -11,8 +11,10 @@ import numpy as np
 import openai
 import pytest
 import torch
+from pydantic import ValidationError
 
 from knnlm import KNNLM
+from knnlm.server import wire
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running, until
 from tests.source_files import ROOT
 
@@ -272,10 +274,13 @@ def test_a_long_prompt_does_not_change_a_short_one_beside_it(client) -> None:
         ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
         ({"prompt": ["a"] * 129}, "prompt", "ask for 129 choices, but at most 128 can wait"),
         ({"prompt": "a" * 400}, "prompt", "is beyond the 128 of the model's context; shorten it"),
-        ({"knn": {"lambda": 2}}, "knn", "less than or equal to 1"),
-        ({"knn": {"lam": 0.5}}, "knn", "not permitted"),
+        ({"knn": {"lambda": 2}}, "knn.lambda", "less than or equal to 1"),
+        ({"knn": {"lam": 0.5}}, "knn.lam", "knn.lam: Extra inputs are not permitted"),
         ({"knn": {"k": 99_999}}, "knn.k", "knn.k is 99999, but can be at most"),
-        ({"knn": {"temperature": 0}}, "knn", "greater than 0"),
+        ({"knn": {"temperature": 0}}, "knn.temperature", "greater than 0"),
+        ({"knn": 7}, "knn", "valid dictionary"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
+        ({"stop": ["a", 1]}, "stop", "stop: Input should be a valid string"),
         ({"extra_body": {"tempreature": 1}}, "tempreature", "not permitted"),
     ],
 )
@@ -285,6 +290,30 @@ def test_what_cannot_be_names_the_field(options, param, message, client) -> None
         client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, extra_body={**extra, **options})
     error = found.value.response.json()["error"]
     assert error["param"] == param and message in error["message"] and error["type"] == "invalid_request_error"
+
+
+MANY = 50_000
+FORMS = "prompt: Input should be a valid string; or: Input should be a valid integer"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": [0] * MANY + ["a"]}, f"{FORMS}; or: Input should be a valid list"),
+        ({"prompt": [[]] * MANY}, f"{FORMS}; or: List should have at least 1 item"),
+        ({"prompt": [["a"] * MANY] * 2}, FORMS),
+        ({f"field{number}": 0 for number in range(MANY)}, "field0: Extra inputs are not permitted"),
+        ({"knn": {f"field{number}": 0 for number in range(MANY)}}, "knn.field0: Extra inputs are not permitted"),
+        ({"logit_bias": {str(number): "a" for number in range(MANY)}}, "logit_bias: Dictionary should have at most 0"),
+    ],
+)
+def test_of_many_mistakes_few_are_collected(options, message, server) -> None:
+    body = {"model": NAME, "prompt": PROMPT, **options}
+    with pytest.raises(ValidationError) as found:
+        wire.CompletionRequest.model_validate(body)
+    assert found.value.error_count() <= 4
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)
 
 
 def test_another_model_is_not_found(client) -> None:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from knnlm.errors import InputError, KNNLMError
 from knnlm.explorer import wire
 from knnlm.probability import Mix
-from knnlm.server.refusals import NO_JSON, Refusal
+from knnlm.server.refusals import Refusal, invalid, no_json
 from knnlm.server.wire import Error
 from knnlm.serving.continuing import Continuing
 from knnlm.serving.explain import Explainer
@@ -93,26 +93,16 @@ class _Route(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                return _refuse(*_problem(error))
+                return _refuse(invalid(error.errors()))
             except HTTPException:  # what FastAPI makes of a body in another encoding
-                return _refuse(NO_JSON, None)
+                return _refuse(no_json())
             except KNNLMError as error:
-                return _refuse(str(error), None)
+                return _refuse(Refusal(400, str(error)))
 
         return handler
 
 
-def _problem(error: RequestValidationError) -> tuple[str, str | None]:
-    """The first thing that is wrong with a body, and the field that it is in."""
-    first = error.errors()[0]
-    where = ".".join(str(place) for place in first["loc"][1:])
-    if first["type"] == "json_invalid" or not where:
-        return NO_JSON, None
-    return f"{where}: {first['msg']}", where
-
-
-def _refuse(message: str, param: str | None) -> Response:
-    refusal = Refusal(400, message, param=param)
+def _refuse(refusal: Refusal) -> Response:
     return Response(refusal.body, refusal.status, {**refusal.headers, **_HEADERS})
 
 

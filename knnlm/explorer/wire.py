@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from knnlm.names import path_tails
 from knnlm.probability import NEAREST
+from knnlm.server.wire import Request
 from knnlm.serving.evidence import LIKELIEST, Evidence
 from knnlm.serving.explain import SHOWN_NEIGHBORS, Explainer
 
@@ -34,11 +35,7 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_leng
 Row = Annotated[int, Field(ge=0)]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class ExplainRequest(_Request):
+class ExplainRequest(Request):
     """A text, or the tokens of one, and the layer whose keys are searched."""
 
     text: Text | None = None
@@ -46,7 +43,7 @@ class ExplainRequest(_Request):
     layer: str | None = None
 
 
-class ContinueRequest(_Request):
+class ContinueRequest(Request):
     """Tokens to go on with under a setting; a `temperature_lm` of 0 takes the likeliest token each time."""
 
     tokens: Tokens
@@ -62,7 +59,7 @@ class ContinueRequest(_Request):
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
 
 
-class SourcesRequest(_Request):
+class SourcesRequest(Request):
     """Places in the datastore whose text is wanted."""
 
     rows: Annotated[list[Row], Field(max_length=MAX_SOURCES)]

@@ -16,7 +16,7 @@ from knnlm.server import wire
 from knnlm.server.completions import Answer
 from knnlm.server.gate import Gate
 from knnlm.server.metrics import CONTENT_TYPE
-from knnlm.server.refusals import NO_JSON, Refusal, mistake
+from knnlm.server.refusals import Refusal, invalid, mistake
 from knnlm.server.service import Service
 from knnlm.version import __version__
 
@@ -141,16 +141,8 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
-    """A body that is no JSON, or not of the form that is described."""
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
-    where = [str(place) for place in problems[0]["loc"][1:]]
-    if problems[0]["type"] == "json_invalid" or not where:
-        return _respond(Refusal(400, NO_JSON))
-    # A field that may have several forms has a problem with each of them.
-    field = where[0]
-    found = dict.fromkeys(one["msg"] for one in problems if one["loc"][1:2] == (field,))
-    return _respond(Refusal(400, f"{field}: {'; or: '.join(found)}", param=field))
+    return _respond(invalid(error.errors()))
 
 
 async def _no_route(_: Request, error: Exception) -> Response:

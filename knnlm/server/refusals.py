@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 BAD_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 # Whoever was told that it takes too long should not ask for the same again: openai's client heeds this.
 FINAL = {"x-should-retry": "false"}
-NO_JSON = "the body is no JSON object, or is not declared as application/json"
+_NO_JSON = "the body is no JSON object, or is not declared as application/json"
+# Fields that may have several forms: a wrong one has a problem with each of them.
+_OF_MANY_FORMS = ("prompt", "stop")
 
 
 class Refusal(Exception):
@@ -43,6 +46,25 @@ def mistake() -> Refusal:
     """Something that should not have happened; whoever tells a client so lets the exception go on to the log."""
     message = "the server made a mistake; its log tells which"
     return Refusal(500, message, code="internal_error", headers={"connection": "close"})  # uvicorn will close it
+
+
+def no_json() -> Refusal:
+    """The body cannot be read."""
+    return Refusal(400, _NO_JSON)
+
+
+def invalid(problems: Sequence[Mapping[str, Any]]) -> Refusal:
+    """A body that is no JSON, or not of the form that is described.
+
+    :param problems: as pydantic tells them.
+    """
+    where = problems[0]["loc"][1:]
+    if problems[0]["type"] == "json_invalid" or not where:
+        return no_json()
+    where = where[:1] if where[0] in _OF_MANY_FORMS else where
+    found = dict.fromkeys(one["msg"] for one in problems if one["loc"][1 : 1 + len(where)] == where)
+    field = ".".join(map(str, where))
+    return Refusal(400, f"{field}: {'; or: '.join(found)}", param=field)
 
 
 def too_long(seconds: float) -> Refusal:

@@ -5,9 +5,9 @@ Types are strict: "1" is no number, true is no number, and a field that nobody k
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -28,18 +28,32 @@ Count = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31), BeforeValidator(_integral)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
-Prompt = Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+# Of a list's wrong elements the first is enough: an error for each of a million takes gigabytes.
+_SOME = Field(min_length=1, fail_fast=True)
+Tokens = Annotated[list[Token], _SOME]
+Prompt = Text | Annotated[list[Text], _SOME] | Tokens | Annotated[list[Tokens], _SOME]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """Nothing but 0: clients send it, and it changes nothing."""
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
+    """A body, or a part of one."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: object) -> object:
+        """Of unknown fields the first is enough, as of a list's elements."""
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in data if name not in known]
+        return {name: data[name] for name in (*(data.keys() & known), *unknown[:1])}
 
-class KnnOptions(_Request):
+
+class KnnOptions(Request):
     """The kNN-LM's own settings; what is not given is what the server was started with."""
 
     lam: Annotated[float | None, Field(alias="lambda", ge=0, le=1)] = None
@@ -47,13 +61,13 @@ class KnnOptions(_Request):
     temperature: Annotated[float | None, Field(gt=0)] = None
 
 
-class StreamOptions(_Request):
+class StreamOptions(Request):
     """A last piece with the number of tokens."""
 
     include_usage: bool | None = None
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(Request):
     """OpenAI's request, and `knn`. What is null is as if it were not there."""
 
     model: str
@@ -73,7 +87,7 @@ class CompletionRequest(_Request):
     best_of: Annotated[Positive | None, Field(description="As n: the best of more is not looked for.")] = None
     frequency_penalty: Neutral | None = None
     presence_penalty: Neutral | None = None
-    logit_bias: Annotated[dict[str, float] | None, Field(max_length=0)] = None
+    logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0)] = None
     suffix: Annotated[str | None, Field(max_length=0)] = None
 
 
