@@ -24,6 +24,8 @@ from knnlm.server import run
 from knnlm.server.app import create_app
 from knnlm.server.gate import is_loopback
 from knnlm.server.limits import Limits
+from knnlm.serving import batch
+from knnlm.serving.batch import Batch
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running, until
 from tests.source_files import ROOT
 
@@ -188,6 +190,53 @@ def test_a_failure_is_told_and_the_server_lives(stream, store_folder) -> None:
 
 def fail(*_):
     raise RuntimeError("out of memory")
+
+
+def test_prompts_that_cannot_be_read_do_not_end_what_runs(store_folder) -> None:
+    with paced(store_folder) as (server, turns, pool):
+        thread = server.service.thread
+        model, run = thread._model, thread._model.run
+
+        def run_short(tokens_BT, *others):
+            return fail() if tokens_BT.shape[1] > 40 else run(tokens_BT, *others)
+
+        model.run = run_short
+        runs = pool.submit(post, server, max_tokens=6)
+        turns.allow(2)
+        until(lambda: thread.running == 1)
+        fails = pool.submit(post, server, prompt=[5] * 50, max_tokens=3)
+        until(lambda: thread.waiting == 1)
+        turns.allow(10)
+        assert (fails.result().status_code, runs.result().status_code) == (500, 200)
+        assert runs.result().json()["usage"]["completion_tokens"] == 6
+        assert post(server, max_tokens=2).status_code == 200
+
+
+def test_a_failure_while_choices_join_is_told_to_all(store_folder, monkeypatch) -> None:
+    with paced(store_folder) as (server, turns, pool):
+        thread = server.service.thread
+        first = pool.submit(post, server, max_tokens=6)
+        turns.allow(2)
+        until(lambda: thread.running == 1)
+        monkeypatch.setattr(Batch, "join", fail)
+        second = pool.submit(post, server, max_tokens=6)
+        until(lambda: thread.waiting == 1)
+        turns.allow(10)
+        assert (first.result().status_code, second.result().status_code) == (500, 500)
+        assert post(server, max_tokens=2).status_code == 200
+
+
+def test_a_prompt_that_nobody_waits_for_is_not_scored_to_its_end(store_folder, monkeypatch) -> None:
+    monkeypatch.setattr(batch, "_PROMPT_SCORES", 1)  # one position at a time
+    with paced(store_folder) as (server, turns, pool):
+        runs = open_socket(server, prompt=[5] * 100, max_tokens=0, echo=True, logprobs=0)
+        turns.allow(3)
+        until(lambda: turns.is_due)
+        runs.close()
+        until(lambda: server.service.active == 0)
+        later = pool.submit(post, server, max_tokens=1)
+        turns.allow(2)  # not 96 more
+        assert later.result().status_code == 200
 
 
 # The end

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
 from threading import Condition, Thread
@@ -100,8 +100,8 @@ class ModelThread:
                 prompts = self._next_prompts()
             if call:
                 call()
-            self._guarded(prompts, partial(self._admit, prompts))
-            self._guarded([prompt for prompt, _ in self._rows], self._step)
+            self._admit(prompts)
+            self._guarded(self._step)
         for future, _ in self._calls:
             future.cancel()
 
@@ -110,15 +110,23 @@ class ModelThread:
             self._news.wait_for(lambda: self._closed or self._calls or self._prompts or self._rows)
         return not self._closed
 
-    def _guarded(self, prompts: Sequence[Prompt], work: Callable[[], None]) -> None:
-        """Whatever goes wrong, out of memory too, is told to those whom it concerns, and the thread lives on."""
+    def _admit(self, prompts: Sequence[Prompt]) -> None:
+        """Let prompts join the batch. What goes wrong while they are read is told to them alone."""
         if not prompts:
             return
         try:
+            batch, rows = self._read(prompts)
+        except Exception as error:
+            _tell(error, prompts)
+        else:
+            self._guarded(partial(self._join, batch, rows))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Whatever goes wrong, out of memory too, is told to all that are in the batch, and the thread lives on."""
+        try:
             work()
         except Exception as error:
-            for prompt in {*prompts, *(prompt for prompt, _ in self._rows)}:
-                prompt.emit(error)
+            _tell(error, {prompt for prompt, _ in self._rows})
             self._rows, self._batch = [], None
 
     def _next_prompts(self) -> list[Prompt]:
@@ -130,11 +138,13 @@ class ModelThread:
             room -= len(taken[-1].choices)
         return taken
 
-    def _admit(self, prompts: Sequence[Prompt]) -> None:
-        """Read prompts, and put a row into the batch for each choice that has more than one token to come."""
+    def _read(self, prompts: Sequence[Prompt]) -> tuple[Batch, list[tuple[Prompt, Choice]]]:
+        """Read prompts, which gives a row for each choice that has more than one token to come."""
         length = max(len(prompt.tokens) for prompt in prompts)
 
         def receive(start: int, log_probs_BTV: Tensor) -> None:
+            if all(prompt.cancelled for prompt in prompts):
+                raise _NobodyWaits
             for prompt, log_probs_TV in zip(prompts, log_probs_BTV, strict=True):
                 prompt.score(start - length + len(prompt.tokens), log_probs_TV)
 
@@ -147,14 +157,14 @@ class ModelThread:
         self._advance([(prompts[row], choice) for row, choice in rows], log_probs_BV[[row for row, _ in rows]])
         going_on = [(row, choice) for row, choice in rows if choice.finish is None]
         batch.select([row for row, _ in going_on])
-        self._join(batch, [(prompts[row], choice) for row, choice in going_on])
+        return batch, [(prompts[row], choice) for row, choice in going_on]
 
     def _join(self, batch: Batch, rows: list[tuple[Prompt, Choice]]) -> None:
-        if self._batch is not None and self._rows and rows:
+        self._rows = [*self._rows, *rows]
+        if self._batch is not None and rows:
             self._batch.join(batch)
         elif rows:
             self._batch = batch
-        self._rows = [*self._rows, *rows]
 
     def _step(self) -> None:
         """A token for each choice; those that are over, or whose client is gone, leave."""
@@ -179,6 +189,15 @@ class ModelThread:
             self._batch.select(kept)
         if not self._rows:
             self._batch = None
+
+
+class _NobodyWaits(Exception):
+    """All prompts that are being read were cancelled."""
+
+
+def _tell(error: Exception, prompts: Collection[Prompt]) -> None:
+    for prompt in prompts:
+        prompt.emit(error)
 
 
 def _execute(function: Callable[[], T], future: Future[T]) -> None:
