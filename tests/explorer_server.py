@@ -73,7 +73,7 @@ class Running:
     def app(self) -> FastAPI:
         lock = asyncio.Lock()
 
-        async def run(function):
+        async def run(function, *, admitted=False):
             async with lock:
                 self.work += 1
                 sleep_and = lambda: (sleep(self.delay), function())[1]  # noqa: E731

@@ -38,7 +38,7 @@ LEVELS = (
     {"correlate.measure", "slices.items"},
     {"evaluation", "slices.measure"},
     {"examples", "server.limits", "server.refusals", "server.wire", "server.metrics", "server.choices"},
-    {"pipeline", "correlate.study", "training.train", "tables", "screen", "server.batching"},
+    {"pipeline", "correlate.study", "training.train", "tables", "screen", "server.batching", "server.waiting"},
     {"correlate.document", "slices.document", "checkpoints.document", "server.service", "server.completions"},
     {"server.gate", "server.app", "server.run", "explorer.wire", "explorer.routes"},
     {"cli"},

@@ -14,6 +14,7 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 from knnlm.probability import Gate, Mix
+from knnlm.serving.continuing import Continuing
 from knnlm.serving.evidence import Evidence
 from tests import explorer_server
 from tests import test_report_browser as report_browser
@@ -555,6 +556,17 @@ def test_what_the_server_refuses_is_told(browser, server) -> None:
     page.find("#explain").click()
     page.wait(lambda: "the text has 200 tokens, but" in page.find("#error").text)
     assert page.find("#text").is_displayed() and not page.find("#tokens").is_displayed()
+
+
+def test_a_step_that_fails_is_told_after_those_that_came(browser, server, monkeypatch) -> None:
+    page, due, step = Page(browser, server), [None, None], Continuing.step
+    page.explain("the nurse")
+    first = len(page.tokens())
+    monkeypatch.setattr(Continuing, "step", lambda self: (due.pop(), step(self))[1])
+    page.find("#continue").click()
+    page.wait(lambda: page.find("#error").text == "Sorry: the server made a mistake; its log tells which.")
+    page.settle()
+    assert len(page.tokens()) == first + 2
 
 
 def test_a_server_that_is_gone_is_told(browser, explainer) -> None:

@@ -49,13 +49,18 @@ def post(server: Running, **options) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
 
 
-def open_socket(server: Running, **options) -> socket.socket:
-    """A client that has sent a whole request and reads nothing."""
-    request = httpx.Request("POST", f"{server.url}/v1/completions", json={"model": NAME, "prompt": PROMPT, **options})
+def open_socket(server: Running, path: str, body: dict | None = None) -> socket.socket:
+    """A client that has sent a whole request, GET without a body, and reads nothing."""
+    request = httpx.Request("POST" if body else "GET", server.url + path, json=body)
     head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
     connection = socket.create_connection((request.url.host, request.url.port))
-    connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+    connection.sendall(f"{request.method} {path} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
     return connection
+
+
+def complete(server: Running, **options) -> socket.socket:
+    """As `open_socket`, for a completion."""
+    return open_socket(server, "/v1/completions", {"model": NAME, "prompt": PROMPT, **options})
 
 
 def test_a_full_queue_is_told_at_once(store_folder) -> None:
@@ -80,10 +85,10 @@ def test_a_full_queue_is_told_at_once(store_folder) -> None:
 def test_a_client_that_goes_away_frees_its_place(stream, store_folder) -> None:
     with paced(store_folder, batch=1, queue=1) as (server, turns, pool):
         thread = server.service.thread
-        runs = open_socket(server, max_tokens=100, stream=stream)
+        runs = complete(server, max_tokens=100, stream=stream)
         turns.allow(3)
         until(lambda: thread.running == 1)
-        waits = open_socket(server, max_tokens=100, stream=stream)
+        waits = complete(server, max_tokens=100, stream=stream)
         until(lambda: thread.waiting == 1)
         waits.close()
         until(lambda: thread.waiting == 0)  # although nothing is computed
@@ -184,6 +189,9 @@ def test_a_failure_is_told_and_the_server_lives(stream, store_folder) -> None:
         with pytest.raises(openai.APIError) as found:
             list(client.completions.create(model=NAME, prompt=PROMPT, max_tokens=99, stream=stream))
         assert found.value.code == "internal_error" and "out of memory" not in found.value.message
+        until(lambda: service.active == 0)
+        assert service.metrics._values[REQUESTS, '{path="/v1/completions",status="499"}'] == 0
+        assert service.metrics._values[REQUESTS, '{path="/v1/completions",status="500"}'] == (0 if stream else 1)
         service.thread._model.run = run
         assert client.completions.create(model=NAME, prompt=PROMPT, max_tokens=3).usage.completion_tokens == 3
 
@@ -229,7 +237,7 @@ def test_a_failure_while_choices_join_is_told_to_all(store_folder, monkeypatch) 
 def test_a_prompt_that_nobody_waits_for_is_not_scored_to_its_end(store_folder, monkeypatch) -> None:
     monkeypatch.setattr(batch, "_PROMPT_SCORES", 1)  # one position at a time
     with paced(store_folder) as (server, turns, pool):
-        runs = open_socket(server, prompt=[5] * 100, max_tokens=0, echo=True, logprobs=0)
+        runs = complete(server, prompt=[5] * 100, max_tokens=0, echo=True, logprobs=0)
         turns.allow(3)
         until(lambda: turns.is_due)
         runs.close()
@@ -332,7 +340,8 @@ def test_a_client_that_does_not_read_is_not_waited_for(store_folder) -> None:
 
 def test_without_a_key_only_names_of_this_machine_are_answered(store_folder) -> None:
     with running(make_service(store_folder), only_local=True) as server:
-        for host, status in (("localhost", 200), ("127.0.0.1:80", 200), ("[::1]:80", 200), ("evil.example:80", 403)):
+        allowed = ("localhost", "LocalHost.:80", "127.0.0.1:80", "[::1]:80")
+        for host, status in (*((one, 200) for one in allowed), ("localhost.evil:80", 403), ("evil.example:80", 403)):
             answer = httpx.get(f"{server.url}/v1/models", headers={"host": host})
             assert answer.status_code == status, host
         assert "not to 'evil.example:80'" in answer.json()["error"]["message"]
@@ -373,7 +382,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(call, tmp_path)
 
 @pytest.mark.parametrize(
     ("host", "inside"),
-    [("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+    [("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("Localhost.", True), ("0.0.0.0", False), ("::", False)],
 )
 def test_what_is_loopback(host, inside) -> None:
     assert is_loopback(host) == inside

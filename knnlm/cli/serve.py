@@ -81,6 +81,6 @@ def serve(
         service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
-        page = explorer_router(Explainer(lm, retrieval), service.thread.run)
+        page = explorer_router(Explainer(lm, retrieval), service.thread.run, limits.seconds)
         app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
         serve(app, service, listener, lambda: screen.say(line))

@@ -19,7 +19,9 @@ from starlette.exceptions import HTTPException
 from knnlm.errors import InputError, KNNLMError
 from knnlm.explorer import wire
 from knnlm.probability import Mix
+from knnlm.server.limits import Limits
 from knnlm.server.refusals import Refusal, invalid, no_json
+from knnlm.server.waiting import Deadline, sent_events, unless_gone
 from knnlm.server.wire import Error
 from knnlm.serving.continuing import Continuing
 from knnlm.serving.explain import Explainer
@@ -43,13 +45,19 @@ _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 
 class Run(Protocol):
-    """Runs a function on the model's thread; the result is awaited."""
+    """Runs a function on the model's thread; the result is awaited, or cancelled when nobody waits any more.
 
-    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...  # noqa: D102
+    `admitted` says that the function goes on with what was let in: it must not be refused because others wait.
+    """
+
+    def __call__(self, function: Callable[[], T], /, *, admitted: bool = False) -> Awaitable[T]: ...  # noqa: D102
 
 
-def explorer_router(explainer: Explainer, run: Run) -> APIRouter:
-    """The page at `/`, and its calls below `/explorer/`, which alone tell of the datastore's text."""
+def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seconds) -> APIRouter:
+    """The page at `/`, and its calls below `/explorer/`, which alone tell of the datastore's text.
+
+    :param seconds: that an answer may take.
+    """
     router = APIRouter(route_class=_Route, responses=_ERRORS)
     for path, name, kind in (
         ("/", "index.html", "text/html"),
@@ -58,27 +66,35 @@ def explorer_router(explainer: Explainer, run: Run) -> APIRouter:
     ):
         router.add_api_route(path, _file(name, kind), include_in_schema=False)
 
+    async def answer(request: Request, work: Callable[[], dict[str, Any]]) -> Response:
+        # The JSON too is made on the model's thread: of a long text it takes a moment, in which others would wait.
+        made = Deadline(seconds).wait(run(lambda: _dump(work())))
+        return Response(await unless_gone(request.receive, made), media_type="application/json", headers=_HEADERS)
+
     @router.get("/explorer/store")
-    async def store() -> dict[str, Any]:
+    async def store(request: Request) -> Response:
         """Model, datastore, layers with their settings, and limits."""
-        return wire.store_document(explainer)
+        return await answer(request, lambda: wire.store_document(explainer))
 
     @router.post("/explorer/explain")
-    async def explain(asked: wire.ExplainRequest) -> Response:
+    async def explain(asked: wire.ExplainRequest, request: Request) -> Response:
         """Each token of a text with all that is needed to mix it anew."""
-        return await run(lambda: _json(_explained(explainer, asked)))
+        return await answer(request, lambda: _explained(explainer, asked))
 
     @router.post("/explorer/sources")
-    async def sources(asked: wire.SourcesRequest) -> Response:
+    async def sources(asked: wire.SourcesRequest, request: Request) -> Response:
         """The text around places in the datastore."""
-        return await run(lambda: _json(_sources(explainer, asked)))
+        return await answer(request, lambda: _sources(explainer, asked))
 
     @router.post("/explorer/continue", response_class=StreamingResponse, responses=_EVENTS)
-    async def go_on(asked: wire.ContinueRequest) -> Response:
-        """New tokens, each an event with its explanation; the last event tells why there are no more."""
-        steps = await run(lambda: _Steps(explainer, asked))
-        first = await run(steps.next)  # what is wrong shows here, while there can still be another status
-        return StreamingResponse(_events(first, steps, run), media_type="text/event-stream", headers=_HEADERS)
+    async def go_on(asked: wire.ContinueRequest, request: Request) -> Response:
+        """New tokens, each an event with its explanation; the last event tells why there are no more, or an error."""
+        deadline = Deadline(seconds)
+        # What is wrong with the request shows here, while there can still be another status.
+        begun = deadline.wait(run(lambda: _Steps(explainer, asked)))
+        steps = await unless_gone(request.receive, begun)
+        events = sent_events(_documents(steps, run, deadline))
+        return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
 
     return router
 
@@ -96,6 +112,8 @@ class _Route(APIRoute):
                 return _refuse(invalid(error.errors()))
             except HTTPException:  # what FastAPI makes of a body in another encoding
                 return _refuse(no_json())
+            except Refusal as refusal:
+                return _refuse(refusal)
             except KNNLMError as error:
                 return _refuse(Refusal(400, str(error)))
 
@@ -113,11 +131,6 @@ def _file(name: str, kind: str) -> Callable[[], Coroutine[Any, Any, Response]]:
         return Response(content, media_type=kind, headers=_HEADERS)
 
     return serve
-
-
-def _json(document: dict[str, Any]) -> Response:
-    """Made on the model's thread: of a long text it takes a moment, in which others would wait."""
-    return Response(_dump(document), media_type="application/json", headers=_HEADERS)
 
 
 def _dump(document: object) -> str:
@@ -143,7 +156,7 @@ def _sources(explainer: Explainer, asked: wire.SourcesRequest) -> dict[str, Any]
 
 
 class _Steps:
-    """The events of one continuation, for the model's thread."""
+    """The events of one continuation, for the model's thread; the first one is made at once."""
 
     def __init__(self, explainer: Explainer, asked: wire.ContinueRequest) -> None:
         tokens = _checked(explainer, asked.tokens)
@@ -162,6 +175,7 @@ class _Steps:
             tokens, setting, layer, temperature=asked.temperature_lm, top_p=asked.top_p, seed=asked.seed
         )
         self._finish_reason: str | None = None
+        self.first = self.next()
 
     def next(self) -> dict[str, Any] | None:
         """The next event; None after the last one."""
@@ -175,12 +189,12 @@ class _Steps:
         return {**told, "finish_reason": self._finish_reason}
 
 
-async def _events(first: dict[str, Any] | None, steps: _Steps, run: Run) -> AsyncIterator[str]:
-    """Server-sent events. When the client goes away this is cancelled, and no further step is taken."""
-    event = first
+async def _documents(steps: _Steps, run: Run, deadline: Deadline) -> AsyncIterator[str]:
+    """Of each step. When the client goes away this is cancelled, and no further step is taken."""
+    event = steps.first
     while event is not None:
-        yield f"data: {_dump(event)}\n\n"
-        event = await run(steps.next)
+        yield _dump(event)
+        event = await deadline.wait(run(steps.next, admitted=True))
 
 
 def _checked(explainer: Explainer, tokens: list[int]) -> list[int]:

@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from threading import Condition, Thread
 from typing import Any, TypeVar
@@ -66,7 +67,7 @@ class ModelThread:
         :raises Refusal: the queue is full.
         """
         with self._news:
-            self._check_room(sum(len(prompt.choices) for prompt in prompts))
+            self.check_room(sum(len(prompt.choices) for prompt in prompts))
             self._prompts += prompts
             self._news.notify()
 
@@ -77,19 +78,28 @@ class ModelThread:
                 prompt.cancelled = True
             self._prompts = deque(prompt for prompt in self._prompts if not prompt.cancelled)
 
-    async def run(self, function: Callable[[], T]) -> T:
+    async def run(self, function: Callable[[], T], *, admitted: bool = False) -> T:
         """Execute a function on the model's thread, between two steps, and give its result or raise its exception.
 
+        Whoever does not wait any more cancels this; what waited then leaves the queue at once.
+        :param admitted: the function goes on with what was let in, and is let in as well.
         :raises Refusal: the queue is full.
         """
         future: Future[T] = Future()
+        call = future, partial(_execute, function, future)
         with self._news:
-            self._check_room(1)
-            self._calls.append((future, partial(_execute, function, future)))
+            if not admitted:
+                self.check_room(1)
+            self._calls.append(call)
             self._news.notify()
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            with self._news, suppress(ValueError):  # it began
+                self._calls.remove(call)
 
-    def _check_room(self, more: int) -> None:
+    def check_room(self, more: int) -> None:
+        """:raises Refusal: the queue is too full for so many more."""
         if self.waiting + more > self._limits.queue:
             raise too_many(self._limits.queue)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
-from typing import Any
 
-from knnlm.server.refusals import Refusal, too_long
+from knnlm.server.refusals import Refusal
 from knnlm.server.service import Service
+from knnlm.server.waiting import Deadline, Message, Receive
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 # What needs the key, where there is one: whatever tells of the text behind the model.
@@ -35,20 +32,24 @@ class Gate:
             await self._app(scope, receive, send)
             return
         started, service = time.perf_counter(), self._service
-        status = [499]  # the client went away before there was an answer
+        told: list[int] = []
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status[0] = message["status"]
+                told.append(message["status"])
             await send(message)
 
         service.active += 1
         try:
             await self._enter(scope, receive, counted)
+        except Exception:
+            told.append(500)  # what the application's last handler, outside of this, will tell
+            raise
         finally:
             service.active -= 1
             path = scope["path"] if scope["path"] in _COUNTED else "other"
-            service.metrics.count("knnlm_requests_total", path=path, status=str(status[0]))
+            status = next(iter(told), 499)  # the client went away before there was an answer
+            service.metrics.count("knnlm_requests_total", path=path, status=str(status))
             if path == "/v1/completions":
                 service.metrics.observe("knnlm_completion_seconds", time.perf_counter() - started)
 
@@ -80,12 +81,9 @@ class Gate:
     async def _read(self, receive: Receive) -> bytes | None:
         """The whole body; None where the client went away."""
         limits, parts, size = self._service.limits, [], 0
-        deadline = time.monotonic() + limits.seconds
+        deadline = Deadline(limits.seconds)
         while True:
-            try:
-                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
-            except TimeoutError:
-                raise too_long(limits.seconds) from None
+            message = await deadline.wait(receive())
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
@@ -103,7 +101,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower().removesuffix(".") == "localhost"
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
