@@ -151,6 +151,8 @@ def test_text_ends_before_a_stop(client) -> None:
         assert all(offset < due for offset in answer.choices[0].logprobs.text_offset)
         streamed = [one.choices[0].text for one in ask(client, max_tokens=40, temperature=0, stop=stop, stream=True)]
         assert "".join(streamed) == text[:due]
+    nothing = ask(client, max_tokens=40, temperature=0, stop=text[0], logprobs=2).choices[0].logprobs
+    assert (nothing.tokens, nothing.token_logprobs, nothing.top_logprobs, nothing.text_offset) == ([], [], [], [])
 
 
 def test_the_end_token_ends_and_is_no_text(client, server, knn) -> None:
@@ -280,6 +282,7 @@ def test_a_long_prompt_does_not_change_a_short_one_beside_it(client) -> None:
         ({"knn": {"temperature": 0}}, "knn.temperature", "greater than 0"),
         ({"knn": 7}, "knn", "valid dictionary"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
+        ({"stream_options": {}}, "stream_options", "is only allowed when 'stream' is enabled"),
         ({"stop": ["a", 1]}, "stop", "stop: Input should be a valid string"),
         ({"extra_body": {"tempreature": 1}}, "tempreature", "not permitted"),
     ],

@@ -63,14 +63,16 @@ def complete(server: Running, **options) -> socket.socket:
     return open_socket(server, "/v1/completions", {"model": NAME, "prompt": PROMPT, **options})
 
 
-def test_a_full_queue_is_told_at_once(store_folder) -> None:
+def test_a_full_queue_is_told_at_once(store_folder, monkeypatch) -> None:
     with paced(store_folder, batch=1, queue=2) as (server, turns, pool):
         thread = server.service.thread
         first = pool.submit(post, server, max_tokens=2)
         until(lambda: turns.is_due)
         waiting = [pool.submit(post, server, max_tokens=2) for _ in range(2)]
         until(lambda: thread.waiting == 2)
+        monkeypatch.setattr(server.service, "_encode", fail)  # before any text becomes tokens
         answer = post(server)
+        monkeypatch.undo()
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert answer.json()["error"]["code"] == "queue_full"
         assert "\nknnlm_choices_waiting 2" in httpx.get(f"{server.url}/metrics").text
@@ -114,6 +116,22 @@ def test_time_is_limited(stream, store_folder) -> None:
 
 
 REQUESTS = "knnlm_requests_total"
+
+
+def test_time_for_tokens_of_a_prompt_is_limited(store_folder, monkeypatch) -> None:
+    with running(make_service(store_folder, seconds=0.2)) as server:
+        monkeypatch.setattr(server.service, "_encode", lambda *_: time.sleep(1))
+        assert post(server).status_code == 408
+
+
+@pytest.mark.parametrize("options", [{"prompt": [[5] * 40] * 3}, {"prompt": [5] * 51, "n": 2}])
+def test_scored_tokens_of_all_prompts_are_limited(options, store_folder) -> None:
+    with running(make_service(store_folder, scored_tokens=100)) as server:
+        for told in ({"echo": True}, {"logprobs": 1}):
+            assert post(server, max_tokens=1, **options, **told).status_code == 200
+        answer = post(server, max_tokens=1, echo=True, logprobs=0, **options)
+        assert answer.status_code == 400 and "but at most 100 are told; send fewer" in answer.json()["error"]["message"]
+        assert post(server, max_tokens=1, prompt=[5] * 50, n=2, echo=True, logprobs=0).status_code == 200
 
 
 def test_a_body_is_limited_and_must_come_in_time(store_folder) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,9 +18,9 @@ from knnlm.server.gate import Gate
 from knnlm.server.metrics import CONTENT_TYPE
 from knnlm.server.refusals import Refusal, invalid, mistake
 from knnlm.server.service import Service
+from knnlm.server.waiting import Deadline, unless_gone
 from knnlm.version import __version__
 
-T = TypeVar("T")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": wire.Error, "description": "What is wrong with the request"},
     "5XX": {"model": wire.Error, "description": "What is wrong with the server"},
@@ -88,12 +88,15 @@ def _routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=wire.Completion, responses=_STREAM)
     async def completions(asked: wire.CompletionRequest, request: Request) -> Any:  # noqa: ANN401 - a model or a response
         """Go on with prompts."""
-        prompts = await asyncio.to_thread(service.prompts, asked)
-        answer = Answer(service.thread, prompts, service.name, service.limits.seconds)
+        deadline = Deadline(service.limits.seconds)
+        service.check(asked)
+        prompts = await deadline.wait(asyncio.to_thread(service.prompts, asked))
+        answer = Answer(service.thread, prompts, service.name, deadline)
         if asked.stream:
             return _Stream(answer, usage=bool(asked.stream_options and asked.stream_options.include_usage))
         try:
-            return await _unless_gone(request, answer.whole())
+            whole = await unless_gone(request.receive, answer.whole())
+            return Response(whole, media_type="application/json")
         finally:
             answer.close()
 
@@ -113,22 +116,6 @@ class _Stream(StreamingResponse):
             await super().__call__(*args)
         finally:
             self._answer.close()
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Response:
-    """The result of some work, which ends when the client goes away."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else Response(status_code=499)
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _respond(refusal: Refusal) -> Response:

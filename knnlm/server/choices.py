@@ -33,6 +33,11 @@ class Wish:
     """How many of the likeliest tokens are told with each token; None tells nothing."""
     echo: bool
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's own tokens are wanted."""
+        return self.echo and self.logprobs is not None
+
 
 @dataclass(frozen=True)
 class TokenScore:
@@ -199,7 +204,7 @@ class Prompt:
     @property
     def is_scored(self) -> bool:
         """Whether the log-probabilities of its own tokens are wanted."""
-        return self.wish.echo and self.wish.logprobs is not None
+        return self.wish.scores_prompt
 
     def score(self, position: int, log_probs_TV: Tensor) -> None:
         """See the distributions at some positions in turn; positions of padding are negative."""

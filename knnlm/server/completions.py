@@ -10,20 +10,18 @@ from uuid import uuid4
 
 from knnlm.server.batching import ModelThread
 from knnlm.server.choices import Piece, Prompt, TokenScore
-from knnlm.server.refusals import Refusal, mistake, too_long
+from knnlm.server.waiting import Deadline, sent_events
 from knnlm.server.wire import Choice, Completion, Logprobs, Usage
 
 
 class Answer:
     """The answer to one request, while it comes. Whoever makes one closes it.
 
-    :param seconds: that it may take.
     :raises Refusal: the queue is full.
     """
 
-    def __init__(self, thread: ModelThread, prompts: Sequence[Prompt], model: str, seconds: float) -> None:
-        self._thread, self._prompts, self._model, self._seconds = thread, prompts, model, seconds
-        self._deadline = time.monotonic() + seconds
+    def __init__(self, thread: ModelThread, prompts: Sequence[Prompt], model: str, deadline: Deadline) -> None:
+        self._thread, self._prompts, self._model, self._deadline = thread, prompts, model, deadline
         self._id, self._created = f"cmpl-{uuid4().hex}", int(time.time())
         self._come: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._open = {choice for prompt in prompts for choice in prompt.numbers}
@@ -48,10 +46,7 @@ class Answer:
         :raises Refusal: the time is up. And whatever went wrong on the model's thread.
         """
         while self._open:
-            try:
-                piece = await asyncio.wait_for(self._come.get(), self._deadline - time.monotonic())
-            except TimeoutError:
-                raise too_long(self._seconds) from None
+            piece = await self._deadline.wait(self._come.get())
             if isinstance(piece, Exception):
                 raise piece
             self._tokens[piece.choice] = piece.tokens
@@ -59,42 +54,41 @@ class Answer:
                 self._open.discard(piece.choice)
             yield piece
 
-    async def whole(self) -> Completion:
-        """Wait for all of it. Raises as `pieces`."""
+    async def whole(self) -> str:
+        """Wait for all of it, as JSON. Raises as `pieces`."""
         found: dict[int, list[Piece]] = {choice: [] for choice in self._open}
         async for piece in self.pieces():
             found[piece.choice].append(piece)
-        return self._document([_choice(pieces) for _, pieces in sorted(found.items())], self._usage())
+        ordered = [pieces for _, pieces in sorted(found.items())]
+        return await asyncio.to_thread(self._document, ordered, self._usage())  # some MB take a moment
 
-    async def events(self, *, usage: bool) -> AsyncIterator[str]:
+    def events(self, *, usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events; `usage` adds one with the number of tokens."""
-        try:
-            async for piece in self.pieces():
-                if piece.text or piece.scores or piece.finish:
-                    yield _event(self._document([_choice([piece])], None).model_dump_json())
-            if usage:
-                yield _event(self._document([], self._usage()).model_dump_json())
-            yield _event("[DONE]")
-        except Refusal as refusal:  # the status is sent already
-            yield _event(refusal.body.decode())
-        except Exception:
-            yield _event(mistake().body.decode())
-            raise
+        return sent_events(self._documents(usage=usage))
 
-    def _document(self, choices: list[Choice], usage: Usage | None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+    async def _documents(self, *, usage: bool) -> AsyncIterator[str]:
+        async for piece in self.pieces():
+            if piece.text or piece.scores or piece.finish:
+                yield self._document([[piece]], None)
+        if usage:
+            yield self._document([], self._usage())
+        yield "[DONE]"
+
+    def _document(self, choices: Sequence[Sequence[Piece]], usage: Usage | None) -> str:
+        told = [self._choice(pieces) for pieces in choices]
+        document = Completion(id=self._id, created=self._created, model=self._model, choices=told, usage=usage)
+        return document.model_dump_json()
+
+    def _choice(self, pieces: Sequence[Piece]) -> Choice:
+        """Pieces of one choice as one."""
+        scores = [score for piece in pieces for score in piece.scores]
+        text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
+        logprobs = None if self._prompts[0].wish.logprobs is None else _logprobs(scores)
+        return Choice(index=pieces[-1].choice, text=text, logprobs=logprobs, finish_reason=finish)  # type: ignore[arg-type]
 
     def _usage(self) -> Usage:
         read, generated = sum(len(prompt.tokens) for prompt in self._prompts), sum(self._tokens.values())
         return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
-
-
-def _choice(pieces: Sequence[Piece]) -> Choice:
-    """Pieces of one choice as one."""
-    scores = [score for piece in pieces for score in piece.scores]
-    text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
-    logprobs = _logprobs(scores) if scores else None
-    return Choice(index=pieces[-1].choice, text=text, logprobs=logprobs, finish_reason=finish)  # type: ignore[arg-type]
 
 
 def _logprobs(scores: Sequence[TokenScore]) -> Logprobs:
@@ -104,7 +98,3 @@ def _logprobs(scores: Sequence[TokenScore]) -> Logprobs:
         top_logprobs=[score.top for score in scores],
         text_offset=[score.offset for score in scores],
     )
-
-
-def _event(data: str) -> str:
-    return f"data: {data}\n\n"

@@ -17,6 +17,8 @@ class Limits:
     """Of one choice."""
     neighbors: int = 1024
     """k of a request's own setting; the served setting may have more."""
+    scored_tokens: int = 65_536
+    """Of all prompts of a request, times n, where their log-probabilities are told."""
     batch: int = 16
     """Choices that are continued together."""
     queue: int = 128

@@ -41,22 +41,41 @@ class Service:
             message = f"there is no model {name!r} here; the one that is served is {self.name!r}"
             raise Refusal(404, message, param="model", code="model_not_found")
 
+    def check(self, request: CompletionRequest) -> None:
+        """What can be told at once, before `prompts`.
+
+        :raises Refusal: for the field that cannot be done; or the queue is full.
+        """
+        self.check_model(request.model)
+        if request.stream_options is not None and not request.stream:
+            message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."  # as OpenAI has it
+            raise Refusal(400, message, param="stream_options")
+        choices = len(_one_by_one(request)) * (request.n or 1)
+        self._check_choices(request, choices)
+        self.thread.check_room(choices)
+
     def prompts(self, request: CompletionRequest) -> list[Prompt]:
         """The prompts of a request, with all their choices. Long texts take a moment to become tokens.
 
         :raises Refusal: for the field that is beyond a limit, or cannot be done.
         """
-        self.check_model(request.model)
-        given, n = _one_by_one(request), 1 if request.n is None else request.n
-        self._check_choices(request, len(given) * n)
+        given, n = _one_by_one(request), request.n or 1
         setting, wish = self._setting_of(request), self._wish(request)
+        tokens = [self._encode(one, wish.max_tokens) for one in given]
+        if wish.scores_prompt:
+            self._check_scored(n * sum(map(len, tokens)))
         found = []
         for number, one in enumerate(given):
-            tokens = self._encode(one, wish.max_tokens)
             text = one if isinstance(one, str) else self._words.text(one)
             first = number * n
-            found.append(Prompt(self._words, tokens, text, setting, wish, first=first, n=n, seed=request.seed))
+            found.append(Prompt(self._words, tokens[number], text, setting, wish, first=first, n=n, seed=request.seed))
         return found
+
+    def _check_scored(self, tokens: int) -> None:
+        most = self.limits.scored_tokens
+        if tokens > most:
+            message = f"the prompts with n ask for log-probabilities of {tokens} of their tokens, but at most {most}"
+            raise Refusal(400, f"{message} are told; send fewer", param="prompt")
 
     def _check_choices(self, request: CompletionRequest, choices: int) -> None:
         n, limits = request.n or 1, self.limits
