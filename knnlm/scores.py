@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from index.int8 import one_thread
 from knnlm.dispersion import Float64, dispersion
 from knnlm.errors import InputError
 from knnlm.results import Interval
@@ -67,8 +66,7 @@ def spectrum(sample_MD: NDArray[np.floating]) -> Float64:
     if not centred_MD.size:
         return np.empty(0)
     matrix = torch.from_numpy(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
-    # On shared cores the threads of a small step wait for one another: 5 s instead of 0.1.
-    with one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
+    with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
         power = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
     # Below this an eigenvalue is what rounding left of a zero.
     positive: Float64 = power[power > len(power) * np.finfo(np.float64).eps * power[-1]]
@@ -233,3 +231,14 @@ def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
     """Each dimension's standard deviation, and whether it varies at all beyond float32 rounding."""
     deviation_D: Float64 = vectors_MD.std(axis=0)
     return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: on shared cores the threads of a small step wait for one another, 5 s instead of 0.1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
