@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from index.errors import TooFewKeys, UnknownSpec
 
-# Exact search reads all N D numbers for each batch of queries, 1 to 2 ns each from float16 on disk: up to 60 ms for one
-# token that is generated, where an inverted file takes 5 (100,000 x 768: 176 ms, built in 10 s).
-EXACT_ELEMENTS = 1 << 25
-# Fewer keys than this make an inverted file of few lists.
-EXACT_KEYS = 1 << 15
+# Exact search reads all N D numbers for each token that is generated, 1 to 2 ns each from float16 on disk: up to 13 ms
+# here, where an inverted file of 100,000 x 768 takes 5 (and brute force 176).
+EXACT_ELEMENTS = 1 << 23
+# Of fewer keys an inverted file has few lists, and the k nearest are a good part of all.
+EXACT_KEYS = 1 << 14
 # FAISS's guide: 4 sqrt(N) to 16 sqrt(N) lists; 4 to 8 here (a power of two), as k-means costs lists squared.
 LISTS_PER_ROOT = 4
 # From this many lists on, a graph finds the nearest lists faster than a scan of them.
@@ -114,7 +114,7 @@ def parse_spec(text: str) -> IndexSpec:
 def choose_spec(count: int, dim: int, memory_bytes: int) -> str:
     """The spec that `auto` means for N keys of D dimensions and the memory that the index may take.
 
-    1. `exact` up to 2**15 keys, or 2**25 elements (N D): brute force is cheaper than building anything.
+    1. `exact` up to 2**14 keys, or 2**23 elements (N D): brute force is cheaper than building anything.
     2. Above, an inverted file of 4 to 8 sqrt(N) lists, fewer where their training sample would not fit. Its codes are
        the finest 4-bit product quantizer that fits, from 2 dimensions a code (D/4 bytes a key) to 64.
 

@@ -65,7 +65,7 @@ def test_too_few_keys_to_train_is_one_clear_line():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("count", "dim"), [(1, 1), (1000, 768), (EXACT_KEYS, 4096), (500_000, 64)])
+@pytest.mark.parametrize(("count", "dim"), [(1, 1), (1000, 768), (EXACT_KEYS, 4096), (130_000, 64)])
 def test_auto_is_exact_while_that_is_cheap(count, dim):
     assert choose_spec(count, dim, 1 * GB) == "exact"
 
