@@ -30,7 +30,7 @@ from index.pruning import (
     make_plan,
 )
 from index.rerank import exact_distances as exact_distances
-from index.source import BLOCK_BYTES, blocks, centre_of, centred_queries, rows_in, spread_ids
+from index.source import BLOCK_BYTES, centre_of, centred_queries, rows_in, spread_ids
 from index.threads import share_out
 
 # Sampled keys from which the directions of variance come: this many for each dimension.
@@ -84,19 +84,16 @@ class ExactIndex(VectorIndex):
         keys_SD: Floats = self.source.take(ids) - self._centre_D
         return keys_SD[np.isfinite(keys_SD).all(axis=1)]
 
-    def _blocks(self, rows: int) -> Iterator[tuple[int, Floats]]:
-        """(number of the first row, centred keys)."""
-        for first, keys_ND in blocks(self.source, rows):
-            yield first, keys_ND - self._centre_D
-
     def _block(self, first: int, rows: int) -> Floats:
-        """Centred keys."""
+        """Centred keys from the first row on."""
         return self.source.read(first, min(first + rows, len(self))) - self._centre_D
 
     def _scan(self, centred_QD: Floats, count: int) -> Ids:
         """Every key in full."""
         distances_QC, ids_QC = np.empty((len(centred_QD), 0), np.float32), np.empty((len(centred_QD), 0), np.int64)
-        for first, keys_ND in self._blocks(rows_in(BLOCK_BYTES, self.dim)):
+        rows = rows_in(BLOCK_BYTES, self.dim)
+        for first in range(0, len(self), rows):
+            keys_ND = self._block(first, rows)
             found = scan_block(centred_QD, keys_ND, min(count, len(keys_ND)), self.metric)
             distances_QC, ids_QC = nearest(
                 np.concatenate([distances_QC, found[0]], axis=1),
@@ -110,7 +107,7 @@ class ExactIndex(VectorIndex):
         bound, gathered = plan.bound, Gathered(thresholds_Q, count)
         numbers_QM, offsets_Q = bound.queries(centred_QD)
         queries = Codes(numbers_QM, bound.query_floors(offsets_Q, thresholds_Q))
-        lock, threads = Lock(), thread_count()
+        lock, threads = Lock(), thread_count()  # asked for before torch's number, which can be FAISS's, becomes one
 
         def work(starts: Iterator[int]) -> None:
             matches = Matches(queries, KEY_ROWS)

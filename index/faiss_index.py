@@ -58,7 +58,7 @@ def use_one_thread() -> None:
 
 
 def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids, metric: Metric) -> Floats:
-    """The distance of query rows_P[i] and key keys_P[i], float32 [P], by direct differences; on all cores.
+    """The distance of query rows_P[i] and key keys_P[i], float32 [P], by direct differences; on FAISS's threads.
 
     All arrays must be C-contiguous: the kernel takes bare pointers.
     """

@@ -114,7 +114,7 @@ def parse_spec(text: str) -> IndexSpec:
 def choose_spec(count: int, dim: int, memory_bytes: int) -> str:
     """The spec that `auto` means for N keys of D dimensions and the memory that the index may take.
 
-    1. `exact` up to 2**14 keys, or 2**23 elements (N D): brute force is cheaper than building anything.
+    1. `exact` up to 2**14 keys, or 2**23 elements (N D): brute force is quick, even for one query.
     2. Above, an inverted file of 4 to 8 sqrt(N) lists, fewer where their training sample would not fit. Its codes are
        the finest 4-bit product quantizer that fits, from 2 dimensions a code (D/4 bytes a key) to 64.
 
