@@ -80,7 +80,4 @@ class ApproximateIndex(VectorIndex):
         return math.ceil(super()._candidates_for(k) * self.overfetch)
 
     def _propose(self, queries_QD: Floats, count: int) -> Ids:
-        ids_QC = np.sort(self.native.propose(centred_queries(queries_QD, self.centre_D, self.metric), count), axis=1)
-        # An NSG graph proposes some keys twice, which would count twice in p_kNN.
-        ids_QC[:, 1:][ids_QC[:, 1:] == ids_QC[:, :-1]] = -1
-        return ids_QC
+        return self.native.propose(centred_queries(queries_QD, self.centre_D, self.metric), count)

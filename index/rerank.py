@@ -5,6 +5,7 @@ Legend: Q queries, K neighbours, C candidates, D dimension, P pairs of a query a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from index.faiss_index import pair_distances, thread_count
 from index.metric import Metric
-from index.neighbors import Neighbors, ordered
+from index.neighbors import Neighbors, absent, ordered
 from index.source import VectorSource, rows_in
 from index.threads import share_out
 
@@ -27,8 +28,31 @@ Ids = NDArray[np.int64]
 
 
 def rerank(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric, k: int) -> Neighbors:
-    """The k nearest of the candidates (id -1: none) by exact distance; absent ones fill up."""
-    return ordered(exact_distances(queries_QD, ids_QC, source, metric), ids_QC, k)
+    """The k nearest of the candidates (id -1: none) by exact distance; absent ones fill up.
+
+    Of keys that are equally near, the first comes first; one that is proposed twice, as an NSG graph does, counts once.
+    """
+    found, threads = absent(len(ids_QC), k), thread_count()
+    rounds = max(1, math.ceil(ids_QC.size / (threads * PAIRS)))
+    rows = max(1, math.ceil(len(ids_QC) / (threads * rounds)))
+
+    def work(starts: Iterator[int]) -> None:
+        for start in starts:
+            part = slice(start, start + rows)
+            once_QC = _once(ids_QC[part])
+            distances_QC = exact_distances(queries_QD[part], once_QC, source, metric)
+            nearest = ordered(distances_QC, once_QC, k)
+            found.distances_QK[part], found.ids_QK[part] = nearest.distances_QK, nearest.ids_QK
+
+    share_out(range(0, len(ids_QC), rows), work, threads)
+    return found
+
+
+def _once(ids_QC: Ids) -> Ids:
+    """Ascending, with -1 in the place of a repeated one."""
+    ids_QC = np.sort(ids_QC, axis=1)
+    ids_QC[:, 1:][ids_QC[:, 1:] == ids_QC[:, :-1]] = -1
+    return ids_QC
 
 
 def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> Floats:
