@@ -154,7 +154,8 @@ def _shares(
     np.multiply(weights_QK, hits_QK, out=weights_QK)
     hit_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
     # No neighbour at all has no weight at all: the target's share is 0.
-    return np.divide(hit_QS, total_QS, out=np.zeros_like(hit_QS), where=total_QS > 0)
+    share_QS: Floats = np.divide(hit_QS, total_QS, out=np.zeros_like(hit_QS), where=total_QS > 0)
+    return share_QS
 
 
 def mix(lm_log_probs: Floats, knn: Floats, lam: float | Floats) -> Floats:

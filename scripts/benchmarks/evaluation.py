@@ -16,7 +16,7 @@ import numpy as np
 import peer
 from extraction import documents
 from ratios import Row, seconds, speed_ratios
-from stores import enlarged_store, small_gpt2
+from stores import LAYER, enlarged_store, wide_gpt2
 
 from knnlm.collect import collect
 from knnlm.config import EvalConfig, LayerConfig, Settings, TextConfig
@@ -29,18 +29,15 @@ from knnlm.plan import window_config
 from knnlm.probability import Search, fit
 from knnlm.search import open_searcher
 
-LAYER = "-1.ffn_input"
-
 
 def rows(
     model: str, text: Sequence[Path], held_out: Path, *, keys: Sequence[int], queries: int, rounds: int
 ) -> Iterator[Row]:
-    """All lines about evaluation; `keys` are the sizes of the datastores, of a model of GPT-2's shape."""
+    """All lines about evaluation; `keys` are the sizes of the datastores, of a model of GPT-2 small's shape."""
     with tempfile.TemporaryDirectory() as folder:
-        lm = small_gpt2(model, Path(folder, "model"))
-        layer = [name for name in lm.layer_names if name.endswith("ffn_input")][-1]
+        lm = wide_gpt2(Path(folder, "model"))
         for count in keys:
-            store = enlarged_store(lm, text, Path(folder, f"{count}"), layer, count, settings(count, queries))
+            store = enlarged_store(lm, text, Path(folder, f"{count}"), count, settings(count, queries))
             yield _beside_the_lm(lm, store, held_out, queries, rounds)
         yield _thousand_settings(lm, store, held_out, queries, rounds)
         small = load_model(model, dtype="float32")

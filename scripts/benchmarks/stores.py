@@ -1,50 +1,105 @@
-"""Datastores of any size for a model of a usual size, in minutes.
+"""A real model of a usual size, and datastores of any size for it, in minutes.
 
 Legend: N keys, D dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from extraction import documents
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from knnlm.collect import collect
 from knnlm.config import Settings, TextConfig
 from knnlm.datastore import Datastore, DatastoreWriter
 from knnlm.indexing import index_layer
+from knnlm.layers import select_layers
 from knnlm.lm import LanguageModel, load_model
 from knnlm.plan import window_config
 
-# Keys that the model makes; the others are these again, with noise.
-OWN_KEYS, BLOCK = 8192, 1 << 16
+NARROW = Path(__file__).parent.parent / "demo_data" / "model"
+# GPT-2 small is so many times as wide as the demo's model, has so many blocks more, and this vocabulary.
+COPIES, MORE_BLOCKS, VOCABULARY = 4, 4, 50_257
+LAYER = "-1.ffn_input"
+# Keys that the model makes; beyond, they are these again, with noise.
+OWN_KEYS, BLOCK = 1 << 20, 1 << 16
 
 
-def small_gpt2(tokenizer_of: str, folder: Path) -> LanguageModel:
-    """GPT-2 small (12 blocks x 768, 124M parameters) with random weights, which cost what others cost."""
-    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-    load_model(tokenizer_of).tokenizer.save_pretrained(folder)
+def wide_gpt2(folder: Path) -> LanguageModel:
+    """GPT-2 small (12 blocks x 768, 124M parameters) that computes what the demo's model does.
+
+    Each unit stands there four times, and what reads it gives each copy a quarter of the weight (Net2Net, Chen et al.
+    2016, arXiv 1511.05641). Blocks that add nothing come first; 46,161 tokens that do not occur have logit 0.
+    Random weights would cost as much, but their keys have no structure that a search could use, as real ones do.
+    """
+    narrow = load_model(str(NARROW), dtype="float32")
+    wide = GPT2LMHeadModel(_wide_config(narrow.model.config))
+    wide.load_state_dict(_wide_weights(narrow.model.state_dict(), wide.state_dict()))
+    wide.save_pretrained(folder)
+    narrow.tokenizer.save_pretrained(folder)
     return load_model(str(folder), dtype="float32")
 
 
-def enlarged_store(
-    lm: LanguageModel, text: Sequence[Path], folder: Path, layer: str, count: int, settings: Settings
-) -> Datastore:
-    """So many keys of one layer, indexed: the model's own, and these again, each with a tenth of their deviation."""
-    own_ND, tokens_N = _own_keys(lm, text, folder.with_name(f"{folder.name}-own"), layer)
+def _wide_config(narrow: GPT2Config) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=COPIES * narrow.n_embd,
+        n_head=COPIES * narrow.n_head,
+        n_layer=MORE_BLOCKS + narrow.n_layer,
+        n_positions=narrow.n_positions,
+        bos_token_id=narrow.bos_token_id,
+        eos_token_id=narrow.eos_token_id,
+    )
+
+
+def _wide_weights(narrow: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The wide model's own tensors filled anew; those of the first blocks add nothing where they are zeros."""
+    weights = {name: torch.zeros_like(tensor) for name, tensor in wide.items()}
+    for name, tensor in narrow.items():
+        parts = name.split(".")
+        if parts[1] == "h":
+            parts[2] = str(int(parts[2]) + MORE_BLOCKS)
+        widened = _copied(name, tensor)
+        weights[".".join(parts)][: len(widened)] = widened
+    return weights
+
+
+def _copied(name: str, tensor: Tensor) -> Tensor:
+    """Embeddings [tokens, D], weights [in, out] or biases [out]; those of query, key and value lie side by side."""
+    if name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+        return tensor.repeat(1, COPIES)
+    thirds = tensor.chunk(3, dim=-1) if "c_attn" in name else (tensor,)
+    if tensor.ndim == 2:
+        return torch.cat([third.repeat(COPIES, COPIES) / COPIES for third in thirds], dim=-1)
+    # What the LM head reads: its rows, the embeddings, are not divided.
+    share = COPIES if "ln_f" in name else 1
+    return torch.cat([third.repeat(COPIES) / share for third in thirds])
+
+
+def enlarged_store(lm: LanguageModel, text: Sequence[Path], folder: Path, count: int, settings: Settings) -> Datastore:
+    """So many keys of the wide model's last ffn_input, indexed: of the text, and beyond these again.
+
+    The narrow model makes them, a quarter of each; of the repeated ones each has a tenth of the deviation as noise.
+    """
+    own_ND, tokens_N = _own_keys(text, folder.with_name(f"{folder.name}-own"), count)
     deviation_D, rng = own_ND.std(axis=0) / 10, np.random.default_rng(0)
+    (layer,) = select_layers(LAYER, lm.layer_names)
     config = window_config(lm, TextConfig())
     folder.mkdir()
     with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
         writer.begin_document(int(tokens_N[0]), "enlarged", 0)
         for start in range(0, count, BLOCK):
-            rows = np.arange(start, min(count, start + BLOCK)) % len(own_ND)
+            rows = np.arange(start, min(count, start + BLOCK))
+            again_N1 = (rows >= len(own_ND))[:, None]
+            rows %= len(own_ND)
             noise_ND = rng.standard_normal((len(rows), len(deviation_D)), np.float32) * deviation_D
-            writer.append_keys(layer, own_ND[rows] + noise_ND)
+            writer.append_keys(layer, np.tile(own_ND[rows] + again_N1 * noise_ND, COPIES))
             writer.append_values(tokens_N[rows])
         writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
     store = Datastore.open(folder)
@@ -52,13 +107,14 @@ def enlarged_store(
     return Datastore.open(folder)
 
 
-def _own_keys(
-    lm: LanguageModel, text: Sequence[Path], folder: Path, layer: str
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+def _own_keys(text: Sequence[Path], folder: Path, count: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    lm = load_model(str(NARROW), dtype="float32")
+    (layer,) = select_layers(LAYER, lm.layer_names)
     config = window_config(lm, TextConfig())
     folder.mkdir()
     with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
-        collect(lm, documents(lm, text, OWN_KEYS), config, [layer], writer=writer)
+        collect(lm, documents(lm, text, min(count, OWN_KEYS)), config, [layer], writer=writer)
         writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
     store = Datastore.open(folder)
-    return store.keys(layer).read(0, store.count), store.values[: store.count]
+    keys = store.keys(layer)
+    return keys.read(0, store.count) + keys.centre, store.values[: store.count]
