@@ -5,6 +5,7 @@ Legend: Q queries, K neighbours, C candidates, D dimension, P pairs of a query a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,14 @@ from index.neighbors import Neighbors, absent, ordered
 from index.source import VectorSource, rows_in
 from index.threads import share_out
 
-# About 100 MB: 50 bytes a pair. The keys stay in cache, and the allocator has their memory at hand: of 64 MB, pages
-# came anew each time, and a pair took 1.8 times as long.
-PAIRS = 1 << 21
-KEY_BYTES = 2 << 20
+# Pairs that all threads work on at a time, 50 bytes each: of many more, memory would come anew from the kernel.
+PAIRS = 1 << 22
+# Fewer are not worth a thread.
+LEAST_PAIRS = 1 << 10
+# The keys of these bytes stay in cache, and candidates of so many rows with what sorting them needs.
+KEY_BYTES, ROW_PAIRS = 2 << 20, 1 << 16
+# Ids that tell how keys are to be cut so that each range has as many pairs.
+SAMPLED_IDS = 1 << 14
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -32,19 +37,22 @@ def rerank(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric
 
     Of keys that are equally near, the first comes first; one that is proposed twice, as an NSG graph does, counts once.
     """
-    found, threads = absent(len(ids_QC), k), thread_count()
-    rounds = max(1, math.ceil(ids_QC.size / (threads * PAIRS)))
-    rows = max(1, math.ceil(len(ids_QC) / (threads * rounds)))
+    once_QC, found, threads = np.empty_like(ids_QC), absent(len(ids_QC), k), thread_count()
+    rows = max(1, ROW_PAIRS // max(1, ids_QC.shape[1]))
+    parts = [slice(start, start + rows) for start in range(0, len(ids_QC), rows)]
 
-    def work(starts: Iterator[int]) -> None:
-        for start in starts:
-            part = slice(start, start + rows)
-            once_QC = _once(ids_QC[part])
-            distances_QC = exact_distances(queries_QD[part], once_QC, source, metric)
-            nearest = ordered(distances_QC, once_QC, k)
+    def sort(parts: Iterator[slice]) -> None:
+        for part in parts:
+            once_QC[part] = _once(ids_QC[part])
+
+    def order(parts: Iterator[slice]) -> None:
+        for part in parts:
+            nearest = ordered(distances_QC[part], once_QC[part], k)
             found.distances_QK[part], found.ids_QK[part] = nearest.distances_QK, nearest.ids_QK
 
-    share_out(range(0, len(ids_QC), rows), work, threads)
+    share_out(parts, sort, threads)
+    distances_QC = exact_distances(queries_QD, once_QC, source, metric)
+    share_out(parts, order, threads)
     return found
 
 
@@ -58,26 +66,30 @@ def _once(ids_QC: Ids) -> Ids:
 def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> Floats:
     """float32 [Q, C]: direct differences of the stored keys, never |q|² + |k|² - 2<q,k>; +inf where the id is -1.
 
-    Memory is bounded whatever Q, C and N are, and each key is read once in some 2 million pairs, in ascending order.
+    Each thread takes a range of the keys, so that each key is read once and in ascending order.
     """
     queries_QD = np.ascontiguousarray(queries_QD, np.float32)
     distances_QC = np.full(ids_QC.shape, np.inf, np.float32)
-    rows = max(1, PAIRS // max(1, ids_QC.shape[1]))
-    for start in range(0, len(ids_QC), rows):
-        _fill(distances_QC[start : start + rows], queries_QD[start:], ids_QC[start : start + rows], source, metric)
+    distances_P, threads = distances_QC.reshape(-1), thread_count()
+
+    def work(ranges: Iterator[tuple[int, int]]) -> None:
+        for first, last in ranges:
+            for pairs in _pairs_by_key(ids_QC, first, last, rows_in(KEY_BYTES, source.dim)):
+                keys_UD = np.ascontiguousarray(source.take(pairs.keys_U), np.float32)
+                found_P = pair_distances(queries_QD, pairs.rows_P, keys_UD, pairs.key_P, metric)
+                distances_P[pairs.places_P] = found_P
+
+    share_out(_ranges(ids_QC.reshape(-1), len(source), threads), work, threads)
     return distances_QC
 
 
-def _fill(distances_QC: Floats, queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> None:
-    distances_P = distances_QC.reshape(-1)  # a view: whole rows
-
-    def work(pieces: Iterator[_Pairs]) -> None:
-        for pairs in pieces:
-            keys_UD = np.ascontiguousarray(source.take(pairs.keys_U), np.float32)
-            found_P = pair_distances(queries_QD, pairs.rows_P, keys_UD, pairs.key_P, metric)
-            distances_P[pairs.places_P] = found_P
-
-    share_out(list(_pairs_by_key(ids_QC, rows_in(KEY_BYTES, source.dim))), work, thread_count())
+def _ranges(ids_P: Ids, count: int, threads: int) -> list[tuple[int, int]]:
+    """Ranges (first, last) of ids below `count` that have about as many pairs each."""
+    rounds = math.ceil(ids_P.size / PAIRS)
+    ranges = max(1, min(rounds * threads, ids_P.size // LEAST_PAIRS))
+    sample = np.sort(ids_P[:: max(1, ids_P.size // SAMPLED_IDS)])
+    edges = np.unique([0, *sample[np.arange(1, ranges) * len(sample) // ranges].clip(0), count]).tolist()
+    return list(itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -94,18 +106,18 @@ class _Pairs:
     """Place of each pair in the flat [Q, C]."""
 
 
-def _pairs_by_key(ids_QC: Ids, keys: int) -> Iterator[_Pairs]:
-    """The pairs, sorted by key, in pieces of at most so many different keys."""
+def _pairs_by_key(ids_QC: Ids, first: int, last: int, keys: int) -> Iterator[_Pairs]:
+    """The pairs of a range of keys, sorted by key, in pieces of at most so many different keys."""
     flat_P = ids_QC.reshape(-1)
-    places_P = np.flatnonzero(flat_P >= 0)
-    places_P = places_P[_ascending(flat_P[places_P])]
+    places_P = np.flatnonzero((flat_P >= first) & (flat_P < last))
+    places_P = places_P[_ascending(flat_P[places_P] - first)]
     sorted_P = flat_P[places_P]
     is_new_P = np.diff(sorted_P, prepend=-1) != 0
     keys_U, key_P = sorted_P[is_new_P], np.cumsum(is_new_P) - 1
     for start in range(0, len(keys_U), keys):
-        first, last = np.searchsorted(key_P, [start, start + keys])
-        places = places_P[first:last]
-        yield _Pairs(keys_U[start : start + keys], key_P[first:last] - start, places // ids_QC.shape[1], places)
+        piece = slice(*np.searchsorted(key_P, [start, start + keys]))
+        places = places_P[piece]
+        yield _Pairs(keys_U[start : start + keys], key_P[piece] - start, places // ids_QC.shape[1], places)
 
 
 def _ascending(ids_P: Ids) -> Ids:

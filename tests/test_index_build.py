@@ -107,12 +107,14 @@ def test_effort_is_not_raised_further_than_needed():
     [
         # 36 are needed; 64 reach it, and so do 48 and then 40.
         (lambda effort, overfetch: effort / 40, 40, 1),
-        # Effort brings nothing: it is doubled once, then candidates until they suffice.
-        (lambda effort, overfetch: 0.5 + overfetch / 10, 2, 4),
+        # Effort brings nothing: it is doubled once and taken back; candidates are doubled until they suffice.
+        (lambda effort, overfetch: 0.5 + overfetch / 10, 1, 4),
+        # Candidates are taken back too: of 4, 3 suffice.
+        (lambda effort, overfetch: 0.6 + overfetch / 10, 1, 3),
         # Both are needed by turns, and effort is not run up to its limit in vain.
         (lambda effort, overfetch: min(effort / 8, overfetch / 4), 8, 4),
     ],
-    ids=["narrowed", "plateau", "both"],
+    ids=["taken back", "plateau", "candidates taken back", "both"],
 )
 def test_dials_are_turned_where_it_helps(monkeypatch, recall_of, effort, overfetch):
     index, trial = untuned("IVF128,Flat", count=300)
