@@ -14,7 +14,7 @@ Shapes: Q queries, K neighbours, J nearest of them, T temperatures, S settings o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,7 +97,8 @@ class TokenShares:
 
 def knn_log_probs(search: Search, k: int, temperature: float) -> Floats:
     """log p_kNN of each target with the nearest k; -inf where none of them has it. Shape [Q]."""
-    (log_probs_Q,) = _log_probs_of_ks(search, (k,), temperature)
+    (log_probs_1Q,) = _log_probs(search, (k,), (temperature,))
+    log_probs_Q: Floats = log_probs_1Q[0]
     return log_probs_Q
 
 
@@ -106,12 +107,20 @@ def neighbor_weights(distances_QK: NDArray[np.float32], temperature: float) -> N
 
     The nearest weighs 1, so float32 weights lose nothing that counts.
     """
+    return _weights(_nearness(distances_QK), temperature)
+
+
+def _nearness(distances_QK: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Nearest distance - d: 0 and below; -inf for an absent neighbour."""
     nearest_Q1 = np.where(np.isfinite(distances_QK[:, :1]), distances_QK[:, :1], 0)
+    return np.subtract(nearest_Q1, distances_QK)
+
+
+def _weights(nearness_QK: NDArray[np.float32], temperature: float) -> NDArray[np.floating]:
     # Outside of this range float32 quotients would be 0, inf or 0/0.
     dtype = np.float32 if _SMALLEST <= temperature <= _LARGEST else np.float64
-    weights_QK: NDArray[np.floating] = np.subtract(nearest_Q1, distances_QK, dtype=dtype)
     with np.errstate(over="ignore"):
-        weights_QK /= dtype(temperature)
+        weights_QK: NDArray[np.floating] = np.divide(nearness_QK, dtype(temperature), dtype=dtype)
     np.exp(weights_QK, out=weights_QK)
     return weights_QK
 
@@ -134,28 +143,32 @@ def token_shares(
     return TokenShares(rows_M, tokens_M, np.log(sums_M[there] / totals_Q[rows_M]))
 
 
-def _log_probs_of_ks(search: Search, ks: Sequence[int], temperature: float) -> list[Floats]:
-    """log p_kNN for several ascending k at once, S arrays [Q]."""
+def _log_probs(search: Search, ks: Sequence[int], temperatures: Sequence[float]) -> Iterator[Floats]:
+    """log p_kNN [S, Q] for several ascending k, of each temperature in turn."""
     rows = max(1, _BLOCK // ks[-1])
-    share_QS = np.empty((len(search.hits_QK), len(ks)))
-    for start in range(0, len(share_QS), rows):
-        part = slice(start, start + rows)
-        share_QS[part] = _shares(search.distances_QK[part, : ks[-1]], search.hits_QK[part, : ks[-1]], ks, temperature)
+    share_TSQ = np.empty((len(temperatures), len(ks), len(search.hits_QK)))
+    for start in range(0, len(search.hits_QK), rows):
+        part = np.s_[start : start + rows, : ks[-1]]
+        shares = _shares(search.distances_QK[part], search.hits_QK[part], ks, temperatures)
+        for share_SQ, share_QS in zip(share_TSQ, shares, strict=True):
+            share_SQ[:, start : start + rows] = share_QS.T
     with np.errstate(divide="ignore"):
-        return list(np.log(share_QS).T)
+        yield from np.log(share_TSQ, out=share_TSQ)
 
 
 def _shares(
-    distances_QK: NDArray[np.float32], hits_QK: NDArray[np.bool_], ks: Sequence[int], temperature: float
-) -> Floats:
-    """p_kNN [Q, S] of the targets: weights are computed once and summed piece by piece."""
-    weights_QK, starts = neighbor_weights(distances_QK, temperature), [0, *ks[:-1]]
-    total_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
-    np.multiply(weights_QK, hits_QK, out=weights_QK)
-    hit_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
-    # No neighbour at all has no weight at all: the target's share is 0.
-    share_QS: Floats = np.divide(hit_QS, total_QS, out=np.zeros_like(hit_QS), where=total_QS > 0)
-    return share_QS
+    distances_QK: NDArray[np.float32], hits_QK: NDArray[Any], ks: Sequence[int], temperatures: Sequence[float]
+) -> Iterator[Floats]:
+    """p_kNN [Q, S] of the targets for each temperature: weights are computed once and summed piece by piece."""
+    nearness_QK, starts = _nearness(distances_QK), [0, *ks[:-1]]
+    hits_QK = hits_QK.astype(np.float32)
+    for temperature in temperatures:
+        weights_QK = _weights(nearness_QK, temperature)
+        total_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
+        weights_QK *= hits_QK
+        hit_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
+        # No neighbour at all has no weight at all: the target's share is 0.
+        yield np.divide(hit_QS, total_QS, out=np.zeros_like(hit_QS), where=total_QS > 0)
 
 
 def mix(lm_log_probs: Floats, knn: Floats, lam: float | Floats) -> Floats:
@@ -178,11 +191,12 @@ def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:
     The derivative's terms (p_kNN - p_LM) / p are scaled by the larger of the two, so that nothing underflows.
     """
     top = np.maximum(lm_log_probs, knn)
-    a, b = np.exp(knn - top), np.exp(lm_log_probs - top)
+    lm = np.exp(lm_log_probs - top)
+    more = np.exp(knn - top) - lm
     low, high = _LEAST, _MOST
     for _ in range(steps):
         middle = (low + high) / 2
-        rising = np.mean((a - b) / (middle * a + (1 - middle) * b)) > 0
+        rising = np.mean(more / (lm + middle * more)) > 0
         low, high = (middle, high) if rising else (low, middle)
     return (low + high) / 2
 
@@ -227,27 +241,31 @@ def fit(
     ks = (k,) if k else k_grid(search.distances_QK.shape[1])
     scale = distance_scale(search)
     grid = (temperature,) if temperature else tuple(scale * t for t in _TEMPERATURES)
-    tried = {t: _best_over_k(search, lm_log_probs, ks, t, lam) for t in grid}
+    tried: dict[float, tuple[float, Mix]] = {}
+
+    def attempt(ks: Sequence[int], temperatures: Sequence[float]) -> None:
+        for t, knn_SQ in zip(temperatures, _log_probs(search, ks, temperatures), strict=True):
+            tried[t] = _best_over_k(lm_log_probs, knn_SQ, ks, t, lam)
+
+    attempt(ks, grid)
     step = 2.0
     for _ in range(0 if temperature else 3):
         step = step**0.5
         best = min(tried, key=lambda t: tried[t][0])
-        k_near = (tried[best][1].k,)
-        for t in (best / step, best * step):
-            tried[t] = _best_over_k(search, lm_log_probs, k_near, t, lam)
+        attempt((tried[best][1].k,), (best / step, best * step))
     return min(tried.values(), key=lambda pair: pair[0])[1]
 
 
 def _best_over_k(
-    search: Search, lm_log_probs: Floats, ks: Sequence[int], temperature: float, lam: float | None
+    lm_log_probs: Floats, knn_SQ: Floats, ks: Sequence[int], temperature: float, lam: float | None
 ) -> tuple[float, Mix]:
     options = []
-    for k, knn in zip(ks, _log_probs_of_ks(search, ks, temperature), strict=True):
-        weight = fit_lambda(lm_log_probs, knn, steps=12) if lam is None else lam
-        options.append((-float(np.mean(mix(lm_log_probs, knn, weight))), k, knn))
+    for k, knn_Q in zip(ks, knn_SQ, strict=True):
+        weight = fit_lambda(lm_log_probs, knn_Q, steps=12) if lam is None else lam
+        options.append((-float(np.mean(mix(lm_log_probs, knn_Q, weight))), k, knn_Q))
     # Equal losses: lambda is 0, or it is 1 and a target that no neighbour has makes all infinite.
-    loss, k, knn = min(options, key=lambda option: (option[0], -option[1]))
-    weight = fit_lambda(lm_log_probs, knn) if lam is None else lam
+    loss, k, knn_Q = min(options, key=lambda option: (option[0], -option[1]))
+    weight = fit_lambda(lm_log_probs, knn_Q) if lam is None else lam
     return loss, Mix(k, temperature, weight)
 
 
