@@ -32,6 +32,9 @@ SHARD_BYTES = 1 << 31
 PENDING_BYTES = 256 << 20
 # Files whose fsync the disk is asked for at once.
 CLOSING_THREADS = 8
+# Numbers that are converted, checksummed and written at a time: they stay in cache, and torch converts no more than so
+# many in the thread that asks, where of more it waits for threads on the cores that the model computes on.
+BLOCK = 1 << 15
 # A layer is scaled so that its first keys stay this far below the largest number of float16.
 HEADROOM = 64
 # Where all is smaller, float16 loses bits of the lesser components (subnormals begin at 6e-5): scaled up to about 1.
@@ -301,7 +304,12 @@ class _LayerWriter:
         if self._centre is None:
             self._check(vectors_ND, math.inf)
             self._centre, self._scale = self._frozen(vectors_ND)
-        stored_ND = vectors_ND - self._centre
+        rows = max(1, BLOCK // self.dim)
+        for start in range(0, len(vectors_ND), rows):
+            self._append_block(vectors_ND[start : start + rows], self._centre)
+
+    def _append_block(self, vectors_ND: NDArray[np.float32], centre: NDArray[np.float32]) -> None:
+        stored_ND = vectors_ND - centre
         if self._dtype == np.float32:
             self._check(stored_ND, math.inf)
             self.shards.append(stored_ND)
