@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from index.errors import DimensionMismatch, InvalidKeys, InvalidQuery
 from index.exact import ExactIndex, exact_distances
 from index.faiss_index import scan_block
 from index.metric import Metric
+from index.rerank import _ranges, rerank
 from index.source import ArraySource
 from tests.vector_oracle import all_distances, assert_exact, clustered, massive
 
@@ -132,6 +136,34 @@ def test_exact_distances_of_absent_ids_only():
     assert np.isposinf(
         exact_distances(np.ones((3, 2), np.float32), ids_QC, ArraySource(clustered(5, 2)), Metric.L2)
     ).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("most", [1 << 12, 1 << 22])
+def test_ranges_of_keys_hold_every_id_once_and_about_as_many_pairs(threads, most, monkeypatch):
+    monkeypatch.setattr("index.rerank.PAIRS", most)
+    rng = np.random.default_rng(0)
+    ids_P = np.concatenate([rng.integers(-1, 50, 9_000), rng.integers(0, 10_000, 11_000)])
+    ranges = _ranges(ids_P, 10_000, threads)
+    assert ranges[0][0] == 0 and ranges[-1][1] == 10_000
+    assert all(last == first for (_, last), (first, _) in itertools.pairwise(ranges))
+    assert len(ranges) >= threads
+    counts = [((ids_P >= first) & (ids_P < last)).sum() for first, last in ranges]
+    assert max(counts) <= 1.5 * len(ids_P) / min(threads * math.ceil(len(ids_P) / most), len(ids_P) // 1024)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeated_candidates_count_once_and_ties_go_to_the_first_key(threads, monkeypatch):
+    monkeypatch.setattr("index.rerank.thread_count", lambda: threads)
+    keys_ND = np.repeat(np.arange(40, dtype=np.float32), 5)[:, None]
+    ids_QC = np.random.default_rng(0).integers(-1, 200, (300, 90))
+    queries_Q = keys_ND[::2, 0].repeat(3)
+    found = rerank(queries_Q[:, None], ids_QC, ArraySource(keys_ND), Metric.L2, 60)
+    for query, row, ids, distances in zip(queries_Q, ids_QC, found.ids_QK, found.distances_QK, strict=True):
+        due = sorted({(float(keys_ND[i, 0] - query) ** 2, i) for i in row.tolist() if i >= 0})[:60]
+        count = len(due)
+        assert list(zip(distances[:count].tolist(), ids[:count].tolist(), strict=True)) == due
+        assert (ids[count:] == -1).all() and np.isposinf(distances[count:]).all()
 
 
 @given(data=st.data())
