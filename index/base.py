@@ -21,6 +21,7 @@ from index.source import VectorSource
 # Candidates beyond the k wanted, so that swaps by rounding at the border are mended: this many, or a 16th of k.
 MARGIN = 16
 # Bytes of candidates in memory at a time: ids, distances and what merging them needs, together about 48 a candidate.
+# Keys are read anew for each part of the queries that this makes.
 CANDIDATE_BYTES = 512 << 20
 
 

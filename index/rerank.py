@@ -23,8 +23,12 @@ from index.threads import share_out
 PAIRS = 1 << 22
 # Fewer are not worth a thread.
 LEAST_PAIRS = 1 << 10
-# The keys of these bytes stay in cache, and candidates of so many rows with what sorting them needs.
-KEY_BYTES, ROW_PAIRS = 2 << 20, 1 << 16
+# Keys of so many bytes stay in cache.
+KEY_BYTES = 2 << 20
+# Candidates of so many pairs stay in cache, with what sorting them needs.
+SORTED_PAIRS = 1 << 16
+# Pairs among which each range looks for its own.
+SCANNED_PAIRS = 4 * PAIRS
 # Ids that tell how keys are to be cut so that each range has as many pairs.
 SAMPLED_IDS = 1 << 14
 
@@ -38,7 +42,7 @@ def rerank(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric
     Of keys that are equally near, the first comes first; one that is proposed twice, as an NSG graph does, counts once.
     """
     once_QC, found, threads = np.empty_like(ids_QC), absent(len(ids_QC), k), thread_count()
-    rows = max(1, ROW_PAIRS // max(1, ids_QC.shape[1]))
+    rows = max(1, SORTED_PAIRS // max(1, ids_QC.shape[1]))
     parts = [slice(start, start + rows) for start in range(0, len(ids_QC), rows)]
 
     def sort(parts: Iterator[slice]) -> None:
@@ -66,11 +70,19 @@ def _once(ids_QC: Ids) -> Ids:
 def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> Floats:
     """float32 [Q, C]: direct differences of the stored keys, never |q|² + |k|² - 2<q,k>; +inf where the id is -1.
 
-    Each thread takes a range of the keys, so that each key is read once and in ascending order.
+    Memory is bounded whatever Q, C and N are, and each key is read once in some 16 million pairs, in ascending order.
     """
     queries_QD = np.ascontiguousarray(queries_QD, np.float32)
     distances_QC = np.full(ids_QC.shape, np.inf, np.float32)
-    distances_P, threads = distances_QC.reshape(-1), thread_count()
+    rows = max(1, SCANNED_PAIRS // max(1, ids_QC.shape[1]))
+    for start in range(0, len(ids_QC), rows):
+        _fill(distances_QC[start : start + rows], queries_QD[start:], ids_QC[start : start + rows], source, metric)
+    return distances_QC
+
+
+def _fill(distances_QC: Floats, queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> None:
+    """Each thread takes the next range of keys and does everything with it."""
+    distances_P, threads = distances_QC.reshape(-1), thread_count()  # a view: whole rows
 
     def work(ranges: Iterator[tuple[int, int]]) -> None:
         for first, last in ranges:
@@ -79,16 +91,18 @@ def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metri
                 found_P = pair_distances(queries_QD, pairs.rows_P, keys_UD, pairs.key_P, metric)
                 distances_P[pairs.places_P] = found_P
 
-    share_out(_ranges(ids_QC.reshape(-1), len(source), threads), work, threads)
-    return distances_QC
+    share_out(_ranges(ids_QC.reshape(-1), threads), work, threads)
 
 
-def _ranges(ids_P: Ids, count: int, threads: int) -> list[tuple[int, int]]:
-    """Ranges (first, last) of ids below `count` that have about as many pairs each."""
+def _ranges(ids_P: Ids, threads: int) -> list[tuple[int, int]]:
+    """Ranges (first, last) of all ids from 0 on, that have about as many pairs each."""
     rounds = math.ceil(ids_P.size / PAIRS)
     ranges = max(1, min(rounds * threads, ids_P.size // LEAST_PAIRS))
-    sample = np.sort(ids_P[:: max(1, ids_P.size // SAMPLED_IDS)])
-    edges = np.unique([0, *sample[np.arange(1, ranges) * len(sample) // ranges].clip(0), count]).tolist()
+    # At random: every so-manieth of sorted rows would be the same few ranks of each.
+    sample = np.sort(np.random.default_rng(0).choice(ids_P, min(ids_P.size, SAMPLED_IDS)))
+    sample = sample[sample >= 0]
+    inner = sample[np.arange(1, ranges) * len(sample) // ranges] if len(sample) else sample
+    edges = np.unique([0, *inner, ids_P.max(initial=-1) + 1]).tolist()
     return list(itertools.pairwise(edges))
 
 

@@ -1,4 +1,4 @@
-"""Make an approximate index look as far as a recall asks for, and no farther."""
+"""Make an approximate index look as far as a recall asks for, and hardly farther."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ HALVINGS = 2
 def tune(index: ApproximateIndex, trial: Trial, target: float) -> float:
     """Double `nprobe` or `efSearch`, and where that brings nothing `overfetch`, until recall@k reaches the target.
 
-    Then what was doubled is taken back as far as the target allows, candidates first, as they cost most.
+    Then what was doubled is taken back by up to a half, in quarters, where the target allows: candidates first, as they
+    cost most.
     :returns: the recall reached on the trial's queries, which is below the target where no dial helps.
     """
     effort, overfetch = _Effort(index), _Overfetch(index)
@@ -95,7 +96,7 @@ class _Overfetch(_Dial):
 
 
 def _taken_back(dial: _Dial, trial: Trial, target: float, recall: float) -> float:
-    """Halvings between half of a value that reached the target, and the value."""
+    """Halvings between half of a value that reached the target, and the value; the half itself is not tried."""
     low, high = dial.value / 2, dial.value
     for _ in range(HALVINGS):
         dial.set((low + high) / 2)

@@ -97,8 +97,7 @@ class TokenShares:
 
 def knn_log_probs(search: Search, k: int, temperature: float) -> Floats:
     """log p_kNN of each target with the nearest k; -inf where none of them has it. Shape [Q]."""
-    (log_probs_1Q,) = _log_probs(search, (k,), (temperature,))
-    log_probs_Q: Floats = log_probs_1Q[0]
+    log_probs_Q: Floats = _log_probs(search, (k,), (temperature,))[0, 0]
     return log_probs_Q
 
 
@@ -143,8 +142,8 @@ def token_shares(
     return TokenShares(rows_M, tokens_M, np.log(sums_M[there] / totals_Q[rows_M]))
 
 
-def _log_probs(search: Search, ks: Sequence[int], temperatures: Sequence[float]) -> Iterator[Floats]:
-    """log p_kNN [S, Q] for several ascending k, of each temperature in turn."""
+def _log_probs(search: Search, ks: Sequence[int], temperatures: Sequence[float]) -> Floats:
+    """log p_kNN [T, S, Q] for each temperature and several ascending k."""
     rows = max(1, _BLOCK // ks[-1])
     share_TSQ = np.empty((len(temperatures), len(ks), len(search.hits_QK)))
     for start in range(0, len(search.hits_QK), rows):
@@ -153,7 +152,7 @@ def _log_probs(search: Search, ks: Sequence[int], temperatures: Sequence[float])
         for share_SQ, share_QS in zip(share_TSQ, shares, strict=True):
             share_SQ[:, start : start + rows] = share_QS.T
     with np.errstate(divide="ignore"):
-        yield from np.log(share_TSQ, out=share_TSQ)
+        return np.log(share_TSQ, out=share_TSQ)
 
 
 def _shares(

@@ -14,7 +14,7 @@ from index.errors import DimensionMismatch, InvalidKeys, InvalidQuery
 from index.exact import ExactIndex, exact_distances
 from index.faiss_index import scan_block
 from index.metric import Metric
-from index.rerank import _ranges, rerank
+from index.rerank import LEAST_PAIRS, PAIRS, _ranges, rerank
 from index.source import ArraySource
 from tests.vector_oracle import all_distances, assert_exact, clustered, massive
 
@@ -138,18 +138,26 @@ def test_exact_distances_of_absent_ids_only():
     ).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("most", [1 << 12, 1 << 22])
-def test_ranges_of_keys_hold_every_id_once_and_about_as_many_pairs(threads, most, monkeypatch):
-    monkeypatch.setattr("index.rerank.PAIRS", most)
+@pytest.mark.parametrize(
+    ("queries", "candidates", "threads"), [(16_384, 80, 2), (16_384, 80, 16), (8192, 1088, 2), (300, 40, 5)]
+)
+@pytest.mark.parametrize("absent", [0.0, 0.6])
+def test_ranges_of_keys_hold_every_id_once_and_about_as_many_pairs(queries, candidates, threads, absent):
+    """Rows are sorted: a sample with a stride saw a few ranks of each only, and one range had nearly all pairs."""
     rng = np.random.default_rng(0)
-    ids_P = np.concatenate([rng.integers(-1, 50, 9_000), rng.integers(0, 10_000, 11_000)])
-    ranges = _ranges(ids_P, 10_000, threads)
-    assert ranges[0][0] == 0 and ranges[-1][1] == 10_000
+    ids_QC = (1_000_000 * rng.random((queries, candidates)) ** 2).astype(np.int64)
+    ids_P = np.sort(np.where(rng.random(ids_QC.shape) < absent, -1, ids_QC), axis=1).reshape(-1)
+    ranges = _ranges(ids_P, threads)
+    assert ranges[0][0] == 0 and ranges[-1][1] > ids_P.max()
     assert all(last == first for (_, last), (first, _) in itertools.pairwise(ranges))
-    assert len(ranges) >= threads
-    counts = [((ids_P >= first) & (ids_P < last)).sum() for first, last in ranges]
-    assert max(counts) <= 1.5 * len(ids_P) / min(threads * math.ceil(len(ids_P) / most), len(ids_P) // 1024)
+    assert len(ranges) == min(threads * math.ceil(ids_P.size / PAIRS), ids_P.size // LEAST_PAIRS)
+    counts = np.histogram(ids_P, [first for first, _ in ranges] + [ranges[-1][1]])[0]
+    assert counts.sum() == (ids_P >= 0).sum() and counts.max() <= 1.3 * counts.mean()
+
+
+@pytest.mark.parametrize("ids", [[], [-1, -1], [7]])
+def test_ranges_of_no_ids_or_one(ids):
+    assert _ranges(np.array(ids, np.int64), 4) == ([(0, 8)] if 7 in ids else [])
 
 
 @pytest.mark.parametrize("threads", [1, 2])

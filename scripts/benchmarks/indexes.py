@@ -47,7 +47,7 @@ WITH_GRAPH = ("PQ{m}x4fs",)
 PROBES = (8, 16, 32, 64, 128, 256)
 OVERFETCH = (1.0, 1.5, 2.0, 3.0)
 # `nprobe` and candidates with which ours finds about as much of the weight as the peers' setting on the same lists.
-BESIDE_PEERS = (32, 40, 64), (1.0, 1.25, 1.5)
+BESIDE_PEERS = (32, 40, 48, 64), (1.0, 1.25, 1.5)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ OWN_KEYS, BLOCK = 1 << 20, 1 << 16
 
 
 def wide_gpt2(folder: Path) -> LanguageModel:
-    """GPT-2 small (12 blocks x 768, 124M parameters) that computes what the demo's model does.
+    """GPT-2 small (12 blocks x 768, 124M parameters) with the vectors and logits of the demo's model.
 
     Each unit stands there four times, and what reads it gives each copy a quarter of the weight (Net2Net, Chen et al.
-    2016, arXiv 1511.05641). Blocks that add nothing come first; 46,161 tokens that do not occur have logit 0.
-    Random weights would cost as much, but their keys have no structure that a search could use, as real ones do.
+    2016, arXiv 1511.05641). Blocks that add nothing come first; tokens that do not occur have logit 0 and take some of
+    the probability. Random weights would cost as much, but a search could make no use of their keys' structure.
     """
     narrow = load_model(str(NARROW), dtype="float32")
     wide = GPT2LMHeadModel(_wide_config(narrow.model.config))
