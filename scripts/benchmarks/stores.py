@@ -36,7 +36,7 @@ def wide_gpt2(folder: Path) -> LanguageModel:
 
     Each unit stands there four times, and what reads it gives each copy a quarter of the weight (Net2Net, Chen et al.
     2016, arXiv 1511.05641). Blocks that add nothing come first; tokens that do not occur have logit 0 and take some of
-    the probability. Random weights would cost as much, but a search could make no use of their keys' structure.
+    the probability. Random weights would cost as much, but their keys have no structure for a search to use.
     """
     narrow = load_model(str(NARROW), dtype="float32")
     wide = GPT2LMHeadModel(_wide_config(narrow.model.config))
