@@ -23,6 +23,7 @@ import numpy as np
 from machine import describe
 from numpy.typing import NDArray
 from ratios import timed
+from repeats import repeated
 
 from index.build import build_index
 from index.exact import ExactIndex
@@ -31,20 +32,13 @@ from index.source import ArraySource
 from index.spec import choose_lists
 
 QUERIES, K, ROUNDS = 1024, 1024, 3
-ROWS = 1 << 16
 
 
 def enlarged(keys_ND: NDArray[np.float16], size: int, file: Path) -> NDArray[np.float16]:
     """So many keys in a file that is mapped."""
-    rng = np.random.default_rng(0)
-    deviation_D = keys_ND[:ROWS].astype(np.float32).std(axis=0) / 10
     made_ND = np.lib.format.open_memmap(file, "w+", np.float16, (size, keys_ND.shape[1]))
-    for start in range(0, size, ROWS):
-        stop = min(size, start + ROWS)
-        rows_ND = keys_ND[np.arange(start, stop) % len(keys_ND)].astype(np.float32)
-        if start >= len(keys_ND):
-            rows_ND += rng.standard_normal(rows_ND.shape, np.float32) * deviation_D
-        made_ND[start:stop] = rows_ND
+    for start, rows_ND in repeated(keys_ND, size):
+        made_ND[start : start + len(rows_ND)] = rows_ND
     made_ND.flush()
     return made_ND
 

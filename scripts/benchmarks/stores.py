@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from extraction import documents
 from numpy.typing import NDArray
+from repeats import repeated
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,7 +29,7 @@ NARROW = Path(__file__).parent.parent / "demo_data" / "model"
 COPIES, MORE_BLOCKS, VOCABULARY = 4, 4, 50_257
 LAYER = "-1.ffn_input"
 # Keys that the model makes; beyond, they are these again, with noise.
-OWN_KEYS, BLOCK = 1 << 20, 1 << 16
+OWN_KEYS = 1 << 20
 
 
 def wide_gpt2(folder: Path) -> LanguageModel:
@@ -85,22 +86,17 @@ def _copied(name: str, tensor: Tensor) -> Tensor:
 def enlarged_store(lm: LanguageModel, text: Sequence[Path], folder: Path, count: int, settings: Settings) -> Datastore:
     """So many keys of the wide model's last ffn_input, indexed: of the text, and beyond these again.
 
-    The narrow model makes them, a quarter of each; of the repeated ones each has a tenth of the deviation as noise.
+    The narrow model makes them, a quarter of each.
     """
     own_ND, tokens_N = _own_keys(text, folder.with_name(f"{folder.name}-own"), count)
-    deviation_D, rng = own_ND.std(axis=0) / 10, np.random.default_rng(0)
     (layer,) = select_layers(LAYER, lm.layer_names)
     config = window_config(lm, TextConfig())
     folder.mkdir()
     with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
         writer.begin_document(int(tokens_N[0]), "enlarged", 0)
-        for start in range(0, count, BLOCK):
-            rows = np.arange(start, min(count, start + BLOCK))
-            again_N1 = (rows >= len(own_ND))[:, None]
-            rows %= len(own_ND)
-            noise_ND = rng.standard_normal((len(rows), len(deviation_D)), np.float32) * deviation_D
-            writer.append_keys(layer, np.tile(own_ND[rows] + again_N1 * noise_ND, COPIES))
-            writer.append_values(tokens_N[rows])
+        for start, rows_ND in repeated(own_ND, count):
+            writer.append_keys(layer, np.tile(rows_ND, COPIES))
+            writer.append_values(tokens_N[np.arange(start, start + len(rows_ND)) % len(tokens_N)])
         writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
     store = Datastore.open(folder)
     index_layer(store, layer, settings)
