@@ -18,11 +18,7 @@ from typing import TYPE_CHECKING
 from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from knnlm.checkpoints.ranking import ModelGap, Ranking, rank_models
-    from knnlm.checkpoints.token_sets import TokenSource
-    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, PushAway, Settings, TextConfig, TrainConfig
-    from knnlm.correlate.study import CorrelateConfig, Study, study_correlation
-    from knnlm.datastore import Datastore, open_datastore
+    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
     from knnlm.errors import (
         DatastoreCorrupt,
         DatastoreError,
@@ -33,7 +29,9 @@ if TYPE_CHECKING:
         LayerError,
         ModelError,
     )
-    from knnlm.lm import LanguageModel, load_model, random_model
+    from knnlm.inference.model import KNNLM
+    from knnlm.model.lm import LanguageModel
+    from knnlm.model.loading import load_model, random_model
     from knnlm.pipeline import build, evaluate, run, score
     from knnlm.results import (
         ByQuery,
@@ -50,24 +48,30 @@ if TYPE_CHECKING:
         ScoreKind,
         ScoreResult,
         TokenExample,
-        TrainPoint,
-        TrainResult,
-        Validation,
         VectorScores,
     )
-    from knnlm.serving.model import KNNLM
-    from knnlm.slices.measure import SliceConfig, SlicesResult, measure_slices
-    from knnlm.training.push_away import different_token_distance, distance_between, mean_distance, uniformity
-    from knnlm.training.train import train
-    from knnlm.training.trainer import PushAwayTrainer
-    from knnlm.vectors import score_vectors
+    from knnlm.scores.vectors import score_vectors
+    from knnlm.store.datastore import Datastore, open_datastore
+    from knnlm.studies.correlate.study import CorrelateConfig, Study, study_correlation
+    from knnlm.studies.rank_models.ranking import ModelGap, Ranking, rank_models
+    from knnlm.studies.rank_models.token_sets import TokenSource
+    from knnlm.studies.slices.measure import SliceConfig, SlicesResult, measure_slices
+    from knnlm.studies.train.config import PushAway, TrainConfig
+    from knnlm.studies.train.push_away import different_token_distance, distance_between, mean_distance, uniformity
+    from knnlm.studies.train.result import TrainPoint, TrainResult, Validation
+    from knnlm.studies.train.train import train
+    from knnlm.studies.train.trainer import PushAwayTrainer
 
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
-    "config": ("EvalConfig", "KNNConfig", "LayerConfig", "PushAway", "Settings", "TextConfig", "TrainConfig"),
-    "correlate.study": ("CorrelateConfig", "Study", "study_correlation"),
-    "datastore": ("Datastore", "open_datastore"),
+    "config": (
+        "EvalConfig",
+        "KNNConfig",
+        "LayerConfig",
+        "Settings",
+        "TextConfig",
+    ),
     "errors": (
         "DatastoreCorrupt",
         "DatastoreError",
@@ -78,10 +82,18 @@ _NAMES = {
         "LayerError",
         "ModelError",
     ),
-    "lm": ("LanguageModel", "load_model", "random_model"),
-    "checkpoints.ranking": ("ModelGap", "Ranking", "rank_models"),
-    "pipeline": ("build", "evaluate", "run", "score"),
-    "training.push_away": ("different_token_distance", "distance_between", "mean_distance", "uniformity"),
+    "inference.model": ("KNNLM",),
+    "model.lm": ("LanguageModel",),
+    "model.loading": (
+        "load_model",
+        "random_model",
+    ),
+    "pipeline": (
+        "build",
+        "evaluate",
+        "run",
+        "score",
+    ),
     "results": (
         "ByQuery",
         "Choice",
@@ -97,17 +109,46 @@ _NAMES = {
         "ScoreKind",
         "ScoreResult",
         "TokenExample",
+        "VectorScores",
+    ),
+    "scores.vectors": ("score_vectors",),
+    "store.datastore": (
+        "Datastore",
+        "open_datastore",
+    ),
+    "studies.correlate.study": (
+        "CorrelateConfig",
+        "Study",
+        "study_correlation",
+    ),
+    "studies.rank_models.ranking": (
+        "ModelGap",
+        "Ranking",
+        "rank_models",
+    ),
+    "studies.rank_models.token_sets": ("TokenSource",),
+    "studies.slices.measure": (
+        "SliceConfig",
+        "SlicesResult",
+        "measure_slices",
+    ),
+    "studies.train.config": (
+        "PushAway",
+        "TrainConfig",
+    ),
+    "studies.train.push_away": (
+        "different_token_distance",
+        "distance_between",
+        "mean_distance",
+        "uniformity",
+    ),
+    "studies.train.result": (
         "TrainPoint",
         "TrainResult",
         "Validation",
-        "VectorScores",
     ),
-    "checkpoints.token_sets": ("TokenSource",),
-    "serving.model": ("KNNLM",),
-    "slices.measure": ("SliceConfig", "SlicesResult", "measure_slices"),
-    "training.trainer": ("PushAwayTrainer",),
-    "training.train": ("train",),
-    "vectors": ("score_vectors",),
+    "studies.train.train": ("train",),
+    "studies.train.trainer": ("PushAwayTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -10,8 +10,6 @@ from knnlm.errors import InputError
 
 KEY_BYTES = {"float16": 2, "float32": 4}
 METRICS = ("l2", "cosine", "ip")
-REGULARIZERS = ("push-away", "uniformity", "different-tokens")
-SCHEDULES = ("cosine", "constant")
 # Padded tokens in one forward pass: enough to fill the cores, small enough that activations stay near the caches.
 BATCH_TOKENS = 4096
 LEAST_EVAL_TOKENS = 128
@@ -19,12 +17,13 @@ LEAST_EVAL_TOKENS = 128
 LARGEST_SEED = (1 << 31) - 1
 
 
-def _positive(name: str, value: float | None) -> None:
+def check_positive(name: str, value: float | None) -> None:
+    """:raises InputError: a value that is given is not a finite number above 0."""
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise InputError(f"--{name} is {value}, but must be a finite number above 0")
 
 
-def _whole(name: str, value: object, *, least: int) -> None:
+def check_whole(name: str, value: object, *, least: int) -> None:
     """NumPy's integers are whole too; True is not."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise InputError(f"{name} is {value}, but must be a whole number of at least {least}")
@@ -54,8 +53,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         for name, value in (("context", self.context), ("stride", self.stride), ("max-tokens", self.max_tokens)):
-            _positive(name, value)
-        _positive("batch-size", self.windows)
+            check_positive(name, value)
+        check_positive("batch-size", self.windows)
         if self.protocol != "documents" and self.max_tokens:
             raise InputError(f"--protocol {self.protocol} takes the whole text; leave --max-tokens out")
         if self.context and self.stride and self.stride > self.context:
@@ -96,9 +95,9 @@ class KNNConfig:
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            _whole("--k", self.k, least=1)
-        _whole("max_k", self.max_k, least=1)
-        _positive("temperature", self.temperature)
+            check_whole("--k", self.k, least=1)
+        check_whole("max_k", self.max_k, least=1)
+        check_positive("temperature", self.temperature)
         if self.lam is not None and not 0 <= self.lam <= 1:
             raise InputError(f"--lambda is {self.lam}, but is the weight of the kNN distribution, from 0 to 1")
         if self.metric not in METRICS:
@@ -120,18 +119,18 @@ class EvalConfig:
     """Tokens shown with their neighbours, of those helped most and of those hurt most."""
 
     def __post_init__(self) -> None:
-        _positive("eval-tokens", self.eval_tokens)
+        check_positive("eval-tokens", self.eval_tokens)
         if self.eval_tokens and self.eval_tokens < LEAST_EVAL_TOKENS:
             raise InputError(
                 f"--eval-tokens is {self.eval_tokens}, but half of them tune and half report: at least "
                 f"{LEAST_EVAL_TOKENS} are needed"
             )
-        _whole("examples", self.examples, least=0)
+        check_whole("examples", self.examples, least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that the verbs of `knnlm.pipeline` can be told."""
+    """Everything that the verbs of `knnlm.pipeline.verbs` can be told."""
 
     text: TextConfig = TextConfig()
     layers: LayerConfig = LayerConfig()
@@ -145,72 +144,7 @@ class Settings:
     """Of everything drawn at random."""
 
     def __post_init__(self) -> None:
-        _positive("disk-budget", self.disk_budget)
+        check_positive("disk-budget", self.disk_budget)
         check_seed(self.seed)
         if self.key_dtype not in KEY_BYTES:
             raise InputError(f"--key-dtype is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushAway:
-    """What is added to a training loss: -λ times a distance of one layer's vectors, or λ times their uniformity."""
-
-    weight: float = 0.0
-    """λ; 0.001 to 0.1 in arXiv 2506.24106. With 0, training is a plain Trainer's to the last bit."""
-    regularizer: str = "push-away"
-    """`push-away`: mean distance over batch and sequence. `uniformity`: Wang & Isola 2020. `different-tokens`: mean
-    distance of contexts with different next tokens."""
-    layer: str = "final_norm"
-    """A layer's name, or a pattern that fits one, such as `-1.ffn_input`; the paper takes the last layer."""
-    between_domains: bool = False
-    """Mean distance between domain A and B in place of all pairs."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise InputError(f"--push-away is {self.weight}, but λ must be a finite number of at least 0")
-        if self.regularizer not in REGULARIZERS:
-            raise InputError(f"--regularizer is {self.regularizer!r}, but must be one of {', '.join(REGULARIZERS)}")
-        if self.between_domains and self.regularizer != "push-away":
-            raise InputError(f"--regularizer {self.regularizer} has no form between domains; leave --other-text out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a model is trained."""
-
-    push_away: PushAway = PushAway()
-    steps: int = 1000
-    batch_size: int = 8
-    """Windows in a step; with two domains, half of them are of each."""
-    context: int | None = None
-    """Tokens of a window; None: the model's limit, at most 512."""
-    learning_rate: float | None = None
-    """The highest; None: 5e-4 from scratch (as in arXiv 2506.24106) and with LoRA, 5e-5 for all weights of a model."""
-    schedule: str = "cosine"
-    """After a linear rise over a twentieth of the steps, at most 100: `cosine` falls to 0, `constant` stays."""
-    from_scratch: bool = False
-    """Take the model's shape and tokenizer, and new random weights."""
-    lora: int | None = None
-    """Rank of low-rank changes (Hu et al. 2022) to the linear layers of all blocks, scaled by 2; None: all weights."""
-    evaluations: int = 10
-    """On the way; a checkpoint is kept at each."""
-    text_field: str = "text"
-    dtype: str = "auto"
-    """Weights are float32; products are bfloat16, or auto: bfloat16 where this machine is faster so."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "context", "learning_rate", "evaluations"):
-            _positive(name.replace("_", "-"), getattr(self, name))
-        _positive("lora", self.lora)
-        if self.context == 1:
-            raise InputError("--context is 1, but a window needs a token and the next one; take at least 2")
-        if self.from_scratch and self.lora:
-            raise InputError("--lora changes a trained model, --from-scratch starts without one; leave one of them out")
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"--schedule is {self.schedule!r}, but must be one of {', '.join(SCHEDULES)}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"--dtype is {self.dtype!r}, but training takes auto, float32 or bfloat16")
-        if self.push_away.between_domains and self.batch_size % 2:
-            raise InputError(f"--batch-size is {self.batch_size}, but has to be even: half of it is --other-text")
-        check_seed(self.seed)

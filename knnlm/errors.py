@@ -41,3 +41,8 @@ class DatastoreMismatch(DatastoreError):
 
 class DatastoreCorrupt(DatastoreError):
     """A file of the datastore is missing, short or changed."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library said, or the kind of its error where it said nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

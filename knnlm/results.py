@@ -47,8 +47,8 @@ def _score(title: str, digits: int, meaning: str) -> Mapping[str, object]:
 class LayerScore:
     """The label-free scores of one layer; an interval is that of the score before it.
 
-    A new score is a field here and a function in `knnlm.scoring.FUNCTIONS`. It is NaN where an older version wrote the
-    file.
+    A new score is a field here and a function in `knnlm.scores.layer_scorer.FUNCTIONS`. It is NaN where an older
+    version wrote the file.
     """
 
     layer: str
@@ -146,7 +146,7 @@ class ByQuery:
     """Perplexity relative to that with the fixed lambda, minus 1; NaN, as its interval, where one is infinite."""
     interval: Interval
     offset: float
-    """With `distance` and `different`: what `knnlm.probability.Gate` adds to the logit of the fixed lambda."""
+    """With `distance` and `different`: what `knnlm.knn.mixing.Gate` adds to the logit of the fixed lambda."""
     distance: float
     different: float
 
@@ -262,45 +262,3 @@ class EvalResult:
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A model on held-out text, in windows that do not overlap."""
-
-    perplexity: float
-    dispersion: float
-    """Of the trained layer: mean over batches of the mean pairwise distance in the batch."""
-
-
-@dataclass(frozen=True)
-class TrainPoint:
-    """A training after some steps; the means are over the steps since the last point, None before the first step."""
-
-    step: int
-    text: Validation
-    other: Validation | None = None
-    """On the other domain's text."""
-    cross_entropy: float | None = None
-    dispersion: float | None = None
-    spread: float | None = None
-    """What is raised: the distance of the regularizer, or minus the uniformity."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A trained model and how it got there."""
-
-    folder: str
-    points: tuple[TrainPoint, ...]
-    layer: str
-    """Whose vectors the loss and the dispersions are of."""
-    parameters: int
-    trained_parameters: int
-    tokens: int
-    """Seen in training, with repetitions."""
-    text_tokens: int
-    """In the text, less what is held out."""
-    seconds: float
-    settings: Mapping[str, object] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)

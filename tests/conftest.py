@@ -80,7 +80,7 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 documents of about 250 tokens."""
-    from tests.test_evaluate_oracle import texts, write_jsonl
+    from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", texts(0, 24))
 
@@ -89,7 +89,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store_folder(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path, text_file: Path) -> Path:
     """A datastore of `text_file` with the keys of 1.ffn_input and 2.ffn_input; to be copied before it is damaged."""
     from knnlm.config import LayerConfig, Settings, TextConfig
-    from knnlm.lm import load_model
+    from knnlm.model.loading import load_model
     from knnlm.pipeline import build
 
     settings = Settings(text=TextConfig(context=32, stride=16), layers=LayerConfig(layers="1.ffn_input,2.ffn_input"))

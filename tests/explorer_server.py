@@ -22,12 +22,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from knnlm.config import LayerConfig, Settings, TextConfig
-from knnlm.explorer.routes import explorer_router
-from knnlm.lm import LanguageModel
+from knnlm.inference.explain import Explainer
+from knnlm.knn.retrieval import open_retrieval
+from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build
-from knnlm.serving.explain import Explainer
-from knnlm.serving.retrieval import open_retrieval
-from tests.test_evaluate_oracle import texts, write_jsonl
+from knnlm.server.explorer.routes import explorer_router
+from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 MARKUP = "<script>window.broken = 1</script><img src=x onerror='window.broken = 2'><b>bold</b> the nurse"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from knnlm.report.names import FINAL, PARTS
+from knnlm.layer_names import FINAL, PARTS
 from knnlm.results import (
     ByQuery,
     Choice,

@@ -12,12 +12,12 @@ from threading import Event, Semaphore, Thread
 import openai
 
 from knnlm import KNNLM
-from knnlm.datastore import Datastore
-from knnlm.lm import load_model
+from knnlm.model.loading import load_model
 from knnlm.server.app import create_app
 from knnlm.server.limits import Limits
 from knnlm.server.run import listen, serve
 from knnlm.server.service import Service
+from knnlm.store.datastore import Datastore
 
 LAYER, K, TEMPERATURE, LAMBDA = "2.ffn_input", 64, 4.0, 0.6
 NAME = "tiny"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def module_name(path: Path) -> str:
-    """`knnlm/report/data.py` is knnlm.report.data, and `knnlm/__init__.py` is knnlm."""
+    """`knnlm/report/view.py` is knnlm.report.view, and `knnlm/__init__.py` is knnlm."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -13,53 +13,49 @@ import pytest
 
 from tests.source_files import ROOT, imports, modules, syntax, tracked_files
 
-# A module of knnlm/ sees modules of its own line and of the lines above it, never of those below.
-LEVELS = (
-    {"version", "errors", "names"},
-    {"config", "results", "progress", "storage", "places", "npy", "half", "memory", "textfiles", "parquet"},
-    {"layers", "head", "hardware", "encoding", "fingerprint", "training.push_away"},
-    {"windows", "corpus", "overlap", "statistics", "probability"},
-    {"dispersion", "sample", "correlation", "scores", "manifest", "keys", "datastore", "datastore_writer"},
-    {"lm", "scoring", "choose", "search", "checkpoints.output_matrix", "checkpoints.token_sets", "checkpoints.figures"},
-    {
-        "queries",
-        "serving.evidence",
-        "serving.retrieval",
-        "serving.sampling",
-        "slices.questions",
-        "slices.statistics",
-        "training.trainer",
-        "training.checkpoints",
-    },
-    {"collect", "plan", "job", "indexing", "vectors", "checkpoints.ranking", "training.text"},
-    {"serving.model", "slices.likelihoods", "slices.sets"},
-    {"parts", "serving.text", "serving.batch", "serving.continuing", "serving.explain", "serving.harness"},
-    {"segments", "correlate.clusters"},
-    {"correlate.measure", "slices.items"},
-    {"evaluation", "slices.measure"},
-    {"examples", "server.limits", "server.refusals", "server.wire", "server.metrics", "server.choices"},
-    {"pipeline", "correlate.study", "training.train", "tables", "screen", "server.batching", "server.waiting"},
-    {"correlate.document", "slices.document", "checkpoints.document", "server.service", "server.completions"},
-    {"server.gate", "server.app", "server.run", "explorer.wire", "explorer.routes"},
-    {"cli"},
-    {"__main__"},
+# The rooms of knnlm/ in the order in which data flows (docs/architecture.md): what each may import besides itself. The
+# root's modules are named: they are the vocabulary that all may use.
+ROOT_MODULES = (
+    *("config", "documents", "errors", "files", "layer_names", "progress", "results", "statistics", "version"),
 )
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-# report/ is beside the levels: it sees what a run found and how files are written; from `pipeline` on it is seen.
-REPORT_SEES = {"knnlm.results", "knnlm.errors", "knnlm.names", "knnlm.version", "knnlm.storage"}
-# Their __init__ holds nothing but a sentence, in server/ what is missing, or in knnlm/ itself lazy names.
-PACKAGES = ("__init__", "checkpoints", "correlate", "explorer", "server", "serving", "slices", "training")
-# The command line only names the errors.
-INDEX_SEEN_BY = {"knnlm.correlate.clusters", "knnlm.search", "knnlm.indexing", "knnlm.cli.entry"}
+MAY_IMPORT = {
+    "text": {"root"},
+    "model": {"root"},
+    "scores": {"root"},
+    "store": {"root"},
+    "knn": {"root", "store", "index"},
+    "extraction": {"root", "text", "model", "scores", "store"},
+    "evaluation": {"root", "text", "model", "store", "knn", "extraction"},
+    "pipeline": {"root", "text", "model", "scores", "store", "knn", "extraction", "evaluation"},
+    "inference": {"root", "model", "store", "knn"},
+    "server": {"root", "model", "knn", "inference"},
+    "report": {"root"},
+    "studies": {"root", "text", "model", "scores", "extraction", "report", "index"},
+    "cli": {
+        "root",
+        "text",
+        "model",
+        "scores",
+        "store",
+        "knn",
+        "pipeline",
+        "inference",
+        "server",
+        "studies",
+        "report",
+        "index",
+    },
+    "root": set(),
+}
 HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval", "fastapi", "uvicorn"}
 ONLY_IN = {
     "faiss": {"index/faiss_index.py"},
-    "transformers": {"knnlm/lm.py", "knnlm/training/trainer.py"},  # a subclass needs its base
-    "datasets": {"knnlm/corpus.py"},
-    "peft": {"knnlm/training/train.py"},
-    "lm_eval": {"knnlm/serving/harness.py"},  # a subclass needs its base
-    "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/explorer/routes.py"},
-    "pydantic": {"knnlm/server/wire.py", "knnlm/explorer/wire.py"},
+    "transformers": {"knnlm/model/lm.py", "knnlm/model/loading.py", "knnlm/studies/train/trainer.py"},
+    "datasets": {"knnlm/text/hub.py"},
+    "peft": {"knnlm/studies/train/train.py"},
+    "lm_eval": {"knnlm/inference/harness.py"},  # a subclass needs its base
+    "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/server/explorer/routes.py"},
+    "pydantic": {"knnlm/server/wire.py", "knnlm/server/explorer/wire.py"},
     "uvicorn": {"knnlm/server/run.py"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450
@@ -72,39 +68,56 @@ def top(name: str) -> str:
     return name.split(".")[0]
 
 
-def short(name: str) -> str:
-    """`knnlm.lm` is lm, `knnlm.training.text` is training.text; report/ and cli/ are one each."""
-    parts = name.split(".")[1:] or ["__init__"]
-    return parts[0] if parts[0] in ("report", "cli") else ".".join(parts)
+def room(name: str) -> str:
+    """`knnlm.text.corpus` is of text, `knnlm.config` of the root, and all of `index` is one room."""
+    parts = name.split(".")
+    if parts[0] == "index":
+        return "index"
+    return parts[1] if len(parts) > 2 or OURS[name].name == "__init__.py" else "root"
 
 
-def seen_by(name: str, package: str) -> set[str]:
-    return {other for other in imports(OURS[name]) if top(other) == package}
+def imported(name: str) -> set[str]:
+    """Our own modules that a module imports."""
+    return {other for other in imports(OURS[name]) if other in OURS}
 
 
-@pytest.mark.parametrize("name", [name for name in KNNLM if short(name) not in ("report", *PACKAGES)])
-def test_module_sees_no_module_above_its_level(name):
-    assert short(name) in LEVEL_OF, f"{name} has no place in LEVELS yet"
-    own = LEVEL_OF[short(name)]
-    for other in seen_by(name, "knnlm"):
-        if short(other) == "report":
-            assert own >= LEVEL_OF["pipeline"], f"{name} imports {other}"
-        elif short(other) not in PACKAGES:
-            assert LEVEL_OF.get(short(other), own + 1) <= own, f"{name} imports {other}"
+# `knnlm` itself has lazy names and no imports, and `__main__` starts the command line.
+IN_ROOMS = [name for name in KNNLM if name not in ("knnlm", "knnlm.__main__")]
+
+
+@pytest.mark.parametrize("name", IN_ROOMS)
+def test_module_imports_what_its_room_may(name):
+    own = room(name)
+    assert own in MAY_IMPORT, f"{name} is in no room of MAY_IMPORT"
+    wrong = {other for other in imported(name) if room(other) not in MAY_IMPORT[own] | {own}}
+    assert not wrong, f"{own} may import {sorted(MAY_IMPORT[own])}, but {name} imports {sorted(wrong)}"
+
+
+def test_root_has_the_modules_that_are_named():
+    # A new module belongs in a room; what all rooms use takes its place in ROOT_MODULES.
+    assert {name.split(".")[1] for name in IN_ROOMS if room(name) == "root"} == set(ROOT_MODULES)
+
+
+def test_every_arrow_is_in_use():
+    for own, others in MAY_IMPORT.items():
+        used = {room(other) for name in IN_ROOMS if room(name) == own for other in imported(name)}
+        assert others <= used, f"{own} does not import {sorted(others - used)}: take the arrow away"
 
 
 def test_package_itself_is_imported_by_nobody_below_the_command_line():
     # `import knnlm` inside knnlm/ would reach every module through its lazy names.
-    offenders = {name for name in KNNLM if "knnlm" in imports(KNNLM[name]) and short(name) not in ("cli", "__main__")}
-    assert not offenders
+    assert not {name for name in IN_ROOMS if "knnlm" in imports(KNNLM[name]) and room(name) != "cli"}
 
 
-def test_levels_are_all_in_use():
-    assert {short(name) for name in KNNLM} >= set(LEVEL_OF) - {"__main__"}
+@pytest.mark.parametrize("name", OURS)
+def test_private_names_stay_in_their_file(name):
+    for node in ast.walk(syntax(OURS[name])):
+        if isinstance(node, ast.ImportFrom) and top(node.module or "") in ("knnlm", "index"):
+            assert not [alias.name for alias in node.names if re.match(r"_[^_]", alias.name)], node.module
 
 
 def test_imports_have_no_cycle():
-    graph = {name: seen_by(name, top(name)) & set(OURS) - {name} for name in OURS if name != "knnlm"}
+    graph = {name: imported(name) - {name} for name in OURS if name != "knnlm"}
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -112,11 +125,9 @@ def test_imports_have_no_cycle():
     assert len(order) >= len(graph)
 
 
-@pytest.mark.parametrize("name", [name for name in KNNLM if short(name) == "report"])
-def test_report_sees_results_only(name):
-    others = {other for other in seen_by(name, "knnlm") if short(other) != "report"}
-    assert others <= REPORT_SEES
-    assert not imports(KNNLM[name]) & {"index"} and not {top(other) for other in imports(KNNLM[name])} & HEAVY
+@pytest.mark.parametrize("name", [name for name in IN_ROOMS if room(name) == "report"])
+def test_report_needs_nothing_heavy(name):
+    assert not {top(other) for other in imports(KNNLM[name])} & HEAVY
 
 
 @pytest.mark.parametrize("name", INDEX)
@@ -124,10 +135,6 @@ def test_index_knows_vectors_only(name):
     seen = {top(other) for other in imports(INDEX[name])}
     assert not seen & {"knnlm", "transformers", "datasets", "tests"}
     assert "torch" not in seen or name == "index.int8"
-
-
-def test_index_is_seen_where_vectors_are_searched_only():
-    assert {name for name in KNNLM if seen_by(name, "index")} <= INDEX_SEEN_BY
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -142,11 +149,6 @@ def test_nobody_imports_the_index_package_as_a_name(name):
 def test_library_has_one_door(library):
     users = {path.relative_to(ROOT).as_posix() for path in OURS.values() if library in {top(i) for i in imports(path)}}
     assert users == ONLY_IN[library]
-
-
-def test_nobody_imports_the_command_line():
-    users = {name for name in OURS if "knnlm.cli" in {other[:9] for other in imports(OURS[name])}}
-    assert {name for name in users if short(name) not in ("cli", "__main__")} == set()
 
 
 def test_no_test_folder_hides_the_index_package():
@@ -169,8 +171,8 @@ def test_loaded_by_sees_a_heavy_library():
 @pytest.mark.parametrize(
     "module",
     [
-        *("knnlm", "index", "knnlm.report.data", "knnlm.errors", "knnlm.config", "knnlm.places", "knnlm.results"),
-        "knnlm.datastore",
+        *("knnlm", "index", "knnlm.report.view", "knnlm.store.datastore"),
+        *(f"knnlm.{name}" for name in ROOT_MODULES if name != "statistics"),
     ],
 )
 def test_import_loads_nothing_heavy(module):

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from knnlm.correlation import CorrelationEstimate, correlate
 from knnlm.errors import InputError
 from knnlm.results import Interval
+from knnlm.statistics import CorrelationEstimate, correlate
 
 
 def pairs(rng, count: int, rho: float):

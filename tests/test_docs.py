@@ -15,8 +15,9 @@ from index.recall import Recall
 from index.storage import FORMAT as INDEX_FORMAT
 from index.storage import IndexManifest, SavedFile
 from knnlm.cli.entry import FOREIGN, app
-from knnlm.manifest import FORMAT, VERSION, LayerKeys, Manifest, Shard
+from knnlm.store.manifest import FORMAT, VERSION, LayerKeys, Manifest, Shard
 from tests.source_files import ROOT
+from tests.test_architecture import MAY_IMPORT
 
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = typer.main.get_command(app).commands
@@ -150,7 +151,17 @@ def test_manifest_table_has_no_field_that_is_gone():
     assert told == {"format", "version", *(field.name for field in fields(Manifest))}
 
 
-def test_every_module_has_its_row_in_the_map():
-    table = text(ROOT / "docs" / "architecture.md")
-    names = {path.name for path in (ROOT / "knnlm").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert {name for name in names if f"{name}`" not in table} == set()
+def test_rooms_are_told_in_the_order_of_the_data():
+    table = text(ROOT / "docs" / "architecture.md").split("\n## The rooms\n")[1].split("\n## ")[0]
+    told = [
+        "root" if row == "the root" else row.strip("`/") for row in re.findall(r"^\| (the root|`\w+/`) \|", table, re.M)
+    ]
+    assert sorted(told) == sorted(MAY_IMPORT)
+    assert [name for name in told if name != "root"] == [name for name in MAY_IMPORT if name != "root"]
+
+
+def test_way_of_a_token_names_files_that_exist():
+    way = text(ROOT / "docs" / "architecture.md").split("\n## The way of one token\n")[1].split("\n## ")[0]
+    named = re.findall(r"`(\w+/\w+\.py)`", way)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "knnlm" / name).exists()] == []

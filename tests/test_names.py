@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from knnlm.names import path_tails, short_names
+from knnlm.files import path_tails, short_names
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from knnlm.results import Interval
-from knnlm.statistics import effective_number, jackknife_interval, ranks, relative_change, spearman, t_quantile
+from knnlm.statistics import (
+    effective_number,
+    jackknife_interval,
+    ranks,
+    relative_change,
+    spearman,
+    t_quantile,
+)
 
 
 def test_ranks_share_ties() -> None:

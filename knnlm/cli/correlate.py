@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load
 from knnlm.results import SCORES
-from knnlm.screen import Screen
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.correlate.study import CorrelateConfig, Study
-    from knnlm.lm import LanguageModel
+    from knnlm.model.lm import LanguageModel
+    from knnlm.studies.correlate.study import CorrelateConfig, Study
 
 Models = Annotated[
     list[str], typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM; may be repeated.")
@@ -82,7 +82,7 @@ def correlate(
     config = _config(locals())
     from dataclasses import asdict
 
-    from knnlm.correlate.document import correlate_document
+    from knnlm.studies.correlate.document import correlate_document
     from knnlm.version import versions
 
     screen = Screen(json)
@@ -97,14 +97,14 @@ def correlate(
         _show(study, screen)
     screen.result(document)
     if report is not None:
-        from knnlm.report.correlate import write_correlate
+        from knnlm.studies.correlate.page import write_correlate
 
         screen.say(f"Report: {write_correlate(document, report)}")
 
 
 def _config(given: dict[str, Any]) -> CorrelateConfig:
     """The options that are settings; what is None keeps the default."""
-    from knnlm.correlate.study import CorrelateConfig
+    from knnlm.studies.correlate.study import CorrelateConfig
 
     names = (
         "context",
@@ -135,10 +135,10 @@ def _check(
     models: Sequence[str], text: Sequence[str], config: CorrelateConfig, report: Path | None, trust: bool
 ) -> None:
     """Find out before any work whether every model and the text can serve, and the report be written."""
-    from knnlm.corpus import text_bytes
-    from knnlm.correlate.study import check_model
-    from knnlm.lm import read_outline
-    from knnlm.places import check_report_folder
+    from knnlm.files import check_report_folder
+    from knnlm.model.loading import read_outline
+    from knnlm.studies.correlate.study import check_model
+    from knnlm.text.corpus import text_bytes
 
     if report is not None:
         check_report_folder(report)
@@ -152,7 +152,7 @@ def _models(
     names: Sequence[str], random: bool, seed: int, loading: tuple[str, str, bool], screen: Screen
 ) -> Iterator[LanguageModel]:
     """One after the other, so that memory holds one; the random one comes last."""
-    from knnlm.lm import random_model
+    from knnlm.model.loading import random_model
 
     dtype, device, trust = loading
     for name in names:
@@ -162,7 +162,7 @@ def _models(
 
 
 def _studies(lm: LanguageModel, text: Sequence[str], config: CorrelateConfig, screen: Screen) -> tuple[Study, ...]:
-    from knnlm.correlate.study import study_correlation
+    from knnlm.studies.correlate.study import study_correlation
 
     return study_correlation(lm, text, config=config, progress=screen)
 

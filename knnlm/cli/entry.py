@@ -12,7 +12,21 @@ from typing import NoReturn
 import typer
 import typer.exceptions
 
-from knnlm.cli import correlate, explain, generate, harness, main_job, rank, serve, slices, train
+from knnlm.cli import (
+    build,
+    correlate,
+    evaluate,
+    explain,
+    generate,
+    lm_eval,
+    rank_models,
+    run,
+    score,
+    serve,
+    slices,
+    store,
+    train,
+)
 
 app = typer.Typer(
     name="knnlm",
@@ -22,23 +36,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 VERBS: dict[str, Callable[..., None]] = {
-    "run": main_job.run,
-    "score": main_job.score,
-    "build": main_job.build,
-    "eval": main_job.evaluate,
-    "info": main_job.info,
-    "verify": main_job.verify,
+    "run": run.run,
+    "score": score.score,
+    "build": build.build,
+    "eval": evaluate.evaluate,
+    "info": store.info,
+    "verify": store.verify,
     "generate": generate.generate,
     "serve": serve.serve,
     "explain": explain.explain,
-    "lm-eval": harness.lm_eval,
+    "lm-eval": lm_eval.lm_eval,
     "correlate": correlate.correlate,
     "slices": slices.slices,
-    "rank-models": rank.rank_models,
+    "rank-models": rank_models.rank_models,
     "train": train.train,
 }
 
-FOREIGN = {"lm-eval": harness.AS_IT_IS}
+FOREIGN = {"lm-eval": lm_eval.AS_IT_IS}
 """Verbs whose options are not ours."""
 
 
@@ -73,8 +87,8 @@ class _Terminated(SystemExit):
 def main() -> None:
     """Run the command line: exit status 0, 2 with one line for expected errors, 130 for Ctrl-C."""
     from index.errors import VectorIndexError
+    from knnlm.cli.memory import keep_freed_memory
     from knnlm.errors import KNNLMError
-    from knnlm.memory import keep_freed_memory
 
     keep_freed_memory()
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load, read_standard_input, setting_document, with_lambda
-from knnlm.screen import Screen
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from knnlm.serving.explain import ExplainedToken, Explanation
+    from knnlm.inference.explain import ExplainedToken, Explanation
 
 Given = Annotated[str | None, typer.Option("--text", help="What to explain; without it standard input.")]
 SNIPPET = 56
@@ -39,9 +39,9 @@ def explain(
 
     Example: knnlm explain nursing.knn --text "The patient was given oxygen."
     """
-    from knnlm.datastore import Datastore
-    from knnlm.serving.explain import Explainer
-    from knnlm.serving.retrieval import open_retrieval
+    from knnlm.inference.explain import Explainer
+    from knnlm.knn.retrieval import open_retrieval
+    from knnlm.store.datastore import Datastore
 
     opened = Datastore.open(store)
     retrieval = open_retrieval(opened, layer, k, temperature, lam)
@@ -84,9 +84,9 @@ def _cells(one: ExplainedToken) -> Iterator[Text]:
     """As rich's own texts: square brackets in a corpus are no markup."""
     from rich.text import Text
 
+    from knnlm.cli.tables import UNKNOWN
     from knnlm.report.examples import flow_end, visible
     from knnlm.report.numbers import probability
-    from knnlm.tables import UNKNOWN
 
     yield Text(visible(one.text))
     yield from map(Text, map(probability, (one.lm_probability, one.knn_probability)))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load, read_standard_input, setting_document
-from knnlm.screen import Screen
 
 if TYPE_CHECKING:
-    from knnlm.serving.text import Writer
+    from knnlm.inference.writer import Writer
 
 
 Prompts = Annotated[
@@ -55,10 +55,10 @@ def generate(
         raise typer.BadParameter("--stream shows text, --json one document; take one of them")
     from torch import manual_seed
 
-    from knnlm.datastore import Datastore
-    from knnlm.serving.model import KNNLM
-    from knnlm.serving.retrieval import open_retrieval
-    from knnlm.serving.text import Decoding, Writer
+    from knnlm.inference.model import KNNLM
+    from knnlm.inference.writer import Decoding, Writer
+    from knnlm.knn.retrieval import open_retrieval
+    from knnlm.store.datastore import Datastore
 
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p)
     opened = Datastore.open(store)

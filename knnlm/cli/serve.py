@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load
-from knnlm.screen import Screen
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")]
 Port = Annotated[int, typer.Option("--port", help="0 picks a free one.")]
@@ -57,14 +57,14 @@ def serve(
     if not (is_loopback(host) or api_key or insecure):
         message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
         raise typer.BadParameter(message, param_hint="--host")
-    from knnlm.datastore import Datastore
-    from knnlm.explorer.routes import explorer_router
+    from knnlm.inference.explain import Explainer
+    from knnlm.inference.model import KNNLM
+    from knnlm.knn.retrieval import open_retrieval
     from knnlm.server.app import create_app
+    from knnlm.server.explorer.routes import explorer_router
     from knnlm.server.limits import Limits
     from knnlm.server.service import Service
-    from knnlm.serving.explain import Explainer
-    from knnlm.serving.model import KNNLM
-    from knnlm.serving.retrieval import open_retrieval
+    from knnlm.store.datastore import Datastore
 
     limits = Limits(
         prompt_tokens=max_prompt_tokens,

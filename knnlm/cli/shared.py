@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from knnlm.screen import Screen
+from knnlm.cli.screen import Screen
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from knnlm.config import Settings
-    from knnlm.lm import LanguageModel
+    from knnlm.knn.retrieval import Retrieval
+    from knnlm.model.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
-    from knnlm.serving.retrieval import Retrieval
 
 
 def settings_from(options: dict[str, Any]) -> Settings:
@@ -50,7 +50,7 @@ def settings_from(options: dict[str, Any]) -> Settings:
 def load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
     """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
     with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
-        from knnlm.lm import load_model  # seconds
+        from knnlm.model.loading import load_model  # seconds
 
         lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
     for note in lm.notes:
@@ -91,16 +91,16 @@ def with_lambda(one: DataclassInstance) -> dict[str, object]:
 
 def check_show(show: str | None) -> None:
     """A score that `--show` names and that there is not is told before the work."""
-    from knnlm.tables import shown_scores
+    from knnlm.cli.tables import shown_scores
 
     shown_scores(show, ())
 
 
 def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, show: str | None = None) -> None:
     """Write it and show it; neither is lost where the other fails."""
+    from knnlm.cli.tables import choice_lines, eval_table
+    from knnlm.documents import to_document
     from knnlm.report import write_reports
-    from knnlm.report.document import to_document
-    from knnlm.tables import choice_lines, eval_table
 
     written = None
     try:
@@ -119,8 +119,8 @@ def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, sho
 
 def show_scores(result: ScoreResult | VectorScores, screen: Screen, show: str | None) -> dict[str, Any]:
     """The table of scores and the choice; gives the document back."""
-    from knnlm.report.document import score_document
-    from knnlm.tables import choice_lines, score_table
+    from knnlm.cli.tables import choice_lines, score_table
+    from knnlm.documents import score_document
 
     screen.say(score_table(result, show))
     for line in choice_lines(result):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load
-from knnlm.screen import Screen
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.slices.measure import SetSlices, SliceConfig, SlicesResult
-    from knnlm.slices.statistics import Estimate
+    from knnlm.studies.slices.measure import SetSlices, SliceConfig, SlicesResult
+    from knnlm.studies.slices.statistics import Estimate
 
 Questions = Annotated[
     list[str] | None,
@@ -73,9 +73,9 @@ def slices(
     Example: knnlm slices --model gpt2 --questions hf:allenai/ai2_arc/ARC-Easy:test --cloze nursing.jsonl
     """
     config = _config(locals())
-    from knnlm.slices.document import slices_document
-    from knnlm.slices.measure import measure_sets
-    from knnlm.slices.sets import read_sets
+    from knnlm.studies.slices.document import slices_document
+    from knnlm.studies.slices.measure import measure_sets
+    from knnlm.studies.slices.sets import read_sets
     from knnlm.version import versions
 
     screen = Screen(json)
@@ -93,14 +93,14 @@ def slices(
         _write_tail(result.sets, tail_out)
         screen.say(f"Items of lowest dispersion: {tail_out}")
     if report is not None:
-        from knnlm.report.slices import write_slices
+        from knnlm.studies.slices.page import write_slices
 
         screen.say(f"Report: {write_slices(document, report)}")
 
 
 def _config(given: dict[str, Any]) -> SliceConfig:
     """The options that are settings; what is None keeps the default."""
-    from knnlm.slices.measure import SliceConfig
+    from knnlm.studies.slices.measure import SliceConfig
 
     names = ("layers", "slice_size", "seeds", "tail", "context", "max_segments", "text_field", "seed")
     return SliceConfig(**{name: given[name] for name in names if given[name] is not None})
@@ -109,7 +109,7 @@ def _config(given: dict[str, Any]) -> SliceConfig:
 def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, overwrite: bool) -> None:
     """Find out before any work whether the files can be written."""
     from knnlm.errors import InputError
-    from knnlm.places import check_new_file, check_report_folder
+    from knnlm.files import check_new_file, check_report_folder
 
     if (tail is None) != (tail_out is None):
         raise InputError("--tail N and --tail-out FILE go together: how many items, and where to write them")
@@ -123,7 +123,7 @@ def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, 
 def _check_tail(path: Path) -> None:
     """What --overwrite would replace: an empty file, or one whose first row is an item of a tail."""
     from knnlm.errors import InputError
-    from knnlm.textfiles import json_rows
+    from knnlm.text.textfiles import json_rows
 
     if not path.exists() or not path.stat().st_size:
         return
@@ -136,8 +136,8 @@ def _check_tail(path: Path) -> None:
 
 
 def _check_model(model: str, config: SliceConfig, cloze: bool, trust: bool) -> None:
-    from knnlm.lm import read_outline
-    from knnlm.slices.measure import check_model
+    from knnlm.model.loading import read_outline
+    from knnlm.studies.slices.measure import check_model
 
     outline = read_outline(model, trust_remote_code=trust)
     check_model(model, outline.layer_names, outline.context_limit, config, cloze=cloze)
@@ -146,7 +146,7 @@ def _check_model(model: str, config: SliceConfig, cloze: bool, trust: bool) -> N
 def _write_tail(sets: Sequence[SetSlices], path: Path) -> None:
     from json import dumps
 
-    from knnlm.storage import write_text
+    from knnlm.files import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(dumps(row, ensure_ascii=False) + "\n" for one in sets for row in one.tail))

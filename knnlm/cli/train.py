@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.screen import Screen
 from knnlm.cli.shared import quiet_loading
-from knnlm.screen import Screen
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.config import TrainConfig
-    from knnlm.results import TrainPoint, TrainResult
+    from knnlm.studies.train.config import TrainConfig
+    from knnlm.studies.train.result import TrainPoint, TrainResult
 
 OtherText = Annotated[
     list[str] | None,
@@ -73,15 +73,15 @@ def train(
     Example: knnlm train --model gpt2 --text nursing.jsonl --out gpt2-nursing --push-away 0.01 --lora 8
     """
     config = _config(locals())
-    from knnlm.places import check_new_folder, check_report_folder
+    from knnlm.files import check_new_folder, check_report_folder
 
     check_new_folder(out, overwrite=overwrite)
     if report is not None:
         check_report_folder(report)
     screen = Screen(json)
     quiet_loading(model)
-    from knnlm.training.train import train as train_model
-    from knnlm.training.train import train_document
+    from knnlm.studies.train.train import train as train_model
+    from knnlm.studies.train.train import train_document
 
     result = train_model(
         model,
@@ -100,13 +100,13 @@ def train(
         screen.say(line)
     screen.result(document)
     if report is not None:
-        from knnlm.report.train import write_train
+        from knnlm.studies.train.page import write_train
 
         screen.say(f"Report: {write_train(document, report)}")
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:
-    from knnlm.config import PushAway, TrainConfig
+    from knnlm.studies.train.config import PushAway, TrainConfig
 
     size = given["batch_size"]
     if size != "auto" and not size.isdecimal():

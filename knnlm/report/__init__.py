@@ -21,7 +21,7 @@ def write_reports(result: EvalResult, folder: str | Path, *, title: str | None =
 
     :raises OSError: a file cannot be written
     """
-    from knnlm.report.document import to_document, write_document
+    from knnlm.documents import to_document, write_document
     from knnlm.report.html import write_report  # jinja2, which reading a report.json does not need
 
     files = ReportFiles(Path(folder) / "report.json", Path(folder) / "report.html")

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from knnlm.report import numbers
-from knnlm.report.data import ChartData, Curve, Point
+from knnlm.report.view import ChartData, Curve, Point
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]

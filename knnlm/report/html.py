@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from knnlm.files import write_text
 from knnlm.report.charts import colour, make_charts
-from knnlm.report.data import make_view
+from knnlm.report.view import make_view
 from knnlm.results import EvalResult
-from knnlm.storage import write_text
 
 # In a script element `<` could start `</script` or `<!--`; & and > are replaced as jinja2 and django do.
 _SCRIPT_SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})

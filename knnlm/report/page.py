@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knnlm.documents import write_document
+from knnlm.files import write_text
 from knnlm.report.charts import Chart
-from knnlm.report.document import write_document
 from knnlm.report.html import render_template
-from knnlm.storage import write_text
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from knnlm.layer_names import loosely_split, network_order
 from knnlm.report import numbers
-from knnlm.report.names import network_order, split
 from knnlm.results import SCORES, EvalResult, Interval, LayerResult, LayerScore, ScoreKind
 
 
@@ -80,7 +80,7 @@ def layer_rows(result: EvalResult) -> tuple[Row, ...]:
     rows = [
         Row(
             layer=layer.layer,
-            part=split(layer.layer)[1],
+            part=loosely_split(layer.layer)[1],
             chosen=layer.layer == result.selected,
             best=layer.layer == result.best,
             candidate=layer.layer in candidates,

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
 from knnlm.server import wire
-from knnlm.server.completions import Answer
+from knnlm.server.answers import Answer
 from knnlm.server.gate import Gate
 from knnlm.server.metrics import CONTENT_TYPE
 from knnlm.server.refusals import Refusal, invalid, mistake

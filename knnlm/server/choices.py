@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnlm.lm import LanguageModel
-from knnlm.probability import Mix
-from knnlm.serving.sampling import choose
-from knnlm.serving.text import INCOMPLETE, Detokenizer, TokenTexts
+from knnlm.inference.detokenizer import INCOMPLETE, Detokenizer, TokenTexts
+from knnlm.inference.sampling import choose
+from knnlm.knn.mixing import Mix
+from knnlm.model.lm import LanguageModel
 
 LEAST = -9999.0
 """What OpenAI's API has in the place of -inf, which JSON cannot write."""

@@ -6,17 +6,17 @@ import time
 from collections.abc import Sequence
 
 from knnlm.errors import InputError
-from knnlm.lm import LanguageModel
-from knnlm.probability import Mix
-from knnlm.server.batching import ModelThread
+from knnlm.inference.batch import RowModel
+from knnlm.inference.detokenizer import encode_prompt, end_tokens
+from knnlm.inference.model import KNNLM
+from knnlm.knn.mixing import Mix
+from knnlm.model.lm import LanguageModel
 from knnlm.server.choices import Prompt, Wish, Words
 from knnlm.server.limits import Limits
 from knnlm.server.metrics import Metrics
+from knnlm.server.model_thread import ModelThread
 from knnlm.server.refusals import Refusal
 from knnlm.server.wire import CompletionRequest
-from knnlm.serving.batch import RowModel
-from knnlm.serving.model import KNNLM
-from knnlm.serving.text import encode_prompt, end_tokens
 
 
 class Service:

@@ -28,7 +28,7 @@ from ratios import Row
 from rich.console import Console
 from rich.table import Table
 
-from knnlm.memory import keep_freed_memory
+from knnlm.cli.memory import keep_freed_memory
 
 DEMO = Path(__file__).parent.parent / "demo_data"
 

@@ -18,16 +18,18 @@ from extraction import documents
 from ratios import Row, seconds, speed_ratios
 from stores import LAYER, enlarged_store, wide_gpt2
 
-from knnlm.collect import collect
 from knnlm.config import EvalConfig, LayerConfig, Settings, TextConfig
-from knnlm.corpus import read_documents
-from knnlm.datastore import Datastore
-from knnlm.evaluation import Queries, open_queries
-from knnlm.lm import LanguageModel, load_model
+from knnlm.evaluation.queries import Queries, open_queries
+from knnlm.extraction.collect import collect
+from knnlm.knn.fitting import fit
+from knnlm.knn.mixing import Search
+from knnlm.knn.searcher import open_searcher
+from knnlm.model.lm import LanguageModel
+from knnlm.model.loading import load_model
 from knnlm.pipeline import build, evaluate, run
-from knnlm.plan import window_config
-from knnlm.probability import Search, fit
-from knnlm.search import open_searcher
+from knnlm.store.datastore import Datastore
+from knnlm.text.corpus import read_documents
+from knnlm.text.windows import window_config
 
 
 def rows(
@@ -55,7 +57,7 @@ def settings(count: int, queries: int) -> Settings:
 
 def _beside_the_lm(lm: LanguageModel, store: Datastore, held_out: Path, queries: int, rounds: int) -> Row:
     """All of `evaluate` beside the LM alone: both take tokens from all over the text and run the model."""
-    config, every = window_config(lm, TextConfig()), settings(store.count, queries)
+    config, every = window_config(TextConfig(), lm.name, lm.context_limit), settings(store.count, queries)
     plain = lambda: collect(lm, documents(lm, [held_out], queries), config, (), log_probs=True)  # noqa: E731
     whole = lambda: evaluate(lm, store, [held_out], settings=every)  # noqa: E731
     ratios = speed_ratios(whole, plain, rounds)
@@ -68,7 +70,7 @@ def _beside_the_lm(lm: LanguageModel, store: Datastore, held_out: Path, queries:
 
 def _thousand_settings(lm: LanguageModel, store: Datastore, held_out: Path, queries: int, rounds: int) -> Row:
     """Fitting tries 11 temperatures x 9 k x 12 λ, and refines."""
-    config = window_config(lm, TextConfig())
+    config = window_config(TextConfig(), lm.name, lm.context_limit)
     layer = store.layers[-1]
     with open_queries(lm, documents(lm, [held_out], queries), config, [layer]) as opened:
         search = _search(store, opened, layer)

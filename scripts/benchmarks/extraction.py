@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from ratios import Row, speed_ratios
 
-from knnlm.collect import collect
 from knnlm.config import Settings
-from knnlm.corpus import read_documents, tokenize
-from knnlm.datastore import DatastoreWriter
-from knnlm.layers import split
-from knnlm.lm import LanguageModel, load_model
-from knnlm.plan import window_config
-from knnlm.scoring import LayerScorer
-from knnlm.windows import Batch, TokenDocument, batches, count_targets, take_slices, windows
+from knnlm.extraction.collect import collect
+from knnlm.layer_names import split
+from knnlm.model.lm import LanguageModel
+from knnlm.model.loading import load_model
+from knnlm.scores.layer_scorer import LayerScorer
+from knnlm.store.datastore import DatastoreWriter
+from knnlm.text.corpus import read_documents, tokenize
+from knnlm.text.held_out import take_slices
+from knnlm.text.windows import Batch, TokenDocument, batches, count_targets, window_config, windows
 
 TEXT = Settings().text
 # Rows of the table of all pairs that a user's own code makes at a time.
@@ -78,13 +79,13 @@ def _low_precision(model: str, docs: Sequence[TokenDocument], rounds: int) -> Ro
 
 
 def perplexity(lm: LanguageModel, docs: Sequence[TokenDocument]) -> float:
-    collected = collect(lm, docs[:1], window_config(lm, TEXT), (), log_probs=True)
+    collected = collect(lm, docs[:1], window_config(TEXT, lm.name, lm.context_limit), (), log_probs=True)
     assert collected.lm_log_probs_N is not None
     return float(np.exp(-collected.lm_log_probs_N.mean()))
 
 
 def all_batches(lm: LanguageModel, docs: Iterable[TokenDocument]) -> Iterator[Batch]:
-    config = window_config(lm, TEXT)
+    config = window_config(TEXT, lm.name, lm.context_limit)
     return batches(windows(docs, config), TEXT.batch_tokens(config.context))
 
 
@@ -113,14 +114,14 @@ def truncated(lm: LanguageModel, blocks: int) -> LanguageModel:
 
 def extract(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str], *, score: bool = True) -> None:
     """Vectors of the layers, each scored and let go."""
-    config = window_config(lm, TEXT)
+    config = window_config(TEXT, lm.name, lm.context_limit)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}) if score else None
     collect(lm, docs, config, layers, scorer=scorer)
 
 
 def stored(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str]) -> None:
     """The same, and written to disk."""
-    dims, config = {name: lm.dims[name] for name in layers}, window_config(lm, TEXT)
+    dims, config = {name: lm.dims[name] for name in layers}, window_config(TEXT, lm.name, lm.context_limit)
     with tempfile.TemporaryDirectory() as folder, DatastoreWriter(folder, dims) as writer:
         collect(lm, docs, config, layers, scorer=LayerScorer(dims), writer=writer)
         writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)

@@ -33,12 +33,13 @@ from index.rerank import rerank
 from index.source import VectorSource
 from index.spec import choose_lists, parse_spec
 from knnlm.config import TextConfig
-from knnlm.datastore import Datastore
-from knnlm.evaluation import open_queries
-from knnlm.lm import load_model
-from knnlm.plan import window_config
-from knnlm.probability import Mix, Search, fit, knn_log_probs, mix, neighbor_weights
-from knnlm.search import open_searcher
+from knnlm.evaluation.queries import open_queries
+from knnlm.knn.fitting import fit
+from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix, neighbor_weights
+from knnlm.knn.searcher import open_searcher
+from knnlm.model.loading import load_model
+from knnlm.store.datastore import Datastore
+from knnlm.text.windows import window_config
 
 K = 1024
 # What follows `IVF…,`; PQ and fast-scan codes have D/4 sub-vectors, so 64 of 256 dimensions.
@@ -97,7 +98,9 @@ class Truth:
 def truth(store: Datastore, held_out: Path, queries: int) -> tuple[Truth, VectorSource, float]:
     """Queries of held-out text, and the seconds of exact search."""
     lm, (layer,) = load_model(store.manifest.fingerprint["model"], dtype="float32"), store.layers
-    with open_queries(lm, documents(lm, [held_out], queries), window_config(lm, TextConfig()), [layer]) as opened:
+    with open_queries(
+        lm, documents(lm, [held_out], queries), window_config(TextConfig(), lm.name, lm.context_limit), [layer]
+    ) as opened:
         keys = store.keys(layer)
         queries_QD = keys.prepare_queries(opened.vectors(layer), "l2")
         searcher = open_searcher(store, layer, "l2", exact=True)

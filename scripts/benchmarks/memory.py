@@ -18,10 +18,11 @@ from pathlib import Path
 
 from extraction import extract, stored
 
-from knnlm.corpus import read_documents, tokenize
-from knnlm.layers import select_layers
-from knnlm.lm import LanguageModel, load_model
-from knnlm.memory import keep_freed_memory
+from knnlm.cli.memory import keep_freed_memory
+from knnlm.layer_names import select_layers
+from knnlm.model.lm import LanguageModel
+from knnlm.model.loading import load_model
+from knnlm.text.corpus import read_documents, tokenize
 
 
 def peak_megabytes(args: argparse.Namespace, text: Path) -> float:

@@ -17,9 +17,9 @@ from extraction import all_batches, documents
 from numpy.typing import NDArray
 from ratios import seconds
 
-from knnlm.layers import FINAL
-from knnlm.lm import LanguageModel
-from knnlm.windows import Batch, TokenDocument
+from knnlm.layer_names import FINAL
+from knnlm.model.lm import LanguageModel
+from knnlm.text.windows import Batch, TokenDocument
 
 # Its index and search, whatever the number of keys, as a factory string and nprobe.
 INDEX, LISTS, PROBES = "IVF4096,PQ64", 4096, 32

@@ -16,13 +16,14 @@ from repeats import repeated
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from knnlm.collect import collect
 from knnlm.config import Settings, TextConfig
-from knnlm.datastore import Datastore, DatastoreWriter
-from knnlm.indexing import index_layer
-from knnlm.layers import select_layers
-from knnlm.lm import LanguageModel, load_model
-from knnlm.plan import window_config
+from knnlm.extraction.collect import collect
+from knnlm.knn.indexing import index_layer
+from knnlm.layer_names import select_layers
+from knnlm.model.lm import LanguageModel
+from knnlm.model.loading import load_model
+from knnlm.store.datastore import Datastore, DatastoreWriter
+from knnlm.text.windows import window_config
 
 NARROW = Path(__file__).parent.parent / "demo_data" / "model"
 # GPT-2 small is so many times as wide as the demo's model, has so many blocks more, and this vocabulary.
@@ -90,7 +91,7 @@ def enlarged_store(lm: LanguageModel, text: Sequence[Path], folder: Path, count:
     """
     own_ND, tokens_N = _own_keys(text, folder.with_name(f"{folder.name}-own"), count)
     (layer,) = select_layers(LAYER, lm.layer_names)
-    config = window_config(lm, TextConfig())
+    config = window_config(TextConfig(), lm.name, lm.context_limit)
     folder.mkdir()
     with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
         writer.begin_document(int(tokens_N[0]), "enlarged", 0)
@@ -106,7 +107,7 @@ def enlarged_store(lm: LanguageModel, text: Sequence[Path], folder: Path, count:
 def _own_keys(text: Sequence[Path], folder: Path, count: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     lm = load_model(str(NARROW), dtype="float32")
     (layer,) = select_layers(LAYER, lm.layer_names)
-    config = window_config(lm, TextConfig())
+    config = window_config(TextConfig(), lm.name, lm.context_limit)
     folder.mkdir()
     with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
         collect(lm, documents(lm, text, min(count, OWN_KEYS)), config, [layer], writer=writer)

@@ -1,0 +1,175 @@
+"""report.json: results to plain values that strict JSON holds, and back. The schema is in docs/report-json.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from knnlm.errors import InputError
+from knnlm.files import write_text
+from knnlm.layer_names import loosely_split
+from knnlm.results import (
+    EvalResult,
+    Interval,
+    LayerResult,
+    LayerScore,
+    ScoreResult,
+    VectorScores,
+)
+
+FORMAT = "knnlm-report"
+VERSION = 1
+Result = TypeVar("Result")
+
+# A layer's row is flat: its `interval` is the dispersion's, so that of `change` is written as `change_interval`.
+RENAMED = {"lam": "lambda", "interval": "change_interval"}
+SCORE_FIELDS = tuple(field.name for field in fields(LayerScore) if field.name != "layer")
+
+
+def to_document(result: EvalResult) -> dict[str, Any]:
+    """An evaluation as report.json's object. NaN and infinity become null, intervals `[low, high]`, tuples lists."""
+    document = _head("evaluation") | _plain_fields(result)
+    document["layers"] = [_layer_row(layer) for layer in result.layers]
+    return document
+
+
+def from_document(document: Mapping[str, Any]) -> EvalResult:
+    """The evaluation that `to_document` wrote; null becomes NaN where a number is due (also for an infinity).
+
+    :raises InputError: the object is no evaluation of this format and version, or lacks a field
+    """
+    _check_head(document, "evaluation")
+    layers = [_layer_fields(row) for row in _get(document, "layers")]
+    return _build(EvalResult, {**document, "layers": layers})
+
+
+def score_document(result: ScoreResult | VectorScores) -> dict[str, Any]:
+    """What `score --json` prints; as `to_document`."""
+    document = _head("score" if isinstance(result, ScoreResult) else "vectors") | _plain_fields(result)
+    document["layers"] = [_names(score.layer) | _plain_fields(score) for score in result.layers]
+    if isinstance(result, ScoreResult):
+        document["selected"] = result.choice.layer
+    return document
+
+
+def score_from_document(document: object) -> ScoreResult:
+    """The scores that `score_document` wrote; as `from_document`."""
+    if not isinstance(document, Mapping):
+        raise InputError(f"not a score report: {type(document).__name__} instead of an object")
+    _check_head(document, "score")
+    return _build(ScoreResult, document)
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """A document as strict JSON text: a NaN that slipped through is an error, never the token `NaN`."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_document(document: Mapping[str, Any], path: str | Path) -> None:
+    """Write a document to a file, whole or not at all.
+
+    :raises OSError: the file cannot be written
+    """
+    write_text(path, dumps(document))
+
+
+def _head(kind: str) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, "kind": kind}
+
+
+def _check_head(document: Mapping[str, Any], kind: str) -> None:
+    got = tuple(document.get(key) for key in ("format", "version", "kind"))
+    if got != (FORMAT, VERSION, kind):
+        due = (FORMAT, VERSION, kind)
+        raise InputError(f"not a {kind} report: format, version and kind are {got!r}, expected {due!r}")
+
+
+def _names(layer: str) -> dict[str, Any]:
+    block, part = loosely_split(layer)
+    return {"layer": layer, "block": block, "part": part}
+
+
+def _layer_row(layer: LayerResult) -> dict[str, Any]:
+    score = dict.fromkeys(SCORE_FIELDS) if layer.score is None else _plain_fields(layer.score)
+    measured = {RENAMED.get(key, key): value for key, value in _plain_fields(layer).items() if key != "score"}
+    return _names(layer.layer) | score | measured
+
+
+def _layer_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    written = {new: old for old, new in RENAMED.items()}
+    measured = {written.get(key, key): value for key, value in row.items() if key not in SCORE_FIELDS}
+    score = {key: row[key] for key in SCORE_FIELDS if key in row}
+    unscored = all(value is None for value in score.values())
+    return measured | {"score": None if unscored else score | {"layer": row.get("layer")}}
+
+
+def _plain_fields(value: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
+    return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - anything that a result or a setting holds
+    """Values of strict JSON: NaN and infinity become null, an interval `[low, high]`, dataclasses objects."""
+    if isinstance(value, Interval):
+        return [plain(value.low), plain(value.high)]
+    if is_dataclass(value):
+        return _plain_fields(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return _plain_scalar(value)
+
+
+def _plain_scalar(value: Any) -> Any:  # noqa: ANN401
+    if hasattr(value, "item") and not isinstance(value, str):  # a NumPy number, told without NumPy
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool):
+        return value
+    # str() also of what inherits from str or int (StrEnum), so that the document holds plain types only
+    return int(value) if isinstance(value, int) else str(value)
+
+
+def _get(data: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
+    if key not in data:
+        raise InputError(f"this report lacks the field {key!r}; it was written by another version or cut short")
+    return data[key]
+
+
+def _build(cls: type[Result], data: Mapping[str, Any]) -> Result:
+    hints = get_type_hints(cls)
+    values = {}
+    for field in fields(cls):  # type: ignore[arg-type]  # every caller passes a dataclass
+        optional = field.default is not MISSING or field.default_factory is not MISSING
+        if optional and field.name not in data:
+            continue
+        values[field.name] = _parse(hints[field.name], _get(data, field.name))
+    return cls(**values)
+
+
+def _parse(hint: Any, value: Any) -> Any:  # noqa: ANN401 - follows the annotations of knnlm.results
+    if get_origin(hint) in (Union, types.UnionType):
+        return None if value is None else _parse(get_args(hint)[0], value)
+    if hint is float:
+        return math.nan if value is None else float(value)
+    if hint is Interval:
+        return Interval(*(_parse(float, end) for end in value))
+    if get_origin(hint) is tuple:
+        return _parse_tuple(get_args(hint), value)
+    if is_dataclass(hint):
+        return _build(hint, value)  # type: ignore[arg-type]  # is_dataclass also admits instances
+    if get_origin(hint) is Mapping:
+        return {key: _parse(get_args(hint)[1], item) for key, item in value.items()}
+    return value
+
+
+def _parse_tuple(hints: tuple[Any, ...], value: list[Any]) -> tuple[Any, ...]:
+    if hints[-1] is Ellipsis:
+        return tuple(_parse(hints[0], item) for item in value)
+    return tuple(_parse(hint, item) for hint, item in zip(hints, value, strict=True))

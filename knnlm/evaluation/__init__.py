@@ -1,0 +1,1 @@
+"""Fitted on one part of the text, reported on the other."""

@@ -1,0 +1,116 @@
+"""Perplexity of the plain LM and of the kNN-LM, for every layer of a datastore.
+
+The evaluation text goes through the model once, into a small temporary datastore of float32 queries. Each layer is
+searched once; k, temperature and lambda are fitted on one part of the text (the tuning part) and perplexity is
+reported on the other, so that no number is fitted on the tokens that it is reported on.
+
+Legend: Q query tokens, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from knnlm.config import KNNConfig
+from knnlm.evaluation.queries import Floats, Queries
+from knnlm.knn.fitting import LAMBDA_CURVE, fit, fit_gate
+from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
+from knnlm.knn.searcher import check_k, open_searcher
+from knnlm.progress import Progress, Silent
+from knnlm.store.datastore import Datastore
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What one layer's search gave."""
+
+    layer: str
+    mix: Mix
+    """Fitted on the tuning part; with a gate where lambda was. All but `gated_losses_R` is with the fixed lambda."""
+    losses_Q: Floats
+    """-log p of every target, cross-fitted: tuning tokens under the setting fitted on the reporting part, all others
+    under `mix`, so that no token is scored with what was fitted on it."""
+    tuning_loss: float
+    """Mean, on the tuning part, with `mix`: in-sample, what the best layer is picked by."""
+    swapped_loss: float
+    """Mean, on the reporting part, with the setting fitted there: the same for the swapped roles."""
+    lambda_curve: tuple[tuple[float, float], ...]
+    gated_losses_R: Floats | None = None
+    """-log p of the reporting part's targets under the gate."""
+
+
+def evaluate_layers(
+    store: Datastore,
+    queries: Queries,
+    layers: Sequence[str],
+    knn: KNNConfig,
+    *,
+    exact: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[LayerOutcome]:
+    """Search, fit and score one layer after the other."""
+    check_k(knn.k, store.count)
+    progress, k = progress or Silent(), min(knn.search_k, store.count)
+    for layer in layers:
+        searcher = open_searcher(store, layer, knn.metric, exact=exact)
+        with progress.stage(f"searching {layer}", "queries") as advance:
+            search = searcher.cached(queries.vectors(layer), queries.targets_Q, k, advance)
+        with progress.stage(f"fitting k, λ and T for {layer}", "settings"):
+            found = outcome(layer, search, queries, knn)
+        yield found
+
+
+def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> LayerOutcome:
+    """Fit on each part, score the other; a gate, on the tuning part, unless lambda is given."""
+    tuning, rest, lm_Q = queries.parts.tuning_Q, ~queries.parts.tuning_Q, queries.lm_Q
+    mine, swapped = (
+        fit(search.rows(part), lm_Q[part], k=knn.k, temperature=knn.temperature, lam=knn.lam)
+        for part in (tuning, queries.parts.fitting_Q)
+    )
+    losses_Q, swapped_Q = _losses(search, lm_Q, mine), _losses(search, lm_Q, swapped)
+    if knn.lam is None:
+        mine = fit_gate(search.rows(tuning), lm_Q[tuning], mine)
+    reporting = queries.parts.reporting_Q
+    reported = search.rows(reporting)
+    knn_Q = knn_log_probs(reported, mine.k, mine.temperature)
+    return LayerOutcome(
+        layer=layer,
+        mix=mine,
+        losses_Q=np.where(rest, losses_Q, swapped_Q),
+        tuning_loss=float(np.mean(losses_Q[tuning])),
+        swapped_loss=float(np.mean(swapped_Q[queries.parts.fitting_Q])),
+        lambda_curve=tuple((lam, perplexity(-mix(lm_Q[reporting], knn_Q, lam))) for lam in LAMBDA_CURVE),
+        gated_losses_R=_gated_losses(reported, lm_Q[reporting], knn_Q, mine),
+    )
+
+
+def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutcome, metric: str) -> float:
+    """The layer's perplexity on the reporting part when its index searches, at the setting fitted exactly."""
+    reporting = queries.parts.reporting_Q
+    searcher = open_searcher(store, one.layer, metric)
+    search = searcher.cached(queries.vectors(one.layer)[reporting], queries.targets_Q[reporting], one.mix.k)
+    return perplexity(_losses(search, queries.lm_Q[reporting], one.mix))
+
+
+def _gated_losses(search: Search, lm_log_probs: Floats, knn: Floats, setting: Mix) -> Floats | None:
+    if setting.gate is None:
+        return None
+    return -mix(lm_log_probs, knn, setting.lambdas(search.distances_QK, search.values_QJ))
+
+
+def _losses(search: Search, lm_log_probs: Floats, setting: Mix) -> Floats:
+    return -mix(lm_log_probs, knn_log_probs(search, setting.k, setting.temperature), setting.lam)
+
+
+def perplexity(losses: Floats) -> float:
+    """exp of the mean loss."""
+    return exp_or_inf(float(np.mean(losses)))
+
+
+def exp_or_inf(value: float) -> float:
+    """exp, infinite where float64 ends: such is the word perplexity of a long text without white space."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))

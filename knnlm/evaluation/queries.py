@@ -1,0 +1,99 @@
+"""The evaluation text after one forward pass: a small temporary datastore of float32 queries, with their targets.
+
+Legend: Q query tokens, D dimension.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.config import BATCH_TOKENS
+from knnlm.errors import InputError
+from knnlm.evaluation.parts import Parts, split_parts
+from knnlm.extraction.collect import Collected, collect
+from knnlm.model.lm import LanguageModel
+from knnlm.progress import Progress, Silent
+from knnlm.store.datastore import Datastore, DatastoreWriter
+from knnlm.text.windows import TokenDocument, WindowConfig, count_targets
+
+Floats = NDArray[np.float64]
+# Of each of the two parts: fewer say nothing of k, temperature and lambda.
+LEAST_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The evaluation text after its one forward pass."""
+
+    store: Datastore
+    collected: Collected
+    parts: Parts
+
+    @property
+    def targets_Q(self) -> NDArray[np.int32]:
+        """The token that each query has to predict."""
+        assert self.collected.targets_N is not None
+        return self.collected.targets_N
+
+    @property
+    def lm_Q(self) -> Floats:
+        """The plain LM's log-probability of each target."""
+        assert self.collected.lm_log_probs_N is not None
+        return self.collected.lm_log_probs_N
+
+    def vectors(self, layer: str) -> NDArray[np.float32]:
+        """The layer's raw vectors, [Q, D]."""
+        keys = self.store.keys(layer)
+        return keys.read(0, len(keys)) + keys.centre
+
+
+@contextmanager
+def open_queries(
+    lm: LanguageModel,
+    documents: Sequence[TokenDocument],
+    config: WindowConfig,
+    layers: Sequence[str],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    fitted: bool = True,
+    progress: Progress | None = None,
+) -> Iterator[Queries]:
+    """Run the model over the evaluation text and keep its queries on disk while the block lasts."""
+    progress = progress or Silent()
+    total = count_targets(documents)
+    with tempfile.TemporaryDirectory(prefix="knnlm-queries-") as folder:
+        dims = {name: lm.dims[name] for name in layers}
+        writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", option="TMPDIR")
+        with writer, progress.stage("evaluation text through the model", "tokens") as advance:
+            collected = collect(
+                lm,
+                documents,
+                config,
+                layers,
+                batch_tokens=batch_tokens,
+                writer=writer,
+                log_probs=True,
+                advance=lambda done, _: advance(done, total),
+            )
+            writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
+        assert collected.documents_N is not None
+        yield Queries(Datastore.open(Path(folder)), collected, split_parts(collected.documents_N, fitted=fitted))
+
+
+def check_evaluation(documents: Sequence[TokenDocument]) -> None:
+    """:raises InputError: there are too few tokens to tune on one part and report on the other."""
+    lengths = [count_targets([document]) for document in documents]
+    parts = split_parts(np.repeat(np.arange(len(lengths)), lengths)) if any(lengths) else None
+    smaller = int(min(parts.tuning_Q.sum(), parts.fitting_Q.sum())) if parts else 0
+    if smaller < LEAST_TOKENS:
+        raise InputError(
+            f"the evaluation text gives {sum(lengths):,} tokens to predict, {smaller} of them in the smaller of its "
+            f"two parts, but at least {LEAST_TOKENS} are needed in each; give more"
+        )

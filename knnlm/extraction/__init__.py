@@ -1,0 +1,1 @@
+"""Every forward pass over text."""

@@ -1,0 +1,146 @@
+"""What one forward pass tells of each segment of a text: its perplexity, and every wanted layer's geometry.
+
+Legend: S segments, B segments of a batch, T tokens of a segment, D dimension.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm.config import BATCH_TOKENS
+from knnlm.errors import InputError, ModelError
+from knnlm.layer_names import FINAL
+from knnlm.model.lm import LanguageModel
+from knnlm.progress import Advance, ignore
+from knnlm.scores.dispersion import BadVector, Span, span_dispersions, unit_rows
+from knnlm.text.segments import Segment
+
+Float64 = NDArray[np.float64]
+
+# look(layer, vectors_BTD, first): the vectors of segments `first` and those behind it; valid during the call only.
+Look = Callable[[str, Tensor, int], None]
+
+SegmentFunction = Callable[[NDArray[np.floating]], float]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentValues:
+    """What a pass over S segments found, in their order."""
+
+    loss_S: Float64
+    """Mean of -log p over the T - 1 tokens that have a predecessor: the log of the sequence-level perplexity."""
+    final_loss_S: Float64
+    """-log p of the last token, predicted from the T - 1 before it."""
+    within: Mapping[str, Float64]
+    """Of each layer, [S]: dispersion of the segment's T vectors."""
+    scores: Mapping[str, Float64]
+    """Of each layer, [S]: what `function` gives for them; `within` when there is none."""
+    last: Mapping[str, NDArray[np.float32]]
+    """Of each layer, [S, D]: the segment's last vector at unit length; on disk, in a file without a name."""
+
+
+def measure_segments(
+    lm: LanguageModel,
+    segments: Sequence[Segment],
+    layers: Sequence[str],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    look: Look | None = None,
+    function: SegmentFunction | None = None,
+    advance: Advance = ignore,
+) -> SegmentValues:
+    """Run the model once over segments of equal length. Memory holds a batch and S numbers for each layer.
+
+    :param look: also sees every layer's vectors of every batch.
+    :param function: another score of a segment's vectors [T, D], as in `knnlm.scores.layer_scorer.SEGMENT_FUNCTIONS`.
+    :raises ModelError: a layer gives a vector without a direction, or the model gives no probability.
+    """
+    tables = _Tables(lm, segments, layers, look, function)
+    rows = max(1, batch_tokens // len(segments[0].tokens_T))
+    for first in range(0, len(segments), rows):
+        tables.add_batch(first, min(first + rows, len(segments)))
+        advance(min(first + rows, len(segments)), len(segments))
+    return SegmentValues(tables.loss_S, tables.final_loss_S, tables.within, tables.scores, tables.last)
+
+
+class _Tables:
+    """The values of all segments, filled batch by batch."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        segments: Sequence[Segment],
+        layers: Sequence[str],
+        look: Look | None,
+        function: SegmentFunction | None,
+    ) -> None:
+        self._lm, self._segments, self._look, self._function = lm, segments, look, function
+        self._needed = tuple(dict.fromkeys((*layers, FINAL)))
+        self._final_BTD = torch.empty(0)
+        self._first = 0
+        count = len(segments)
+        _check_room(count, [lm.dims[layer] for layer in layers])
+        self.loss_S, self.final_loss_S = np.empty(count), np.empty(count)
+        self.within = {layer: np.empty(count) for layer in layers}
+        self.scores = {layer: np.empty(count) for layer in layers} if function else self.within
+        self.last = {layer: _scratch((count, lm.dims[layer])) for layer in layers}
+
+    def add_batch(self, first: int, stop: int) -> None:
+        self._first = first
+        tokens_BT = torch.from_numpy(np.stack([one.tokens_T for one in self._segments[first:stop]]).astype(np.int64))
+        self._lm.forward(tokens_BT, None, self._needed, self._receive)
+        # After the pass: the head must not run inside its own hook.
+        log_probs = self._lm.target_log_probs(self._final_BTD[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+        loss_BT = -log_probs.numpy().reshape(len(tokens_BT), -1)
+        if not np.isfinite(loss_BT).all():
+            raise ModelError(f"{self._lm.name} gives probabilities that are not finite; try --dtype float32")
+        self.loss_S[first:stop] = loss_BT.mean(axis=1)
+        self.final_loss_S[first:stop] = loss_BT[:, -1]
+
+    def _receive(self, layer: str, vectors_BTD: Tensor) -> None:
+        if layer == FINAL:
+            self._final_BTD = vectors_BTD
+        if layer not in self.within:
+            return
+        rows, length = vectors_BTD.shape[:2]
+        place = slice(self._first, self._first + rows)
+        try:
+            self.within[layer][place] = span_dispersions(vectors_BTD, [Span(row, 0, length, 0) for row in range(rows)])
+        except BadVector as error:
+            raise self._bad_vector(layer, error) from None
+        if self._function is not None:
+            self.scores[layer][place] = [self._function(vectors_TD) for vectors_TD in vectors_BTD.float().cpu().numpy()]
+        self.last[layer][place] = unit_rows(vectors_BTD[:, -1])
+        if self._look is not None:
+            self._look(layer, vectors_BTD, self._first)
+
+    def _bad_vector(self, layer: str, error: BadVector) -> ModelError:
+        segment = self._segments[self._first + error.row]
+        return ModelError(
+            f"layer {layer} gives a vector that {error.fault}, at token {segment.start + error.position} of "
+            f"{segment.source}, document {segment.number}; try --dtype float32, or leave the layer out with --layers"
+        )
+
+
+def _check_room(segments: int, dims: Iterable[int]) -> None:
+    """A write to a mapped file on a full disk would end the process, so there must be room before the pass."""
+    needed, free = 4 * segments * sum(dims), shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise InputError(
+            f"the last vectors of {segments:,} segments take {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, which "
+            f"has {free / 1e9:.1f} GB free; set TMPDIR, or take fewer --layers or --max-segments"
+        )
+
+
+def _scratch(shape: tuple[int, int]) -> NDArray[np.float32]:
+    """An array in a temporary file that is gone when nobody holds the array."""
+    with tempfile.TemporaryFile(prefix="knnlm-") as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)

@@ -1,0 +1,136 @@
+"""Where the vectors of a forward pass go: to a check, to the scorer, to the datastore, to the head.
+
+Legend: B windows of a batch, T positions, D dimension, N counted positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm.layer_names import FINAL
+from knnlm.model.lm import LanguageModel
+from knnlm.scores.dispersion import NonFinite, Span, first_nonfinite
+from knnlm.scores.layer_scorer import LayerScorer
+from knnlm.store.datastore import DatastoreWriter
+from knnlm.text.windows import Batch, Window
+
+
+class Sink(ABC):
+    """Is told of a batch, is given its layers' vectors one after the other, and is told that these were all."""
+
+    windows: Sequence[Window] = ()
+    spans: Sequence[Span] = ()
+
+    def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
+        """Before the forward pass of a batch, of which the positions in `spans` count."""
+        self.windows, self.spans = batch.windows, spans
+
+    @abstractmethod
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        """One layer's vectors, the model's own memory."""
+
+    def end(self) -> None:
+        """After the forward pass."""
+        self.windows = self.spans = ()
+
+
+class _Check(Sink):
+    """Looks for NaN and infinite values where no scorer meets them in its sums."""
+
+    def __init__(self, but: Collection[str]) -> None:
+        self._but = but
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        """Take one layer's vectors."""
+        # What enters the head is checked though no layer asked for: NaN there would be the LM's perplexity.
+        if name in self._but:
+            return
+        for span in self.spans:
+            vectors_1TD = vectors_BTD[span.row : span.row + 1, span.first : span.last]
+            if not torch.isfinite(vectors_1TD.sum()) and (place := first_nonfinite(vectors_1TD)):
+                raise NonFinite(span.row, span.first + place[1])
+
+
+class _Score(Sink):
+    """Passes wanted layers on to the scorer."""
+
+    def __init__(self, layers: Collection[str], scorer: LayerScorer) -> None:
+        self._layers, self._scorer = layers, scorer
+
+    def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
+        """Before the forward pass."""
+        self._scorer.begin_batch(spans, [window.targets[window.first :] for window in batch.windows])
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        """Take one layer's vectors."""
+        if name in self._layers:
+            self._scorer.receive(name, vectors_BTD)
+
+
+class _Store(Sink):
+    """Writes values, and the keys of wanted layers."""
+
+    def __init__(self, layers: Collection[str], writer: DatastoreWriter) -> None:
+        self._layers, self._writer = layers, writer
+        self._document = -1
+
+    def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
+        """Before the forward pass."""
+        super().begin(batch, spans)
+        for window in batch.windows:
+            if window.document != self._document:
+                self._writer.begin_document(int(window.inputs[0]), window.source, window.number)
+                self._document = window.document
+            self._writer.append_values(window.targets[window.first :])
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        """Take one layer's vectors."""
+        if name in self._layers:
+            rows = [vectors_BTD[span.row, span.first : span.last] for span in self.spans]
+            self._writer.append_keys(name, torch.cat(rows).float().cpu().numpy())
+
+
+class TargetSink(Sink):
+    """Keeps the plain LM's log-probability of every counted target, with its document."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._final_BTD = torch.empty(0)
+        self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]] = []
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        """Take one layer's vectors."""
+        if name == FINAL:  # held until the forward pass is over: the head must not run inside its own hook
+            self._final_BTD = vectors_BTD
+
+    def end(self) -> None:
+        """After the forward pass: score what was held."""
+        for span, window in zip(self.spans, self.windows, strict=True):
+            targets = window.targets[span.first : span.last]
+            final_ND = self._final_BTD[span.row, span.first : span.last]
+            log_probs = self._lm.target_log_probs(final_ND, torch.from_numpy(targets.astype(np.int64)))
+            self._parts.append((targets, log_probs.cpu().numpy(), np.full(len(targets), window.document)))
+
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]:
+        """Targets, their log-probabilities and their documents, over all batches."""
+        targets, log_probs, documents = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        return targets, log_probs, documents
+
+
+def make_sinks(
+    layers: Sequence[str], scorer: LayerScorer | None, writer: DatastoreWriter | None, targets: TargetSink | None
+) -> tuple[Sink, ...]:
+    """Those that are wanted; checking and scoring come first, so that no bad vector is stored."""
+    wanted = frozenset(layers)
+    return (
+        _Check(but=wanted if scorer else ()),
+        *([_Score(wanted, scorer)] if scorer else []),
+        *([_Store(wanted, writer)] if writer else []),
+        *([targets] if targets else []),
+    )

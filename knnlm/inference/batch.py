@@ -1,0 +1,154 @@
+"""Rows that are continued together, token by token, and may come and go between two steps (continuous batching).
+
+Rows of different length have padding on the left, which the mask hides, so that all end in the same column. The keys
+and values of `transformers`' cache are cut and joined as the rows are. A model whose cache is of a kind that is not
+known here, or that has none, computes whole rows at every step: right as well, but slower.
+
+Shapes: B batch, T time, V vocabulary.
+"""
+
+# ruff: noqa: ANN401 - caches and outputs are the architecture's own
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from knnlm.inference.model import KNNLM
+from knnlm.knn.mixing import Mix
+from knnlm.knn.retrieval import RowRetrieval
+
+Receive = Callable[[int, Tensor], None]
+"""Called with the first position and the log-probabilities [B, T, V] at it and those that follow."""
+# Layers of a cache that hold keys and values [B, heads, T, D] of the last positions, and nothing else.
+_KNOWN_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+# Log-probabilities of a prompt that are made at once: at most this many (64 MB in float32).
+_PROMPT_SCORES = 1 << 24
+
+
+class RowModel:
+    """A kNN-LM whose rows have settings of their own. Of one thread only: it changes the model's `retrieval`."""
+
+    def __init__(self, model: KNNLM, vocabulary: int) -> None:
+        self._model, self.vocabulary = model, vocabulary
+        self._retrieval = model.retrieval
+        self._takes = set(inspect.signature(type(model).forward).parameters)
+        token_BT = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        cached = "past_key_values" in self._takes
+        self.keeps_cache = cached and _is_known(model(token_BT, use_cache=True).past_key_values)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Mix], receive: Receive | None = None
+    ) -> tuple[Batch, Tensor]:
+        """Read prompts, none of them empty; the log-probabilities of what follows are float32 [B, V].
+
+        :param receive: gets those of all positions, some at a time. Without it only the last ones are searched for.
+        """
+        length, device = max(map(len, prompts)), self._model.device
+        tokens_BT = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        batch = Batch(self, tokens_BT, mask_BT, list(settings))
+        if receive is None:
+            return batch, batch.read(0, length)
+        size = max(1, _PROMPT_SCORES // (len(prompts) * self.vocabulary)) if self.keeps_cache else length
+        for start in range(0, length, size):
+            log_probs_BTV = batch.forward(start, min(start + size, length), keep=0)
+            receive(start, log_probs_BTV)
+        return batch, log_probs_BTV[:, -1]
+
+    def run(self, tokens_BT: Tensor, mask_BT: Tensor, cache: Any, settings: Sequence[Mix], keep: int) -> Any:
+        """The output for the last tokens of rows of which the cache, if there is one, holds the others."""
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
+        given = {
+            "attention_mask": mask_BT,
+            "position_ids": positions_BT,
+            "past_key_values": cache,
+            "use_cache": self.keeps_cache,
+            "logits_to_keep": keep,
+        }
+        retrieval = self._retrieval
+        self._model.retrieval = RowRetrieval(retrieval.searcher, retrieval.setting, tuple(settings))
+        return self._model(tokens_BT, **{name: value for name, value in given.items() if name in self._takes})
+
+
+@dataclass
+class Batch:
+    """Rows that are continued together."""
+
+    model: RowModel
+    tokens_BT: Tensor
+    mask_BT: Tensor
+    settings: list[Mix]
+    cache: Any = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Put a token behind each row; the log-probabilities of what follows are float32 [B, V]."""
+        new_B1 = torch.tensor(tokens, device=self.tokens_BT.device)[:, None]
+        self.tokens_BT = torch.cat([self.tokens_BT, new_B1], 1)
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(new_B1)], 1)
+        length = self.tokens_BT.shape[1]
+        return self.read(length - 1 if self.model.keeps_cache else 0, length)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The log-probabilities [B, V] of what follows the last of some positions."""
+        return self.forward(start, stop, keep=1)[:, -1]
+
+    def forward(self, start: int, stop: int, *, keep: int) -> Tensor:
+        """Those of the last `keep` positions, or of all with 0: [B, T, V]. The cache holds what is before `start`."""
+        columns = self.tokens_BT[:, start:stop], self.mask_BT[:, :stop]
+        output = self.model.run(*columns, self.cache, self.settings, keep)
+        if self.model.keeps_cache:
+            self.cache = output.past_key_values
+        log_probs_BTV: Tensor = output.logits
+        return log_probs_BTV
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row that is named twice is there twice afterwards."""
+        self.settings = [self.settings[row] for row in rows]
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.tokens_BT.device)
+        self.tokens_BT, self.mask_BT = self.tokens_BT[chosen], self.mask_BT[chosen]
+        for layer in self._layers():
+            layer.batch_select_indices(chosen)
+        if rows:
+            self._resize(int(self.mask_BT.sum(1).max()))
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of another batch, behind the own; that batch is of no use afterwards."""
+        length = max(self.tokens_BT.shape[1], other.tokens_BT.shape[1])
+        for one in (self, other):
+            one._resize(length)
+        self.settings += other.settings
+        self.tokens_BT = torch.cat([self.tokens_BT, other.tokens_BT])
+        self.mask_BT = torch.cat([self.mask_BT, other.mask_BT])
+        for layer, added in zip(self._layers(), other._layers(), strict=True):
+            layer.keys = torch.cat([layer.keys, added.keys])
+            layer.values = torch.cat([layer.values, added.values])
+
+    def _resize(self, length: int) -> None:
+        """Put padding on the left, or take it away, until the rows have so many columns."""
+        more = length - self.tokens_BT.shape[1]
+        self.tokens_BT, self.mask_BT = pad(self.tokens_BT, (more, 0)), pad(self.mask_BT, (more, 0))
+        for layer in self._layers():
+            held = length
+            if hasattr(layer, "cumulative_length"):  # of a sliding window only the last columns are held
+                layer.cumulative_length = length
+                held = min(length, layer.sliding_window - 1)
+            change = (0, 0, held - layer.keys.shape[2], 0)
+            layer.keys, layer.values = pad(layer.keys, change), pad(layer.values, change)
+
+    def _layers(self) -> list[Any]:
+        """Those of the cache; some models share them between blocks, and leave the others empty."""
+        return [layer for layer in getattr(self.cache, "layers", ()) if layer.is_initialized]
+
+
+def _is_known(cache: Any) -> bool:
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+    return bool(kinds) and kinds <= _KNOWN_CACHES

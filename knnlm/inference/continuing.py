@@ -1,0 +1,68 @@
+"""A text that goes on token by token, each with the evidence for it: for whoever shows why a token was taken.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from knnlm.inference.detokenizer import end_tokens
+from knnlm.inference.model import KNNLM
+from knnlm.inference.sampling import choose
+from knnlm.knn.evidence import Evidence, find_neighbors, make_evidence, mixed_log_probs
+from knnlm.knn.mixing import Mix
+from knnlm.model.lm import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class NextToken:
+    """A token that was taken from the mixed distribution."""
+
+    token: int
+    evidence: Evidence
+    ended: bool
+    """It is an end token."""
+
+
+class Continuing:
+    """Call `step` for each new token, which is taken as `choose` has it. The model's cache is kept between steps.
+
+    :param depth: neighbours that a search brings, of which the setting's k vote.
+    """
+
+    def __init__(
+        self,
+        model: KNNLM,
+        lm: LanguageModel,
+        tokens: Sequence[int],
+        setting: Mix,
+        *,
+        depth: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self._model, self._tokens, self._setting, self._depth = model, list(tokens), setting, depth
+        self._temperature, self._top_p, self._random = temperature, top_p, np.random.default_rng(seed)
+        self._ends = end_tokens(model, lm)
+        self._past: Any = None
+
+    def step(self) -> NextToken:
+        """The next token."""
+        # Where the architecture gives no cache, all tokens go through it again.
+        fresh = self._tokens if self._past is None else self._tokens[-1:]
+        output, vectors_BTD = self._model.unmixed(torch.tensor([fresh], device=self._model.device), self._past)
+        self._past = output.get("past_key_values")
+        log_probs_V = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
+        (found,) = find_neighbors(self._model.retrieval.searcher, vectors_BTD[0, -1:], self._depth)
+        evidence = make_evidence(found, log_probs_V)
+        mixed_V = mixed_log_probs(evidence, log_probs_V, self._setting)
+        token = choose(mixed_V, self._temperature, self._top_p, self._random)
+        self._tokens.append(token)
+        return NextToken(token, evidence.including(token, log_probs_V), token in self._ends)

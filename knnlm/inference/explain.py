@@ -1,0 +1,255 @@
+"""Why the kNN-LM gave a token its probability: the two distributions that were mixed, and the passages behind one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm.config import KNNConfig
+from knnlm.errors import InputError
+from knnlm.inference.continuing import Continuing
+from knnlm.inference.detokenizer import Detokenizer, TokenTexts
+from knnlm.inference.model import KNNLM
+from knnlm.knn.evidence import LIKELIEST, Evidence, Neighborhood, find_neighbors, make_evidence
+from knnlm.knn.mixing import Floats, Mix
+from knnlm.knn.retrieval import Retrieval, open_retrieval
+from knnlm.model.lm import LanguageModel
+
+SHOWN_NEIGHBORS = 20
+BEFORE_TOKENS, AFTER_TOKENS = 24, 12
+"""Of the source text around a neighbour's token."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text around a neighbour's token, and where it stands."""
+
+    before: str
+    token: str
+    """What followed the neighbour's context: its vote."""
+    after: str
+    document: str
+    """The file's name, or the hub set."""
+    number: int
+    """Line, row or part in it, from 1."""
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A neighbour under a setting."""
+
+    source: Source
+    distance: float
+    weight: float
+    """Its share of p_kNN."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token that one of the distributions puts among the first."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class ExplainedToken:
+    """A token of a text with what was predicted in its place."""
+
+    text: str
+    lm_probability: float
+    knn_probability: float
+    mixed_probability: float
+    lam: float
+    """The memory's weight in this mixture: a gate moves it from token to token."""
+    change: float | None
+    """log2 of p_mixed over p_LM: bits by which retrieval made the token likelier; None where one of them is 0."""
+    lm_likeliest: tuple[Likely, ...]
+    knn_likeliest: tuple[Likely, ...]
+    mixed_likeliest: tuple[Likely, ...]
+    neighbors: tuple[Neighbor, ...]
+    """The nearest, which are the heaviest."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A text under one layer and setting."""
+
+    layer: str
+    setting: Mix
+    beginning: str
+    """The first token, which nothing predicts."""
+    tokens: tuple[ExplainedToken, ...]
+
+    @property
+    def lm_perplexity(self) -> float | None:
+        """Of the tokens under the plain LM; None for infinity."""
+        return _perplexity([one.lm_probability for one in self.tokens])
+
+    @property
+    def mixed_perplexity(self) -> float | None:
+        """Of the tokens under the kNN-LM; None for infinity."""
+        return _perplexity([one.mixed_probability for one in self.tokens])
+
+
+class Explainer:
+    """Explains texts with any layer that the datastore holds; that of the given `Retrieval` is the first.
+
+    Another layer has what was fitted for it, or else the first one's setting.
+    :raises DatastoreMismatch: the datastore was made with another model.
+    """
+
+    def __init__(self, lm: LanguageModel, retrieval: Retrieval) -> None:
+        self.lm, self.first = lm, retrieval.layer
+        self.store = retrieval.searcher.store
+        self._retrievals = {retrieval.layer: retrieval}
+        self._models = {retrieval.layer: KNNLM.from_retrieval(lm, retrieval)}
+        self.token_text = TokenTexts(lm)
+
+    def model(self, layer: str | None = None) -> KNNLM:
+        """The kNN-LM with one layer's keys, opened when it is first asked for.
+
+        :raises DatastoreMismatch: the layer is not stored.
+        """
+        layer = layer or self.first
+        if layer not in self._models:
+            self._models[layer] = KNNLM.from_retrieval(self.lm, self.retrieval(layer))
+        return self._models[layer]
+
+    def retrieval(self, layer: str | None = None) -> Retrieval:
+        """A layer's keys with the setting that they have unless somebody changes it. Raises as `model`."""
+        layer = layer or self.first
+        if layer not in self._retrievals:
+            first = self._retrievals[self.first].setting
+            given = () if self._fitted(layer) else (first.k, first.temperature, first.lam)
+            self._retrievals[layer] = open_retrieval(self.store, layer, *given)
+        return self._retrievals[layer]
+
+    def is_fitted(self, layer: str) -> bool:
+        """Whether the layer's setting is what an evaluation fitted for it."""
+        setting, fitted = self.retrieval(layer).setting, self._fitted(layer)
+        numbers = {"k": setting.k, "temperature": setting.temperature, "lambda": setting.lam}
+        gated = (setting.gate is None) == (fitted.get("gate") is None)
+        return bool(fitted) and fitted.items() >= numbers.items() and gated
+
+    def depth(self, layer: str | None = None) -> int:
+        """The neighbours that a search brings: the layer's own k, and those that fitting tries."""
+        return min(max(self.retrieval(layer).setting.k, KNNConfig.max_k), self.store.count)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text.
+
+        :raises InputError: there are none, or more than the model takes at once.
+        """
+        tokens: list[int] = self.lm.encode(text).tolist()
+        limit = self.lm.context_limit
+        if not tokens:
+            raise InputError("the text is empty; give some text")
+        if limit is not None and len(tokens) > limit:
+            raise InputError(f"the text has {len(tokens)} tokens, but {self.lm.name} takes {limit}; shorten it")
+        return tokens
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Each token's part of their text; of a character that several tokens make, the last one has all."""
+        text = Detokenizer(self.lm, (), ())
+        pieces = [text.put(token) for token in tokens]
+        pieces[-1] += text.rest()
+        return pieces
+
+    def evidence(self, tokens: Sequence[int], layer: str | None = None) -> list[Evidence]:
+        """What there is for each token but the first, from one forward pass and one search. Raises as `model`."""
+        if len(tokens) < 2:
+            return []
+        model = self.model(layer)
+        output, vectors_BTD = model.unmixed(torch.tensor([tokens[:-1]], device=self.lm.device))
+        found = find_neighbors(model.retrieval.searcher, vectors_BTD[0], self.depth(layer))
+        places = zip(found, output.logits[0], tokens[1:], strict=True)
+        # Row by row: log-probabilities of all positions at once would double the memory of the logits.
+        return [_evidence(one, torch.log_softmax(logits_V.float(), -1), token) for one, logits_V, token in places]
+
+    def explain(self, text: str, layer: str | None = None) -> Explanation:
+        """A text under the layer's setting.
+
+        :raises InputError: as `encode`, and for a text of one token, which nothing predicts.
+        """
+        tokens, setting = self.encode(text), self.retrieval(layer).setting
+        found, pieces = self.evidence(tokens, layer), self.pieces(tokens)
+        if not found:
+            raise InputError("the text has one token, which nothing predicts; give a longer text")
+        places = zip(found, tokens[1:], pieces[1:], strict=True)
+        told = tuple(self._token(evidence, setting, token, piece) for evidence, token, piece in places)
+        return Explanation(layer or self.first, setting, pieces[0], told)
+
+    def go_on(
+        self,
+        tokens: Sequence[int],
+        setting: Mix,
+        layer: str | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Continuing:
+        """A continuation of tokens under a setting, whose k is at most `depth`; see `Continuing`."""
+        return Continuing(
+            self.model(layer),
+            self.lm,
+            tokens,
+            setting,
+            depth=self.depth(layer),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+    def source(self, row: int) -> Source:
+        """The text around a key's value."""
+        store, decode = self.store, self.lm.decode
+        value = int(store.values[row])
+        after = decode([value, *store.continuation(row, AFTER_TOKENS)])[len(decode([value])) :]
+        return Source(decode(store.context(row, BEFORE_TOKENS)), self.token_text(value), after, *store.document_of(row))
+
+    def _fitted(self, layer: str) -> dict[str, Any]:
+        """As datastore.json has it."""
+        return (self.store.manifest.fitted or {}).get(layer) or {}
+
+    def _token(self, evidence: Evidence, setting: Mix, token: int, piece: str) -> ExplainedToken:
+        under, at = evidence.under(setting), evidence.place(token)
+        lm, knn, mixed = (float(one_M[at]) for one_M in (under.lm_M, under.knn_M, under.mixed_M))
+        nearest = zip(evidence.found.rows_K, evidence.found.distances_K, under.weights_K, strict=False)
+        return ExplainedToken(
+            piece,
+            lm,
+            knn,
+            mixed,
+            under.lam,
+            math.log2(mixed / lm) if lm > 0 and mixed > 0 else None,
+            self._likeliest(under.tokens_M, under.lm_M),
+            self._likeliest(under.tokens_M, under.knn_M),
+            self._likeliest(under.tokens_M, under.mixed_M),
+            tuple(
+                Neighbor(self.source(int(row)), float(distance), float(weight))
+                for row, distance, weight in list(nearest)[:SHOWN_NEIGHBORS]
+            ),
+        )
+
+    def _likeliest(self, tokens_M: NDArray[np.int64], share_M: Floats) -> tuple[Likely, ...]:
+        first = np.argsort(-share_M, kind="stable")[:LIKELIEST]
+        return tuple(Likely(self.token_text(int(tokens_M[at])), float(share_M[at])) for at in first if share_M[at] > 0)
+
+
+def _evidence(found: Neighborhood, log_probs_V: Tensor, token: int) -> Evidence:
+    return make_evidence(found, log_probs_V).including(token, log_probs_V)
+
+
+def _perplexity(probabilities: Sequence[float]) -> float | None:
+    if not all(probabilities):
+        return None
+    return math.exp(-math.fsum(map(math.log, probabilities)) / len(probabilities))

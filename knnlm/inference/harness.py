@@ -1,0 +1,110 @@
+"""The kNN-LM as a model of EleutherAI's lm-evaluation-harness (lm-eval), by the name `knnlm`. The import of lm_eval.
+
+To import this module is to register it. The harness itself is untouched: its own class for models of `transformers`
+makes the requests, the batches and the windows, and only the tokens that it scores are searched for.
+
+Shapes: B batch, T time, D dimension, Q scored tokens, V vocabulary.
+"""
+
+# ruff: noqa: ANN401 - options are the harness's own
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnlm.errors import InputError
+from knnlm.inference.model import KNNLM
+from knnlm.knn.retrieval import open_retrieval
+from knnlm.model.loading import load_model
+from knnlm.store.datastore import Datastore
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    missing = (error.name or str(error)).partition(".")[0]
+    raise InputError(f"lm-eval needs {missing}, which is not installed; pip install 'knnlm[eval]'") from error
+
+
+@register_model("knnlm")
+class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
+    """`knnlm` of lm-eval: as its `hf`, with the mixed distribution in the place of the model's own.
+
+    :param store: the datastore; `layer`, `k`, `temperature` and `lam` (or `lambda`) as `KNNLM.from_store`.
+    :param model: where the datastore's model is now, if not where it was.
+    :param max_length: the longest input in tokens; what the model takes.
+    :raises InputError: an argument that is none of these; as `KNNLM.from_store`.
+    :raises DatastoreMismatch: as `KNNLM.from_store`.
+    """
+
+    _vectors_B: Iterator[Tensor] = iter(())
+    """[T, D] for each row of the batch that is being scored."""
+
+    def __init__(
+        self,
+        store: str | Path,
+        layer: str | None = None,
+        k: int | None = None,
+        temperature: float | None = None,
+        lam: float | None = None,
+        model: str | Path | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+        **others: Any,
+    ) -> None:
+        lam = others.pop("lambda", lam)  # no name for a parameter in Python
+        if others:
+            raise InputError(f"knnlm has no argument {', '.join(others)}; see docs/lm-eval.md for those that it has")
+        opened = Datastore.open(Path(str(store)))
+        retrieval = open_retrieval(opened, layer, k, temperature, lam)
+        source = str(model or opened.manifest.model)
+        lm = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        super().__init__(
+            KNNLM.from_retrieval(lm, retrieval),
+            backend="causal",
+            tokenizer=lm.tokenizer,
+            max_length=max_length,
+            softmax_dtype=torch.float32,
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+        )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> HarnessModel:
+        """What --model_args has comes before --device and --batch_size, which lm-eval fills in if nobody gave them."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if str(options.get("device")).startswith("cuda") and not torch.cuda.is_available():
+            del options["device"]  # cuda:0 is lm-eval's default on every machine
+        return cls(**{**options, **arg_dict})
+
+    def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The plain LM's logits [B, T, V], which the harness normalizes; the vectors wait for `_select_cont_toks`."""
+        output, vectors_BTD = self.model.unmixed(inps)
+        self._vectors_B = iter(vectors_BTD)
+        logits_BTV: Tensor = output.logits
+        return logits_BTV
+
+    def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
+        """The mixed log-probabilities [Q, V] of the scored tokens; the harness calls it once for each row, in order."""
+        log_probs_QV: Tensor = super()._select_cont_toks(logits, contlen, inplen)
+        vectors_QD: Tensor = super()._select_cont_toks(next(self._vectors_B), contlen, inplen)
+        self.model.retrieval.mix_in(log_probs_QV, torch.arange(len(vectors_QD), device=vectors_QD.device), vectors_QD)
+        return log_probs_QV
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Be the command `lm_eval` with these arguments, where `--model knnlm` is known too."""
+    sys.argv = ["lm_eval", *arguments]  # all that its command line reads
+    cli_evaluate()

@@ -1,0 +1,111 @@
+"""What one search and one forward pass tell of a next token, whatever k, temperature and λ will be.
+
+A search is made once for each position; every setting is then arithmetic, that of `knnlm.knn.mixing`.
+Shapes: T positions, D dimension, K neighbours, V vocabulary, M tokens that a neighbour has or the LM finds likely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm.knn.mixing import Floats, Mix, mix, neighbor_weights, token_shares
+from knnlm.knn.searcher import LayerSearcher
+
+LIKELIEST = 10
+"""So many first tokens of any mixture are among the evidence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The three distributions under one setting, at the M tokens of the evidence; probabilities, float64."""
+
+    tokens_M: NDArray[np.int64]
+    lm_M: Floats
+    knn_M: Floats
+    mixed_M: Floats
+    lam: float
+    """Of this position: a gate moves λ, and without any neighbour it is 0."""
+    weights_K: Floats
+    """Of the nearest k; their sum is 1, or 0 where there are none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Neighborhood:
+    """The neighbours of one position that a search found: fewer than it was asked for, where an index finds no more."""
+
+    distances_K: NDArray[np.float32]
+    """Ascending."""
+    rows_K: NDArray[np.int64]
+    """Their places in the datastore."""
+    values_K: NDArray[np.int32]
+    """The token that followed each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """A position's neighbours, and what the plain LM says of all tokens that can matter."""
+
+    found: Neighborhood
+    tokens_M: NDArray[np.int64]
+    """Ascending: the neighbours' tokens, the LM's `LIKELIEST`, and the one that came, once known. A token that is not
+    among them is in no mixture among the first `LIKELIEST`: no neighbour has it, and as many others are likelier for
+    the LM."""
+    lm_M: Floats
+    """log p_LM of these."""
+
+    def under(self, setting: Mix) -> Prediction:
+        """The distributions with at most k neighbours, mixed as `KNNLM` does."""
+        distances_1K, values_1K = self.found.distances_K[None, : setting.k], self.found.values_K[None, : setting.k]
+        shares = token_shares(distances_1K, values_1K, setting.temperature)
+        knn_M = np.full(len(self.tokens_M), -math.inf)
+        knn_M[np.searchsorted(self.tokens_M, shares.tokens_M)] = shares.log_probs_M
+        lam = float(setting.lambdas(distances_1K, values_1K)[0]) if distances_1K.size else 0.0
+        mixed_M = mix(self.lm_M, knn_M, lam)
+        weights_K = neighbor_weights(distances_1K, setting.temperature)[0].astype(np.float64)
+        weights_K /= weights_K.sum() or 1
+        return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, weights_K)
+
+    def including(self, token: int, log_probs_V: Tensor) -> Evidence:
+        """With the token that came among the M."""
+        at = self.place(token)
+        if at < len(self.tokens_M) and self.tokens_M[at] == token:
+            return self
+        lm_M = np.insert(self.lm_M, at, float(log_probs_V[token]))
+        return Evidence(self.found, np.insert(self.tokens_M, at, token), lm_M)
+
+    def place(self, token: int) -> int:
+        """Where one of the M tokens stands among them."""
+        return int(np.searchsorted(self.tokens_M, token))
+
+
+def find_neighbors(searcher: LayerSearcher, vectors_TD: Tensor, k: int) -> Iterator[Neighborhood]:
+    """The k nearest of each raw vector of the layer: one search for all."""
+    found = searcher.neighbors(vectors_TD.float().cpu().numpy(), k)
+    for distances_K, rows_K in zip(found.distances_QK, found.ids_QK, strict=True):
+        there_K = rows_K >= 0
+        rows_K = rows_K[there_K]
+        yield Neighborhood(distances_K[there_K], rows_K, searcher.store.values[rows_K])
+
+
+def make_evidence(found: Neighborhood, log_probs_V: Tensor) -> Evidence:
+    """Keep of the LM's log-probabilities what can matter."""
+    likeliest = torch.topk(log_probs_V, min(LIKELIEST, len(log_probs_V))).indices.cpu().numpy()
+    tokens_M = np.union1d(found.values_K.astype(np.int64), likeliest)
+    return Evidence(found, tokens_M, log_probs_V.cpu().numpy()[tokens_M].astype(np.float64))
+
+
+def mixed_log_probs(evidence: Evidence, log_probs_V: Tensor, setting: Mix) -> Tensor:
+    """The mixed distribution over the whole vocabulary, float64 [V]: no neighbour has a token beyond the evidence."""
+    under = evidence.under(setting)
+    rest = math.log1p(-under.lam) if under.lam < 1 else -math.inf
+    mixed_V = log_probs_V.cpu().double() + rest
+    with np.errstate(divide="ignore"):
+        mixed_V[torch.from_numpy(under.tokens_M)] = torch.from_numpy(np.log(under.mixed_M))
+    return mixed_V

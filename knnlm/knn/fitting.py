@@ -1,0 +1,157 @@
+"""Fitting k, temperature and lambda on one cached search, and a lambda for each query; pure functions of arrays.
+
+Shapes: Q queries, K neighbours, S settings of k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from knnlm.knn.mixing import (
+    LEAST_LAMBDA,
+    MOST_LAMBDA,
+    Floats,
+    Gate,
+    Mix,
+    Search,
+    gate_inputs,
+    knn_log_probs,
+    log_probs_of_grid,
+    logit,
+    mix,
+    sigmoid,
+)
+
+LAMBDA_CURVE = (*(round(i / 20, 2) for i in range(20)), 0.98)
+# Temperatures tried, as multiples of a layer's distance scale, in factors of two; the best is then refined.
+_TEMPERATURES = tuple(2.0**i for i in range(-7, 4))
+# What the constant lambda is worth in the fit of a gate, in tokens: few tokens hardly move it.
+_PRIOR_TOKENS = 10.0
+
+
+def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:
+    """The weight in (0, 1) that maximises the mean log-probability: concave in lambda, so bisect its derivative.
+
+    The derivative's terms (p_kNN - p_LM) / p are scaled by the larger of the two, so that nothing underflows.
+    """
+    top = np.maximum(lm_log_probs, knn)
+    lm = np.exp(lm_log_probs - top)
+    more = np.exp(knn - top) - lm
+    low, high = LEAST_LAMBDA, MOST_LAMBDA
+    for _ in range(steps):
+        middle = (low + high) / 2
+        rising = np.mean(more / (lm + middle * more)) > 0
+        low, high = (middle, high) if rising else (low, middle)
+    return (low + high) / 2
+
+
+def distance_scale(search: Search) -> float:
+    """What temperatures are relative to: the median, over queries, of the spread of a query's distances.
+
+    Layers differ by orders of magnitude. The spread (mean minus nearest) is used because a softmax of -d/T is
+    unchanged by a constant added to all of a query's distances.
+    """
+    found_QK = np.isfinite(search.distances_QK)
+    found_Q = found_QK.any(axis=1)
+    # Of what is there, in float64 but without a float64 copy of the distances.
+    sum_Q: Floats = np.sum(search.distances_QK, axis=1, where=found_QK, dtype=np.float64)
+    spread_Q = sum_Q[found_Q] / found_QK.sum(axis=1)[found_Q] - search.distances_QK[found_Q, 0]
+    spread_Q = spread_Q[spread_Q > 0]
+    return float(np.median(spread_Q)) if spread_Q.size else 1.0
+
+
+def k_grid(max_k: int) -> tuple[int, ...]:
+    """Powers of two from 4, and max_k itself."""
+    return tuple(sorted({k for k in (2**i for i in range(2, 11)) if k < max_k} | {max_k}))
+
+
+def fit(
+    search: Search,
+    lm_log_probs: Floats,
+    *,
+    k: int | None = None,
+    temperature: float | None = None,
+    lam: float | None = None,
+) -> Mix:
+    """The (k, temperature, lambda) with the lowest perplexity on these queries; given values are kept.
+
+    A grid over k and temperature, lambda by bisection at each point, then temperature refined by bisecting the
+    grid's step three times around the best point.
+    """
+    ks = (k,) if k else k_grid(search.distances_QK.shape[1])
+    scale = distance_scale(search)
+    grid = (temperature,) if temperature else tuple(scale * t for t in _TEMPERATURES)
+    tried: dict[float, tuple[float, Mix]] = {}
+
+    def attempt(ks: Sequence[int], temperatures: Sequence[float]) -> None:
+        for t, knn_SQ in zip(temperatures, log_probs_of_grid(search, ks, temperatures), strict=True):
+            tried[t] = _best_over_k(lm_log_probs, knn_SQ, ks, t, lam)
+
+    attempt(ks, grid)
+    step = 2.0
+    for _ in range(0 if temperature else 3):
+        step = step**0.5
+        best = min(tried, key=lambda t: tried[t][0])
+        attempt((tried[best][1].k,), (best / step, best * step))
+    return min(tried.values(), key=lambda pair: pair[0])[1]
+
+
+def _best_over_k(
+    lm_log_probs: Floats, knn_SQ: Floats, ks: Sequence[int], temperature: float, lam: float | None
+) -> tuple[float, Mix]:
+    options = []
+    for k, knn_Q in zip(ks, knn_SQ, strict=True):
+        weight = fit_lambda(lm_log_probs, knn_Q, steps=12) if lam is None else lam
+        options.append((-float(np.mean(mix(lm_log_probs, knn_Q, weight))), k, knn_Q))
+    # Equal losses: lambda is 0, or it is 1 and a target that no neighbour has makes all infinite.
+    loss, k, knn_Q = min(options, key=lambda option: (option[0], -option[1]))
+    weight = fit_lambda(lm_log_probs, knn_Q) if lam is None else lam
+    return loss, Mix(k, temperature, weight)
+
+
+def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float = _PRIOR_TOKENS) -> Mix:
+    """The setting with the gate of the highest likelihood on these queries, less prior / 2 times its squares.
+
+    The squares are of the offset and of the coefficients for inputs of mean 0 and standard deviation 1, so that a large
+    prior leaves lambda constant. A coefficient that would be above 0 is 0.
+
+    :param search: with `values_QJ`.
+    """
+    gains_Q = knn_log_probs(search, setting.k, setting.temperature) - lm_log_probs
+    inputs_Q2 = gate_inputs(search.distances_QK, search.values_QJ, setting.k)
+    means, deviations = inputs_Q2.mean(axis=0), inputs_Q2.std(axis=0)
+    # What is the same for all queries, up to rounding, tells nothing.
+    deviations = np.where(deviations > 1e-6 * means, deviations, np.inf)
+    scaled_Q2 = (inputs_Q2 - means) / deviations
+    falling = np.ones(2, np.bool_)
+    while True:
+        offset, *slopes = _fit_logits(np.where(falling, scaled_Q2, 0.0), gains_Q, logit(setting.lam), prior)
+        if (np.array(slopes) <= 0).all():
+            break
+        falling &= np.array(slopes) <= 0
+    distance, different = np.array(slopes) / deviations
+    gate = Gate(float(offset - means @ (distance, different)), float(distance), float(different))
+    return replace(setting, gate=gate)
+
+
+def _fit_logits(inputs_Q2: Floats, gains_Q: Floats, logit: float, prior: float, *, steps: int = 500) -> Floats:
+    """Offset and slopes by steps that never lower the likelihood: those of EM, whose logistic regression is bounded by
+    one parabola for all steps (Böhning & Lindsay 1988).
+
+    :param gains_Q: log p_kNN - log p_LM of each target.
+    """
+    inputs_Q3 = np.column_stack([np.ones(len(inputs_Q2)), inputs_Q2])
+    curvature = inputs_Q3.T @ inputs_Q3 / 4 + prior * np.eye(3)
+    found = np.zeros(3)
+    for _ in range(steps):
+        logits_Q = logit + inputs_Q3 @ found
+        # The chance that the neighbours gave the token, now that it is known, less that of before.
+        surprise_Q = sigmoid(logits_Q + gains_Q) - sigmoid(logits_Q)
+        step = np.linalg.solve(curvature, inputs_Q3.T @ surprise_Q - prior * found)
+        found += step
+        if np.abs(step).max() < 1e-6:
+            break
+    return found

@@ -1,0 +1,119 @@
+"""Build the index of one layer of a datastore, measure it against exact search, and keep it beside the keys.
+
+Legend: Q queries, D dimension.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.base import VectorIndex
+from index.build import build_index, tune_index
+from index.errors import VectorIndexError
+from index.recall import Recall, measure_recall
+from index.storage import save_index
+from index.storage import verify as verify_index
+from knnlm.config import KNNConfig, Settings
+from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
+from knnlm.knn.searcher import index_metric
+from knnlm.progress import Progress, Silent
+from knnlm.results import IndexReport
+from knnlm.store.datastore import Datastore
+from knnlm.store.manifest import read_manifest
+
+RECALL_QUERIES = 256
+
+
+def index_layer(
+    store: Datastore,
+    layer: str,
+    settings: Settings,
+    progress: Progress | None = None,
+    vectors_QD: NDArray[np.float32] | None = None,
+) -> IndexReport:
+    """Index the layer's keys as `settings.knn.index` says; recall@k is measured and stored with the index.
+
+    :param vectors_QD: raw vectors of an evaluation text to measure recall with; without them, stored keys are searched
+        for, which lie where other keys are, and recall comes out higher than on new text.
+    :raises index.errors.VectorIndexError: the index cannot be built; the datastore is as it was.
+    """
+    progress, knn = progress or Silent(), settings.knn
+    source, metric = store.keys(layer).for_metric(knn.metric), index_metric(knn.metric)
+    with progress.stage(f"indexing {layer}", "keys") as advance:
+        built = build_index(source, knn.index, metric=metric, recall_target=None, seed=settings.seed, progress=advance)
+    k = min(knn.search_k, max(1, store.count - 1))
+    measured = None  # of exact search recall is 1, and to measure it would be to read every key twice
+    if built.spec != "exact":
+        with progress.stage("tuning the index", "queries"):
+            tune_index(built, k=k, seed=settings.seed)
+        with progress.stage("measuring recall", "queries"):
+            queries = _recall_queries(store, layer, knn, vectors_QD)
+            measured = measure_recall(built, source, k=k, queries=queries, seed=settings.seed)
+    return _keep(store, layer, knn.metric, built, k, measured)
+
+
+def try_index(
+    store: Datastore, layer: str, settings: Settings, progress: Progress, vectors_QD: NDArray[np.float32] | None = None
+) -> tuple[IndexReport | None, tuple[str, ...]]:
+    """`index_layer`, where what was done before must not be lost: nothing and a warning in place of an error."""
+    try:
+        return index_layer(store, layer, settings, progress, vectors_QD), ()
+    except VectorIndexError as error:
+        warning = (
+            f"{layer} has no index: {error}; the datastore is whole and is searched exactly, until "
+            "knnlm.knn.indexing.index_layer makes an index"
+        )
+        return None, (warning,)
+
+
+def _recall_queries(
+    store: Datastore, layer: str, knn: KNNConfig, vectors_QD: NDArray[np.float32] | None
+) -> int | NDArray[np.float32]:
+    """Some of the vectors, spread over them; without vectors, how many stored keys to take."""
+    if vectors_QD is None:
+        return min(RECALL_QUERIES, store.count)
+    spread_QD = vectors_QD[:: max(1, len(vectors_QD) // RECALL_QUERIES)]
+    return store.keys(layer).prepare_queries(spread_QD, knn.metric)
+
+
+def _keep(
+    store: Datastore, layer: str, metric: str, built: VectorIndex, k: int, measured: Recall | None
+) -> IndexReport:
+    """Save the index and then name it in the manifest: an index that is not named there is never opened."""
+    folder = store.index_folder(layer)
+    if layer not in store.manifest.indexes:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between the two
+    save_index(built, folder, recall=measured)
+    recall = measured.recall if measured else 1.0
+    store.update_manifest(indexes={layer: {"metric": metric, "spec": built.spec, "recall": recall, "k": k}})
+    return IndexReport(layer, built.spec, recall, k, built.size_bytes)
+
+
+def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
+    """What is wrong with a datastore's files and indexes, a line each; nothing when it is whole.
+
+    Also of one that cannot be opened: every file is looked at, whatever is wrong with others.
+    :raises DatastoreError: the folder is no datastore.
+    """
+    try:
+        store = Datastore(Path(folder), read_manifest(Path(folder)))
+    except DatastoreCorrupt as error:
+        return (str(error),)
+    with progress.stage("verifying", "bytes") as advance:
+        problems = list(store.verify(advance))
+    for layer in store.manifest.indexes:
+        with progress.stage(f"verifying the index of {layer}", "bytes"):
+            problems += _index_problems(store, layer)
+    return tuple(problems)
+
+
+def _index_problems(store: Datastore, layer: str) -> list[str]:
+    try:
+        verify_index(store.index_folder(layer))
+    except (VectorIndexError, DatastoreMismatch) as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,137 @@
+"""The neighbours' part in a language model's predictions: which layer, index and setting, and the mixing of all tokens.
+
+Shapes: B rows, N positions, Q those of them that are searched for, D dimension, K neighbours, V vocabulary, M pairs of
+a position and a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm.config import KNNConfig
+from knnlm.errors import InputError
+from knnlm.knn.mixing import NEAREST, Floats, Gate, Mix, TokenShares, mix, token_shares
+from knnlm.knn.searcher import QUERY_BLOCK, LayerSearcher, built_with, check_k, open_searcher
+from knnlm.store.datastore import Datastore
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A layer's keys with what searches them, and the setting of the kNN-LM."""
+
+    searcher: LayerSearcher
+    setting: Mix
+
+    @property
+    def layer(self) -> str:
+        """Whose vectors are the queries."""
+        return self.searcher.layer
+
+    def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
+        """Turn the plain LM's log-probabilities into the mixed ones, in place, at the rows that are searched for.
+
+        A position without any neighbour, as a poor index may leave one, keeps the plain LM's.
+        """
+        if self.setting.lam == 0:
+            return
+        for start in range(0, len(rows_Q), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            self._mix_block(log_probs_NV, rows_Q[block], *self._look_up(vectors_QD[block]))
+
+    def _look_up(self, vectors_QD: Tensor) -> tuple[TokenShares, Floats]:
+        """p_kNN of raw vectors of the layer, and the lambda of each."""
+        searcher, setting = self.searcher, self.setting
+        found = searcher.neighbors(vectors_QD.float().cpu().numpy(), setting.k)
+        values_QK = searcher.store.values[found.ids_QK]
+        shares = token_shares(found.distances_QK, values_QK, setting.temperature)
+        nearest_QJ = np.where(found.ids_QK >= 0, values_QK, -1)[:, :NEAREST]
+        return shares, setting.lambdas(found.distances_QK, nearest_QJ)
+
+    def _mix_block(self, log_probs_NV: Tensor, rows_Q: Tensor, shares: TokenShares, lambdas_Q: Floats) -> None:
+        device = log_probs_NV.device
+        rows_M = rows_Q[torch.from_numpy(shares.rows_M).to(rows_Q.device)].to(device)
+        tokens_M = torch.from_numpy(shares.tokens_M).to(device)
+        lm_M = log_probs_NV[rows_M, tokens_M].double().cpu().numpy()
+        mixed_M = mix(lm_M, shares.log_probs_M, lambdas_Q[shares.rows_M])
+        # What no neighbour votes for. An expanded tensor: no copy of the rows is made.
+        found = np.unique(shares.rows_M)
+        with np.errstate(divide="ignore"):
+            rest_Q1 = torch.from_numpy(np.log1p(-lambdas_Q[found])[:, None]).to(log_probs_NV)
+        log_probs_NV.index_add_(0, rows_Q[found].to(device), rest_Q1.expand(-1, log_probs_NV.shape[1]))
+        log_probs_NV[rows_M, tokens_M] = torch.from_numpy(mixed_M).to(log_probs_NV)
+
+
+@dataclass(frozen=True)
+class RowRetrieval(Retrieval):
+    """A setting of its own for each row of a batch, which has the same number of positions in every row."""
+
+    settings_B: tuple[Mix, ...]
+
+    def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
+        """As `Retrieval.mix_in`: one search for each of the different settings."""
+        positions = len(log_probs_NV) // len(self.settings_B)
+        owners_Q = (rows_Q // positions).tolist()
+        for setting in dict.fromkeys(self.settings_B):
+            chosen_Q = torch.tensor([self.settings_B[owner] == setting for owner in owners_Q], dtype=torch.bool)
+            same = Retrieval(self.searcher, setting)
+            same.mix_in(log_probs_NV, rows_Q[chosen_Q.to(rows_Q.device)], vectors_QD[chosen_Q.to(vectors_QD.device)])
+
+
+def open_retrieval(
+    store: Datastore,
+    layer: str | None = None,
+    k: int | None = None,
+    temperature: float | None = None,
+    lam: float | None = None,
+) -> Retrieval:
+    """What is not given is what the datastore's evaluation fitted; the layer is the chosen one.
+
+    A given lambda is the same for all queries; the fitted one moves with the query, by the gate fitted with it.
+
+    :raises InputError: something is neither given nor fitted, or no layer was chosen among several; a wrong value.
+    :raises DatastoreMismatch: the layer is not stored.
+    """
+    layer = layer or _chosen_layer(store)
+    metric = str(store.manifest.indexes.get(layer, built_with(store)).get("metric", "l2"))
+    searcher = open_searcher(store, layer, metric)
+    setting = _setting(store, layer, KNNConfig(k=k, temperature=temperature, lam=lam, metric=metric))
+    check_k(setting.k, store.count)
+    return Retrieval(searcher, setting)
+
+
+def _chosen_layer(store: Datastore) -> str:
+    scores = store.manifest.scores
+    chosen = (scores.get("choice") or {}).get("layer") if isinstance(scores, Mapping) else None
+    if chosen in store.layers:
+        return str(chosen)
+    if len(store.layers) == 1:
+        return store.layers[0]
+    raise InputError(f"no layer was chosen for {store.folder}; take --layer with one of {', '.join(store.layers)}")
+
+
+def _setting(store: Datastore, layer: str, given: KNNConfig) -> Mix:
+    fitted = (store.manifest.fitted or {}).get(layer, {})
+    values: dict[str, Any] = {
+        "k": given.k if given.k is not None else fitted.get("k"),
+        "temperature": given.temperature if given.temperature is not None else fitted.get("temperature"),
+        "lambda": given.lam if given.lam is not None else fitted.get("lambda"),
+    }
+    missing = [f"--{name}" for name, value in values.items() if value is None]
+    if missing:
+        raise InputError(
+            f"nothing was fitted for {layer} of {store.folder}; give {', '.join(missing)} (knnlm eval prints them)"
+        )
+    # Datastores of before there were gates have none.
+    gate = None if given.lam is not None else fitted.get("gate")
+    return Mix(
+        int(values["k"]),
+        float(values["temperature"]),
+        float(values["lambda"]),
+        gate and Gate(float(gate["offset"]), float(gate["distance"]), float(gate["different"])),
+    )

@@ -1,0 +1,149 @@
+"""The join of datastore and index: which index serves a layer, and the cached search that evaluation works from.
+
+Legend: Q queries, K neighbours, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.base import VectorIndex
+from index.build import check_spec
+from index.exact import ExactIndex
+from index.metric import Metric
+from index.neighbors import Neighbors
+from index.spec import parse_spec
+from index.storage import open_index
+from knnlm.config import KNNConfig, Settings
+from knnlm.errors import InputError
+from knnlm.knn.mixing import NEAREST, Search
+from knnlm.layer_names import select_layers
+from knnlm.progress import Advance, ignore
+from knnlm.store.datastore import Datastore
+
+# Queries searched together: bounds the memory of ids and distances (12 bytes x K each) before they become hits.
+QUERY_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class LayerSearcher:
+    """A layer's keys with the index that searches them, under one metric."""
+
+    store: Datastore
+    layer: str
+    metric: str
+    index: VectorIndex
+
+    def neighbors(self, vectors_QD: NDArray[np.float32], k: int) -> Neighbors:
+        """The k nearest keys of raw (not centred) vectors of the layer."""
+        queries_QD = self.store.keys(self.layer).prepare_queries(vectors_QD, self.metric)
+        return self.index.search(queries_QD, k)
+
+    def cached(
+        self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance = ignore
+    ) -> Search:
+        """One search for all queries, kept as (distance, does the value equal the target?) and the nearest values."""
+        count = len(targets_Q)
+        distances_QK = np.empty((count, k), np.float32)
+        hits_QK = np.empty((count, k), np.bool_)
+        values_QJ = np.empty((count, min(k, NEAREST)), np.int32)
+        values = self.store.values
+        for start in range(0, count, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, count))
+            found = self.neighbors(vectors_QD[rows], k)
+            distances_QK[rows] = found.distances_QK
+            values_QK = np.where(found.ids_QK >= 0, values[found.ids_QK], -1)
+            hits_QK[rows] = values_QK == targets_Q[rows, None]
+            values_QJ[rows] = values_QK[:, :NEAREST]
+            advance(rows.stop, count)
+        return Search(distances_QK, hits_QK, values_QJ)
+
+
+def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = False) -> LayerSearcher:
+    """The layer with the index that the datastore holds for it, or with exact search.
+
+    :param exact: search exactly even where there is an index.
+    :raises InputError: the index was built for another metric.
+    """
+    source = store.keys(layer).for_metric(metric)
+    # The manifest and not the folder: a run that is stopped between the two leaves an index that nobody vouches for.
+    if exact or layer not in store.manifest.indexes:
+        return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
+    _check_metric(store, layer, metric)
+    return LayerSearcher(store, layer, metric, open_index(store.index_folder(layer), source))
+
+
+def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:
+    """The layers that an evaluation searches. Settings that the datastore was built with always fit it.
+
+    :raises LayerError: a pattern fits no layer of the datastore.
+    :raises InputError: more neighbours than keys, another index than the datastore's, or one for another metric.
+    """
+    pattern, knn = settings.layers.layers, settings.knn
+    same = pattern in (None, built_with(store).get("layers"))
+    layers = store.layers if same else select_layers(pattern or "all", store.layers)
+    check_k(knn.k, store.count)
+    _check_own_index(store, knn)
+    for layer in layers:
+        if layer in store.manifest.indexes and not is_exact(knn.index):
+            _check_metric(store, layer, knn.metric)
+    return layers
+
+
+def _check_own_index(store: Datastore, knn: KNNConfig) -> None:
+    spec = parse_spec(knn.index)
+    own = {built_with(store).get("index"), *(one["spec"] for one in store.manifest.indexes.values())}
+    if not (spec.is_auto or spec.is_exact or spec.text in own):
+        raise InputError(f"--index is {knn.index!r}, but a datastore has its own; take auto, or exact")
+
+
+def is_exact(index: str) -> bool:
+    """Whether `settings.knn.index` asks for exact search."""
+    return parse_spec(index).is_exact
+
+
+def built_with(store: Datastore) -> Mapping[str, Any]:
+    """The settings beside the scores; a datastore that was written without scores has none."""
+    scores = store.manifest.scores
+    return scores.get("settings", {}) if isinstance(scores, Mapping) else {}
+
+
+def _check_metric(store: Datastore, layer: str, metric: str) -> None:
+    built_for = store.manifest.index_metric(layer)
+    if built_for != metric:
+        raise InputError(
+            f"the index of {layer} was built for --metric {built_for}, not {metric}; "
+            f"take --metric {built_for}, or --index exact"
+        )
+
+
+def index_metric(metric: str) -> Metric:
+    """The index's metric: cosine is squared L2 on unit vectors (2 - 2 cos), which the datastore makes."""
+    return Metric.IP if metric == "ip" else Metric.L2
+
+
+def check_index(knn: KNNConfig, dims: Sequence[int]) -> None:
+    """:raises index.errors.UnknownSpec: FAISS does not understand the index for a layer's size."""
+    for dim in set(dims):
+        check_spec(knn.index, dim, index_metric(knn.metric))
+
+
+def check_count(knn: KNNConfig, count: int) -> None:
+    """Find out as soon as the keys are counted whether they are enough.
+
+    :raises InputError: for k.
+    :raises index.errors.TooFewKeys: for the training of the index.
+    """
+    check_k(knn.k, count)
+    parse_spec(knn.index).check_count(count)
+
+
+def check_k(k: int | None, count: int) -> None:
+    """:raises InputError: more neighbours are asked for than there are keys."""
+    if k is not None and k > count:
+        raise InputError(f"--k is {k}, but the datastore has only {count} keys; take a smaller k or more text")

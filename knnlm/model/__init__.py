@@ -1,0 +1,1 @@
+"""The language model: the vectors of its layers, and log-probabilities; knows no text."""

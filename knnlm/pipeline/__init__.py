@@ -1,0 +1,6 @@
+"""The verbs that every user starts with: run, score, build, evaluate."""
+
+from knnlm.pipeline.verbs import build as build
+from knnlm.pipeline.verbs import evaluate as evaluate
+from knnlm.pipeline.verbs import run as run
+from knnlm.pipeline.verbs import score as score

@@ -1,0 +1,88 @@
+"""What every step of a verb needs: the model, the settings, whom to tell; and the text as both of them cut it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from knnlm.config import Settings
+from knnlm.model.lm import LanguageModel
+from knnlm.progress import Progress
+from knnlm.text.corpus import read_documents, read_text_rows, thin, tokenize
+from knnlm.text.held_out import take_slices
+from knnlm.text.windows import TokenDocument, WindowConfig, rows_to_groups, window_config
+
+Paths = Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a verb."""
+
+    lm: LanguageModel
+    settings: Settings
+    progress: Progress
+
+    @cached_property
+    def window(self) -> WindowConfig:
+        """Raises as `window_config`."""
+        return window_config(self.settings.text, self.lm.name, self.lm.context_limit)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens in one forward pass."""
+        return self.settings.text.batch_tokens(self.window.context)
+
+    def documents(self, text: Paths, share: float = 1) -> Iterator[TokenDocument]:
+        """The text, or a share of it, as the protocol cuts it: documents, or groups of rows."""
+        config = self.settings.text
+        if config.protocol == "documents":
+            documents = read_documents(text, text_field=config.text_field)
+            wanted = documents if share >= 1 else thin(documents, share)
+            return tokenize(wanted, self.lm.encode, max_tokens=config.max_tokens)
+        rows = read_text_rows(text, text_field=config.text_field)
+        tokens = (TokenDocument(self.lm.encode(row.text), row.source, row.number) for row in rows)
+        return rows_to_groups(tokens, self.window)
+
+    def evaluation_documents(self, text: Paths) -> list[TokenDocument]:
+        """The evaluation text, cut to its budget; groups of rows are never cut, which would move their windows."""
+        settings = self.settings
+        whole = replace(self, settings=replace(settings, text=replace(settings.text, max_tokens=None)))
+        budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
+        with self.progress.stage("reading the evaluation text", "tokens") as advance:
+            told = _told(whole.documents(text), lambda tokens: advance(tokens, None))
+            return take_slices(told, budget, seed=settings.seed)
+
+    def record(self) -> Mapping[str, object]:
+        """The settings as they were used, for the report."""
+        lm, window = self.lm, self.window
+        record: dict[str, object] = {"model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device)}
+        for name, group in asdict(self.settings).items():
+            record |= group if isinstance(group, dict) else {name: group}
+        return record | {"context": window.context, "stride": window.stride}
+
+
+def _told(documents: Iterator[TokenDocument], tell: Callable[[int], None]) -> Iterator[TokenDocument]:
+    tokens = 0
+    for document in documents:
+        yield document
+        tokens += len(document.tokens)
+        tell(tokens)
+
+
+class Clock:
+    """Seconds of each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Time the block."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start

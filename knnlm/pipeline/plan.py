@@ -1,0 +1,144 @@
+"""What a run will do before it does it: windows, bytes of keys, and the layers that fit on the disk."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from knnlm.config import KEY_BYTES, Settings, TextConfig
+from knnlm.errors import InputError
+from knnlm.knn.searcher import check_index
+from knnlm.layer_names import select_layers
+from knnlm.model.lm import LanguageModel
+from knnlm.scores.choose import SCORES_THAT_CHOOSE, candidate_layers, one_layer
+from knnlm.text.corpus import read_documents, text_bytes
+from knnlm.text.windows import TokenDocument, count_targets
+
+# How much text is tokenised to learn how many bytes a token has.
+PROBE_CHARACTERS = 200_000
+# Times the estimated keys: above it, k is refused before the keys are counted; estimates are right to a few percent.
+SURELY_TOO_MANY = 1.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers that are kept, and what they will cost."""
+
+    layers: tuple[str, ...]
+    tokens: int | None
+    """Estimated keys; None where the size of the text is unknown (a hub set)."""
+    key_bytes: int | None
+    sentence: str
+
+
+def make_plan(
+    lm: LanguageModel,
+    text: Sequence[str | Path],
+    out: Path,
+    settings: Settings,
+    evaluation: Sequence[TokenDocument] | None = None,
+) -> Plan:
+    """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much.
+
+    :param evaluation: the evaluation text; None where it will be held out of the text.
+    :raises InputError: the keys or the evaluation's queries have no room.
+    """
+    tokens = estimate_tokens(lm, text, settings.text)
+    if tokens and settings.knn.k and settings.knn.k > SURELY_TOO_MANY * tokens:
+        raise InputError(f"--k is {settings.knn.k}, but the text gives only about {tokens:,} keys; take a smaller k")
+    plan = _plan_keys(lm, tokens, out, settings)
+    if evaluation is None:
+        bounds = [bound for bound in (settings.evaluation.eval_tokens, tokens and tokens // 10) if bound]
+        queries = min(bounds, default=0)
+    else:
+        queries = count_targets(evaluation)
+    check_query_room(lm, plan.layers, queries, out=out.parent, taken=plan.key_bytes or 0)
+    return plan
+
+
+def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Settings) -> Plan:
+    layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    check_choice(lm, layers, settings)
+    if tokens is None:
+        return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
+    needed = key_bytes(lm, layers, tokens, settings.key_dtype)
+    allowed = settings.disk_budget or shutil.disk_usage(out.parent).free // 2
+    sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_size(needed)}"
+    if needed <= allowed:
+        return Plan(layers, tokens, needed, sentence)
+    fewer = candidate_layers(settings.layers, layers, lm.layer_names)
+    check_choice(lm, fewer, settings)
+    less = key_bytes(lm, fewer, tokens, settings.key_dtype)
+    if less > allowed:
+        alone = f", and the {len(fewer)} candidates alone {_size(less)}" if less < needed else ""
+        raise InputError(
+            f"{sentence}{alone}, over the {_size(allowed)} allowed (half of the free disk, or --disk-budget); take "
+            "fewer --layers, --max-tokens, or knnlm build"
+        )
+    sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
+    return Plan(fewer, tokens, less, sentence)
+
+
+def check_query_room(
+    lm: LanguageModel, layers: Sequence[str], tokens: int, *, out: Path | None = None, taken: int = 0
+) -> None:
+    """Find out before any work whether an evaluation's queries fit into the folder for temporary files.
+
+    They are float32 vectors of every layer at once (`evaluation.open_queries`).
+    :param out: a folder into which `taken` bytes will have been written by then.
+    :raises InputError: names TMPDIR, what is needed and what is there.
+    """
+    folder = Path(tempfile.gettempdir())
+    needed, free = key_bytes(lm, layers, tokens, "float32"), shutil.disk_usage(folder).free
+    if out is not None and os.stat(out).st_dev == os.stat(folder).st_dev:
+        free -= taken
+    if needed > free:
+        raise InputError(
+            f"queries of {len(layers)} layers x {tokens:,} evaluation tokens will take {_size(needed)}, but the folder "
+            f"for temporary files, {folder}, has {_size(max(free, 0))} for them; set TMPDIR to a larger place, or take "
+            "fewer --layers or --eval-tokens"
+        )
+
+
+def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -> None:
+    """Find out before any work whether the choice and the index can be made.
+
+    :raises LayerError: `--select` or `--candidates` names no layer of the model, or one that is not looked at.
+    :raises index.errors.UnknownSpec: FAISS does not understand `--index`.
+    """
+    candidate_layers(settings.layers, layers, lm.layer_names)
+    if settings.layers.select not in SCORES_THAT_CHOOSE:
+        one_layer(settings.layers.select, layers)
+    check_index(settings.knn, [lm.dims[name] for name in layers])
+
+
+def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: str) -> int:
+    """Bytes of the layers' keys on disk."""
+    return KEY_BYTES[key_dtype] * tokens * sum(lm.dims[name] for name in layers)
+
+
+def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
+    """From the bytes of text and the tokens of its beginning; the limit where that is smaller or all that is known."""
+    total = text_bytes(text, text_field=config.text_field)
+    if total is None:
+        return config.max_tokens
+    bytes_seen, tokens_seen = 0, 0
+    for document in itertools.islice(read_documents(text, text_field=config.text_field), 100):
+        piece = document.text[:PROBE_CHARACTERS]
+        bytes_seen += len(piece.encode())
+        tokens_seen += len(lm.encode(piece))
+        if bytes_seen > PROBE_CHARACTERS:
+            break
+    estimate = int(total * tokens_seen / max(bytes_seen, 1))
+    return min(estimate, config.max_tokens or estimate)
+
+
+def _size(count: float) -> str:
+    return (
+        f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count:.0f} bytes"
+    )

@@ -1,0 +1,261 @@
+"""An evaluation's result as views: every number already formatted, nothing yet drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from knnlm.layer_names import loosely_split, network_order
+from knnlm.report import numbers
+from knnlm.report.examples import ExampleView, example_view
+from knnlm.report.headline import Headline, make_headline, shown_layer
+from knnlm.report.table import COLUMNS, Column, Row, layer_rows
+from knnlm.results import Correlation, EvalResult, Interval, LayerResult, Perplexity
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure worth a large print."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One layer in the charts: raw numbers, with its hover text."""
+
+    layer: str
+    block: int | None
+    part: str
+    x: float
+    """The block; the number of blocks for a layer behind all of them."""
+    dispersion: float | None
+    dispersion_error: tuple[float, float]
+    """Lengths of the interval's arms, above and below."""
+    perplexity: float | None
+    perplexity_error: tuple[float, float]
+    candidate: bool
+    chosen: bool
+    best: bool
+    hover: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Perplexity by λ of one layer."""
+
+    label: str
+    part: str
+    chosen: bool
+    points: tuple[tuple[float, float], ...]
+    fitted: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ChartData:
+    """What the charts draw."""
+
+    points: tuple[Point, ...]
+    lm_perplexity: float | None
+    curves: tuple[Curve, ...]
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A name and its value."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class CorrelationTable:
+    """Spearman's correlations: a row for each score, a column for each set of layers."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """Everything that the page shows."""
+
+    title: str
+    headline: Headline | None
+    tiles: tuple[Tile, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    parts: tuple[str, ...]
+    charts: ChartData
+    correlations: CorrelationTable
+    fitted: bool
+    """k, λ or T were fitted on a part of the evaluation text."""
+    helped: tuple[ExampleView, ...]
+    hurt: tuple[ExampleView, ...]
+    warnings: tuple[str, ...]
+    index: tuple[Fact, ...]
+    settings: tuple[Fact, ...]
+    versions: tuple[Fact, ...]
+    seconds: tuple[Fact, ...]
+
+
+def make_view(result: EvalResult, *, title: str) -> ReportView:
+    """The views of a result."""
+    ordered = sorted(result.layers, key=lambda layer: network_order(layer.layer))
+    return ReportView(
+        title=title,
+        headline=make_headline(result),
+        tiles=tuple(_tiles(result)),
+        columns=COLUMNS,
+        rows=layer_rows(result),
+        parts=tuple(dict.fromkeys(loosely_split(layer.layer)[1] for layer in ordered)),
+        charts=_chart_data(result, ordered),
+        correlations=_correlation_table(result.correlations),
+        fitted=result.tuning_tokens > 0,
+        helped=tuple(example_view(example) for example in result.helped),
+        hurt=tuple(example_view(example) for example in result.hurt),
+        warnings=result.warnings,
+        index=tuple(_index_facts(result)),
+        settings=_facts(result.settings),
+        versions=_facts(result.versions),
+        seconds=tuple(Fact(name, numbers.duration(value)) for name, value in result.seconds.items()),
+    )
+
+
+def _tiles(result: EvalResult) -> Iterable[Tile]:
+    yield Tile("Plain LM", numbers.perplexity(result.lm.perplexity), _other_units(result.lm))
+    shown = shown_layer(result)
+    if shown is not None:
+        name = {result.best: "best layer", result.selected: "chosen layer"}.get(shown.layer, shown.layer)
+        yield Tile(f"kNN-LM, {name}", numbers.perplexity(shown.perplexity), _other_units(shown))
+        interval = _interval_note(shown.interval)
+        yield Tile("Change", numbers.percent(shown.change, signed=True), interval)
+        yield from _by_query_tile(shown)
+    if result.regret is not None:
+        hindsight = f"against hindsight {numbers.percent(result.regret.against_hindsight, signed=True)}"
+        note = ", ".join(filter(None, (_interval_note(result.regret.interval), hindsight)))
+        yield Tile("Regret", numbers.percent(result.regret.value, signed=True), note)
+    tuned = f", tuned on {result.tuning_tokens:,}" if result.tuning_tokens else ""
+    yield Tile("Keys", f"{result.keys:,}", f"reported on {result.lm.tokens:,} tokens{tuned}")
+
+
+def _by_query_tile(shown: LayerResult) -> Iterable[Tile]:
+    if shown.by_query is not None:
+        change = f"{numbers.percent(shown.by_query.change, signed=True)} against its fixed λ"
+        note = ", ".join(filter(None, (change, _interval_note(shown.by_query.interval))))
+        yield Tile("With a λ for each query", numbers.perplexity(shown.by_query.perplexity), note)
+
+
+def _interval_note(interval: Interval) -> str:
+    text = numbers.percent_interval(interval)
+    return text and f"95 % interval {text}"
+
+
+def _other_units(measured: Perplexity | LayerResult) -> str:
+    bits, word = numbers.decimal(measured.bits_per_byte, 3), numbers.perplexity(measured.word_perplexity)
+    return f"{bits} bits per byte, {word} per word"
+
+
+def _chart_data(result: EvalResult, ordered: list[LayerResult]) -> ChartData:
+    blocks = [block for block, _ in (loosely_split(layer.layer) for layer in ordered) if block is not None]
+    num_blocks = max(blocks, default=-1) + 1
+    return ChartData(
+        points=tuple(_point(layer, result, num_blocks) for layer in ordered),
+        lm_perplexity=_finite(result.lm.perplexity),
+        curves=tuple(_curves(result)),
+        num_blocks=num_blocks,
+    )
+
+
+def _point(layer: LayerResult, result: EvalResult, num_blocks: int) -> Point:
+    block, part = loosely_split(layer.layer)
+    score, lm = layer.score, result.lm.perplexity
+    dispersion = math.nan if score is None else score.dispersion
+    arms = (math.nan, math.nan) if score is None else (score.interval.low, score.interval.high)
+    return Point(
+        layer=layer.layer,
+        block=block,
+        part=part,
+        x=num_blocks if block is None else block,
+        dispersion=_finite(dispersion),
+        dispersion_error=_arms(dispersion, *arms),
+        perplexity=_finite(layer.perplexity),
+        perplexity_error=_arms(layer.perplexity, lm * (1 + layer.interval.low), lm * (1 + layer.interval.high)),
+        candidate=result.choice is not None and layer.layer in result.choice.candidates,
+        chosen=layer.layer == result.selected,
+        best=layer.layer == result.best,
+        hover=_hover(layer),
+    )
+
+
+def _hover(layer: LayerResult) -> tuple[str, ...]:
+    change = numbers.percent(layer.change, signed=True)
+    lines = [layer.layer, f"perplexity {numbers.perplexity(layer.perplexity)} ({change})"]
+    if layer.score is not None:
+        width = numbers.decimal(numbers.half_width(layer.score.interval), 3)
+        lines.append(f"dispersion {numbers.decimal(layer.score.dispersion, 3)} ± {width}")
+        lines.append(f"probe {numbers.decimal(layer.score.probe, 3)}")
+    return tuple(lines)
+
+
+def _curves(result: EvalResult) -> Iterable[Curve]:
+    for layer in result.layers:
+        if layer.layer not in (result.selected, result.best):
+            continue
+        points = tuple((lam, value) for lam, value in layer.lambda_curve if math.isfinite(lam) and math.isfinite(value))
+        marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == layer.layer]
+        label, part = f"{layer.layer} ({' and '.join(marks)})", loosely_split(layer.layer)[1]
+        yield Curve(label, part, layer.layer == result.selected, points, (layer.lam, layer.perplexity))
+
+
+def _arms(value: float, low: float, high: float) -> tuple[float, float]:
+    above, below = high - value, value - low
+    known = math.isfinite(above) and math.isfinite(below)
+    return (max(above, 0.0), max(below, 0.0)) if known else (0.0, 0.0)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _correlation_table(correlations: Sequence[Correlation]) -> CorrelationTable:
+    values = {(item.score, item.among): numbers.decimal(item.spearman, 2, signed=True) for item in correlations}
+    sets = {item.among: f"{item.among} ({item.layers} layers)" for item in correlations}
+    scores = dict.fromkeys(item.score for item in correlations)
+    rows = tuple(
+        (score.replace("_", " "), tuple(values.get((score, among), numbers.MISSING) for among in sets))
+        for score in scores
+    )
+    return CorrelationTable(tuple(sets.values()), rows)
+
+
+def _index_facts(result: EvalResult) -> Iterable[Fact]:
+    index = result.index
+    if index is None:
+        return
+    yield Fact("layer", index.layer)
+    yield Fact("kind", index.spec)
+    yield Fact(f"recall@{index.recall_k}", numbers.percent(index.recall))
+    yield Fact("size", numbers.size(index.size_bytes))
+    if index.perplexity is not None:
+        yield Fact("perplexity with this index", numbers.perplexity(index.perplexity))
+
+
+def _facts(values: Mapping[str, object]) -> tuple[Fact, ...]:
+    return tuple(Fact(name, _setting(value)) for name, value in values.items())
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_setting(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(item) for item in value)
+    return str(value)

@@ -1,0 +1,1 @@
+"""What vectors tell without labels, and the choice of a layer; knows no model."""

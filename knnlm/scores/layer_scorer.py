@@ -1,0 +1,172 @@
+"""The label-free scores of many layers in one streaming pass over the model's own tensors.
+
+Legend: B windows of a batch, T positions, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from knnlm.progress import Advance, ignore
+from knnlm.results import Interval, LayerScore
+from knnlm.scores.choose import NEAR
+from knnlm.scores.dispersion import DispersionResult, DispersionScorer, Float64, Span, dispersion
+from knnlm.scores.sample import LayerSample, Sample, SamplePlan, SampleUpdate
+from knnlm.scores.sample_scores import (
+    Probe,
+    effective_rank,
+    intrinsic_dimension,
+    participation_ratio,
+    probe_difference,
+    retrieval_probe,
+    spectrum,
+    standardized_dispersion,
+)
+
+# Sampled vectors are kept for all layers at once: 8,192 are enough for the probe, and this many bytes are the limit.
+SAMPLE_CAPACITY = 8192
+SAMPLE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass saw of a layer: the dispersion of all its keys, and a sample of them."""
+
+    dispersion: DispersionResult
+    sample: Sample
+    seed: int
+
+    @cached_property
+    def spectrum(self) -> Float64:
+        """Of the sample."""
+        return spectrum(self.sample.vectors_MD)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Of the sample, with its interval."""
+        sample = self.sample
+        return retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self.seed)
+
+
+# Each field of LayerScore but the layer's name: knnlm.results says what it means.
+FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
+    "dispersion": lambda seen: seen.dispersion.pooled,
+    "interval": lambda seen: seen.dispersion.interval,
+    "dispersion_within": lambda seen: seen.dispersion.within,
+    "dispersion_segments": lambda seen: seen.dispersion.segments,
+    "dispersion_standardized": lambda seen: standardized_dispersion(seen.sample.vectors_MD),
+    "effective_rank": lambda seen: effective_rank(seen.spectrum),
+    "probe": lambda seen: seen.probe.value,
+    "probe_interval": lambda seen: seen.probe.interval,
+    "participation_ratio": lambda seen: participation_ratio(seen.spectrum),
+    "intrinsic_dimension": lambda seen: intrinsic_dimension(seen.sample.vectors_MD, seed=seen.seed),
+}
+
+# Those that make sense of one segment, of its vectors [T, D] alone; T of at most 1,024 is searched whole.
+SEGMENT_FUNCTIONS: Mapping[str, Callable[[NDArray[np.floating]], float]] = {
+    "dispersion_within": dispersion,
+    "dispersion_standardized": standardized_dispersion,
+    "effective_rank": lambda vectors_TD: effective_rank(spectrum(vectors_TD)),
+    "participation_ratio": lambda vectors_TD: participation_ratio(spectrum(vectors_TD)),
+    "intrinsic_dimension": lambda vectors_TD: intrinsic_dimension(vectors_TD, seed=0),
+}
+
+
+class LayerScorer:
+    """Dispersion of every key, and a bounded sample of keys for the other scores; the same positions for all layers."""
+
+    def __init__(self, dims: Mapping[str, int], *, seed: int = 0) -> None:
+        affordable = SAMPLE_BYTES // (4 * sum(dims.values()))
+        self._plan = SamplePlan(max(256, min(SAMPLE_CAPACITY, affordable)), seed)
+        self._dispersion = {name: DispersionScorer(dim) for name, dim in dims.items()}
+        self._samples = {name: LayerSample(self._plan, dim) for name, dim in dims.items()}
+        self._spans: Sequence[Span] = ()
+        self._update: SampleUpdate | None = None
+        self._probes: dict[str, Probe] = {}
+        self._seed = seed
+        self.tokens = 0
+        self.segments = 0
+
+    def begin_batch(self, spans: Sequence[Span], next_tokens: Sequence[ArrayLike]) -> None:
+        """Say which positions count in the tensors that come next, and which token follows each of them."""
+        self._spans = spans
+        self._update = self._plan.add_batch(spans, next_tokens)
+        self.tokens += sum(span.last - span.first for span in spans)
+        self.segments += len(spans)
+
+    def receive(self, name: str, vectors_BTD: Tensor) -> None:
+        """Take one layer's vectors of the batch; nothing of the tensor is kept.
+
+        :raises knnlm.scores.dispersion.BadVector: a vector with NaN, infinite values or nothing but zeros.
+        """
+        assert self._update is not None
+        self._dispersion[name].add_batch(vectors_BTD, self._spans)
+        self._samples[name].write(vectors_BTD, self._update)
+
+    def dispersion(self, name: str) -> float:
+        """The layer's pooled dispersion so far."""
+        return self._dispersion[name].result().pooled
+
+    def margin(self, name: str, leader: str, share: float) -> Interval:
+        """The interval of a layer's dispersion minus `share` times the leader's: which side of it the layer is on."""
+        return self._dispersion[name].margin(self._dispersion[leader], share)
+
+    def scores(self, advance: Advance = ignore) -> tuple[LayerScore, ...]:
+        """All scores of every layer, in the order in which the layers were given."""
+        scores = []
+        for name in self._dispersion:
+            scores.append(self._score(name))
+            advance(len(scores), len(self._dispersion))
+        return tuple(scores)
+
+    def probe_difference(self, one: str, other: str) -> Interval:
+        """How much higher one layer's probe is than another's, with the interval widened for all layers looked at.
+
+        For after `scores`.
+        """
+        comparisons = max(1, len(self._probes) - 1)
+        return probe_difference(self._probes[one], self._probes[other], comparisons=comparisons)
+
+    def _score(self, name: str) -> LayerScore:
+        seen = Seen(self._dispersion[name].result(), self._samples[name].sample(), self._seed)
+        self._probes[name] = seen.probe
+        return LayerScore(layer=name, **{field: function(seen) for field, function in FUNCTIONS.items()})
+
+
+class Settled:
+    """Asked after each batch: is it settled which candidate `choose.by_dispersion` takes?"""
+
+    # The jackknife needs a fair number of tokens before its interval can be believed.
+    MINIMUM_TOKENS = 50_000
+    EVERY_BATCHES = 4
+
+    def __init__(self, candidates: Sequence[str]) -> None:
+        self._candidates = candidates
+        self._batches = 0
+        self.met = False
+
+    def __call__(self, scorer: LayerScorer) -> bool:
+        """Look, every few batches, at the dispersions so far."""
+        self._batches += 1
+        if scorer.tokens < self.MINIMUM_TOKENS or self._batches % self.EVERY_BATCHES or len(self._candidates) < 2:
+            return False
+        leader = max(self._candidates, key=scorer.dispersion)
+        self.met = self._settled(scorer, leader)
+        return self.met
+
+    def _settled(self, scorer: LayerScorer, leader: str) -> bool:
+        """From the deepest up: those surely too far below the leader, then one that surely is not."""
+        for name in reversed(self._candidates):
+            if name == leader:
+                return True
+            margin = scorer.margin(name, leader, NEAR)
+            if margin.high >= 0:
+                return margin.low > 0
+        return False

@@ -1,0 +1,134 @@
+"""A bounded uniform sample of a layer's vectors, the same tokens for all layers.
+
+`SamplePlan` decides once per batch which new tokens enter the sample and which slot each takes; every layer's
+`LayerSample` follows it.
+
+Legend: B batch rows, T positions of a row, D dimension, M sampled tokens, N new tokens, U tokens that enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from knnlm.errors import InputError
+from knnlm.scores.dispersion import Span, host_array, on_host, widened
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+_EMPTY: Int64 = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One layer's sampled vectors, float32 [M, D], the token that followed each, and the cluster of text of each."""
+
+    vectors_MD: Float32
+    next_token_M: Int64
+    cluster_M: Int64
+
+
+@dataclass(frozen=True)
+class SampleUpdate:
+    """Which vectors of a batch enter the sample: `vectors_BTD[row_U, position_U]` go to `slot_U`, each slot once."""
+
+    row_U: Int64
+    position_U: Int64
+    slot_U: Int64
+
+
+class SamplePlan:
+    """Reservoir sampling (Vitter 1985, algorithm R): each token seen so far is in the sample with the same probability.
+
+    The sample depends on the seed and the order of tokens only, not on how they are cut into batches.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        if capacity < 1:
+            raise InputError(f"a sample needs a capacity of at least 1, got {capacity}")
+        self.capacity = capacity
+        self.seen = 0
+        self._random = np.random.default_rng(seed)
+        self._next_token_M = np.zeros(capacity, dtype=np.int64)
+        self._cluster_M = np.zeros(capacity, dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """M, the number of tokens in the sample now."""
+        return min(self.seen, self.capacity)
+
+    @property
+    def next_token_M(self) -> Int64:
+        """The token that followed each sampled one."""
+        return self._next_token_M[: self.size]
+
+    @property
+    def cluster_M(self) -> Int64:
+        """The cluster of text of each sampled token."""
+        return self._cluster_M[: self.size]
+
+    def rows(self, num_new: int) -> tuple[Int64, Int64]:
+        """Of `num_new` further tokens, the indices [U] that enter and the slots [U] that they take, each slot once."""
+        number_N = np.arange(self.seen, self.seen + num_new)
+        slot_N = self._random.integers(0, number_N + 1)
+        slot_N = np.where(number_N < self.capacity, number_N, slot_N)
+        self.seen += num_new
+        enters_U = np.flatnonzero(slot_N < self.capacity)
+        # Of two new tokens for one slot, the later one stays.
+        slot_U, from_end_U = np.unique(slot_N[enters_U][::-1], return_index=True)
+        return enters_U[::-1][from_end_U], slot_U
+
+    def add_batch(self, spans: Sequence[Span], next_tokens: Sequence[ArrayLike]) -> SampleUpdate:
+        """Decide for the counting positions of a batch; `next_tokens` holds those of each span, one per position.
+
+        :raises InputError: a span and its next tokens differ in number.
+        """
+        row_N, position_N, cluster_N = _positions(spans)
+        given = [np.asarray(tokens, dtype=np.int64) for tokens in next_tokens]
+        needed = [span.last - span.first for span in spans]
+        if [len(tokens) for tokens in given] != needed:
+            raise InputError(f"spans of {needed} positions need as many next tokens, got {[len(t) for t in given]}")
+        next_token_N = np.concatenate(given or [_EMPTY])
+        enters_U, slot_U = self.rows(len(row_N))
+        self._next_token_M[slot_U] = next_token_N[enters_U]
+        self._cluster_M[slot_U] = cluster_N[enters_U]
+        return SampleUpdate(row_N[enters_U], position_N[enters_U], slot_U)
+
+
+class LayerSample:
+    """One layer's part of the sample: capacity x dim float32, whose memory is touched only as far as it is filled."""
+
+    def __init__(self, plan: SamplePlan, dim: int) -> None:
+        self._plan = plan
+        self._vectors_MD = np.empty((plan.capacity, dim), dtype=np.float32)
+
+    def write(self, vectors_BTD: Tensor, update: SampleUpdate) -> None:
+        """Take this layer's vectors of a batch as the plan decided; every update, in order. The tensor is not kept."""
+        if not len(update.slot_U):
+            return
+        if on_host(vectors_BTD):
+            # NumPy for the reason of dispersion._host_sums.
+            self._vectors_MD[update.slot_U] = widened(host_array(vectors_BTD)[update.row_U, update.position_U])
+            return
+        row_U = torch.from_numpy(update.row_U).to(vectors_BTD.device)
+        position_U = torch.from_numpy(update.position_U).to(vectors_BTD.device)
+        self._vectors_MD[update.slot_U] = vectors_BTD.detach()[row_U, position_U].float().cpu().numpy()
+
+    def sample(self) -> Sample:
+        """What has been sampled so far; a view, valid until the next write."""
+        return Sample(self._vectors_MD[: self._plan.size], self._plan.next_token_M, self._plan.cluster_M)
+
+
+def _positions(spans: Sequence[Span]) -> tuple[Int64, Int64, Int64]:
+    """Row, position and cluster of each counting position, span by span."""
+    counts_S = [span.last - span.first for span in spans]
+    row_N = np.repeat(np.array([span.row for span in spans], dtype=np.int64), counts_S)
+    cluster_N = np.repeat(np.array([span.cluster for span in spans], dtype=np.int64), counts_S)
+    position_N = np.concatenate([np.arange(span.first, span.last) for span in spans] or [_EMPTY])
+    return row_N, position_N, cluster_N

@@ -1,0 +1,244 @@
+"""Label-free scores of a layer that need some of its vectors: functions of (a part of) a `Sample`.
+
+Legend: D dimension, M sampled vectors, Q queries, K neighbours, C clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from knnlm.errors import InputError
+from knnlm.results import Interval
+from knnlm.scores.dispersion import Float64, dispersion
+from knnlm.scores.sample import Int64
+from knnlm.statistics import jackknife_interval
+
+# Queries scanned at a time: 256 x 8192 float64 distances are 16 MB.
+_QUERY_BLOCK = 256
+# Up to this many eigenvalues, threads gain less on idle cores than they lose on busy ones.
+_ONE_THREAD_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The retrieval probe: the share of neighbours that have the query's next token, with its 95 % interval."""
+
+    value: float
+    interval: Interval
+    rate_Q: Float64 = field(compare=False, repr=False)
+    """The share of each query that had a key in another cluster."""
+    cluster_Q: Int64 = field(compare=False, repr=False)
+    """Those queries' clusters; the same for all layers of a sample."""
+
+
+def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
+    """Dispersion with each dimension divided by its standard deviation first, so that no rogue dimension decides.
+
+    Rogue dimensions: Timkey & van Schijndel 2021. The mean stays: without it every cloud has a dispersion of about 1.
+    Dimensions that are constant to float32 precision are left out; if all are, the vectors are identical and the
+    dispersion is 0.
+
+    :raises InputError: fewer than two vectors, or a row that is zero or not finite.
+    """
+    vectors_MD = _checked(sample_MD)
+    deviation_D, varies_D = _deviation(vectors_MD)
+    if not varies_D.any():
+        return 0.0
+    return dispersion(vectors_MD[:, varies_D] / deviation_D[varies_D])
+
+
+def spectrum(sample_MD: NDArray[np.floating]) -> Float64:
+    """The squared singular values of the centred sample that are above 0, ascending; none if all vectors are identical.
+
+    From the smaller Gram matrix in float64: min(M, D)^3 operations.
+
+    :raises InputError: fewer than two vectors, or a row that is not finite.
+    """
+    vectors_MD = _checked(sample_MD)
+    centred_MD = _centred(vectors_MD)[:, _deviation(vectors_MD)[1]]
+    if not centred_MD.size:
+        return np.empty(0)
+    matrix = torch.from_numpy(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
+    with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
+        power = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
+    # Below this an eigenvalue is what rounding left of a zero.
+    positive: Float64 = power[power > len(power) * np.finfo(np.float64).eps * power[-1]]
+    return positive
+
+
+def effective_rank(power: Float64) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to min(M, D).
+
+    Of the centred sample, whose squares `spectrum` gives. Identical vectors span nothing and give 0.
+    """
+    if not len(power):
+        return 0.0
+    share = np.sqrt(power) / np.sqrt(power).sum()
+    return math.exp(-float((share * np.log(share)).sum()))
+
+
+def participation_ratio(power: Float64) -> float:
+    """(sum of the covariance's eigenvalues)^2 / sum of their squares: 1 to min(M, D); identical vectors give 0.
+
+    How many directions carry the variance (Gao et al. 2017); one rogue dimension pulls it to 1 sooner than it does the
+    effective rank. From what `spectrum` gives.
+    """
+    return float(power.sum() ** 2 / (power**2).sum()) if len(power) else 0.0
+
+
+def intrinsic_dimension(sample_MD: NDArray[np.floating], *, queries: int = 1024, seed: int) -> float:
+    """TwoNN (Facco et al. 2017): from the ratio of each vector's second nearest distance to its nearest.
+
+    Where the density is locally constant, log(second / nearest) is exponential with the dimension as its rate; it is
+    fitted through the origin to the lower 90 % of the ratios, as there. `queries` vectors are drawn at random and all
+    others searched. Copies of a vector (nearest at distance 0) say nothing and are left out; NaN where nothing is left.
+
+    :raises InputError: fewer than two vectors, or a row that is not finite.
+    """
+    order_M = np.random.default_rng(seed).permutation(len(sample_MD))
+    keys_MD = _centred(_checked(sample_MD))[order_M]
+    if len(keys_MD) < 3:
+        return math.nan
+    squared_Q2 = np.concatenate(list(_two_nearest(keys_MD, min(queries, len(keys_MD)))))
+    # Below float64's rounding of the norms, a distance is that of a copy.
+    apart_Q2 = squared_Q2[squared_Q2[:, 0] > 1e-12 * np.vecdot(keys_MD, keys_MD).mean()]
+    ratio = np.sort(np.log(apart_Q2[:, 1] / apart_Q2[:, 0]) / 2)[: int(0.9 * len(apart_Q2))]
+    if not ratio.any():
+        return math.nan
+    rank = np.arange(1, len(ratio) + 1) / len(apart_Q2)
+    return float(-(ratio @ np.log1p(-rank)) / (ratio @ ratio))
+
+
+def retrieval_probe(
+    sample_MD: NDArray[np.floating],
+    next_token_M: Int64,
+    cluster_M: Int64,
+    *,
+    neighbors: int = 8,
+    queries: int = 1024,
+    seed: int,
+) -> Probe:
+    """Share of a sampled key's nearest keys (squared L2) from other clusters that have the same next token.
+
+    `queries` keys are drawn at random; all keys of other clusters are searched exactly, in float64. The interval is a
+    jackknife over the queries' clusters, given the keys. A query without a key in another cluster does not count;
+    without any such query the value is NaN and the interval (0, 1).
+
+    :raises InputError: fewer than two vectors, a row that is not finite, or numbers below 1.
+    """
+    if neighbors < 1 or queries < 1:
+        raise InputError(f"the probe needs at least 1 neighbor and 1 query, got {neighbors} and {queries}")
+    # Keys in random order: a layer near the embedding has many identical keys, whose ties must not favour early text.
+    order_M = np.random.default_rng(seed).permutation(len(sample_MD))
+    keys_MD, token_M, group_M = _centred(_checked(sample_MD))[order_M], next_token_M[order_M], cluster_M[order_M]
+    rate_Q = np.concatenate(list(_agreement(keys_MD, token_M, group_M, neighbors, min(queries, len(keys_MD)))))
+    counts_Q = ~np.isnan(rate_Q)
+    rate_Q, cluster_Q = rate_Q[counts_Q], group_M[: len(rate_Q)][counts_Q]
+    value, interval = _mean_over_clusters(rate_Q, cluster_Q, bounds=(0.0, 1.0))
+    return Probe(value, interval, rate_Q, cluster_Q)
+
+
+def _half_distances(keys_MD: Float64, queries: int) -> Iterator[tuple[slice, Float64]]:
+    """By blocks of the first `queries` keys: half the squared distance to every key, less the query's own half norm,
+    which orders nothing. The array [Q, M] is written anew for the next block.
+    """
+    half_norm_M = np.vecdot(keys_MD, keys_MD) / 2
+    buffer_QM = np.empty((min(_QUERY_BLOCK, queries), len(keys_MD)))
+    for start in range(0, queries, _QUERY_BLOCK):
+        block = slice(start, min(start + _QUERY_BLOCK, queries))
+        distance_QM = buffer_QM[: block.stop - start]
+        np.subtract(half_norm_M, np.matmul(keys_MD[block], keys_MD.T, out=distance_QM), out=distance_QM)
+        yield block, distance_QM
+
+
+def _nearest(distance_QM: Float64, count: int) -> Int64:
+    """Indices of the `count` smallest of each row, in no order; three to five times as fast as np.argpartition."""
+    found = torch.topk(torch.from_numpy(distance_QM), count, dim=1, largest=False, sorted=False).indices
+    indices: Int64 = found.numpy()
+    return indices
+
+
+def _agreement(keys_MD: Float64, token_M: Int64, cluster_M: Int64, neighbors: int, queries: int) -> Iterator[Float64]:
+    """By blocks of queries, the share of each query's neighbours with its next token; NaN without a neighbour."""
+    most = min(neighbors, len(keys_MD) - 1)
+    for block, distance_QM in _half_distances(keys_MD, queries):
+        distance_QM[cluster_M[block, None] == cluster_M] = np.inf
+        nearest_QK = _nearest(distance_QM, most)
+        found_QK = np.isfinite(np.take_along_axis(distance_QM, nearest_QK, axis=1))
+        agree_QK = found_QK & (token_M[nearest_QK] == token_M[block, None])
+        with np.errstate(invalid="ignore"):
+            yield agree_QK.sum(axis=1) / found_QK.sum(axis=1)
+
+
+def _two_nearest(keys_MD: Float64, queries: int) -> Iterator[Float64]:
+    """By blocks of queries, the squared distances [Q, 2] of the two nearest others, ascending, taken directly."""
+    for block, distance_QM in _half_distances(keys_MD, queries):
+        distance_QM[np.arange(len(distance_QM)), np.arange(block.start, block.stop)] = np.inf
+        difference_Q2D = keys_MD[_nearest(distance_QM, 2)] - keys_MD[block, None]
+        yield np.sort(np.vecdot(difference_Q2D, difference_Q2D), axis=1)
+
+
+def probe_difference(a: Probe, b: Probe, *, comparisons: int = 1) -> Interval:
+    """95 % interval of a.value - b.value for two layers of one sample: paired, as both have the same queries.
+
+    Far narrower than the two intervals of their own, which mostly tell how texts differ.
+
+    :param comparisons: from how many differences this one is picked; their intervals then hold together (Bonferroni).
+    """
+    return _mean_over_clusters(a.rate_Q - b.rate_Q, a.cluster_Q, bounds=(-1.0, 1.0), comparisons=comparisons)[1]
+
+
+def _mean_over_clusters(
+    value_Q: Float64, cluster_Q: Int64, *, bounds: tuple[float, float], comparisons: int = 1
+) -> tuple[float, Interval]:
+    """Mean with its interval by a jackknife over clusters; NaN and all that is possible without values."""
+    if not len(value_Q):
+        return math.nan, Interval(*bounds)
+    _, cluster_Q = np.unique(cluster_Q, return_inverse=True)
+    sum_C = np.bincount(cluster_Q, weights=value_Q)
+    count_C = np.bincount(cluster_Q)
+    total, count = float(sum_C.sum()), len(value_Q)
+    with np.errstate(invalid="ignore"):
+        without_C = (total - sum_C) / (count - count_C)
+    mean = total / count
+    return mean, jackknife_interval(mean, without_C, bounds=bounds, sizes_G=count_C, comparisons=comparisons)
+
+
+def _checked(sample_MD: NDArray[np.floating]) -> Float64:
+    """The sample in float64; a caller may not write to it, it can be the very array that was given."""
+    if np.ndim(sample_MD) != 2 or len(sample_MD) < 2:
+        raise InputError(f"a score needs at least 2 vectors as [M, D], got shape {list(np.shape(sample_MD))}")
+    finite_M = np.isfinite(sample_MD).all(axis=1)
+    if not finite_M.all():
+        raise InputError(f"row {int(finite_M.argmin())} of the sample is not finite")
+    return np.asarray(sample_MD, dtype=np.float64)
+
+
+def _centred(vectors_MD: Float64) -> Float64:
+    """The sample minus its mean: distances stay, the rounding of large norms goes."""
+    centred_MD: Float64 = vectors_MD - vectors_MD.mean(axis=0)
+    return centred_MD
+
+
+def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
+    """Each dimension's standard deviation, and whether it varies at all beyond float32 rounding."""
+    deviation_D: Float64 = vectors_MD.std(axis=0)
+    return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: on shared cores the threads of a small step wait for one another, 5 s instead of 0.1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,139 @@
+"""What the page asks and what it is told, as JSON. The import of pydantic.
+
+Types are strict, and a field that nobody knows is refused. Long lists of numbers go as little-endian float32 in base64,
+which is half as long as digits and loses nothing.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from knnlm.files import path_tails
+from knnlm.inference.explain import SHOWN_NEIGHBORS, Explainer
+from knnlm.knn.evidence import LIKELIEST, Evidence
+from knnlm.knn.mixing import NEAREST
+from knnlm.server.wire import Request
+
+MAX_TOKENS = 1024
+"""Of a text; a shorter context of the model is a limit as well."""
+MAX_CHARACTERS = 20_000
+MAX_NEW_TOKENS = 200
+MAX_SOURCES = 100
+LARGEST_SEED = (1 << 53) - 1
+"""JavaScript has no larger whole numbers."""
+
+# A text of bounded length is looked at, and refused where it has half of a surrogate pair, as JSON can write it.
+Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TOKENS)]
+Row = Annotated[int, Field(ge=0)]
+
+
+class ExplainRequest(Request):
+    """A text, or the tokens of one, and the layer whose keys are searched."""
+
+    text: Text | None = None
+    tokens: Tokens | None = None
+    layer: str | None = None
+
+
+class ContinueRequest(Request):
+    """Tokens to go on with under a setting; a `temperature_lm` of 0 takes the likeliest token each time."""
+
+    tokens: Tokens
+    layer: str | None = None
+    k: Annotated[int, Field(ge=1)]
+    temperature: Annotated[float, Field(gt=0)]
+    lam: Annotated[float, Field(alias="lambda", ge=0, le=1)]
+    gated: bool = False
+    """λ moves from token to token, by the gate that the layer has."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 40
+    temperature_lm: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
+
+
+class SourcesRequest(Request):
+    """Places in the datastore whose text is wanted."""
+
+    rows: Annotated[list[Row], Field(max_length=MAX_SOURCES)]
+
+
+def store_document(explainer: Explainer) -> dict[str, Any]:
+    """What is explained: model, datastore, its layers with their settings, and the page's limits."""
+    store = explainer.store
+    return {
+        "model": path_tails(explainer.lm.name)[-2:][0],
+        "store": store.folder.resolve().name,
+        "keys": store.count,
+        "documents": store.manifest.documents.rows,
+        "layers": [_layer(explainer, layer) for layer in store.layers],
+        "max_tokens": max_tokens(explainer),
+        "max_characters": MAX_CHARACTERS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "likeliest": LIKELIEST,
+        "neighbors": SHOWN_NEIGHBORS,
+        "nearest": NEAREST,
+    }
+
+
+def max_tokens(explainer: Explainer) -> int:
+    """The longest text."""
+    limit = explainer.lm.context_limit
+    return MAX_TOKENS if limit is None else min(limit, MAX_TOKENS)
+
+
+def _layer(explainer: Explainer, layer: str) -> dict[str, Any]:
+    setting = explainer.retrieval(layer).setting
+    return {
+        "name": layer,
+        "first": layer == explainer.first,
+        "fitted": explainer.is_fitted(layer),
+        "k": setting.k,
+        "temperature": setting.temperature,
+        "lambda": setting.lam,
+        "gate": setting.gate and asdict(setting.gate),
+        "depth": explainer.depth(layer),
+    }
+
+
+def texts_document(
+    explainer: Explainer, tokens: Sequence[int], pieces: Sequence[str], evidence: Sequence[Evidence | None]
+) -> dict[str, Any]:
+    """Tokens of a text with their evidence, and the text of every token that is named in it."""
+    named = {int(token) for one in evidence if one is not None for token in one.tokens_M}
+    return {
+        "tokens": [token_document(*one) for one in zip(tokens, pieces, evidence, strict=True)],
+        "texts": {str(token): explainer.token_text(token) for token in sorted(named)},
+    }
+
+
+def token_document(token: int, piece: str, evidence: Evidence | None) -> dict[str, Any]:
+    """A token; of its K neighbours distances, places in the datastore, and votes, which count in the M tokens."""
+    if evidence is None:
+        return {"token": token, "text": piece, "evidence": None}
+    found = evidence.found
+    votes_K = np.searchsorted(evidence.tokens_M, found.values_K)
+    told = {
+        "tokens": evidence.tokens_M.tolist(),
+        "lm": _floats(evidence.lm_M),
+        "distances": _floats(found.distances_K),
+        "votes": votes_K.tolist(),
+        "rows": found.rows_K.tolist(),
+    }
+    return {"token": token, "text": piece, "evidence": told}
+
+
+def sources_document(explainer: Explainer, rows: Iterable[int]) -> dict[str, Any]:
+    """The text around each of the rows."""
+    return {"sources": [asdict(explainer.source(row)) for row in rows]}
+
+
+def _floats(values: NDArray[Any]) -> str:
+    return b64encode(values.astype("<f4").tobytes()).decode("ascii")

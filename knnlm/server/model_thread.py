@@ -1,0 +1,225 @@
+"""The thread that owns the model: it continues all choices together that wait together, and runs others' calls.
+
+Choices come and go between two steps, so that a short one does not wait for a long one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from threading import Condition, Thread
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from knnlm.inference.batch import Batch, RowModel
+from knnlm.server.choices import Choice, Prompt
+from knnlm.server.limits import Limits
+from knnlm.server.metrics import Metrics
+from knnlm.server.refusals import too_many
+
+T = TypeVar("T")
+# Prompts that are read together: at most this many tokens, padding too.
+_PREFILL_TOKENS = 4096
+
+
+class ModelThread:
+    """Takes prompts and calls from any thread; the model is used in its own one only."""
+
+    def __init__(self, model: RowModel, limits: Limits, metrics: Metrics) -> None:
+        self._model, self._limits, self._metrics = model, limits, metrics
+        self._news = Condition()
+        self._prompts: deque[Prompt] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], None]]] = deque()
+        self._closed = False
+        self._rows: list[tuple[Prompt, Choice]] = []
+        self._batch: Batch | None = None
+        self._thread = Thread(target=self._work, name="knnlm-model", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the step that is under way, and no other."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join()
+
+    @property
+    def running(self) -> int:
+        """Choices that are being continued."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Choices and calls in the queue."""
+        return sum(len(prompt.choices) for prompt in tuple(self._prompts)) + len(self._calls)
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        """Put prompts into the queue, all or none.
+
+        :raises Refusal: the queue is full.
+        """
+        with self._news:
+            self.check_room(sum(len(prompt.choices) for prompt in prompts))
+            self._prompts += prompts
+            self._news.notify()
+
+    def cancel(self, prompts: Sequence[Prompt]) -> None:
+        """Forget prompts: what waits leaves the queue at once, what runs leaves the batch before its next step."""
+        with self._news:
+            for prompt in prompts:
+                prompt.cancelled = True
+            self._prompts = deque(prompt for prompt in self._prompts if not prompt.cancelled)
+
+    async def run(self, function: Callable[[], T], *, admitted: bool = False) -> T:
+        """Execute a function on the model's thread, between two steps, and give its result or raise its exception.
+
+        Whoever does not wait any more cancels this; what waited then leaves the queue at once.
+        :param admitted: the function goes on with what was let in, and is let in as well.
+        :raises Refusal: the queue is full.
+        """
+        future: Future[T] = Future()
+        call = future, partial(_execute, function, future)
+        with self._news:
+            if not admitted:
+                self.check_room(1)
+            self._calls.append(call)
+            self._news.notify()
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            with self._news, suppress(ValueError):  # it began
+                self._calls.remove(call)
+
+    def check_room(self, more: int) -> None:
+        """:raises Refusal: the queue is too full for so many more."""
+        if self.waiting + more > self._limits.queue:
+            raise too_many(self._limits.queue)
+
+    def _work(self) -> None:
+        while self._wait():
+            with self._news:
+                call = self._calls.popleft()[1] if self._calls else None
+                prompts = self._next_prompts()
+            if call:
+                call()
+            self._admit(prompts)
+            self._guarded(self._step)
+        for future, _ in self._calls:
+            future.cancel()
+
+    def _wait(self) -> bool:
+        with self._news:
+            self._news.wait_for(lambda: self._closed or self._calls or self._prompts or self._rows)
+        return not self._closed
+
+    def _admit(self, prompts: Sequence[Prompt]) -> None:
+        """Let prompts join the batch. What goes wrong while they are read is told to them alone."""
+        if not prompts:
+            return
+        try:
+            batch, rows = self._read(prompts)
+        except Exception as error:
+            _tell(error, prompts)
+        else:
+            self._guarded(partial(self._join, batch, rows))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Whatever goes wrong, out of memory too, is told to all that are in the batch, and the thread lives on."""
+        try:
+            work()
+        except Exception as error:
+            _tell(error, {prompt for prompt, _ in self._rows})
+            self._rows, self._batch = [], None
+
+    def _next_prompts(self) -> list[Prompt]:
+        """The next ones of the queue that have room in the batch and can be read together."""
+        taken: list[Prompt] = []
+        room = self._limits.batch - len(self._rows)
+        while self._prompts and len(self._prompts[0].choices) <= room and _fits(self._prompts[0], taken):
+            taken.append(self._prompts.popleft())
+            room -= len(taken[-1].choices)
+        return taken
+
+    def _read(self, prompts: Sequence[Prompt]) -> tuple[Batch, list[tuple[Prompt, Choice]]]:
+        """Read prompts, which gives a row for each choice that has more than one token to come."""
+        length = max(len(prompt.tokens) for prompt in prompts)
+
+        def receive(start: int, log_probs_BTV: Tensor) -> None:
+            if all(prompt.cancelled for prompt in prompts):
+                raise _NobodyWaits
+            for prompt, log_probs_TV in zip(prompts, log_probs_BTV, strict=True):
+                prompt.score(start - length + len(prompt.tokens), log_probs_TV)
+
+        tokens, settings = [prompt.tokens for prompt in prompts], [prompt.setting for prompt in prompts]
+        batch, log_probs_BV = self._model.prefill(tokens, settings, receive if prompts[0].is_scored else None)
+        self._metrics.count("knnlm_tokens_total", sum(map(len, tokens)), kind="prompt")
+        rows = [(row, choice) for row, prompt in enumerate(prompts) for choice in prompt.choices]
+        for prompt in prompts:
+            prompt.begin()
+        self._advance([(prompts[row], choice) for row, choice in rows], log_probs_BV[[row for row, _ in rows]])
+        going_on = [(row, choice) for row, choice in rows if choice.finish is None]
+        batch.select([row for row, _ in going_on])
+        return batch, [(prompts[row], choice) for row, choice in going_on]
+
+    def _join(self, batch: Batch, rows: list[tuple[Prompt, Choice]]) -> None:
+        self._rows = [*self._rows, *rows]
+        if self._batch is not None and rows:
+            self._batch.join(batch)
+        elif rows:
+            self._batch = batch
+
+    def _step(self) -> None:
+        """A token for each choice; those that are over, or whose client is gone, leave."""
+        self._keep(lambda prompt, choice: not prompt.cancelled)
+        if self._batch is not None:
+            log_probs_BV = self._batch.step([choice.token for _, choice in self._rows])
+            self._metrics.count("knnlm_steps_total")
+            self._advance(self._rows, log_probs_BV)
+            self._keep(lambda prompt, choice: choice.finish is None)
+
+    def _advance(self, rows: Sequence[tuple[Prompt, Choice]], log_probs_BV: Tensor) -> None:
+        due = [(row, log_probs_V) for row, log_probs_V in zip(rows, log_probs_BV.cpu(), strict=True)]
+        for (prompt, choice), log_probs_V in due:
+            if choice.finish is None:
+                prompt.advance(choice, log_probs_V)
+                self._metrics.count("knnlm_tokens_total", kind="generated")
+
+    def _keep(self, stays: Callable[[Prompt, Choice], bool]) -> None:
+        kept = [row for row, pair in enumerate(self._rows) if stays(*pair)]
+        if self._batch is not None and len(kept) < len(self._rows):
+            self._rows = [self._rows[row] for row in kept]
+            self._batch.select(kept)
+        if not self._rows:
+            self._batch = None
+
+
+class _NobodyWaits(Exception):
+    """All prompts that are being read were cancelled."""
+
+
+def _tell(error: Exception, prompts: Collection[Prompt]) -> None:
+    for prompt in prompts:
+        prompt.emit(error)
+
+
+def _execute(function: Callable[[], T], future: Future[T]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+
+def _fits(prompt: Prompt, others: Sequence[Prompt]) -> bool:
+    """Whether a prompt can be read with others: scored or not as they are, and not too much with their padding."""
+    longest = max(len(one.tokens) for one in (prompt, *others))
+    alike = all(one.is_scored == prompt.is_scored for one in others)
+    return not others or (alike and longest * (len(others) + 1) <= _PREFILL_TOKENS)

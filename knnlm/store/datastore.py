@@ -1,0 +1,280 @@
+"""A datastore on disk: the keys of one or more layers of a model over a text, and the token that followed each.
+
+    nursing.knn/
+      datastore.json                 the manifest, written last: counts, checksums, the model's fingerprint, scores
+      values-00000.npy ...           int32 next tokens in the text's order, shared by all layers
+      documents.npy                  int64 [documents, 4]: first row among the values, first token (it has no
+                                     predecessor, so it is no value), number of its source, number inside the source
+      keys/11.ffn_input/00000.npy    float16 or float32 [n, D]: (vector - centre) / scale
+      keys/11.ffn_input/centre.npy   float32 [D]
+      index/11.ffn_input/...         written by the index package
+
+Squared L2 does not change when a constant is subtracted from all vectors, float16 does: the centre, the mean of the
+layer's first few thousand vectors, is that constant. Sizes are never typed: the files' headers are checked against the
+manifest when a datastore is opened, the data themselves by `verify`.
+
+Legend: N keys, D dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
+from knnlm.files import disk_error, write_json
+from knnlm.progress import Advance
+from knnlm.store.keys import Keys
+from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, read_manifest
+from knnlm.store.npy import npy_offset, open_npy
+from knnlm.store.writer import DatastoreWriter
+
+__all__ = ["Datastore", "DatastoreWriter", "Keys", "Manifest", "open_datastore"]
+
+# What two models must share for the one's vectors to be queries among the other's. The name may differ: folders move.
+MODEL_PARTS = ("config", "weights", "tokenizer")
+VERIFY_BYTES = 1 << 24
+
+
+def open_datastore(folder: str | Path) -> Datastore:
+    """Open a datastore; as `Datastore.open`."""
+    return Datastore.open(folder)
+
+
+class Datastore:
+    """A finished datastore, opened for reading; arrays are mapped, not loaded."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self._manifest = manifest
+        self._keys: dict[str, Keys] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Datastore:
+        """Read the manifest and check every file's presence, size, shape and type against it; the data are not read.
+
+        :raises DatastoreError: no datastore, or made by a newer knnlm.
+        :raises DatastoreCorrupt: a file is missing, short or does not fit the manifest; names the file.
+        """
+        store = cls(Path(folder), read_manifest(Path(folder)))
+        for shard, dtype, row_shape in store._files():
+            npy_offset(store.folder / shard.file, dtype, (shard.rows, *row_shape))
+        return store
+
+    @property
+    def manifest(self) -> Manifest:
+        """What datastore.json says."""
+        return self._manifest
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers whose keys are stored."""
+        return tuple(self._manifest.layers)
+
+    @property
+    def count(self) -> int:
+        """N: keys of each layer, and values."""
+        return self._manifest.count
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files, indexes too."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @cached_property
+    def values(self) -> NDArray[np.int32]:
+        """The token that followed each key, int32 [N], read-only.
+
+        Mapped while it is one shard, which holds 536 million; of more, all 4 x N bytes are loaded.
+        """
+        shards = [open_npy(self.folder / shard.file, np.int32, (shard.rows,)) for shard in self._manifest.values]
+        values: NDArray[np.int32] = shards[0] if len(shards) == 1 else np.concatenate(shards)
+        values.flags.writeable = False
+        return values
+
+    @cached_property
+    def documents(self) -> NDArray[np.int64]:
+        """int64 [documents, 4]: first row, first token, place in `manifest.sources`, number in the source."""
+        shard = self._manifest.documents
+        return open_npy(self.folder / shard.file, np.int64, (shard.rows, 4))
+
+    def keys(self, layer: str) -> Keys:
+        """The layer's keys: vector - centre, in float32.
+
+        :raises DatastoreMismatch: the layer is not stored; lists those that are.
+        """
+        if layer not in self._keys:
+            entry = self._layer(layer)
+            centre = np.array(open_npy(self.folder / entry.centre.file, np.float32, (entry.dim,)))
+            shards = [open_npy(self.folder / one.file, entry.dtype, (one.rows, entry.dim)) for one in entry.shards]
+            self._keys[layer] = Keys(shards, centre, entry.scale)
+        return self._keys[layer]
+
+    def index_folder(self, layer: str) -> Path:
+        """Where the layer's index lies, or will; nothing is made. Raises as `keys`."""
+        self._layer(layer)
+        return self.folder / "index" / layer
+
+    def document_of(self, row: int) -> tuple[str, int]:
+        """The source's name of a row's document, and the document's number in that source."""
+        _, _, source, number = self.documents[self._document(row)].tolist()
+        return self._manifest.sources[source], number
+
+    def context(self, row: int, width: int) -> NDArray[np.int32]:
+        """The last `width` tokens before the value of a row, in its document; fewer where it begins later."""
+        first, first_token = self.documents[self._document(row), :2].tolist()
+        start = max(first, row - width)
+        tokens = self.values[start:row]
+        if row - start < width:
+            return np.concatenate([np.array([first_token], np.int32), tokens])
+        return tokens
+
+    def continuation(self, row: int, width: int) -> NDArray[np.int32]:
+        """The next `width` tokens after the value of a row, in its document; fewer where it ends earlier."""
+        next_document = self._document(row) + 1
+        ends = self.documents[next_document : next_document + 1, 0].tolist() or [self.count]
+        return self.values[row + 1 : min(row + 1 + width, ends[0])]
+
+    def check_model(self, fingerprint: Mapping[str, str]) -> None:
+        """Refuse a model whose vectors or tokens are not those of the datastore.
+
+        :raises DatastoreMismatch: says which of config, weights and tokenizer differ, with both hashes' beginnings.
+        """
+        ours = self._manifest.fingerprint
+        different = [
+            f"{part} {ours.get(part, 'unknown')[:8]} here and {fingerprint.get(part, 'unknown')[:8]} there"
+            for part in MODEL_PARTS
+            if ours.get(part) != fingerprint.get(part)
+        ]
+        if different:
+            raise DatastoreMismatch(
+                f"{self.folder} was made with another model ({self._manifest.model}) than {fingerprint.get('model')}: "
+                f"{', '.join(different)}; take the model that it was made with, or build it again"
+            )
+
+    def verify(self, advance: Advance = lambda done, total: None) -> tuple[str, ...]:
+        """Read everything; gives a line for each problem, none where the datastore is whole.
+
+        Checks sizes, every checksum, NaN and infinity in keys, and that documents lie inside values and sources.
+        :param advance: told the bytes read and their total.
+        """
+        files = list(self._files())
+        total = sum(_data_bytes(*one) for one in files)
+        problems: list[str] = []
+        done = 0
+        for shard, dtype, row_shape in files:
+            problems += self._verify_file(shard, dtype, row_shape)
+            done += _data_bytes(shard, dtype, row_shape)
+            advance(done, total)
+        return tuple(problems or self._verify_documents())
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, for people and as JSON."""
+        manifest = self._manifest
+        return {
+            "folder": str(self.folder),
+            "model": manifest.model,
+            "keys": manifest.count,
+            "documents": manifest.documents.rows,
+            "sources": len(manifest.sources),
+            "layers": {name: self._describe_keys(one) for name, one in manifest.layers.items()},
+            "context": manifest.context,
+            "stride": manifest.stride,
+            "bytes": self.size_bytes,
+            "indexes": manifest.indexes,
+            "choice": manifest.scores.get("choice") if isinstance(manifest.scores, dict) else None,
+            "fitted": manifest.fitted,
+            "versions": manifest.versions,
+        }
+
+    def _describe_keys(self, layer: LayerKeys) -> dict[str, Any]:
+        size = self.count * layer.dim * np.dtype(layer.dtype).itemsize
+        return {"dim": layer.dim, "dtype": layer.dtype, "scale": layer.scale, "bytes": size}
+
+    def update_manifest(
+        self,
+        *,
+        scores: object = None,
+        fitted: object = None,
+        indexes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Replace what is given, atomically; `indexes` joins the entries of other layers. None leaves a field.
+
+        :raises DatastoreError: the folder cannot be written.
+        """
+        old = self._manifest
+        new = replace(
+            old,
+            scores=old.scores if scores is None else scores,
+            fitted=old.fitted if fitted is None else fitted,
+            indexes={**old.indexes, **(indexes or {})},
+        )
+        try:
+            write_json(self.folder / NAME, new.to_json())
+        except OSError as error:
+            raise disk_error(error, self.folder / NAME) from error
+        self._manifest = read_manifest(self.folder)
+
+    def _layer(self, layer: str) -> LayerKeys:
+        if layer not in self._manifest.layers:
+            raise DatastoreMismatch(f"{self.folder} has no keys of layer {layer}; it has {', '.join(self.layers)}")
+        return self._manifest.layers[layer]
+
+    def _document(self, row: int) -> int:
+        """The running number of the row's document; one without values is before the one that has the row."""
+        if not 0 <= row < self.count:
+            raise IndexError(f"row {row} of {self.count} keys")
+        return int(np.searchsorted(self.documents[:, 0], row, side="right")) - 1
+
+    def _files(self) -> Iterator[tuple[Shard, str, tuple[int, ...]]]:
+        """Every file with its type and the shape of a row."""
+        yield self._manifest.documents, "int64", (4,)
+        for shard in self._manifest.values:
+            yield shard, "int32", ()
+        for layer in self._manifest.layers.values():
+            yield replace(layer.centre, rows=layer.dim), "float32", ()
+            for shard in layer.shards:
+                yield shard, layer.dtype, (layer.dim,)
+
+    def _verify_file(self, shard: Shard, dtype: str, row_shape: tuple[int, ...]) -> Iterator[str]:
+        path = self.folder / shard.file
+        try:
+            data = open_npy(path, dtype, (shard.rows, *row_shape)).reshape(-1)
+        except DatastoreCorrupt as error:
+            yield str(error)
+            return
+        digest, finite = hashlib.sha256(), True
+        step = VERIFY_BYTES // data.itemsize
+        for start in range(0, len(data), step):
+            part = data[start : start + step]
+            digest.update(part.data)
+            finite &= part.dtype.kind != "f" or bool(np.isfinite(part).all())
+        if digest.hexdigest() != shard.sha256:
+            yield f"{path} has changed: its data do not give the checksum in the manifest; build the datastore again"
+        if not finite:
+            yield f"{path} holds NaN or infinite values; build the datastore again"
+
+    def _verify_documents(self) -> Iterator[str]:
+        first_rows, _, sources, _ = self.documents.T
+        if (
+            not len(first_rows)
+            or first_rows[0]
+            or first_rows[-1] > self.count
+            or np.any(np.diff(first_rows) < 0)
+            or not np.all((sources >= 0) & (sources < len(self._manifest.sources)))
+        ):
+            yield f"{self.folder / self._manifest.documents.file} does not fit the values; build the datastore again"
+
+
+def _data_bytes(shard: Shard, dtype: str, row_shape: tuple[int, ...]) -> int:
+    return shard.rows * int(np.prod(row_shape, dtype=np.int64)) * np.dtype(dtype).itemsize

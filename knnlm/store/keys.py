@@ -1,0 +1,145 @@
+"""The keys of one layer as an index sees them: any rows, in float32, as the metric wants them.
+
+Legend: N keys, Q queries, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.config import METRICS
+from knnlm.errors import InputError
+from knnlm.store.half import to_float32
+
+# Rows that `take` gathers at a time: the half-precision copy between the file and the float32 result stays in cache.
+TAKE_ROWS = 1 << 10
+# Elements that are turned into float32 at a time: 512 kB stay in the second-level cache.
+BLOCK = 1 << 17
+
+Floats = NDArray[np.float32]
+
+
+class Keys:
+    """A layer's keys over all shards: an `index.source.VectorSource`.
+
+    As `Datastore.keys` gives them they are vector - centre. Squared L2 between two vectors is unchanged by subtracting
+    one constant from both; float16 and BLAS lose far less of a small number than of a large one.
+    """
+
+    def __init__(self, shards: Sequence[NDArray[Any]], centre: Floats, scale: float = 1.0, metric: str = "l2") -> None:
+        self.centre = centre
+        """float32 [D], the constant that was subtracted from every vector."""
+        self.metric = _checked(metric)
+        self._shards, self._scale = tuple(shards), np.float32(scale)
+        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return len(self.centre)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def for_metric(self, metric: str) -> Keys:
+        """The keys between which an index's distance is the metric's, up to a constant per query.
+
+        l2: vector - centre. cosine: the vector at unit length, so that squared L2 is 2 - 2 cos. ip: vector - centre; it
+        changes all of a query's inner products by one number, which p_kNN does not see.
+        :raises InputError: an unknown metric.
+        """
+        return Keys(self._shards, self.centre, float(self._scale), metric)
+
+    def prepare_queries(self, vectors_QD: NDArray[Any], metric: str | None = None) -> Floats:
+        """Raw vectors of the layer as queries for the keys under a metric (by default this view's); a new array."""
+        metric = _checked(metric or self.metric)
+        queries_QD = np.array(vectors_QD, np.float32, order="C")
+        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
+            raise InputError(f"queries have the shape {queries_QD.shape}, but must be [queries, {self.dim}]")
+        if metric == "l2":
+            queries_QD -= self.centre
+        elif metric == "cosine":
+            _normalise(queries_QD)
+        return queries_QD
+
+    def read(self, start: int, stop: int) -> Floats:
+        """Rows start to stop (at most the last), float32 [stop - start, D], C-contiguous.
+
+        :raises IndexError: a negative start, or a stop before it.
+        """
+        stop = min(stop, len(self))
+        if not 0 <= start <= stop:
+            raise IndexError(f"rows {start} to {stop} of {len(self)} keys")
+        rows_ND = np.empty((stop - start, self.dim), np.float32)
+        for shard, end in zip(self._shards, self._ends.tolist(), strict=True):
+            first, last = max(start, end - len(shard)), min(stop, end)
+            if first < last:
+                begin = end - len(shard)
+                _copy(shard[first - begin : last - begin], rows_ND[first - start : last - start])
+        return self._finish(rows_ND)
+
+    def take(self, ids_N: NDArray[np.int64]) -> Floats:
+        """The rows of any ids, in the order of the ids, float32 [N, D].
+
+        :raises IndexError: an id below 0 (a search's "absent" is -1) or beyond the last.
+        """
+        if len(ids_N) and not (0 <= ids_N.min() and ids_N.max() < len(self)):
+            raise IndexError(f"ids {ids_N.min()} to {ids_N.max()} of {len(self)} keys")
+        rows_ND = np.empty((len(ids_N), self.dim), np.float32)
+        for start in range(0, len(ids_N), TAKE_ROWS):
+            part = slice(start, start + TAKE_ROWS)
+            _copy(self._gather(ids_N[part]), rows_ND[part])
+        return self._finish(rows_ND)
+
+    def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows as they are stored: moved about in half precision, turned into float32 once and in order."""
+        if len(self._shards) == 1:
+            return np.take(self._shards[0], ids_N, axis=0)
+        rows_ND = np.empty((len(ids_N), self.dim), self._shards[0].dtype)
+        for shard, (places, local) in zip(self._shards, self._by_shard(ids_N), strict=True):
+            rows_ND[places] = np.take(shard, local, axis=0)
+        return rows_ND
+
+    def _by_shard(self, ids_N: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """For each shard: the places among the ids that lie in it, and their rows in it."""
+        # A stable argsort of 16-bit numbers is numpy's radix sort: few passes over the ids, however many the shards.
+        shard_N = np.searchsorted(self._ends, ids_N, side="right").astype(np.uint16)
+        order = np.argsort(shard_N, kind="stable")
+        borders = np.cumsum(np.bincount(shard_N, minlength=len(self._shards)))[:-1]
+        starts = (self._ends - [len(shard) for shard in self._shards]).tolist()
+        groups = np.split(order, borders)
+        return [(places, ids_N[places] - start) for places, start in zip(groups, starts, strict=True)]
+
+    def _finish(self, rows_ND: Floats) -> Floats:
+        if self._scale != 1:
+            rows_ND *= self._scale
+        if self.metric == "cosine":
+            rows_ND += self.centre
+            _normalise(rows_ND)
+        return rows_ND
+
+
+def _copy(stored_ND: NDArray[Any], rows_ND: Floats) -> None:
+    """Stored rows into float32 ones, in blocks that stay in cache."""
+    if stored_ND.dtype != np.float16:
+        rows_ND[:] = stored_ND
+        return
+    size = max(1, BLOCK // rows_ND.shape[1])
+    for start in range(0, len(rows_ND), size):
+        to_float32(stored_ND[start : start + size], rows_ND[start : start + size])
+
+
+def _checked(metric: str) -> str:
+    if metric not in METRICS:
+        raise InputError(f"the metric is {metric!r}, but must be one of {', '.join(METRICS)}")
+    return metric
+
+
+def _normalise(rows_ND: Floats) -> None:
+    """To unit length, in place; a row of zeros stays."""
+    norms_N = np.sqrt(np.einsum("nd,nd->n", rows_ND, rows_ND))
+    rows_ND /= np.maximum(norms_N, np.finfo(np.float32).tiny)[:, None]

@@ -1,0 +1,37 @@
+"""A ranking as the plain values of strict JSON: what `knnlm rank-models --json` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from knnlm.documents import plain
+from knnlm.studies.rank_models.ranking import OURS, RELEASED, Ranking
+
+FORMAT, VERSION = "knnlm-rank-models", 1
+_CORRELATION = ("spearman", "spearman_interval", "pearson", "pearson_interval")
+
+
+def ranking_document(
+    ranking: Ranking, *, settings: Mapping[str, object], versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Models in ranked order. What only measured figures tell is null without them, an interval `[low, high]`."""
+    found = ranking.correlation
+    known = found is not None and math.isfinite(found.spearman)
+    document: dict[str, Any] = plain(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "models": ranking.models,
+            **{name: getattr(found, name) if known else None for name in _CORRELATION},
+            "regret": ranking.regret,
+            "higher_is_better": ranking.higher_is_better,
+            "notes": ranking.notes,
+            "tokens": ranking.tokens,
+            "protocol": {"released": RELEASED, "ours": OURS},
+            "settings": settings,
+            "versions": versions,
+        }
+    )
+    return document

@@ -1,0 +1,219 @@
+"""Which checkpoint suits a domain best, from a few rows of its output matrix: the dispersion gap of arXiv 2506.24106.
+
+    G = within(T) + between(T, general)
+
+T are tokens of the domain. `within` is the mean of 1 - cos over all pairs of their rows, `between` over all pairs of
+one of T with one of the general set (a sum, though the paper calls it a gap). No forward pass, no model: the larger G,
+the better the model is said to be. Distances come from sums of unit rows in float64, not from pairs: with the mean unit
+rows u and v, within = N/(N-1) (1 - |u|^2) and between = 1 - u.v exactly.
+
+Legend: N tokens, D dimension.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.errors import InputError
+from knnlm.model.fingerprint import digest_tokenizer
+from knnlm.scores.dispersion import from_sum, unit_rows
+from knnlm.statistics import CorrelationEstimate, correlate
+from knnlm.studies.rank_models.figures import match_scores
+from knnlm.studies.rank_models.output_matrix import OutputMatrix, find_output_matrix
+from knnlm.studies.rank_models.token_sets import TokenSource, Vocabulary, choose_tokens
+
+Float64 = NDArray[np.float64]
+
+RELEASED = (
+    "the gap: the mean distance within T plus that between T and everyday tokens, 1 - cos of rows of the output matrix",
+    "T: digits for mathematics, Python's keywords for code",
+)
+OURS = (
+    "the built-in everyday words, which are not published, and how words become tokens: those that a model's own "
+    "tokenizer has whole, with and without a space before them",
+    "tokens from text: of T the most characteristic (weighted log-odds), of everyday language the most frequent",
+    "a token of both sets counts in T only",
+    "the intervals: models are taken as independent, which steps of one training are not",
+)
+
+
+@dataclass(frozen=True)
+class ModelGap:
+    """The dispersion gap of one model."""
+
+    model: str
+    gap: float
+    """within + between."""
+    within: float
+    """Mean of 1 - cos over pairs of domain tokens."""
+    between: float
+    """Mean of 1 - cos over a domain token and a general one."""
+    domain_tokens: int
+    general_tokens: int
+    tensor: str
+    """Whose rows were compared."""
+    tied: bool
+    """The tensor holds the input embeddings too."""
+    measured: float | None = None
+    """What `scores` says of the model, such as its perplexity."""
+
+
+@dataclass(frozen=True)
+class UsedTokens:
+    """The two sets as models with one tokenizer have them."""
+
+    models: tuple[str, ...]
+    domain: tuple[int, ...]
+    general: tuple[int, ...]
+    domain_text: tuple[str, ...] | None = None
+    """Of each token; None where files gave the ids, so that no tokenizer was loaded."""
+    general_text: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Models by their gap, the largest first."""
+
+    models: tuple[ModelGap, ...]
+    correlation: CorrelationEstimate | None = None
+    """Of the gap with what was measured: near -1 where a large gap goes with a low perplexity."""
+    regret: float | None = None
+    """By which share of the best figure the first model's is worse; None where figures below 0 have no ratio."""
+    higher_is_better: bool = False
+    """Of what was measured."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what the ranking cannot tell."""
+    tokens: tuple[UsedTokens, ...] = ()
+    """One for each tokenizer; for all models where files gave the ids."""
+
+
+def rank_models(
+    models: Sequence[str | Path],
+    tokens: TokenSource,
+    *,
+    scores: Mapping[str, float] | None = None,
+    higher_is_better: bool = False,
+) -> Ranking:
+    """Rank folders or hub names by the dispersion gap.
+
+    :param scores: measured figures to compare with, low being good.
+    :param higher_is_better: as accuracies are.
+    :raises InputError: tokens that a model does not have, or a model without a score.
+    :raises ModelError: a model without safetensors, a known output matrix or, unless `tokens` are ids, a tokenizer.
+    """
+    names = model_names(models)
+    figures = {} if scores is None else match_scores(names, scores)
+    matrices = [find_output_matrix(name) for name in names]
+    used = _used_tokens(names, tokens)
+    sets = [next(one for one in used if name in one.models) for name in names]
+    gaps = [_gap(matrix, own, figures.get(matrix.model)) for matrix, own in zip(matrices, sets, strict=True)]
+    gaps.sort(key=lambda one: -one.gap)
+    notes = (*_same_rows(gaps), *_different_tokens(matrices, used))
+    if scores is None:
+        return Ranking(tuple(gaps), notes=notes, tokens=used)
+    ranked = [figures[one.model] for one in gaps]
+    return Ranking(
+        models=tuple(gaps),
+        correlation=correlate([one.gap for one in gaps], ranked),
+        regret=_regret(ranked, higher_is_better),
+        higher_is_better=higher_is_better,
+        notes=notes,
+        tokens=used,
+    )
+
+
+def model_names(models: Sequence[str | Path]) -> tuple[str, ...]:
+    """The names of models that differ: `a/final` and `a/final/` are one.
+
+    :raises InputError: there are none.
+    """
+    if not models:
+        raise InputError("no model was given; name one or more folders or models of the hub")
+    found = (os.path.normpath(name) if Path(name).is_dir() else str(name) for name in models)
+    return tuple(dict.fromkeys(found))
+
+
+def dispersion_gap(domain_ND: Float64, general_ND: Float64) -> tuple[float, float]:
+    """`within` the first set and `between` the two, from rows of any length; their sum is the gap."""
+    domain_D, general_D = (unit_rows(rows_ND).sum(axis=0) for rows_ND in (domain_ND, general_ND))
+    count = len(domain_ND)
+    between = 1 - float(domain_D @ general_D) / (count * len(general_ND))
+    return float(from_sum(domain_D, count)), between
+
+
+# The parts of a ranking
+
+
+def _used_tokens(models: Sequence[str], source: TokenSource) -> tuple[UsedTokens, ...]:
+    """The sets of each tokenizer, which models share."""
+    if not source.needs_tokenizer:
+        sets = choose_tokens(source, None)
+        return (UsedTokens(tuple(models), sets.domain, sets.general),)
+    from knnlm.model.loading import load_tokenizer  # here: transformers takes seconds, and files of ids do without
+
+    tokenizers: dict[str, Vocabulary] = {}
+    owners: dict[str, list[str]] = {}
+    for model in models:
+        tokenizer = load_tokenizer(model)
+        digest = digest_tokenizer(tokenizer)
+        tokenizers.setdefault(digest, tokenizer)
+        owners.setdefault(digest, []).append(model)
+    return tuple(_with_text(owners[digest], source, tokenizer) for digest, tokenizer in tokenizers.items())
+
+
+def _with_text(models: Sequence[str], source: TokenSource, tokenizer: Vocabulary) -> UsedTokens:
+    sets = choose_tokens(source, tokenizer)
+    domain, general = (tuple(tokenizer.decode([token]) for token in ids) for ids in (sets.domain, sets.general))
+    return UsedTokens(tuple(models), sets.domain, sets.general, domain, general)
+
+
+def _regret(ranked: Sequence[float], higher_is_better: bool) -> float | None:
+    low, high = min(ranked), max(ranked)
+    if higher_is_better:
+        return 1 - ranked[0] / high if low >= 0 and high > 0 else None
+    return ranked[0] / low - 1 if low > 0 else None
+
+
+def _gap(matrix: OutputMatrix, sets: UsedTokens, measured: float | None) -> ModelGap:
+    within, between = dispersion_gap(_rows(matrix, sets.domain), _rows(matrix, sets.general))
+    counts = len(sets.domain), len(sets.general)
+    return ModelGap(
+        matrix.model, within + between, within, between, *counts, matrix.tensor, matrix.tied, measured=measured
+    )
+
+
+def _rows(matrix: OutputMatrix, tokens: Sequence[int]) -> Float64:
+    rows_ND = matrix.rows(tokens)
+    usable_N = np.isfinite(rows_ND).all(axis=1) & rows_ND.any(axis=1)
+    if not usable_N.all():
+        token = tokens[int(usable_N.argmin())]
+        raise InputError(f"the row of token {token} in {matrix.model} is zero or not finite; leave the token out")
+    return rows_ND
+
+
+def _same_rows(gaps: Sequence[ModelGap]) -> list[str]:
+    """Models that the gap cannot tell apart, such as a model and one whose adapter left the output matrix alone."""
+    alike: dict[tuple[float, float], list[str]] = {}
+    for one in gaps:
+        alike.setdefault((one.within, one.between), []).append(one.model)
+    return [
+        f"{', '.join(models)} have the same rows: their training left the output matrix alone, and the gap sees no more"
+        for models in alike.values()
+        if len(models) > 1
+    ]
+
+
+def _different_tokens(matrices: Sequence[OutputMatrix], used: Sequence[UsedTokens]) -> list[str]:
+    if len({(one.domain, one.general) for one in used}) > 1:
+        return ["the models have different tokenizers: their gaps are of different tokens"]
+    heights = sorted({matrix.shape[0] for matrix in matrices})
+    if len(heights) > 1:
+        sizes = " and ".join(map(str, heights))
+        return [f"the models have {sizes} tokens: an id may not mean the same token in all of them"]
+    return []

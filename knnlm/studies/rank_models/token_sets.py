@@ -1,0 +1,230 @@
+"""Which tokens stand for a domain, and which for everyday language: from a file of ids, from words, or from text.
+
+Words and text are turned into ids by each model's own tokenizer, so that models with different ones can stand side by
+side. The lists and counts below are this project's: those of the paper (arXiv 2506.24106) are not published.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.errors import InputError
+from knnlm.model.encoding import TextEncoder, Tokenizer
+from knnlm.text.corpus import read_documents
+from knnlm.text.textfiles import decode_blocks
+
+Counts = NDArray[np.float64]
+
+DOMAINS: dict[str, tuple[str, ...]] = {"mathematics": tuple("0123456789"), "code": tuple(keyword.kwlist)}
+"""Digits for mathematics and Python's keywords for code, as in the paper."""
+TOKENS_OF_TEXT = 100
+# Leading zeros too; Python itself refuses to read numbers of thousands of digits.
+_MOST_DIGITS = 18
+"""So many tokens are taken from a text."""
+# Everyday words that are neither keywords of Python nor numbers.
+EVERYDAY_WORDS = tuple(
+    """time day night morning evening year week hour people man woman child boy girl mother father brother sister son
+    daughter friend family name word story book letter house home room door window floor wall street road city town
+    village country water river sea rain snow wind sun moon sky fire light tree flower garden field hill stone bread
+    milk meat fruit tea coffee table chair bed cup plate clothes shoes hat coat horse dog cat bird fish hand head eye
+    face mouth foot heart voice life love happy sad good bad big small old young new long short high low hot cold warm
+    red blue green white black brown walk run sit stand sleep eat drink talk speak listen laugh cry smile work play
+    song music market shop money school church""".split()
+)
+
+
+class Vocabulary(Tokenizer, Protocol):
+    """What is needed of a `transformers` tokenizer."""
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Tokens that stand for no text, such as the end of a document."""
+        ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token as the tokenizer writes it, with its id."""
+        ...
+
+    # The name is that of transformers, which takes more than this.
+    def decode(self, token_ids: list[int], /) -> Any:  # noqa: ANN401
+        """The text of tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """The two sets of tokens whose rows are compared; no token is in both."""
+
+    domain: tuple[int, ...]
+    general: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource:
+    """Where the two sets come from. For the domain one of three; for the general set a file, a text, or the built-in.
+
+    :raises InputError: none or several of the three, an unknown domain, a domain's text without general text, or both a
+        file and a text for the general set where only one of them is used.
+    """
+
+    domain: str | None = None
+    """A built-in domain: mathematics or code."""
+    domain_tokens: Path | None = None
+    """A file with one token id a line."""
+    domain_text: Path | str | None = None
+    """Text of the domain: its most characteristic tokens against `general_text` are taken."""
+    general_tokens: Path | None = None
+    general_text: Path | str | None = None
+    """Text of everyday language: its most frequent tokens are taken, unless there is a file."""
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        given = [one for one in (self.domain, self.domain_tokens, self.domain_text) if one is not None]
+        if len(given) != 1:
+            raise InputError(f"give one of --domain, --domain-tokens and --domain-text, got {len(given)} of them")
+        if self.domain is not None and self.domain not in DOMAINS:
+            raise InputError(f"--domain is {self.domain!r}; take {' or '.join(DOMAINS)}, or give --domain-text")
+        if self.domain_text is not None and self.general_text is None:
+            raise InputError("--domain-text needs --general-text, against which its tokens are characteristic")
+        if self.domain_text is None and self.general_tokens is not None and self.general_text is not None:
+            raise InputError("--general-tokens and --general-text are both given; leave one out")
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Where T and the everyday tokens come from."""
+        if self.domain_tokens is not None:
+            domain = f"ids of {self.domain_tokens}"
+        elif self.domain is not None:
+            domain = f"the built-in ones for {self.domain}"
+        else:
+            domain = f"the most characteristic of {self.domain_text} against {self.general_text}"
+        if self.general_tokens is not None:
+            return domain, f"ids of {self.general_tokens}"
+        frequent = f"the most frequent of {self.general_text}"
+        return domain, "built-in words" if self.general_text is None else frequent
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether the ids depend on the model's tokenizer."""
+        return self.domain_tokens is None or self.general_tokens is None
+
+
+def file_tokens(path: str | Path) -> tuple[int, ...]:
+    """The ids of a file with one a line; blank lines are skipped, repeated ids count once.
+
+    :raises InputError: no ids, or a line that is none.
+    """
+    lines = "".join(decode_blocks(_existing(path))).splitlines()
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in numbered:
+        if not (line.isascii() and line.isdigit() and len(line) <= _MOST_DIGITS):
+            raise InputError(
+                f"line {number} of {path} is {line[:40]!r}, no token id; write one number from 0 on a line"
+            )
+    if not numbered:
+        raise InputError(f"{path} has no token ids; write one on each line")
+    return tuple(dict.fromkeys(int(line) for _, line in numbered))
+
+
+def word_tokens(words: Sequence[str], tokenizer: Vocabulary) -> tuple[int, ...]:
+    """The tokens that are exactly one of the words, with and without a space before it.
+
+    Words that the tokenizer cuts into several tokens have no row of their own and are left out.
+    """
+    vocabulary = tokenizer.get_vocab()
+    # A space is Ġ for byte-level BPE and ▁ for SentencePiece; the first GPT marks the end of a word.
+    forms = [form for word in words for form in (word, f"Ġ{word}", f"▁{word}", f" {word}", f"{word}</w>")]
+    return tuple(dict.fromkeys(vocabulary[form] for form in forms if form in vocabulary))
+
+
+def text_counts(text: str | Path, tokenizer: Vocabulary, *, text_field: str = "text") -> Counts:
+    """How often each token occurs in a file, folder or hub set, [V]; special tokens count 0.
+
+    :raises InputError: no text that can be read.
+    """
+    encode = TextEncoder(tokenizer)
+    counts_V = np.zeros(max(tokenizer.get_vocab().values()) + 1)
+    for document in read_documents([text], text_field=text_field):
+        counts_V += np.bincount(encode(document.text), minlength=len(counts_V))
+    counts_V[tokenizer.all_special_ids] = 0
+    return counts_V
+
+
+def log_odds(domain_V: Counts, general_V: Counts) -> Counts:
+    """How characteristic each token is of a domain, as a z-score, [V]; 0 for a token of neither text.
+
+    Weighted log-odds with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008, section 3.5.1): the prior is
+    the count in both texts together.
+    """
+    prior_V = domain_V + general_V
+    smooth_d, smooth_g = domain_V + prior_V, general_V + prior_V
+    seen = prior_V > 0
+    odds_d = np.log(smooth_d[seen] / (smooth_d.sum() - smooth_d[seen]))
+    odds_g = np.log(smooth_g[seen] / (smooth_g.sum() - smooth_g[seen]))
+    scores_V = np.zeros(len(prior_V))
+    scores_V[seen] = (odds_d - odds_g) / np.sqrt(1 / smooth_d[seen] + 1 / smooth_g[seen])
+    return scores_V
+
+
+def top_tokens(scores_V: Counts, count: int = TOKENS_OF_TEXT) -> tuple[int, ...]:
+    """The tokens with the highest scores above 0, at most `count`, equal ones in the order of their ids."""
+    order = np.argsort(-scores_V, kind="stable")[:count]
+    return tuple(int(token) for token in order if scores_V[token] > 0)
+
+
+def choose_tokens(source: TokenSource, tokenizer: Vocabulary | None) -> TokenSets:
+    """The two sets for a model with this tokenizer, which is None where `source` does not need one.
+
+    Tokens of both sets stay in the domain's only: a distance of 0 to themselves would say nothing.
+    :raises InputError: fewer than two domain tokens, no general one, or files and text that cannot be read.
+    """
+    general_V = None
+    if source.general_text is not None:
+        assert tokenizer is not None
+        general_V = text_counts(source.general_text, tokenizer, text_field=source.text_field)
+    domain = _domain_tokens(source, tokenizer, general_V)
+    general = [token for token in _general_tokens(source, tokenizer, general_V, domain) if token not in set(domain)]
+    if len(domain) < 2:
+        raise InputError(f"{len(domain)} domain token has no pairs; at least 2 that differ are needed")
+    if not general:
+        raise InputError("there are no general tokens beside those of the domain; give others")
+    return TokenSets(domain, tuple(general))
+
+
+def _domain_tokens(source: TokenSource, tokenizer: Vocabulary | None, general_V: Counts | None) -> tuple[int, ...]:
+    if source.domain_tokens is not None:
+        return file_tokens(source.domain_tokens)
+    assert tokenizer is not None
+    if source.domain is not None:
+        return word_tokens(DOMAINS[source.domain], tokenizer)
+    assert source.domain_text is not None and general_V is not None
+    return top_tokens(log_odds(text_counts(source.domain_text, tokenizer, text_field=source.text_field), general_V))
+
+
+def _general_tokens(
+    source: TokenSource, tokenizer: Vocabulary | None, general_V: Counts | None, domain: Sequence[int]
+) -> tuple[int, ...]:
+    if source.general_tokens is not None:
+        return file_tokens(source.general_tokens)
+    if general_V is None:
+        assert tokenizer is not None
+        return word_tokens(EVERYDAY_WORDS, tokenizer)
+    # The domain's are left out before the best are taken, so that there are as many as there can be.
+    others_V = general_V.copy()
+    others_V[[token for token in domain if token < len(others_V)]] = 0
+    return top_tokens(others_V)
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}; check the path")
+    return Path(path)

@@ -1,0 +1,77 @@
+"""Settings of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from knnlm.config import check_positive, check_seed
+from knnlm.errors import InputError
+
+REGULARIZERS = ("push-away", "uniformity", "different-tokens")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushAway:
+    """What is added to a training loss: -λ times a distance of one layer's vectors, or λ times their uniformity."""
+
+    weight: float = 0.0
+    """λ; 0.001 to 0.1 in arXiv 2506.24106. With 0, training is a plain Trainer's to the last bit."""
+    regularizer: str = "push-away"
+    """`push-away`: mean distance over batch and sequence. `uniformity`: Wang & Isola 2020. `different-tokens`: mean
+    distance of contexts with different next tokens."""
+    layer: str = "final_norm"
+    """A layer's name, or a pattern that fits one, such as `-1.ffn_input`; the paper takes the last layer."""
+    between_domains: bool = False
+    """Mean distance between domain A and B in place of all pairs."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise InputError(f"--push-away is {self.weight}, but λ must be a finite number of at least 0")
+        if self.regularizer not in REGULARIZERS:
+            raise InputError(f"--regularizer is {self.regularizer!r}, but must be one of {', '.join(REGULARIZERS)}")
+        if self.between_domains and self.regularizer != "push-away":
+            raise InputError(f"--regularizer {self.regularizer} has no form between domains; leave --other-text out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    push_away: PushAway = PushAway()
+    steps: int = 1000
+    batch_size: int = 8
+    """Windows in a step; with two domains, half of them are of each."""
+    context: int | None = None
+    """Tokens of a window; None: the model's limit, at most 512."""
+    learning_rate: float | None = None
+    """The highest; None: 5e-4 from scratch (as in arXiv 2506.24106) and with LoRA, 5e-5 for all weights of a model."""
+    schedule: str = "cosine"
+    """After a linear rise over a twentieth of the steps, at most 100: `cosine` falls to 0, `constant` stays."""
+    from_scratch: bool = False
+    """Take the model's shape and tokenizer, and new random weights."""
+    lora: int | None = None
+    """Rank of low-rank changes (Hu et al. 2022) to the linear layers of all blocks, scaled by 2; None: all weights."""
+    evaluations: int = 10
+    """On the way; a checkpoint is kept at each."""
+    text_field: str = "text"
+    dtype: str = "auto"
+    """Weights are float32; products are bfloat16, or auto: bfloat16 where this machine is faster so."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "context", "learning_rate", "evaluations"):
+            check_positive(name.replace("_", "-"), getattr(self, name))
+        check_positive("lora", self.lora)
+        if self.context == 1:
+            raise InputError("--context is 1, but a window needs a token and the next one; take at least 2")
+        if self.from_scratch and self.lora:
+            raise InputError("--lora changes a trained model, --from-scratch starts without one; leave one of them out")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"--schedule is {self.schedule!r}, but must be one of {', '.join(SCHEDULES)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"--dtype is {self.dtype!r}, but training takes auto, float32 or bfloat16")
+        if self.push_away.between_domains and self.batch_size % 2:
+            raise InputError(f"--batch-size is {self.batch_size}, but has to be even: half of it is --other-text")
+        check_seed(self.seed)

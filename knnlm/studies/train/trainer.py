@@ -1,0 +1,229 @@
+"""A Trainer of transformers with a push-away loss: L = CE - λ·d. Imports `transformers`, as a subclass needs its base.
+
+    trainer = PushAwayTrainer(model, arguments, push_away=PushAway(weight=0.1), train_dataset=windows)
+    trainer.train()
+
+`knnlm.studies.train.train` does this from text files; here is what a loop of one's own data needs.
+
+Legend: B windows of a batch, T positions, D dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from knnlm.errors import InputError, ModelError
+from knnlm.model.decoder import find_decoder
+from knnlm.model.hardware import pick_device
+from knnlm.progress import Advance
+from knnlm.scores.choose import one_layer
+from knnlm.studies.train.config import PushAway, TrainConfig
+from knnlm.studies.train.push_away import different_token_distance, distance_between, mean_distance, uniformity
+
+Rows = Dataset[dict[str, Tensor]]
+
+
+class PushAwayTrainer(Trainer):
+    """A Trainer whose training loss is the cross-entropy minus λ times how far apart the vectors of a layer are.
+
+    Evaluation is the plain cross-entropy. Logs have beside `loss` the means since the last log: `cross_entropy`,
+    `dispersion` (mean distance over batch and sequence) and `spread` (what is raised: one of the distances, or minus
+    the uniformity); evaluations have `eval_dispersion`. Positions count where `labels` give them a target and
+    `attention_mask` is not 0. Each micro-batch of gradient accumulation, and each process, has pairs of its own. For
+    several GPUs, `accelerate launch` starts a process for each.
+
+    :param model: a decoder-only causal LM, or a peft model of one.
+    :param args: with `between_domains`, they must have remove_unused_columns=False, which else drops `domain`.
+    :raises LayerError: the model has no such layer.
+    :raises InputError: the pattern fits several, or several GPUs are driven by one process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        push_away: PushAway,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.push_away = push_away
+        base: Any = getattr(model, "get_base_model", lambda: model)
+        self._decoder = find_decoder(base())
+        self._layer = one_layer(push_away.layer, self._decoder.names, option="--layer")
+        self._means = _Means()
+        if args.n_gpu > 1:
+            raise InputError(f"{args.n_gpu} GPUs in one process; hide all but one, as CUDA_VISIBLE_DEVICES=0 does")
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=list(callbacks))
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:  # noqa: ANN401 - the loss, or the loss and a transformers ModelOutput
+        """Return the loss of one batch, in training with the push-away term; see the class."""
+        domain_B = inputs.get("domain")
+        inputs = {name: value for name, value in inputs.items() if name != "domain"}
+        learns = model.training and self.push_away.weight > 0
+        counts_BT, next_BT = _targets(inputs)  # before the Trainer takes `labels` out, for label smoothing
+        held: list[Tensor] = []
+        # Copied, as a later module may write to the tensor.
+        with self._decoder.attach([self._layer], lambda _, v: held.append(v.clone()), detach=not learns):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        vectors_BTD = held[0][:, :-1]
+        if learns and not vectors_BTD.requires_grad:
+            raise self._no_gradient(model)
+        share = self._share(model, num_items_in_batch)
+        record = {"cross_entropy": loss.detach() / share}
+        if model.training:
+            spread = self._spread(vectors_BTD, next_BT, counts_BT, domain_B)
+            record["spread"] = spread.detach()
+            loss = loss - self.push_away.weight * share * spread if learns else loss
+        record["dispersion"] = mean_distance(vectors_BTD.detach(), counts_BT)
+        self._means.add(record)
+        return (loss, outputs) if return_outputs else loss
+
+    def _no_gradient(self, model: nn.Module) -> ModelError:
+        """Why the vectors do not depend on any weight that is trained."""
+        if any(map(_checkpoints_reentrantly, model.modules())):
+            return ModelError(
+                f"gradient checkpointing with use_reentrant=True cuts layer {self._layer} off from the weights; "
+                "turn it on with use_reentrant=False"
+            )
+        return ModelError(f"no weight that is trained comes before layer {self._layer}; take another, deeper --layer")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with what was measured since the last log."""
+        prefix = next((name.removesuffix("loss") for name in logs if name.endswith("loss")), None)
+        if prefix is not None and not prefix.startswith("train"):
+            found = self._means.take()
+            logs |= {prefix + name: value for name, value in found.items() if not prefix or name == "dispersion"}
+        super().log(logs, start_time)
+
+    def _share(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> float:
+        """The share of this micro-batch in a step, where the cross-entropy has been divided by the tokens of all."""
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return 1 / self.current_gradient_accumulation_steps if scaled and model.training else 1.0
+
+    def _spread(self, vectors_BTD: Tensor, next_BT: Tensor, counts_BT: Tensor, domain_B: Tensor | None) -> Tensor:
+        if self.push_away.between_domains:
+            if domain_B is None:
+                raise InputError("batches have no `domain`; give it, and remove_unused_columns=False in the arguments")
+            a_B = domain_B == 0
+            return distance_between(vectors_BTD[a_B], vectors_BTD[~a_B], counts_BT[a_B], counts_BT[~a_B])
+        if self.push_away.regularizer == "uniformity":
+            return -uniformity(vectors_BTD, counts_BT, generator=self._draw())
+        if self.push_away.regularizer == "different-tokens":
+            return different_token_distance(vectors_BTD, next_BT, counts_BT)
+        return mean_distance(vectors_BTD, counts_BT)
+
+    def _draw(self) -> torch.Generator:
+        """The same in a step of a training that was stopped as in one that was not; dropout's numbers stay its own."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+
+
+def _targets(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Which positions but the last have a target, and that token.
+
+    A position without one is held by nothing but the push-away loss, which would send all vectors of the last position
+    to one place opposite to the others: a model so trained predicted badly there when it was given longer text.
+    """
+    next_BT = inputs["labels"][:, 1:]
+    counts_BT = next_BT != -100
+    mask_BT = inputs.get("attention_mask")
+    return counts_BT if mask_BT is None else counts_BT & mask_BT[:, :-1].bool(), next_BT
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    """What it computes inside then has no gradient; only its result has."""
+    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"))
+
+
+class _Means:
+    """Means of numbers over batches, without waiting for the device before they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        self._sums = {name: self._sums.get(name, 0) + value for name, value in values.items()}
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        found = {name: float(value) / self._count for name, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return found
+
+
+class Watch(TrainerCallback):
+    """Tells how far a training is, and ends it where a loss is no number any more."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object
+    ) -> None:
+        """Tell the step."""
+        self._advance(state.global_step, state.max_steps)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object) -> None:
+        """Look at the newest numbers.
+
+        :raises ModelError: one of them is NaN or infinite.
+        """
+        bad = [name for name, value in state.log_history[-1].items() if not math.isfinite(value)]
+        if bad:
+            rate = args.learning_rate
+            raise ModelError(
+                f"the training diverged: {bad[0]} is no number at step {state.global_step}; take a lower "
+                f"--learning-rate than {rate:g}"
+            )
+
+
+def training_arguments(
+    folder: str, config: TrainConfig, learning_rate: float, *, use_bfloat16: bool
+) -> TrainingArguments:
+    """Return the Trainer's settings: rows in the order in which they come, an evaluation and a checkpoint now and then.
+
+    :param folder: for checkpoints, of which the last is kept.
+    """
+    every = math.ceil(config.steps / config.evaluations)
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine" if config.schedule == "cosine" else "constant_with_warmup",
+        warmup_steps=min(config.steps // 20, 100),
+        train_sampling_strategy="sequential",
+        eval_strategy="steps",
+        eval_on_start=True,
+        eval_steps=every,
+        logging_steps=every,
+        save_steps=every,
+        save_total_limit=1,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        bf16=use_bfloat16,
+        use_cpu=pick_device("auto").type == "cpu",
+        seed=config.seed,
+        disable_tqdm=True,
+        report_to="none",
+    )

@@ -1,0 +1,1 @@
+"""From files to windows of tokens; knows no model."""

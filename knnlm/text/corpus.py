@@ -1,0 +1,307 @@
+"""From files, folders and hub sets to documents and their tokens; knows nothing of windows or models.
+
+Everything is an iterator: memory holds one document (at most 16 million characters) and one block of a file.
+
+`knnlm.text.hub` says how a hub set is named.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.errors import InputError, first_line
+from knnlm.text import parquet, textfiles
+from knnlm.text.hub import HUB_PREFIX, HubSet, hub_rows, parse_hub_set
+from knnlm.text.windows import TokenDocument
+
+# A document's tokens and text are held at once; longer ones are cut at the borders of paragraphs.
+DOCUMENT_CHARACTERS = 16_000_000
+# Rows of JSON Lines, over all files, from which the share of text in them is estimated.
+SAMPLE_ROWS = 200
+# What each type of file is read with: (number, text) of each document.
+Readers = Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and where it came from."""
+
+    text: str
+    source: str
+    """The file's base name, or the hub set as it was named."""
+    number: int
+    """Line of a .jsonl, row of a .parquet or hub set, part of a .txt, from 1."""
+
+
+def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
+    """Read files, folders (recursively, in sorted order) and hub sets, in the order given, as a stream.
+
+    A .txt file is one document; .jsonl has one on each line and .parquet one in each row, under `text_field`.
+    Text is UTF-8. Empty documents are skipped, documents over 16 million characters are cut into several, and a
+    file reached twice is read once. In folders, files of other types and hidden ones are left alone.
+
+    :raises InputError: at once for paths that are missing, empty or of an unknown type; while reading for text that
+        cannot be read, and at the end when there was no text at all.
+    """
+    return (document for document in _read(_find(paths), text_field, READERS) if not _is_blank(document))
+
+
+def read_text_rows(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
+    """The same text in the rows that `datasets` makes of it, empty ones too: each line of a .txt, with its line end.
+
+    Raises as `read_documents`.
+    """
+    return _read(_find(paths), text_field, {**READERS, ".txt": _read_txt_lines})
+
+
+def check_paths(paths: Sequence[str | Path]) -> None:
+    """Find out before anything heavy is loaded whether there is text to read.
+
+    :raises InputError: a path is missing, empty or of an unknown type.
+    """
+    _find(paths)
+
+
+def thin(documents: Iterable[Document], share: float, *, section: int = 16_384) -> Iterator[Document]:
+    """About a share (0 to 1) of the text, taken evenly from all of it: whole sections of `section` characters.
+
+    A share of the documents would be another thing: one of them can be half of the text.
+    """
+    due = 0.0
+    for document in documents:
+        for start in range(0, len(document.text), section):
+            piece = document.text[start : start + section]
+            due += share * len(piece)
+            if due >= len(piece):
+                due -= len(piece)
+                yield replace(document, text=piece)
+
+
+def read_rows(path: str | Path) -> Iterator[textfiles.Row]:
+    """Read the rows of a .jsonl file or a hub set with all their fields, as a stream.
+
+    :raises InputError: at once for a path that is missing, empty or no .jsonl file; while reading as `read_documents`.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        return _hub_set_rows(parse_hub_set(str(path)))
+    file = Path(path)
+    if file.is_dir() or file.suffix.lower() != ".jsonl":
+        raise InputError(f"{path} is no .jsonl file; give JSON Lines, or a hub set such as hf:REPO/CONFIG:SPLIT")
+    _find_files(file)
+    return _file_rows(file)
+
+
+def _file_rows(path: Path) -> Iterator[textfiles.Row]:
+    try:
+        yield from textfiles.json_rows(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _hub_set_rows(hub_set: HubSet) -> Iterator[textfiles.Row]:
+    for number, fields in enumerate(hub_rows(hub_set, None), start=1):
+        yield textfiles.Row(fields, hub_set.name, number, f"row {number} of {hub_set.name}")
+
+
+def text_bytes(paths: Sequence[str | Path], *, text_field: str = "text") -> int | None:
+    """About how many bytes of text the paths hold, other columns apart; None where a hub set is among them.
+
+    By the sizes of files, of .parquet those of the column, and of .jsonl by the share of text in the first rows.
+
+    :raises InputError: a path is missing, empty or of an unknown type, or the first rows cannot be read.
+    """
+    found = _find(paths)
+    files = [one.path for one in found if isinstance(one, _File)]
+    if len(files) < len(found):
+        return None
+    sample = max(1, SAMPLE_ROWS // max(1, sum(path.suffix.lower() == ".jsonl" for path in files)))
+    return sum(_file_bytes(path, text_field, sample) for path in files)
+
+
+def _file_bytes(path: Path, text_field: str, sample: int) -> int:
+    try:
+        if path.suffix.lower() == ".parquet":
+            return parquet.column_bytes(path, text_field)
+        size = path.stat().st_size
+        return int(size * textfiles.text_share(path, text_field, sample)) if path.suffix.lower() == ".jsonl" else size
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def tokenize(
+    documents: Iterable[Document], encode: Callable[[str], NDArray[np.int32]], *, max_tokens: int | None = None
+) -> Iterator[TokenDocument]:
+    """Encode each document; documents with fewer than two tokens have no predecessor pairs and are skipped.
+
+    :param max_tokens: where the stream ends, inside a document if need be.
+    :raises InputError: `max_tokens` is below 2, or no document has two tokens.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise InputError(f"--max-tokens is {max_tokens}, but a token and its predecessor take at least 2")
+    left, empty = max_tokens, True
+    for document in documents:
+        tokens = np.asarray(encode(document.text), np.int32)[:left]
+        if len(tokens) < 2:
+            continue
+        empty = False
+        yield TokenDocument(tokens, document.source, document.number)
+        left = None if left is None else left - len(tokens)
+        if left is not None and left < 2:
+            return
+    if empty:
+        raise InputError("no document of the text has two tokens, so there is no next token to learn; give more text")
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    named: bool
+    """By the user, and not found in a folder: an empty one is an error then."""
+
+
+def _find(paths: Sequence[str | Path]) -> list[_File | HubSet]:
+    """Everything that is wrong with a path is said here, before any work."""
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    if not paths:
+        raise InputError("no text was given; name a file, a folder, or a hub set such as hf:wikitext/wikitext-2-raw-v1")
+    found: dict[object, _File | HubSet] = {}
+    for path in map(str, paths):
+        ones = [parse_hub_set(path)] if path.startswith(HUB_PREFIX) else _find_files(Path(path))
+        for one in ones:
+            found.setdefault(one.path.resolve() if isinstance(one, _File) else one, one)
+    return list(found.values())
+
+
+def _find_files(path: Path) -> list[_File]:
+    try:
+        if path.is_dir():
+            return _files_below(path)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(f"there is no file or folder {path}; check the path") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if path.suffix.lower() not in READERS:
+        raise InputError(f"{path} is none of the types that can be read: {TYPES}; convert or rename it")
+    if not size:
+        raise InputError(f"{path} is empty (0 bytes); give a file with text")
+    return [_File(path, named=True)]
+
+
+def _files_below(folder: Path) -> list[_File]:
+    files: list[_File] = []
+    for parent, folders, names in os.walk(folder, onerror=_stop):
+        # Hidden: .git and the like, and the binary ._name.txt that macOS puts beside name.txt.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        files += [_File(path, named=False) for path in visible if path.suffix.lower() in READERS]
+    if not files:
+        raise InputError(f"the folder {folder} has no file of a type that can be read: {TYPES}")
+    return files
+
+
+def _stop(error: OSError) -> None:
+    raise _unreadable(error.filename, error) from None
+
+
+def _unreadable(path: object, error: OSError) -> InputError:
+    return InputError(f"cannot read {path}: {error.strerror or first_line(error)}; check the path and its permissions")
+
+
+def _read(found: Iterable[_File | HubSet], text_field: str, readers: Readers) -> Iterator[Document]:
+    """Every document, blank ones too, but not if there are no others."""
+    blank = True
+    for one in found:
+        stream = _read_file(one, text_field, readers) if isinstance(one, _File) else _read_hub_set(one, text_field)
+        for document in stream:
+            blank = blank and _is_blank(document)
+            yield document
+    if blank:
+        raise InputError("there is no text in what was given, only empty documents; give a file with text")
+
+
+def _is_blank(document: Document) -> bool:
+    return not document.text or document.text.isspace()
+
+
+def _read_file(file: _File, text_field: str, readers: Readers) -> Iterator[Document]:
+    blank = True
+    try:
+        for number, text in readers[file.path.suffix.lower()](file.path, text_field):
+            document = Document(text, file.path.name, number)
+            blank = blank and _is_blank(document)
+            yield document
+    except OSError as error:
+        raise _unreadable(file.path, error) from None
+    if blank and file.named:
+        raise InputError(f"{file.path} has no text, only white space or empty documents; give a file with text")
+
+
+def _read_txt(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    return enumerate(_cut(textfiles.decode_blocks(path)), start=1)
+
+
+def _read_txt_lines(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    parts = _cut(textfiles.decode_blocks(path))
+    # Not `splitlines`, which also cuts at form feeds and Unicode's separators.
+    return enumerate(itertools.chain.from_iterable(map(io.StringIO, parts)), start=1)
+
+
+def _cut(blocks: Iterable[str]) -> Iterator[str]:
+    """Join blocks of text and cut them again into parts of at most `DOCUMENT_CHARACTERS`."""
+    text = ""
+    for block in blocks:
+        text += block
+        while len(text) > DOCUMENT_CHARACTERS:
+            border = _border(text, DOCUMENT_CHARACTERS)
+            yield text[:border]
+            text = text[border:]
+    yield text
+
+
+def _border(text: str, limit: int) -> int:
+    """The last end of a paragraph, line or word in the upper half of the limit; the limit if there is none."""
+    for mark in ("\n\n", "\n", " "):
+        place = text.rfind(mark, limit // 2, limit)
+        if place >= 0:
+            return place + len(mark)
+    return limit
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    for row in textfiles.json_rows(path):
+        yield from _parts(row.number, textfiles.text_of(row.fields, text_field, row.where))
+
+
+def _parts(number: int, text: str) -> Iterator[tuple[int, str]]:
+    """Parts of a long document keep its number."""
+    return ((number, part) for part in _cut([text]))
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    for number, value in enumerate(parquet.column_values(path, text_field), start=1):
+        text = textfiles.text_of({text_field: value}, text_field, f"row {number} of {path}")
+        yield from _parts(number, text)
+
+
+READERS: Readers = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+TYPES = ", ".join(READERS)
+
+
+def _read_hub_set(hub_set: HubSet, text_field: str) -> Iterator[Document]:
+    for number, row in enumerate(hub_rows(hub_set, text_field), start=1):
+        text = textfiles.text_of(row, text_field, f"row {number} of {hub_set.name}")
+        yield from (Document(part, hub_set.name, number) for _, part in _parts(number, text))

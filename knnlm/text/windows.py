@@ -1,0 +1,219 @@
+"""From documents' tokens to windows, batches, held-out parts and slices: arrays only, no files and no models.
+
+Legend: B windows of a batch, T positions of the longest of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnlm.config import TextConfig
+from knnlm.errors import InputError
+
+PROTOCOLS = ("documents", "knn-transformers")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDocument:
+    """One document's tokens, and where its text came from."""
+
+    tokens: NDArray[np.int32]
+    source: str
+    """The file's base name, or the hub set."""
+    number: int
+    """Line, row or part in the source, from 1."""
+
+
+def count_targets(documents: Iterable[TokenDocument]) -> int:
+    """How many tokens have a predecessor in their document: keys of a datastore, predictions of an evaluation."""
+    return sum(max(len(document.tokens) - 1, 0) for document in documents)
+
+
+class Fingerprint:
+    """A running SHA-256 over the tokens of documents and the borders between them."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, document: TokenDocument) -> None:
+        """Add one document; the order of documents counts, their sources do not."""
+        self._hash.update(len(document.tokens).to_bytes(8, "little"))
+        self._hash.update(np.ascontiguousarray(document.tokens, "<i4").data)
+
+    def hexdigest(self) -> str:
+        """Of all documents so far."""
+        return self._hash.hexdigest()
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Sliding windows: `context` tokens that the model sees at once, `stride` new ones in each further window."""
+
+    context: int
+    stride: int
+    protocol: str = "documents"
+    """`documents`, or `knn-transformers`: that project's windows, for figures that can be compared."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"--protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOLS)}")
+        for name, value in (("context", self.context), ("stride", self.stride)):
+            if value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 1 token")
+        if self.stride > self.context:
+            raise InputError(
+                f"--stride {self.stride} is over --context {self.context}: tokens between windows would never be "
+                "scored; take a stride of at most the context"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A stretch of one document that goes through the model at once."""
+
+    inputs: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    """The token after each input."""
+    first: int
+    """`targets[first:]` count here; those before it counted in an earlier window."""
+    document: int
+    """Running number of the document, from 0, over documents that have windows."""
+    start: int
+    """Position of `inputs[0]` in the document."""
+    source: str
+    number: int
+
+
+def windows(documents: Iterable[TokenDocument], config: WindowConfig) -> Iterator[Window]:
+    """Slide over each document, so that each token with a predecessor in it counts exactly once, in order.
+
+    The first window counts all its targets, each further one starts `stride` later and counts what is new: a counted
+    token at position p has at least min(p, context - stride) tokens before it. Documents with fewer than two tokens
+    have no windows.
+
+    Under the protocol `knn-transformers`, a document is a group of rows (`rows_to_groups`), windows grow from `stride`
+    to `context` tokens, the last token of each included, and each scores its last `stride`.
+    """
+    borders = _sliding if config.protocol == "documents" else _growing
+    long_enough = (document for document in documents if len(document.tokens) >= 2)
+    for number, document in enumerate(long_enough):
+        counted = 0
+        for start, stop in borders(len(document.tokens) - 1, config):
+            yield Window(
+                inputs=document.tokens[start:stop],
+                targets=document.tokens[start + 1 : stop + 1],
+                first=max(counted - start, 0),
+                document=number,
+                start=start,
+                source=document.source,
+                number=document.number,
+            )
+            counted = stop
+
+
+def _sliding(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
+    """First and last position of each window's inputs (design.md, section 6)."""
+    for start in itertools.count(0, config.stride):
+        stop = min(start + config.context, targets)
+        yield start, stop
+        if stop == targets:
+            return
+
+
+def _growing(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
+    """The same for neulab/knn-transformers, run_clm.py, group_texts: windows end at multiples of the stride.
+
+    Its windows hold `context` tokens, of which the last is a target only.
+    """
+    for end in itertools.count(config.stride, config.stride):
+        stop = min(end, targets + 1) - 1
+        start = max(end - config.context, 0)
+        if stop > start:
+            yield start, stop
+        if stop >= targets:
+            return
+
+
+def rows_to_groups(
+    rows: Iterable[TokenDocument], config: WindowConfig, *, rows_per_group: int = 1000
+) -> Iterator[TokenDocument]:
+    """Concatenate every 1,000 rows of text, empty ones too, and drop the tail that fills no block of `context` tokens.
+
+    A group with fewer tokens than one block is kept whole. So neulab/knn-transformers does (run_clm.py, group_texts,
+    under `datasets.map(batched=True)`).
+    """
+    rows = iter(rows)
+    for number in itertools.count(1):
+        group = list(itertools.islice(rows, rows_per_group))
+        if not group:
+            return
+        tokens = np.concatenate([row.tokens for row in group])
+        if len(tokens) >= config.context:
+            tokens = tokens[: len(tokens) // config.context * config.context]
+        yield TokenDocument(tokens, group[0].source, number)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Consecutive windows, padded on the right with token 0."""
+
+    tokens_BT: NDArray[np.int64]
+    lengths_B: NDArray[np.int64]
+    windows: tuple[Window, ...]
+
+
+def batches(windows: Iterable[Window], max_tokens: int) -> Iterator[Batch]:
+    """Group consecutive windows while rows x longest row stays within `max_tokens`; a longer window goes alone.
+
+    :raises InputError: `max_tokens` is below 1.
+    """
+    if max_tokens < 1:
+        raise InputError(f"a batch of {max_tokens} tokens cannot be; it must hold at least 1")
+    return _batches(windows, max_tokens)
+
+
+def _batches(windows: Iterable[Window], max_tokens: int) -> Iterator[Batch]:
+    group: list[Window] = []
+    longest = 0
+    for window in windows:
+        longer = max(longest, len(window.inputs))
+        if group and longer * (len(group) + 1) > max_tokens:
+            yield _pad(group)
+            group, longer = [], len(window.inputs)
+        group.append(window)
+        longest = longer
+    if group:
+        yield _pad(group)
+
+
+def _pad(group: Sequence[Window]) -> Batch:
+    lengths_B = np.array([len(window.inputs) for window in group], np.int64)
+    tokens_BT = np.zeros((len(group), lengths_B.max()), np.int64)
+    for row, window in zip(tokens_BT, group, strict=True):
+        row[: len(window.inputs)] = window.inputs
+    return Batch(tokens_BT, lengths_B, tuple(group))
+
+
+DEFAULT_CONTEXT = 1024
+
+
+def window_config(text: TextConfig, model: str, limit: int | None) -> WindowConfig:
+    """The windows: by default the model's context, at most 1024 tokens, half of it new in each further window.
+
+    :param model: its name, for the error.
+    :param limit: the most tokens that the model sees at once; None: no limit.
+    :raises InputError: the context is over the model's limit.
+    """
+    context = text.context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if limit is not None and context > limit:
+        raise InputError(f"--context is {context}, but {model} sees at most {limit} tokens; take that")
+    stride = text.stride or max(context // 2, 1)
+    if stride > context:
+        raise InputError(f"--stride {stride} is over the context of {context} tokens; take at most {context}")
+    return WindowConfig(context, stride, text.protocol)

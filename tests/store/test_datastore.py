@@ -1,0 +1,683 @@
+"""A datastore on disk: what was written comes back, and what was changed is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from knnlm.errors import (
+    DatastoreCorrupt,
+    DatastoreError,
+    DatastoreMismatch,
+    InputError,
+    ModelError,
+)
+from knnlm.files import new_folder, write_json
+from knnlm.store import writer as datastore_writer
+from knnlm.store.datastore import Datastore, DatastoreWriter, open_datastore
+from knnlm.store.manifest import from_json
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = {"model": "tiny", "config": "c" * 64, "weights": "a" * 64, "tokenizer": "f" * 64}
+FINISH = {"fingerprint": MODEL, "context": 8, "stride": 4}
+LAYERS = {"0.ffn_input": 3, "final_norm": 5}
+# Three documents of 4, 0 and 6 values: 10 rows.
+DOCUMENTS = ((70, "a.txt", 1, (1, 2, 3, 4)), (80, "b.txt", 7, ()), (90, "a.txt", 2, (5, 6, 7, 8, 9, 10)))
+
+
+def vectors(rows, dim, *, seed=0, mean=0.0, size=1.0):
+    return (np.random.default_rng(seed).normal(mean, size, (rows, dim))).astype(np.float32)
+
+
+def write_values(writer):
+    for first, source, number, tokens in DOCUMENTS:
+        writer.begin_document(first, source, number)
+        writer.append_values(np.array(tokens, np.int32))
+
+
+def write_store(folder, *, layers=LAYERS, shard_rows=4, chunk=3, make=vectors, **options):
+    folder.mkdir(exist_ok=True)
+    with DatastoreWriter(folder, layers, shard_rows=shard_rows, **options) as writer:
+        write_values(writer)
+        for name, dim in layers.items():
+            rows = make(10, dim)
+            for start in range(0, 10, chunk):
+                writer.append_keys(name, rows[start : start + chunk])
+        writer.finish(**FINISH, corpus="corpus", scores={"choice": {"layer": "final_norm"}}, versions={"torch": "2"})
+    return Datastore.open(folder)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write_store(tmp_path / "store.knn")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+# What was written comes back
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum),
+    dims=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    shard_rows=st.integers(1, 12),
+    chunk=st.integers(1, 11),
+    dtype=st.sampled_from(["float16", "float32"]),
+    exponent=st.integers(-3, 5),
+    seed=st.integers(0, 99),
+)
+def test_round_trip(tmp_path_factory, lengths, dims, shard_rows, chunk, dtype, exponent, seed):
+    folder, count = tmp_path_factory.mktemp("store"), sum(lengths)
+    tokens = np.random.default_rng(seed).integers(0, 2**31, count).astype(np.int32)
+    size = 10.0**exponent
+    rows = {
+        f"{place}.ffn_input": vectors(count, dim, seed=seed, mean=size, size=size) for place, dim in enumerate(dims)
+    }
+    with DatastoreWriter(
+        folder, {name: one.shape[1] for name, one in rows.items()}, key_dtype=dtype, shard_rows=shard_rows
+    ) as writer:
+        for number, part in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
+            writer.begin_document(number, f"text {number % 2}", number)
+            writer.append_values(part)
+        for start in range(0, count, chunk):
+            for name, one in rows.items():
+                writer.append_keys(name, one[start : start + chunk])
+        writer.finish(**FINISH)
+    store = Datastore.open(folder)
+    assert store.verify() == () and store.layers == tuple(rows) and store.count == len(store) == count
+    assert np.array_equal(store.values, tokens) and store.values.dtype == np.int32
+    ids = np.random.default_rng(seed).integers(0, count, 3 * count)
+    for name, one in rows.items():
+        keys = store.keys(name)
+        assert len(keys) == count and keys.dim == one.shape[1]
+        assert np.array_equal(keys.centre, one[:chunk].mean(0, dtype=np.float64).astype(np.float32))
+        read = keys.read(0, count)
+        # float16 has 11 bits, float32 24.
+        step = 2.0**-10 if dtype == "float16" else 2.0**-22
+        largest = np.abs(one - keys.centre).max() + np.abs(keys.centre).max()
+        assert read.dtype == np.float32 and np.abs(read + keys.centre - one).max() <= step * largest
+        assert np.array_equal(keys.take(ids), read[ids])
+        assert np.array_equal(keys.read(count // 3, count // 2), read[count // 3 : count // 2])
+
+
+def test_files_are_as_described(store):
+    files = sorted(path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*") if path.is_file())
+    shards = [f"keys/{name}/{part}.npy" for name in LAYERS for part in ("00000", "00001", "00002", "centre")]
+    values = [f"values-0000{part}.npy" for part in range(3)]
+    assert files == sorted(["datastore.json", "documents.npy", *shards, *values])
+    assert np.load(store.folder / "keys/final_norm/00002.npy").shape == (2, 5)
+    manifest = json.loads((store.folder / "datastore.json").read_text())
+    assert (manifest["format"], manifest["version"], manifest["count"]) == ("knnlm-datastore", 1, 10)
+    assert manifest["layers"]["final_norm"]["scale"] == 1 and manifest["versions"]["torch"] == "2"
+    assert manifest["sources"] == ["a.txt", "b.txt"] and manifest["corpus"] == "corpus"
+    assert store.size_bytes == sum((store.folder / name).stat().st_size for name in files)
+
+
+def test_manifest_comes_back_the_same(store):
+    again = from_json(json.loads(json.dumps(store.manifest.to_json())), Path("datastore.json"))
+    assert again == store.manifest and store.manifest.model == "tiny"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        again.count = 3
+
+
+def test_one_shard_of_values_is_mapped_and_many_are_joined(tmp_path, store):
+    one = write_store(tmp_path / "one", shard_rows=None)
+    assert np.array_equal(one.values, store.values) and np.array_equal(one.values, np.arange(1, 11))
+    for values in (one.values, store.values):
+        assert not values.flags.writeable
+
+
+def test_values_stay_one_mapped_file_when_keys_fill_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("knnlm.store.writer.SHARD_BYTES", 10 * 4)
+    store = write_store(tmp_path / "store", shard_rows=None)
+    assert len(store.manifest.layers["0.ffn_input"].shards) > 1
+    assert len(store.manifest.values) == 1 and isinstance(store.values.base, np.memmap)
+
+
+def test_layers_may_come_before_their_values_and_in_any_order(tmp_path):
+    rows = {name: vectors(10, dim) for name, dim in LAYERS.items()}
+    with DatastoreWriter(tmp_path, LAYERS) as writer:
+        writer.append_keys("final_norm", rows["final_norm"])
+        write_values(writer)
+        writer.append_keys("0.ffn_input", rows["0.ffn_input"][:9])
+        writer.append_keys("0.ffn_input", np.empty((0, 3), np.float32))
+        writer.append_keys("0.ffn_input", rows["0.ffn_input"][9:])
+        writer.finish(**FINISH)
+    store = open_datastore(tmp_path)
+    for name, one in rows.items():
+        keys = store.keys(name)
+        np.testing.assert_allclose(keys.read(0, 10) + keys.centre, one, atol=2e-3)
+
+
+# Documents
+
+
+def test_documents_of_rows(store):
+    assert store.documents.tolist() == [[0, 70, 0, 1], [4, 80, 1, 7], [4, 90, 0, 2]]
+    assert [store.document_of(row) for row in (0, 3, 4, 9)] == [("a.txt", 1)] * 2 + [("a.txt", 2)] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "width", "tokens"),
+    [
+        (0, 5, [70]),
+        (0, 1, [70]),
+        (0, 0, []),
+        (3, 2, [2, 3]),
+        (3, 3, [1, 2, 3]),
+        (3, 4, [70, 1, 2, 3]),
+        (4, 9, [90]),
+        (9, 9, [90, 5, 6, 7, 8, 9]),
+        (9, 5, [5, 6, 7, 8, 9]),
+    ],
+)
+def test_context_stays_in_the_document(store, row, width, tokens):
+    context = store.context(row, width)
+    assert context.tolist() == tokens and context.dtype == np.int32
+
+
+@pytest.mark.parametrize("row", [-1, 10])
+def test_rows_outside_are_refused(store, row):
+    with pytest.raises(IndexError):
+        store.context(row, 3)
+    with pytest.raises(IndexError):
+        store.document_of(row)
+    with pytest.raises(IndexError):
+        store.keys("final_norm").take(np.array([0, row]))
+
+
+def test_reading_past_the_end_stops_there(store):
+    keys = store.keys("final_norm")
+    assert (
+        keys.read(8, 99).shape == (2, 5)
+        and keys.read(10, 99).shape == (0, 5)
+        and keys.take(np.empty(0, int)).shape == (0, 5)
+    )
+    assert keys.read(1, 9).flags.c_contiguous
+    with pytest.raises(IndexError):
+        keys.read(-2, 3)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("mean", [0.0, 500.0])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_metric_views_agree_with_float64(tmp_path, mean, dtype):
+    layers = {"final_norm": 16}
+    raw = vectors(10, 16, mean=mean, size=2.0)
+    store = write_store(tmp_path, layers=layers, make=lambda rows, dim: raw, key_dtype=dtype)
+    keys = store.keys("final_norm")
+    queries = vectors(6, 16, seed=1, mean=mean, size=2.0)
+    exact_q, exact_k = queries.astype(np.float64), raw.astype(np.float64)
+    pairs = exact_q[:, None] - exact_k[None]
+    unit_q, unit_k = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (exact_q, exact_k))
+    expected = {"l2": (pairs**2).sum(-1), "cosine": 2 - 2 * unit_q @ unit_k.T, "ip": exact_q @ exact_k.T}
+    # float16 keeps 11 bits of numbers of about 2 standard deviations; cosine divides by the norm of the whole vector.
+    allowed = {"l2": 0.1, "cosine": 5e-3 / (1 + mean**2 / 400), "ip": 0.02 * (mean + 10)}
+    fine = 1.0 if dtype == "float16" else 1e-2
+    for metric, exact in expected.items():
+        view = keys.for_metric(metric)
+        ours_q, ours_k = (one.astype(np.float64) for one in (view.prepare_queries(queries), view.read(0, 10)))
+        if metric == "ip":
+            found = ours_q @ ours_k.T
+            # One constant per query cancels in p_kNN: <query, centre>.
+            found, exact = found - found[:, :1], exact - exact[:, :1]
+        else:
+            found = ((ours_q[:, None] - ours_k[None]) ** 2).sum(-1)
+        assert np.abs(found - exact).max() < allowed[metric] * fine, metric
+        assert view.take(np.array([7, 0])).tolist() == view.read(0, 10)[[7, 0]].tolist()
+        assert np.array_equal(keys.prepare_queries(queries, metric), view.prepare_queries(queries))
+
+
+def test_prepared_queries_leave_the_callers_array_alone(store):
+    for metric in ("l2", "cosine", "ip"):
+        queries = vectors(4, 5, mean=3)
+        before = queries.copy()
+        prepared = store.keys("final_norm").prepare_queries(queries, metric)
+        prepared += 1
+        assert np.array_equal(queries, before) and prepared.dtype == np.float32
+
+
+def test_cosine_of_a_zero_vector_is_finite(tmp_path):
+    store = write_store(tmp_path, layers={"final_norm": 3}, make=lambda rows, dim: np.zeros((rows, dim), np.float32))
+    view = store.keys("final_norm").for_metric("cosine")
+    assert not view.read(0, 10).any() and not view.prepare_queries(np.zeros((1, 3), np.float32)).any()
+
+
+def test_unknown_metric_and_wrong_queries_are_refused(store):
+    with pytest.raises(InputError, match="'dot'"):
+        store.keys("final_norm").for_metric("dot")
+    with pytest.raises(InputError, match="'dot'"):
+        store.keys("final_norm").prepare_queries(vectors(2, 5), "dot")
+    with pytest.raises(InputError, match=r"\[queries, 5\]"):
+        store.keys("final_norm").prepare_queries(vectors(2, 4))
+
+
+def test_take_gathers_over_many_shards_and_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("knnlm.store.keys.TAKE_ROWS", 3)
+    many = write_store(tmp_path / "many", shard_rows=1).keys("final_norm")
+    one = write_store(tmp_path / "one", shard_rows=None).keys("final_norm")
+    ids = np.random.default_rng(0).integers(0, 10, 50)
+    assert np.array_equal(many.take(ids), one.take(ids)) and np.array_equal(one.take(ids), one.read(0, 10)[ids])
+
+
+# Scale
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "scale"),
+    [(1.0, "float16", 1), (1023.0, "float16", 1), (1025.0, "float16", 2), (1e6, "float16", 1024), (1e6, "float32", 1)],
+)
+def test_large_keys_are_scaled_by_a_power_of_two(tmp_path, size, dtype, scale):
+    rows = np.array([[size], [-size]] * 5, np.float32)
+    store = write_store(tmp_path, layers={"a": 1}, make=lambda *_: rows, key_dtype=dtype, chunk=10)
+    assert store.manifest.layers["a"].scale == scale
+    np.testing.assert_allclose(store.keys("a").read(0, 10), rows, rtol=2.0**-11)
+
+
+def test_tiny_keys_keep_their_precision(tmp_path):
+    rows = vectors(10, 4, size=1e-6)
+    keys = write_store(tmp_path, layers={"a": 4}, make=lambda *_: rows).keys("a")
+    np.testing.assert_allclose(keys.read(0, 10) + keys.centre, rows, atol=1e-9)
+
+
+def test_far_constant_costs_no_precision(tmp_path):
+    # A residual stream: one huge nearly constant dimension.
+    rows = vectors(10, 4)
+    rows[:, 2] += 3000
+    keys = write_store(tmp_path, layers={"a": 4}, make=lambda *_: rows, chunk=5).keys("a")
+    assert np.abs(keys.read(0, 10) + keys.centre - rows).max() < 4e-3
+
+
+def test_overflow_names_the_layer_the_place_and_the_way_out(tmp_path):
+    rows = vectors(10, 4)
+    rows[8, 1] = 1e5
+    with new_store_must_fail(
+        tmp_path,
+        DatastoreError,
+        r"layer a overflows float16 at token 4 of a\.txt, document 2; take --key-dtype float32",
+    ) as folder:
+        write_store(folder, layers={"a": 4}, make=lambda *_: rows)
+    assert write_store(tmp_path / "f32", layers={"a": 4}, make=lambda *_: rows, key_dtype="float32").verify() == ()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [1, 7])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_values_that_are_not_finite_are_refused(tmp_path, bad, row, dtype):
+    rows = vectors(10, 4)
+    rows[row, 3] = bad
+    place = {1: "token 1 of a.txt, document 1", 7: "token 3 of a.txt, document 2"}[row]
+    with new_store_must_fail(tmp_path, ModelError, f"layer a gives NaN or infinite values at {place}") as folder:
+        write_store(folder, layers={"a": 4}, make=lambda *_: rows, key_dtype=dtype)
+
+
+class new_store_must_fail:
+    """The block fails with one line, and nothing of its folder stays."""
+
+    def __init__(self, parent, error, message):
+        self.parent, self.raises = parent, pytest.raises(error, match=message)
+        self.folder = new_folder(parent / "out")
+
+    def __enter__(self):
+        self.caught = self.raises.__enter__()
+        return self.folder.__enter__()
+
+    def __exit__(self, *error):
+        with pytest.raises(error[0]):
+            self.folder.__exit__(*error)
+            raise error[1]
+        assert self.raises.__exit__(*error) and "\n" not in str(self.caught.value)
+        assert list(self.parent.iterdir()) == []
+        return True
+
+
+# The writer
+
+
+def test_counts_must_agree(tmp_path):
+    with new_store_must_fail(
+        tmp_path, DatastoreError, "layer final_norm has 9 keys, but there are 10 values"
+    ) as folder:
+        with DatastoreWriter(folder, LAYERS) as writer:
+            write_values(writer)
+            writer.append_keys("0.ffn_input", vectors(10, 3))
+            writer.append_keys("final_norm", vectors(9, 5))
+            writer.finish(**FINISH)
+
+
+def test_nothing_written_is_refused(tmp_path):
+    with DatastoreWriter(tmp_path, LAYERS) as writer, pytest.raises(DatastoreError, match="give more text"):
+        writer.finish(**FINISH)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda one: one.append_values(np.array([1], np.int32)), "begin a document first"),
+        (lambda one: write_values(one) or one.append_values(np.array([2**31])), "cannot be stored"),
+        (lambda one: write_values(one) or one.append_values(np.array([-100])), "cannot be stored"),
+        (lambda one: one.append_keys("1.ffn_input", vectors(2, 3)), "without layer 1.ffn_input"),
+        (lambda one: one.append_keys("final_norm", vectors(2, 3)), "takes .n, 5."),
+    ],
+)
+def test_wrong_appends_are_refused_and_close_the_writer(tmp_path, act, message):
+    with DatastoreWriter(tmp_path, LAYERS) as writer:
+        with pytest.raises(DatastoreError, match=message):
+            act(writer)
+        with pytest.raises(DatastoreError, match="closed"):
+            writer.append_keys("final_norm", vectors(2, 5))
+
+
+@pytest.mark.parametrize(("layers", "dtype"), [({}, "float16"), (LAYERS, "bfloat16"), (LAYERS, "int8")])
+def test_wrong_options_are_refused(tmp_path, layers, dtype):
+    with pytest.raises(InputError):
+        DatastoreWriter(tmp_path, layers, key_dtype=dtype)
+
+
+def writing_threads():
+    return [one for one in threading.enumerate() if one.name.startswith("knnlm-datastore")]
+
+
+def test_exception_in_the_block_stops_the_thread_and_leaves_nothing(tmp_path):
+    with new_store_must_fail(tmp_path, KeyboardInterrupt, None) as folder:
+        with DatastoreWriter(folder, LAYERS) as writer:
+            write_values(writer)
+            writer.append_keys("final_norm", vectors(4, 5))
+            raise KeyboardInterrupt
+    assert not writing_threads()
+
+
+def test_waiting_keys_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(datastore_writer, "PENDING_BYTES", 100)
+    with DatastoreWriter(tmp_path, {"a": 5}) as writer:
+        writer.begin_document(0, "a", 1)
+        for _ in range(20):
+            writer.append_keys("a", vectors(4, 5))
+            assert writer._pending_bytes <= 100
+            writer.append_values(np.arange(4, dtype=np.int32))
+        writer.finish(**FINISH)
+    assert Datastore.open(tmp_path).count == 80 and not writing_threads()
+
+
+@pytest.mark.parametrize("where", ["keys", "values", "documents", "manifest"])
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, where):
+    write = datastore_writer.NpyWriter._write
+
+    def full(self, data):
+        if where in str(self.path.relative_to(self.path.parents[2])):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(datastore_writer.NpyWriter, "_write", full)
+    if where == "manifest":
+        monkeypatch.setattr(datastore_writer, "write_json", lambda *_: full_disk())
+    with new_store_must_fail(
+        tmp_path, DatastoreError, r"cannot write .*No space left on device.*choose another"
+    ) as folder:
+        write_store(folder)
+    assert not writing_threads()
+
+
+def test_full_disk_names_what_chose_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datastore_writer.NpyWriter, "_write", lambda *_: full_disk())
+    with pytest.raises(DatastoreError, match=r"No space left on device; free .* another TMPDIR$"):
+        write_store(tmp_path / "queries", option="TMPDIR")
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+KILLED = """
+    import os, signal, sys
+    import numpy as np
+    from knnlm.store.datastore import DatastoreWriter
+    from knnlm.files import new_folder
+    with new_folder(sys.argv[1]) as folder, DatastoreWriter(folder, {"a": 4}, shard_rows=8) as writer:
+        writer.begin_document(0, "a", 1)
+        for number in range(100):
+            writer.append_values(np.arange(4, dtype=np.int32))
+            writer.append_keys("a", np.ones((4, 4), np.float32))
+            if number == 50:
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_run_leaves_no_datastore_and_the_next_run_cleans_up(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(out)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -9
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 1 and left[0].startswith(".out.partial-")
+    with pytest.raises(DatastoreError, match="is not a datastore"):
+        Datastore.open(tmp_path / left[0])
+    with new_folder(out) as folder:
+        write_store(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and Datastore.open(out).verify() == ()
+
+
+# What was changed is refused
+
+
+FILES = (
+    "documents.npy",
+    "values-00001.npy",
+    "keys/final_norm/centre.npy",
+    "keys/final_norm/00000.npy",
+    "keys/0.ffn_input/00002.npy",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_and_truncated_files_are_named_when_opened(store, name):
+    path = store.folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DatastoreCorrupt, match="bytes") as caught:
+        Datastore.open(store.folder)
+    assert str(path) in str(caught.value)
+    assert any(str(path) in problem for problem in store.verify())
+    path.unlink()
+    with pytest.raises(DatastoreCorrupt, match="is missing") as caught:
+        Datastore.open(store.folder)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_changed_byte_is_found_by_verify(store, name):
+    path = store.folder / name
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    problems = Datastore.open(store.folder).verify()
+    assert len(problems) == 1 and str(path) in problems[0] and "checksum" in problems[0]
+
+
+def test_swapped_shards_are_found_by_verify(store):
+    one, other = (store.folder / f"keys/final_norm/0000{part}.npy" for part in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert len(Datastore.open(store.folder).verify()) == 2
+
+
+def test_changed_header_is_refused(store):
+    path = store.folder / "keys/final_norm/00000.npy"
+    path.write_bytes(path.read_bytes().replace(b"(4, 5)", b"(5, 4)"))
+    with pytest.raises(
+        DatastoreCorrupt, match=r"00000\.npy holds float16 \(5, 4\), but the manifest says float16 \(4, 5\)"
+    ):
+        Datastore.open(store.folder)
+
+
+def edit(store, change):
+    path = store.folder / "datastore.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_nan_with_a_right_checksum_is_found_by_verify(store):
+    path = store.folder / "keys/final_norm/00002.npy"
+    rows = np.load(path)
+    rows[1, 2] = np.nan
+    np.save(path, rows)
+    checksum = datastore_writer.NpyWriter(store.folder / "x", np.float16, 5)
+    checksum.append(rows)
+    checksum.abort()
+    edit(store, lambda one: one["layers"]["final_norm"]["shards"][2].update(sha256=checksum.sha256))
+    assert [problem.split(" ", 1)[1][:9] for problem in Datastore.open(store.folder).verify()] == ["holds NaN"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1, 0, 0, 0]],
+        [[0, 0, 0, 0], [11, 0, 0, 0]],
+        [[0, 0, 0, 0], [5, 0, 0, 0], [4, 0, 0, 0]],
+        [[0, 0, 2, 0]],
+        [[0, 0, -1, 0]],
+    ],
+)
+def test_documents_that_do_not_fit_are_found_by_verify(store, rows):
+    (store.folder / "documents.npy").unlink()
+    with datastore_writer.NpyWriter(store.folder / "documents.npy", np.int64, 4) as file:
+        file.append(np.array(rows))
+    edit(store, lambda one: one["documents"].update(rows=file.rows, sha256=file.sha256))
+    assert ["does not fit" in problem for problem in Datastore.open(store.folder).verify()] == [True]
+
+
+def test_verify_tells_its_progress(store):
+    told = []
+    assert store.verify(lambda done, total: told.append((done, total))) == ()
+    total = 3 * 4 * 8 + 10 * 4 + sum(4 * dim + 10 * 2 * dim for dim in LAYERS.values())
+    assert told[-1] == (total, total) and [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda one: one.update(count=11), "have 10 rows, the datastore has 11"),
+        (lambda one: one["values"].pop(), "the values have 8 rows"),
+        (lambda one: one["layers"]["final_norm"]["shards"].pop(), "the keys of final_norm have 8 rows"),
+        (lambda one: one.pop("stride"), "no 'stride'"),
+        (lambda one: one.update(layers=[]), "damaged"),
+        (lambda one: one["layers"]["final_norm"].update(scale=0), "scale 0"),
+        (lambda one: one["layers"]["final_norm"].update(scale="nan"), "scale nan"),
+        (lambda one: one["layers"]["final_norm"].update(dtype="object"), "of object"),
+        (lambda one: one["values"][0].update(file="../secret.npy"), "no name inside"),
+        (lambda one: one["values"][0].update(file="/secret.npy"), "no name inside"),
+        (lambda one: one["layers"].update({"../x": one["layers"]["final_norm"]}), "no name inside"),
+    ],
+)
+def test_damaged_manifest_is_refused(store, change, message):
+    edit(store, change)
+    with pytest.raises(DatastoreCorrupt, match=message) as caught:
+        Datastore.open(store.folder)
+    assert "datastore.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda one: one.update(version=2), "made by a newer knnlm .format 2, this one reads 1.; upgrade knnlm"),
+        (lambda one: one.update(version="x"), "of an unknown format"),
+        (lambda one: one.update(format="other"), "not the manifest of a datastore"),
+    ],
+)
+def test_other_formats_are_refused(store, change, message):
+    edit(store, change)
+    with pytest.raises(DatastoreError, match=message):
+        Datastore.open(store.folder)
+
+
+def test_folders_that_are_no_datastore_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(DatastoreError, match=r"is not a datastore: it has no datastore\.json"):
+            Datastore.open(path)
+    (tmp_path / "datastore.json").write_text('{"format":')
+    with pytest.raises(DatastoreCorrupt, match=r"datastore\.json cannot be read"):
+        Datastore.open(tmp_path)
+
+
+# Models, layers, later additions
+
+
+def test_same_model_under_another_name_is_accepted(store):
+    store.check_model({**MODEL, "model": "elsewhere/tiny"})
+
+
+@pytest.mark.parametrize("part", ["config", "weights", "tokenizer"])
+def test_other_model_is_refused_with_what_differs(store, part):
+    with pytest.raises(DatastoreMismatch) as caught:
+        store.check_model({**MODEL, "model": "other", part: "0123456789abcdef"})
+    message = str(caught.value)
+    assert f"{part} {MODEL[part][:8]} here and 01234567 there" in message and "(tiny) than other" in message
+    assert not any(
+        f"{same} {MODEL[same][:8]}" in message for same in ("config", "weights", "tokenizer") if same != part
+    )
+
+
+def test_fingerprint_that_lacks_a_part_is_refused(store):
+    with pytest.raises(DatastoreMismatch, match="weights aaaaaaaa here and unknown there"):
+        store.check_model({name: value for name, value in MODEL.items() if name != "weights"})
+
+
+def test_layer_that_is_not_stored_is_refused(store):
+    for act in (store.keys, store.index_folder):
+        with pytest.raises(DatastoreMismatch, match=r"no keys of layer 1\.ffn_input; it has 0\.ffn_input, final_norm"):
+            act("1.ffn_input")
+
+
+def test_index_folder_is_a_path_only(store):
+    folder = store.index_folder("final_norm")
+    assert folder == store.folder / "index" / "final_norm" and not folder.exists()
+
+
+def test_manifest_is_updated_field_by_field(store):
+    store.update_manifest(indexes={"final_norm": {"metric": "cosine", "recall": np.float32(0.5)}})
+    store.update_manifest(fitted={"final_norm": {"k": 8}}, indexes={"0.ffn_input": {"metric": "l2"}})
+    manifest = Datastore.open(store.folder).manifest
+    assert manifest == store.manifest and manifest.fitted == {"final_norm": {"k": 8}}
+    assert manifest.index_metric("final_norm") == "cosine" and manifest.index_metric("0.ffn_input") == "l2"
+    assert manifest.scores == {"choice": {"layer": "final_norm"}} and manifest.count == 10
+
+
+def test_update_that_fails_leaves_the_manifest(store, monkeypatch):
+    monkeypatch.setattr("knnlm.store.datastore.write_json", lambda *_: full_disk())
+    with pytest.raises(DatastoreError, match="No space left"):
+        store.update_manifest(fitted={"k": 1})
+    assert store.manifest.fitted is None and Datastore.open(store.folder).manifest.fitted is None
+
+
+def test_layer_without_an_index_has_no_metric(store):
+    with pytest.raises(DatastoreError, match="no finished index of layer final_norm"):
+        store.manifest.index_metric("final_norm")
+
+
+def test_description_is_plain_json(store, tmp_path):
+    description = store.describe()
+    write_json(tmp_path / "a.json", description)
+    assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(description))
+    assert (
+        description["keys"] == 10 and description["choice"] == {"layer": "final_norm"} and description["documents"] == 3
+    )
