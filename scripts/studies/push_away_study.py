@@ -29,7 +29,7 @@ from knnlm.progress import Advance
 from knnlm.studies.train.config import PushAway, TrainConfig
 from knnlm.studies.train.train import train, train_document
 
-DEMO = Path(__file__).parent / "demo_data" / "model"
+DEMO = Path(__file__).parents[1] / "demo_data" / "model"
 SEEDS = range(3)
 KEY_LAYER = "-1.ffn_input"
 SHORT, LONG, TUNED = 1000, 2000, 300

@@ -26,7 +26,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         words = ["train_model.py", "--text", str(text), "--out", str(out), "--no-compile", *SHAPE, *options]
         monkeypatch.setattr(sys, "argv", words)
         monkeypatch.setenv("GLIBC_TUNABLES", "")  # already set: the script does not start itself again
-        runpy.run_path(str(ROOT / "scripts" / "train_model.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "scripts" / "studies" / "train_model.py"), run_name="__main__")
         return out
 
     return run
