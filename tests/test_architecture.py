@@ -55,7 +55,7 @@ ONLY_IN = {
     "peft": {"knnlm/studies/train/train.py"},
     "lm_eval": {"knnlm/inference/harness.py"},  # a subclass needs its base
     "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/server/explorer/routes.py"},
-    "pydantic": {"knnlm/server/wire.py", "knnlm/server/explorer/wire.py"},
+    "pydantic": {"knnlm/server/wire.py", "knnlm/server/chat_wire.py", "knnlm/server/explorer/wire.py"},
     "uvicorn": {"knnlm/server/run.py"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450

@@ -72,11 +72,12 @@ def end_tokens(model: KNNLM, lm: LanguageModel) -> frozenset[int]:
 
 
 def encode_prompt(lm: LanguageModel, prompt: str) -> list[int]:
-    """The prompt's tokens; of an empty one, the token that begins a text.
+    """The prompt's tokens; of an empty one, the token that begins a text, or else the one that ended the last.
 
     :raises InputError: no tokens at all.
     """
     tokens, start = lm.encode(prompt).tolist(), lm.tokenizer.bos_token_id
+    start = lm.tokenizer.eos_token_id if start is None else start
     if not tokens and start is None:
-        raise InputError(f"the prompt is empty, and {lm.name} has no token that begins a text; give some text")
+        raise InputError(f"the prompt is empty, and {lm.name} has no token that begins or ends a text; give some text")
     return tokens or [start]

@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
-from knnlm.server.choices import Piece, Prompt, TokenScore
+from knnlm.server.choices import Piece, Prompt
+from knnlm.server.forms import Form, Head
 from knnlm.server.model_thread import ModelThread
 from knnlm.server.waiting import Deadline, sent_events
-from knnlm.server.wire import Choice, Completion, Logprobs, Usage
+from knnlm.server.wire import Usage
 
 
 class Answer:
@@ -20,9 +21,11 @@ class Answer:
     :raises Refusal: the queue is full.
     """
 
-    def __init__(self, thread: ModelThread, prompts: Sequence[Prompt], model: str, deadline: Deadline) -> None:
-        self._thread, self._prompts, self._model, self._deadline = thread, prompts, model, deadline
-        self._id, self._created = f"cmpl-{uuid4().hex}", int(time.time())
+    def __init__(
+        self, thread: ModelThread, prompts: Sequence[Prompt], model: str, form: Form, deadline: Deadline
+    ) -> None:
+        self._thread, self._prompts, self._form, self._deadline = thread, prompts, form, deadline
+        self._head = Head(f"{form.prefix}{uuid4().hex}", int(time.time()), model)
         self._come: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self._open = {choice for prompt in prompts for choice in prompt.numbers}
         self._tokens: dict[int, int] = {}
@@ -60,7 +63,10 @@ class Answer:
         async for piece in self.pieces():
             found[piece.choice].append(piece)
         ordered = [pieces for _, pieces in sorted(found.items())]
-        return await asyncio.to_thread(self._document, ordered, self._usage())  # some MB take a moment
+        return await asyncio.to_thread(self._whole, ordered)  # some MB take a moment
+
+    def _whole(self, choices: Sequence[Sequence[Piece]]) -> str:
+        return self._form.whole(self._head, choices, self._usage())
 
     def events(self, *, usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events; `usage` adds one with the number of tokens."""
@@ -69,32 +75,11 @@ class Answer:
     async def _documents(self, *, usage: bool) -> AsyncIterator[str]:
         async for piece in self.pieces():
             if piece.text or piece.scores or piece.finish:
-                yield self._document([[piece]], None)
+                yield self._form.piece(self._head, piece)
         if usage:
-            yield self._document([], self._usage())
+            yield self._form.end(self._head, self._usage())
         yield "[DONE]"
-
-    def _document(self, choices: Sequence[Sequence[Piece]], usage: Usage | None) -> str:
-        told = [self._choice(pieces) for pieces in choices]
-        document = Completion(id=self._id, created=self._created, model=self._model, choices=told, usage=usage)
-        return document.model_dump_json()
-
-    def _choice(self, pieces: Sequence[Piece]) -> Choice:
-        """Pieces of one choice as one."""
-        scores = [score for piece in pieces for score in piece.scores]
-        text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
-        logprobs = None if self._prompts[0].wish.logprobs is None else _logprobs(scores)
-        return Choice(index=pieces[-1].choice, text=text, logprobs=logprobs, finish_reason=finish)  # type: ignore[arg-type]
 
     def _usage(self) -> Usage:
         read, generated = sum(len(prompt.tokens) for prompt in self._prompts), sum(self._tokens.values())
         return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
-
-
-def _logprobs(scores: Sequence[TokenScore]) -> Logprobs:
-    return Logprobs(
-        tokens=[score.token for score in scores],
-        token_logprobs=[score.log_prob for score in scores],
-        top_logprobs=[score.top for score in scores],
-        text_offset=[score.offset for score in scores],
-    )

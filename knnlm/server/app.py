@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -12,13 +13,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
-from knnlm.server import wire
+from knnlm.server import chat_wire, wire
 from knnlm.server.answers import Answer
+from knnlm.server.choices import Prompt
+from knnlm.server.forms import Form
 from knnlm.server.gate import Gate
 from knnlm.server.metrics import CONTENT_TYPE
 from knnlm.server.refusals import Refusal, invalid, mistake
 from knnlm.server.service import Service
-from knnlm.server.waiting import Deadline, unless_gone
+from knnlm.server.waiting import Deadline, Receive, unless_gone
 from knnlm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -88,19 +91,35 @@ def _routes(service: Service) -> APIRouter:
     @router.post("/v1/completions", response_model=wire.Completion, responses=_STREAM)
     async def completions(asked: wire.CompletionRequest, request: Request) -> Any:  # noqa: ANN401 - a model or a response
         """Go on with prompts."""
-        deadline = Deadline(service.limits.seconds)
         service.check(asked)
-        prompts = await deadline.wait(asyncio.to_thread(service.prompts, asked))
-        answer = Answer(service.thread, prompts, service.name, deadline)
-        if asked.stream:
-            return _Stream(answer, usage=bool(asked.stream_options and asked.stream_options.include_usage))
-        try:
-            whole = await unless_gone(request.receive, answer.whole())
-            return Response(whole, media_type="application/json")
-        finally:
-            answer.close()
+        form = service.completion_form(asked)
+        return await _answered(service, asked, partial(service.prompts, asked), form, request.receive)
+
+    @router.post("/v1/chat/completions", response_model=chat_wire.ChatCompletion, responses=_STREAM)
+    async def chat_completions(asked: chat_wire.ChatRequest, request: Request) -> Any:  # noqa: ANN401 - as above
+        """Answer messages, in the form of the tokenizer's chat template."""
+        service.check_chat(asked)
+        form = service.chat_form(asked)
+        return await _answered(service, asked, partial(service.chat_prompts, asked), form, request.receive)
 
     return router
+
+
+async def _answered(
+    service: Service, asked: wire.Sampling, prompts: Callable[[], list[Prompt]], form: Form, receive: Receive
+) -> Response:
+    """The answer to a request, whole or as a stream.
+
+    :param prompts: makes the prompts, which takes a moment.
+    """
+    deadline = Deadline(service.limits.seconds)
+    answer = Answer(service.thread, await deadline.wait(asyncio.to_thread(prompts)), service.name, form, deadline)
+    if asked.stream:
+        return _Stream(answer, usage=bool(asked.stream_options and asked.stream_options.include_usage))
+    try:
+        return Response(await unless_gone(receive, answer.whole()), media_type="application/json")
+    finally:
+        answer.close()
 
 
 class _Stream(StreamingResponse):

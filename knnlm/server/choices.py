@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from knnlm.inference.sampling import choose
 from knnlm.knn.mixing import Mix
 from knnlm.model.lm import LanguageModel
 
+Finish = Literal["stop", "length"]
 LEAST = -9999.0
 """What OpenAI's API has in the place of -inf, which JSON cannot write."""
 
@@ -43,10 +45,12 @@ class Wish:
 class TokenScore:
     """A token of an answer, where its text begins, and the mixed distribution's log-probabilities."""
 
-    token: str
+    token: int
     offset: int
-    log_prob: float | None
-    top: dict[str, float] | None
+    log_prob: float | None = None
+    """None for a prompt's first token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens, as many as are wanted, with their log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Piece:
     choice: int
     text: str
     scores: tuple[TokenScore, ...] = ()
-    finish: str | None = None
+    finish: Finish | None = None
     tokens: int = 0
     """Generated for it, the end token among them."""
 
@@ -73,9 +77,19 @@ class Words:
         self._texts = TokenTexts(lm)
 
     def name(self, token: int) -> str:
-        """A token's text; of a piece of a character the tokenizer's own name for it."""
+        """A token's text; of a piece of a character, or of none, the tokenizer's own name for it.
+
+        A row of the head that no token stands behind is `token_id:ID`: without names such rows would be one.
+        """
         text = self._texts(token)
-        return str(self.lm.tokenizer.convert_ids_to_tokens(token)) if INCOMPLETE in text else text
+        if text and INCOMPLETE not in text:
+            return text
+        return str(self.lm.tokenizer.convert_ids_to_tokens(token) or f"token_id:{token}")
+
+    def bytes(self, token: int) -> list[int] | None:
+        """A token's text in UTF-8; None where it is a piece of a character."""
+        text = self._texts(token)
+        return None if INCOMPLETE in text else list(text.encode())
 
     def text(self, tokens: Sequence[int]) -> str:
         """What a prompt of tokens says; those that begin and end a text are none of it."""
@@ -88,20 +102,17 @@ class Words:
             found.append(found[-1] + len(text.put(token)))
         return found
 
-    def likeliest(self, log_probs_TV: Tensor, tokens: Sequence[int], top: int) -> list[tuple[float, dict[str, float]]]:
-        """Each token's log-probability, and those of the likeliest `top` and of itself by their names."""
+    def likeliest(
+        self, log_probs_TV: Tensor, tokens: Sequence[int], top: int
+    ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+        """Each token's log-probability, and the likeliest `top` with theirs."""
         tokens_T = torch.tensor(tokens, dtype=torch.long, device=log_probs_TV.device)
         values = log_probs_TV.gather(1, tokens_T[:, None])[:, 0].tolist()
         best = log_probs_TV.topk(min(top, log_probs_TV.shape[1]), dim=1)
-        found = []
-        for value, token, probs, others in zip(
-            values, tokens, best.values.tolist(), best.indices.tolist(), strict=True
-        ):
-            named: dict[str, float] = {}
-            for other, prob in [*zip(others, probs, strict=True), (token, value)]:
-                named.setdefault(self.name(other), max(prob, LEAST))
-            found.append((max(value, LEAST), named))
-        return found
+        return [
+            (max(value, LEAST), tuple((other, max(prob, LEAST)) for other, prob in zip(others, probs, strict=True)))
+            for value, probs, others in zip(values, best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
 
 class Choice:
@@ -109,7 +120,7 @@ class Choice:
 
     token: int
     """The last one."""
-    finish: str | None = None
+    finish: Finish | None = None
     """Why it is over: `stop`, by the end token or a stop, or `length`."""
 
     def __init__(self, words: Words, prompt: Prompt, index: int, random: np.random.Generator) -> None:
@@ -140,8 +151,7 @@ class Choice:
     def _score(self, log_probs_V: Tensor) -> None:
         if self._wish.logprobs is not None:
             ((value, top),) = self._words.likeliest(log_probs_V[None], [self.token], self._wish.logprobs)
-            name, offset = self._words.name(self.token), self._base + len(self._text)
-            self._scores.append(TokenScore(name, offset, value, top))
+            self._scores.append(TokenScore(self.token, self._base + len(self._text), value, top))
 
     def _grow(self, piece: str) -> None:
         """Add text, and cut it off where a stop begins."""
@@ -211,11 +221,11 @@ class Prompt:
         known = log_probs_TV[max(0, -position) :]
         position = max(0, position)
         if position == 0 and len(known):
-            self._scores.append(TokenScore(self._words.name(self.tokens[0]), self._offsets[0], None, None))
+            self._scores.append(TokenScore(self.tokens[0], self._offsets[0]))
         targets = self.tokens[position + 1 : position + 1 + len(known)]
         found = self._words.likeliest(known[: len(targets)], targets, self.wish.logprobs or 0)
         places = zip(targets, self._offsets[position + 1 :], found, strict=False)
-        self._scores += [TokenScore(self._words.name(token), start, *one) for token, start, one in places]
+        self._scores += [TokenScore(token, start, *one) for token, start, one in places]
 
     def begin(self) -> None:
         """Emit what each choice begins with."""

@@ -17,7 +17,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 # What needs the key, where there is one: whatever tells of the text behind the model.
 _LOCKED = ("/v1/", "/explorer/")
 # The paths that are counted by their names.
-_COUNTED = ("/v1/completions", "/v1/models", "/healthz", "/metrics")
+_TIMED = ("/v1/completions", "/v1/chat/completions")
+_COUNTED = (*_TIMED, "/v1/models", "/healthz", "/metrics")
 
 
 class Gate:
@@ -39,42 +40,51 @@ class Gate:
                 told.append(message["status"])
             await send(message)
 
-        service.active += 1
         try:
             await self._enter(scope, receive, counted)
         except Exception:
             told.append(500)  # what the application's last handler, outside of this, will tell
             raise
         finally:
-            service.active -= 1
             path = scope["path"] if scope["path"] in _COUNTED else "other"
             status = next(iter(told), 499)  # the client went away before there was an answer
             service.metrics.count("knnlm_requests_total", path=path, status=str(status))
-            if path == "/v1/completions":
+            if path in _TIMED:
                 service.metrics.observe("knnlm_completion_seconds", time.perf_counter() - started)
 
     async def _enter(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
             body = await self._read(receive)
+            self._check_open()
         except Refusal as refusal:
             await _answer(refusal, send)
             return
-        if body is not None:
+        if body is None:
+            return
+        # Only from here on: an end must not wait for a body that never comes.
+        self._service.active += 1
+        try:
             await self._app(scope, _again(body, receive), send)
+        finally:
+            self._service.active -= 1
 
-    def _check(self, scope: Message) -> None:
+    def _check_open(self) -> None:
         if self._service.closing:
             away = {"retry-after": "5", "connection": "close"}
             raise Refusal(503, "the server is shutting down", code="shutting_down", headers=away)
+
+    def _check(self, scope: Message) -> None:
+        self._check_open()
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"localhost").decode("latin-1")
         if self._only_local and not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
             # A page from elsewhere whose name was made to lead here would be of the same origin (DNS rebinding).
             raise Refusal(403, f"without a key this server answers to names of this machine only, not to {host!r}")
         if self._key is not None and scope["path"].startswith(_LOCKED):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            # The scheme's case does not matter (RFC 9110, section 11.1).
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
                 message = "this needs the server's key, as Authorization: Bearer KEY; none or another one was given"
                 raise Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 

@@ -11,7 +11,7 @@ BAD_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 FINAL = {"x-should-retry": "false"}
 _NO_JSON = "the body is no JSON object, or is not declared as application/json"
 # Fields that may have several forms: a wrong one has a problem with each of them.
-_OF_MANY_FORMS = ("prompt", "stop")
+_OF_MANY_FORMS = ("prompt", "stop", "content")
 
 
 class Refusal(Exception):
@@ -61,10 +61,11 @@ def invalid(problems: Sequence[Mapping[str, Any]]) -> Refusal:
     where = problems[0]["loc"][1:]
     if problems[0]["type"] == "json_invalid" or not where:
         return no_json()
-    where = where[:1] if where[0] in _OF_MANY_FORMS else where
+    forms = next((place for place, name in enumerate(where) if name in _OF_MANY_FORMS), len(where))
+    where = where[: forms + 1]
     found = dict.fromkeys(one["msg"] for one in problems if one["loc"][1 : 1 + len(where)] == where)
     field = ".".join(map(str, where))
-    return Refusal(400, f"{field}: {'; or: '.join(found)}", param=field)
+    return Refusal(400, f"{field}: {'; or '.join(found).replace('Input should be', 'must be')}", param=field)
 
 
 def too_long(seconds: float) -> Refusal:

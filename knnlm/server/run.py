@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from knnlm.errors import InputError
 from knnlm.server.service import Service
@@ -47,10 +50,55 @@ def serve(app: FastAPI, service: Service, listener: socket.socket, started: Call
     :raises KeyboardInterrupt: a second signal came, and what ran was not finished.
     """
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
-    server = _Server(uvicorn.Config(app, timeout_graceful_shutdown=_IDLE, **options), service, started)
+    connection = partial(_Connection, seconds=service.limits.seconds)
+    config = uvicorn.Config(app, http=connection, timeout_graceful_shutdown=_IDLE, **options)  # type: ignore[arg-type]
+    server = _Server(config, service, started)
     server.run(sockets=[listener])
     if server.force_exit:
         raise KeyboardInterrupt
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, which is closed when the headers of a request do not come in time.
+
+    uvicorn itself waits for them for ever, and would keep a connection for each such client.
+    """
+
+    def __init__(self, *args: Any, seconds: float, **options: Any) -> None:  # noqa: ANN401 - uvicorn's own
+        super().__init__(*args, **options)
+        self._seconds = seconds
+        self._late: asyncio.TimerHandle | None = None
+
+    @property
+    def _in_request(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever its annotation says
+        return cycle is not None and not cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of the headers, or no more when they are there."""
+        if self._late is None and not self._in_request:
+            self._wait()
+        super().data_received(data)
+        if self._in_request:
+            self._wait_no_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is waited for."""
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._late = self.loop.call_later(self._seconds, self.transport.close)
+
+    def _wait_no_more(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Server(uvicorn.Server):

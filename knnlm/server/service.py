@@ -11,12 +11,14 @@ from knnlm.inference.detokenizer import encode_prompt, end_tokens
 from knnlm.inference.model import KNNLM
 from knnlm.knn.mixing import Mix
 from knnlm.model.lm import LanguageModel
+from knnlm.server.chat_wire import ChatRequest, Message
 from knnlm.server.choices import Prompt, Wish, Words
+from knnlm.server.forms import ChatForm, CompletionForm
 from knnlm.server.limits import Limits
 from knnlm.server.metrics import Metrics
 from knnlm.server.model_thread import ModelThread
 from knnlm.server.refusals import Refusal
-from knnlm.server.wire import CompletionRequest
+from knnlm.server.wire import CompletionRequest, Sampling
 
 
 class Service:
@@ -41,7 +43,15 @@ class Service:
             message = f"there is no model {name!r} here; the one that is served is {self.name!r}"
             raise Refusal(404, message, param="model", code="model_not_found")
 
-    def check(self, request: CompletionRequest) -> None:
+    def completion_form(self, request: CompletionRequest) -> CompletionForm:
+        """The form of the answer to a request."""
+        return CompletionForm(self._words, scored=request.logprobs is not None)
+
+    def chat_form(self, request: ChatRequest) -> ChatForm:
+        """The form of the answer to a request."""
+        return ChatForm(self._words, scored=bool(request.logprobs))
+
+    def check(self, request: Sampling) -> None:
         """What can be told at once, before `prompts`.
 
         :raises Refusal: for the field that cannot be done; or the queue is full.
@@ -50,9 +60,46 @@ class Service:
         if request.stream_options is not None and not request.stream:
             message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."  # as OpenAI has it
             raise Refusal(400, message, param="stream_options")
-        choices = len(_one_by_one(request)) * (request.n or 1)
-        self._check_choices(request, choices)
-        self.thread.check_room(choices)
+        prompts = len(_one_by_one(request)) if isinstance(request, CompletionRequest) else 1
+        self._check_choices(request, prompts * (request.n or 1))
+        self.thread.check_room(prompts * (request.n or 1))
+
+    def check_chat(self, request: ChatRequest) -> None:
+        """The same for a chat.
+
+        :raises Refusal: and where the model's tokenizer has no chat template.
+        """
+        self.check_model(request.model)
+        if self.lm.tokenizer.chat_template is None:
+            message = f"{self.name!r} has no chat template: its tokenizer says nothing of messages; use /v1/completions"
+            raise Refusal(404, message, code="no_chat_template")
+        if request.top_logprobs is not None and not request.logprobs:
+            raise Refusal(400, "top_logprobs is only allowed when logprobs is true", param="top_logprobs")
+        self.check(request)
+
+    def chat_prompts(self, request: ChatRequest) -> list[Prompt]:
+        """The prompt that the chat template makes of the messages. Raises as `prompts`."""
+        tokens = self._templated(request.messages)
+        room = self.limits.completion_tokens
+        if self.lm.context_limit is not None:
+            room = max(1, min(room, self.lm.context_limit - len(tokens)))  # without room `prompts` refuses it
+        shared = {name: getattr(request, name) for name in Sampling.model_fields}
+        wanted, told = request.wanted_tokens, (request.top_logprobs or 0) if request.logprobs else None
+        return self.prompts(
+            CompletionRequest.model_construct(
+                **shared, prompt=tokens, max_tokens=room if wanted is None else wanted, logprobs=told
+            )
+        )
+
+    def _templated(self, messages: Sequence[Message]) -> list[int]:
+        roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
+        said = [{"role": roles.get(one.role, one.role), "content": one.text} for one in messages]
+        try:
+            text = self.lm.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template's own code raises, as for roles that do not alternate
+            raise Refusal(400, f"the chat template refuses the messages: {error}", param="messages") from error
+        # Not `lm.encode`: the template has written what begins a text.
+        return list(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompts(self, request: CompletionRequest) -> list[Prompt]:
         """The prompts of a request, with all their choices. Long texts take a moment to become tokens.
@@ -77,11 +124,11 @@ class Service:
             message = f"the prompts with n ask for log-probabilities of {tokens} of their tokens, but at most {most}"
             raise Refusal(400, f"{message} are told; send fewer", param="prompt")
 
-    def _check_choices(self, request: CompletionRequest, choices: int) -> None:
+    def _check_choices(self, request: Sampling, choices: int) -> None:
         n, limits = request.n or 1, self.limits
         if n > limits.batch:
             raise Refusal(400, f"n is {n}, but at most {limits.batch} choices are made of a prompt", param="n")
-        if request.best_of not in (None, n):
+        if isinstance(request, CompletionRequest) and request.best_of not in (None, n):
             message = f"best_of is {request.best_of}, but must be n, which is {n}: the best of more is not looked for"
             raise Refusal(400, message, param="best_of")
         if choices > limits.queue:
@@ -136,6 +183,6 @@ class Service:
 def _one_by_one(request: CompletionRequest) -> list[str | list[int]]:
     """Of all forms that `prompt` may have, a list of texts or of lists of tokens."""
     prompt = request.prompt
-    if isinstance(prompt, str):
-        return [prompt]
+    if prompt is None or isinstance(prompt, str):
+        return [prompt or ""]
     return [prompt] if isinstance(prompt[0], int) else list(prompt)

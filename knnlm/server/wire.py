@@ -1,4 +1,4 @@
-"""Requests and answers of OpenAI's completions API, as they go over the wire. The import of pydantic.
+"""Requests and answers of OpenAI's completions API, as they go over the wire. An import of pydantic.
 
 Types are strict: "1" is no number, true is no number, and a field that nobody knows is refused rather than ignored.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 def _encodable(text: str) -> str:
@@ -18,16 +18,16 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _integral(value: object) -> object:
+def integral(value: object) -> object:
     """JSON knows numbers only: 3.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_integral)]
-Count = Annotated[int, Field(ge=0), BeforeValidator(_integral)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]
+Integer = Annotated[int, BeforeValidator(integral)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(integral)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(integral)]
 Text = Annotated[str, AfterValidator(_encodable)]
-Token = Annotated[int, Field(ge=0, lt=1 << 31), BeforeValidator(_integral)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31), BeforeValidator(integral)]
 # Of a list's wrong elements the first is enough: an error for each of a million takes gigabytes.
 _SOME = Field(min_length=1, fail_fast=True)
 Tokens = Annotated[list[Token], _SOME]
@@ -35,6 +35,7 @@ Prompt = Text | Annotated[list[Text], _SOME] | Tokens | Annotated[list[Tokens], 
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """Nothing but 0: clients send it, and it changes nothing."""
+Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change the answer.")]
 
 
 class Request(BaseModel):
@@ -44,13 +45,19 @@ class Request(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_unknown(cls, data: object) -> object:
-        """Of unknown fields the first is enough, as of a list's elements."""
-        if not isinstance(data, dict):
-            return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = [name for name in data if name not in known]
-        return {name: data[name] for name in (*(data.keys() & known), *unknown[:1])}
+    def _known_fields(cls, data: object) -> object:
+        """Refuse the first field that does not exist, with those that do: a misspelt one must not be ignored."""
+        if isinstance(data, dict):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            unknown = next((name for name in data if name not in known), None)
+            if unknown is not None:
+                problem = PydanticCustomError(
+                    "unknown_field", "There is no such field, only {known}", {"known": ", ".join(known)}
+                )
+                raise ValidationError.from_exception_data(
+                    cls.__name__, [InitErrorDetails(type=problem, loc=(unknown,), input=None)]
+                )
+        return data
 
 
 class KnnOptions(Request):
@@ -65,29 +72,40 @@ class StreamOptions(Request):
     """A last piece with the number of tokens."""
 
     include_usage: bool | None = None
+    include_obfuscation: Ignored = None
 
 
-class CompletionRequest(Request):
-    """OpenAI's request, and `knn`. What is null is as if it were not there."""
+class Sampling(Request):
+    """What requests for completions and for chats have in common. What is null is as if it were not there."""
 
     model: str
-    prompt: Prompt
-    max_tokens: Count | None = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1)] = None
     n: Positive | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Integer | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_integral)] | None = None
-    echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     knn: KnnOptions | None = None
-    best_of: Annotated[Positive | None, Field(description="As n: the best of more is not looked for.")] = None
     frequency_penalty: Neutral | None = None
     presence_penalty: Neutral | None = None
     logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0)] = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+
+
+class CompletionRequest(Sampling):
+    """OpenAI's request for a completion, and `knn`. Without a prompt the text begins anew."""
+
+    prompt: Prompt | None = None
+    max_tokens: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(integral)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[Positive | None, Field(description="As n: the best of more is not looked for.")] = None
     suffix: Annotated[str | None, Field(max_length=0)] = None
 
 

@@ -6,6 +6,7 @@ rounding that swaps the k-th neighbour changes no number here.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import shutil
@@ -23,7 +24,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
 from index.neighbors import absent
 from knnlm import KNNLM
@@ -633,3 +634,15 @@ def test_other_models_and_layers_are_refused(stores) -> None:
         KNNLM.from_store(store, "final_norm", 4, 1.0, 0.5, lm=other)
     with pytest.raises(DatastoreMismatch, match=r"has no keys of layer 0\.ffn_input; it has"):
         KNNLM.from_store(store, "0.ffn_input", 4, 1.0, 0.5, lm=other)
+
+
+def test_pipeline_takes_messages(knn_of) -> None:
+    model = knn_of("gpt2")
+    template = "{% for one in messages %}<{{ one.role }}>{{ one.content }}{% endfor %}<assistant>"
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = template
+    chat = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    said = chat([{"role": "user", "content": "the nurse"}], max_new_tokens=6, do_sample=False)[0]["generated_text"]
+    ids = tokenizer("<user>the nurse<assistant>", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    due = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert said[-1] == {"role": "assistant", "content": tokenizer.decode(due, skip_special_tokens=True)}

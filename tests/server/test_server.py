@@ -277,14 +277,14 @@ def test_a_long_prompt_does_not_change_a_short_one_beside_it(client) -> None:
         ({"prompt": ["a"] * 129}, "prompt", "ask for 129 choices, but at most 128 can wait"),
         ({"prompt": "a" * 400}, "prompt", "is beyond the 128 of the model's context; shorten it"),
         ({"knn": {"lambda": 2}}, "knn.lambda", "less than or equal to 1"),
-        ({"knn": {"lam": 0.5}}, "knn.lam", "knn.lam: Extra inputs are not permitted"),
+        ({"knn": {"lam": 0.5}}, "knn.lam", "knn.lam: There is no such field, only lambda, k, temperature"),
         ({"knn": {"k": 99_999}}, "knn.k", "knn.k is 99999, but can be at most"),
         ({"knn": {"temperature": 0}}, "knn.temperature", "greater than 0"),
         ({"knn": 7}, "knn", "valid dictionary"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
         ({"stream_options": {}}, "stream_options", "is only allowed when 'stream' is enabled"),
-        ({"stop": ["a", 1]}, "stop", "stop: Input should be a valid string"),
-        ({"extra_body": {"tempreature": 1}}, "tempreature", "not permitted"),
+        ({"stop": ["a", 1]}, "stop", "stop: must be a valid string"),
+        ({"extra_body": {"tempreature": 1}}, "tempreature", "There is no such field, only model, temperature, "),
     ],
 )
 def test_what_cannot_be_names_the_field(options, param, message, client) -> None:
@@ -296,17 +296,20 @@ def test_what_cannot_be_names_the_field(options, param, message, client) -> None
 
 
 MANY = 50_000
-FORMS = "prompt: Input should be a valid string; or: Input should be a valid integer"
+FORMS = "prompt: must be a valid string; or must be a valid integer"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": [0] * MANY + ["a"]}, f"{FORMS}; or: Input should be a valid list"),
-        ({"prompt": [[]] * MANY}, f"{FORMS}; or: List should have at least 1 item"),
+        ({"prompt": [0] * MANY + ["a"]}, f"{FORMS}; or must be a valid list"),
+        ({"prompt": [[]] * MANY}, f"{FORMS}; or List should have at least 1 item"),
         ({"prompt": [["a"] * MANY] * 2}, FORMS),
-        ({f"field{number}": 0 for number in range(MANY)}, "field0: Extra inputs are not permitted"),
-        ({"knn": {f"field{number}": 0 for number in range(MANY)}}, "knn.field0: Extra inputs are not permitted"),
+        ({f"field{number}": 0 for number in range(MANY)}, "field0: There is no such field, only model, "),
+        (
+            {"knn": {f"field{number}": 0 for number in range(MANY)}},
+            "knn.field0: There is no such field, only lambda, k, temperature",
+        ),
         ({"logit_bias": {str(number): "a" for number in range(MANY)}}, "logit_bias: Dictionary should have at most 0"),
     ],
 )
@@ -317,6 +320,27 @@ def test_of_many_mistakes_few_are_collected(options, message, server) -> None:
     assert found.value.error_count() <= 4
     answer = httpx.post(f"{server.url}/v1/completions", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_without_a_prompt_the_text_begins_anew(prompt, client, server) -> None:
+    start = server.service.lm.tokenizer.bos_token_id
+    start = server.service.lm.tokenizer.eos_token_id if start is None else start
+    options = {"max_tokens": 8, "temperature": 0}
+    due = texts(ask(client, [start], **options))
+    body = {"model": NAME, **options} | ({} if prompt is None else {"prompt": prompt})
+    for given in (body, body | {"prompt": prompt}):
+        answer = httpx.post(f"{server.url}/v1/completions", json=given).json()
+        assert [choice["text"] for choice in answer["choices"]] == due
+
+
+def test_rows_without_a_token_have_names_of_their_own(server) -> None:
+    words = server.service._words
+    rows = range(len(server.service.lm.tokenizer), server.service.lm.vocabulary + 4)
+    names = [words.name(row) for row in rows]
+    assert names == [f"token_id:{row}" for row in rows] and len(names) >= 4
+    everything = [words.name(token) for token in range(server.service.lm.vocabulary)]
+    assert "" not in everything and "None" not in everything
 
 
 def test_another_model_is_not_found(client) -> None:

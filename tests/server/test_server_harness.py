@@ -98,6 +98,21 @@ def test_generated_text_is_that_of_generate(url, stores, tasks) -> None:  # noqa
         assert got == [model.tokenizer.decode(new, skip_special_tokens=True).split("\n\n")[0]]
 
 
+def test_chats_of_the_harness_are_answered_as_generate_does(url, stores, tasks) -> None:  # noqa: F811
+    lm = load_model(stores / "gpt2-model", device="cpu")
+    lm.tokenizer.chat_template = "{% for one in messages %}{{ one.content }}{% endfor %}"
+    with running(Service("gpt2", lm, knn_of(stores, "gpt2"))) as server:
+        options = local(f"{server.url}/v1/chat/completions", stores)
+        found = evaluate(
+            tasks, "tiny_words", "local-chat-completions", options, batch_size=1, apply_chat_template=True, limit=3
+        )["answers"]
+    model = knn_of(stores, "gpt2")
+    for got, one in zip(found[:3], QUESTIONS, strict=False):
+        ids = model.tokenizer(f"Question: {one['question']}\nAnswer:", return_tensors="pt")["input_ids"]
+        new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        assert got == [model.tokenizer.decode(new, skip_special_tokens=True).split("\n\n")[0]]
+
+
 def test_settings_are_the_stores(stores) -> None:  # noqa: F811
     setting = knn_of(stores, "gpt2").retrieval.setting
     assert (setting.k, setting.temperature, setting.lam) == (K, TEMPERATURE, LAMBDA)

@@ -144,6 +144,55 @@ def test_a_body_is_limited_and_must_come_in_time(store_folder) -> None:
         assert "408" in slow.splitlines()[0] and '"code": "timeout"' in slow
 
 
+def test_headers_must_come_in_time(store_folder) -> None:
+    with running(make_service(store_folder, seconds=1)) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        whole = f"GET /healthz HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()
+        for first in (b"", whole):  # on a new connection, and on one that was answered before
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(first)
+                if first:
+                    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+                begun = time.monotonic()
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: ")
+                while connection.recv(65536):
+                    pass
+                assert 0.5 < time.monotonic() - begun < 10
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_an_answer_may_take_longer_than_headers(store_folder) -> None:
+    with paced(store_folder, seconds=3) as (server, turns, pool):
+        request = pool.submit(post, server, max_tokens=1)
+        until(lambda: turns.is_due)
+        time.sleep(1.5)
+        turns.allow(1)
+        assert request.result().status_code == 200
+
+
+def test_an_end_does_not_wait_for_a_body_that_never_comes(store_folder) -> None:
+    process, url = start(store_folder)
+    host, port = url.removeprefix("http://").split(":")
+    with process, socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 10\r\n\r\n{")
+        time.sleep(0.5)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert time.monotonic() - begun < 20  # 120 seconds are the limit of a body
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_case_of_the_scheme_does_not_matter(scheme, store_folder) -> None:
+    with running(make_service(store_folder), api_key="s3cret") as server:
+
+        def status(given: str) -> int:
+            return httpx.get(f"{server.url}/v1/models", headers={"authorization": given}).status_code
+
+        assert status(f"{scheme} s3cret") == 200
+        assert {status(f"{scheme} s3cre"), status("Basic s3cret"), status("s3cret"), status(scheme)} == {401}
+
+
 def post_parts(server: Running, parts: list[bytes], headers: dict[str, str]) -> str:
     """Send a body in parts that need not be what the head says, and read what comes."""
     host, port = server.url.removeprefix("http://").split(":")
