@@ -31,8 +31,8 @@ def described(server: Server, *, named: bool) -> dict[str, Any]:
     """The server's description of itself, as it is or with the only name that `model` can have."""
     description: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").json()
     if named:
-        fields = description["components"]["schemas"]["CompletionRequest"]["properties"]
-        fields["model"] = {"const": server.name}
+        for request in ("CompletionRequest", "ChatRequest"):
+            description["components"]["schemas"][request]["properties"]["model"] = {"const": server.name}
     return description
 
 
