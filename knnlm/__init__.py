@@ -7,7 +7,22 @@
     result = knnlm.evaluate(lm, store, ["held-out.txt"])
     print(result.lm.perplexity, [(one.layer, one.perplexity) for one in result.layers])
 
-Every public name is here, and is loaded from its own module when it is first asked for: `import knnlm` costs nothing.
+A name is loaded from its own module when it is first asked for: `import knnlm` costs nothing. `help(knnlm.NAME)` has
+the details of each.
+
+models    load_model, random_model, LanguageModel
+verbs     run, score, build, evaluate, rank_models, score_vectors
+store     open_datastore, Datastore, index_layer
+use       KNNLM for generate(), register_lm_eval for lm-evaluation-harness
+settings  Settings, TextConfig, LayerConfig, KNNConfig, EvalConfig
+results   EvalResult, LayerResult, Perplexity, ByQuery, Choice, Regret, Correlation, IndexReport, Interval
+          ScoreResult, VectorScores, LayerScore, ScoreKind, TokenExample, NeighborText
+studies   study_correlation, CorrelateConfig, Study, measure_slices, SliceConfig, SlicesResult
+          Ranking, ModelGap, TokenSource of rank_models
+training  train, TrainConfig, PushAway, PushAwayTrainer, TrainResult, TrainPoint, Validation
+losses    mean_distance, distance_between, different_token_distance, uniformity
+errors    KNNLMError, InputError, ModelError, LayerError
+          DatastoreError, DatastoreCorrupt, DatastoreExists, DatastoreMismatch
 """
 
 from __future__ import annotations
@@ -30,6 +45,8 @@ if TYPE_CHECKING:
         ModelError,
     )
     from knnlm.inference.model import KNNLM
+    from knnlm.inference.register import register_lm_eval
+    from knnlm.knn.indexing import index_layer
     from knnlm.model.lm import LanguageModel
     from knnlm.model.loading import load_model, random_model
     from knnlm.pipeline import build, evaluate, run, score
@@ -83,6 +100,8 @@ _NAMES = {
         "ModelError",
     ),
     "inference.model": ("KNNLM",),
+    "inference.register": ("register_lm_eval",),
+    "knn.indexing": ("index_layer",),
     "model.lm": ("LanguageModel",),
     "model.loading": (
         "load_model",
@@ -202,12 +221,14 @@ __all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were
     "different_token_distance",
     "distance_between",
     "evaluate",
+    "index_layer",
     "load_model",
     "mean_distance",
     "measure_slices",
     "open_datastore",
     "random_model",
     "rank_models",
+    "register_lm_eval",
     "run",
     "score",
     "score_vectors",
@@ -218,10 +239,18 @@ __all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(__all__)
 
 
 if not TYPE_CHECKING:  # a type checker that saw this would believe every misspelt name
+
+    class _Names(list):
+        """Names for `import *`, which takes them one by one. `help` asks `name in`, and would load and print all."""
+
+        def __contains__(self, name: object) -> bool:
+            return False
+
+    __all__ = _Names(__all__)
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:

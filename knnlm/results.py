@@ -7,8 +7,10 @@ Perplexities are per token (base e inside, as usual), intervals are 95 %, relati
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+
+from knnlm.shown import UNKNOWN, Shown, Table, brief, change, figure
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def _score(title: str, digits: int, meaning: str) -> Mapping[str, object]:
     return {"title": title, "digits": digits, "meaning": meaning}
 
 
-@dataclass(frozen=True)
-class LayerScore:
+@dataclass(frozen=True, repr=False)
+class LayerScore(Shown):
     """The label-free scores of one layer; an interval is that of the score before it.
 
     A new score is a field here and a function in `knnlm.scores.layer_scorer.FUNCTIONS`. It is NaN where an older
@@ -81,13 +83,17 @@ class LayerScore:
         metadata=_score("intr. dim.", 1, "TwoNN: from the distances to the two nearest keys (Facco et al. 2017)"),
     )
 
+    def _facts(self) -> Iterator[str]:
+        yield self.layer
+        yield ", ".join(f"{kind.title} {figure(getattr(self, kind.name), f'.{kind.digits}f')}" for kind in SCORES)
+
 
 SCORES = tuple(ScoreKind(one.name, **one.metadata) for one in fields(LayerScore) if one.metadata)
 """All label-free scores, in the order in which they are shown."""
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, repr=False)
+class Choice(Shown):
     """The layer that is indexed, and why."""
 
     layer: str
@@ -99,9 +105,15 @@ class Choice:
     disagreement: str | None = None
     """One sentence where the probe puts another layer above the chosen one by more than their difference's interval."""
 
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.layer}, by {self.select}, of {len(self.candidates)}: {brief(self.candidates)}"
+        yield self.reason
+        if self.disagreement:
+            yield self.disagreement
 
-@dataclass(frozen=True)
-class ScoreResult:
+
+@dataclass(frozen=True, repr=False)
+class ScoreResult(Shown):
     """All layers' scores on a sample of text, and the choice."""
 
     layers: tuple[LayerScore, ...]
@@ -113,9 +125,20 @@ class ScoreResult:
     settings: Mapping[str, object]
     versions: Mapping[str, str]
 
+    def _facts(self) -> Iterator[str]:
+        yield f"{len(self.layers)} layers, on {self.tokens:,} tokens of {self.documents:,} documents"
+        for one in self.layers:
+            if one.layer == self.choice.layer:
+                yield f"chosen: {one.layer}, dispersion {figure(one.dispersion, '.4f')}"
+        yield self.choice.reason
 
-@dataclass(frozen=True)
-class VectorScores:
+    def _table(self) -> Table:
+        title = f"Label-free scores, on {self.tokens:,} tokens of {self.documents:,} documents"
+        return _score_table(title, "layer", self.layers, self.choice.layer)
+
+
+@dataclass(frozen=True, repr=False)
+class VectorScores(Shown):
     """Scores of files of vectors that come from elsewhere; nothing is chosen among them."""
 
     layers: tuple[LayerScore, ...]
@@ -125,6 +148,23 @@ class VectorScores:
     vectors: int
     settings: Mapping[str, object]
     versions: Mapping[str, str]
+
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.vectors:,} vectors in {self.rows:,} rows of {len(self.layers)} files"
+        for one in self.layers:
+            yield f"{one.layer}: dispersion {figure(one.dispersion, '.4f')}"
+
+    def _table(self) -> Table:
+        return _score_table(f"{self.vectors:,} vectors in {self.rows:,} rows", "file", self.layers)
+
+
+def _score_table(title: str, name: str, layers: tuple[LayerScore, ...], chosen: str | None = None) -> Table:
+    rows = ((f"{one.layer} ◀ chosen" if one.layer == chosen else one.layer, *_score_cells(one)) for one in layers)
+    return Table(title, (name, *(kind.title for kind in SCORES)), tuple(rows))
+
+
+def _score_cells(one: LayerScore) -> Iterator[str]:
+    return (figure(getattr(one, kind.name), f".{kind.digits}f") for kind in SCORES)
 
 
 @dataclass(frozen=True)
@@ -151,8 +191,8 @@ class ByQuery:
     different: float
 
 
-@dataclass(frozen=True)
-class LayerResult:
+@dataclass(frozen=True, repr=False)
+class LayerResult(Shown):
     """The kNN-LM whose keys come from one layer."""
 
     layer: str
@@ -175,6 +215,12 @@ class LayerResult:
     score: LayerScore | None = None
     by_query: ByQuery | None = None
     """None where lambda was given, or an older version wrote the file."""
+
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.layer}: perplexity {figure(self.perplexity)}, {change(self.change)} against the LM"
+        yield f"k {self.k}, λ {figure(self.lam, '.3f')}, T {figure(self.temperature)}"
+        if self.by_query:
+            yield f"λ by query: perplexity {figure(self.by_query.perplexity)}"
 
 
 @dataclass(frozen=True)
@@ -213,8 +259,8 @@ class NeighborText:
     """Its share of p_kNN."""
 
 
-@dataclass(frozen=True)
-class TokenExample:
+@dataclass(frozen=True, repr=False)
+class TokenExample(Shown):
     """A token of the evaluation text that retrieval helped or hurt much."""
 
     before: str
@@ -224,6 +270,11 @@ class TokenExample:
     knn_probability: float
     mixed_probability: float
     neighbors: tuple[NeighborText, ...]
+
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.token!r} after {self.before[-60:]!r}"
+        yield f"p_LM {figure(self.lm_probability)}, p_kNN {figure(self.knn_probability)}"
+        yield f"mixture {figure(self.mixed_probability)}, {len(self.neighbors)} neighbours"
 
 
 @dataclass(frozen=True)
@@ -240,8 +291,8 @@ class IndexReport:
     """With the index instead of exact search, same k, lambda and temperature."""
 
 
-@dataclass(frozen=True)
-class EvalResult:
+@dataclass(frozen=True, repr=False)
+class EvalResult(Shown):
     """Perplexity of the plain LM and of the kNN-LM for every layer."""
 
     lm: Perplexity
@@ -262,3 +313,33 @@ class EvalResult:
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def _facts(self) -> Iterator[str]:
+        yield f"LM: perplexity {figure(self.lm.perplexity)} on {self.lm.tokens:,} tokens"
+        for one in self.layers:
+            if marks := self._marks(one.layer):
+                against = f"{change(one.change)} against the LM"
+                yield f"{marks}: {one.layer}, perplexity {figure(one.perplexity)}, {against}"
+        yield f"{len(self.layers)} layers, {self.keys:,} keys"
+        if self.index:
+            yield f"index of {self.index.layer}: {self.index.spec}, recall {figure(self.index.recall, '.4f')}"
+        if self.warnings:
+            yield f"{len(self.warnings)} warnings, the first: {self.warnings[0]}"
+
+    def _marks(self, layer: str) -> str:
+        return ", ".join(mark for mark, name in (("chosen", self.selected), ("best", self.best)) if name == layer)
+
+    def _table(self) -> Table:
+        title = f"Perplexity on {self.lm.tokens:,} tokens; the plain LM: {figure(self.lm.perplexity, '.3f')}"
+        heads = ("layer", "dispersion", "perplexity", "against LM", "k", "λ", "T")
+        return Table(title, heads, tuple(tuple(self._cells(one)) for one in self.layers))
+
+    def _cells(self, one: LayerResult) -> Iterator[str]:
+        marks = self._marks(one.layer)
+        yield f"{one.layer} ◀ {marks}" if marks else one.layer
+        yield figure(one.score.dispersion, ".4f") if one.score else UNKNOWN
+        yield figure(one.perplexity, ".3f")
+        yield change(one.change)
+        yield f"{one.k}"
+        yield figure(one.lam, ".3f")
+        yield figure(one.temperature)

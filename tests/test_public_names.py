@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import pydoc
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -75,3 +78,48 @@ def test_unknown_name_is_an_attribute_error():
 
 def test_dir_lists_the_names():
     assert dir(knnlm) == knnlm.__all__
+
+
+def test_star_gives_every_name():
+    code = "from knnlm import *; import knnlm; print(set(knnlm.__all__) - set(dir()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_help_is_short_and_has_every_name_in_a_group():
+    text = pydoc.render_doc(knnlm, renderer=pydoc.plaintext)
+    assert text.count("\n") < 70 and "CLASSES" not in text and "FUNCTIONS" not in text
+    groups = text[text.index("models ") : text.index("PACKAGE CONTENTS")]
+    assert set(LAZY) <= set(re.findall(r"\w+", groups))
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_signature_is_short_and_shows_no_settings(name):
+    shown = getattr(knnlm, name)
+    if inspect.isroutine(shown):
+        assert len(str(inspect.signature(shown))) < 400
+    members = vars(shown).values() if inspect.isclass(shown) else [shown]
+    for member in (getattr(one, "__func__", one) for one in members):
+        if inspect.isfunction(member) and member.__name__ != "__init__":
+            assert not re.search(r"(Config|Settings)\(", str(inspect.signature(member)))
+
+
+def sentences(path):
+    """The text of a module that is no docstring: neither of a function nor of an attribute."""
+    tree = syntax(path)
+    docs = {id(one.value) for one in ast.walk(tree) if isinstance(one, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def test_what_a_message_names_is_public():
+    every = modules("knnlm") | modules("index")
+    named = {
+        found
+        for path in every.values()
+        for text in sentences(path)
+        if text not in every
+        for found in re.findall(r"\bknnlm\.(\w[\w.]*\w)", text)
+    }
+    assert "index_layer" in named and named <= set(LAZY)

@@ -1,7 +1,8 @@
 """The kNN-LM as a model of EleutherAI's lm-evaluation-harness (lm-eval), by the name `knnlm`. The import of lm_eval.
 
-To import this module is to register it. The harness itself is untouched: its own class for models of `transformers`
-makes the requests, the batches and the windows, and only the tokens that it scores are searched for.
+To import this module is to register it, which is what `knnlm.register_lm_eval` does. The harness itself is untouched:
+its own class for models of `transformers` makes the requests, the batches and the windows, and only the tokens that it
+scores are searched for.
 
 Shapes: B batch, T time, D dimension, Q scored tokens, V vocabulary.
 """
@@ -21,7 +22,7 @@ from knnlm.errors import InputError
 from knnlm.inference.model import KNNLM
 from knnlm.knn.retrieval import open_retrieval
 from knnlm.model.loading import load_model
-from knnlm.store.datastore import Datastore
+from knnlm.store.datastore import Datastore, as_datastore
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -48,7 +49,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
 
     def __init__(
         self,
-        store: str | Path,
+        store: str | Path | Datastore,
         layer: str | None = None,
         k: int | None = None,
         temperature: float | None = None,
@@ -65,7 +66,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
         lam = others.pop("lambda", lam)  # no name for a parameter in Python
         if others:
             raise InputError(f"knnlm has no argument {', '.join(others)}; see docs/lm-eval.md for those that it has")
-        opened = Datastore.open(Path(str(store)))
+        opened = as_datastore(store if isinstance(store, Datastore) else str(store))  # lm-eval makes numbers of names
         retrieval = open_retrieval(opened, layer, k, temperature, lam)
         source = str(model or opened.manifest.model)
         lm = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

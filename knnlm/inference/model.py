@@ -27,7 +27,7 @@ from knnlm.layer_names import FINAL, check_names
 from knnlm.model.decoder import find_decoder
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
-from knnlm.store.datastore import Datastore
+from knnlm.store.datastore import Datastore, as_datastore
 
 IGNORED = -100
 """The label of a position that has no part in the loss, in `transformers`."""
@@ -68,7 +68,7 @@ class KNNLM:
         :raises DatastoreMismatch: the datastore was made with another model, or has no such layer.
         :raises ModelError: the model is wrapped, as adapters are by peft.
         """
-        store = store if isinstance(store, Datastore) else Datastore.open(store)
+        store = as_datastore(store)
         retrieval = open_retrieval(store, layer, k, temperature, lam)
         return cls.from_retrieval(lm or load_model(store.manifest.model), retrieval)
 
@@ -83,6 +83,14 @@ class KNNLM:
         model.__class__ = _class_for(cast(Any, type(lm.model)))
         model.tokenizer, model.retrieval, model._plain = lm.tokenizer, retrieval, plain
         return cast(KNNLM, model)
+
+    def __repr__(self) -> str:
+        kind, mix, store = f"KNNLM[{type(self).__name__}]", self.retrieval.setting, self.retrieval.searcher.store
+        return (
+            f"{kind}: the model of {store.manifest.model} with the memory {store.folder}\n"
+            f"  keys of {self.retrieval.layer}, {store.count:,}; k {mix.k}, λ {mix.lam:.3g}"
+            f"{', moved by the query' if mix.gate else ''}, T {mix.temperature:.4g}"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own forward, whose arguments it takes, with the mixed distribution's log-probabilities.

@@ -22,16 +22,16 @@ from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
 from knnlm.knn.searcher import index_metric
 from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
-from knnlm.store.datastore import Datastore
+from knnlm.store.datastore import Datastore, as_datastore
 from knnlm.store.manifest import read_manifest
 
 RECALL_QUERIES = 256
 
 
 def index_layer(
-    store: Datastore,
+    store: str | Path | Datastore,
     layer: str,
-    settings: Settings,
+    settings: Settings | None = None,
     progress: Progress | None = None,
     vectors_QD: NDArray[np.float32] | None = None,
 ) -> IndexReport:
@@ -41,6 +41,7 @@ def index_layer(
         for, which lie where other keys are, and recall comes out higher than on new text.
     :raises index.errors.VectorIndexError: the index cannot be built; the datastore is as it was.
     """
+    store, settings = as_datastore(store), settings or Settings()
     progress, knn = progress or Silent(), settings.knn
     source, metric = store.keys(layer).for_metric(knn.metric), index_metric(knn.metric)
     with progress.stage(f"indexing {layer}", "keys") as advance:
@@ -65,7 +66,7 @@ def try_index(
     except VectorIndexError as error:
         warning = (
             f"{layer} has no index: {error}; the datastore is whole and is searched exactly, until "
-            "knnlm.knn.indexing.index_layer makes an index"
+            "knnlm.index_layer makes an index"
         )
         return None, (warning,)
 

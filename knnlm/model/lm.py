@@ -26,6 +26,7 @@ from knnlm.model.decoder import Decoder, Receive, find_decoder
 from knnlm.model.encoding import TextEncoder
 from knnlm.model.fingerprint import digest_config, digest_tokenizer, digest_weights
 from knnlm.model.head import find_scores, log_prob, near
+from knnlm.shown import brief
 
 # Rows of the head's table made at once: at most this many scores (64 MB in float32).
 _HEAD_SCORES = 1 << 24
@@ -73,6 +74,14 @@ class LanguageModel:
         self._head = find_scores(model, vectors[FINAL], logits)
         unread = [layer for layer in self._decoder.names if layer not in vectors]
         self.notes = (*notes, *([f"{name} has layers that cannot be read: {list_names(unread)}"] if unread else []))
+
+    def __repr__(self) -> str:
+        limit = f"at most {self.context_limit:,} tokens" if self.context_limit else "input of any length"
+        return (
+            f"<LanguageModel {self.name}: {type(self.model).__name__}, {self.dtype} on {self.device}, "
+            f"{self.vocabulary:,} tokens in the vocabulary, {limit}, {len(self.layer_names)} layers to read: "
+            f"{brief(self.layer_names)}>"
+        )
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Self:

@@ -30,11 +30,10 @@ from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, LayerResult, ScoreResult
 from knnlm.scores.choose import SCORES_THAT_CHOOSE, candidate_layers
 from knnlm.scores.layer_scorer import LayerScorer, Settled
-from knnlm.store.datastore import Datastore
+from knnlm.store.datastore import Datastore, as_datastore
 from knnlm.text.held_out import hold_out
 from knnlm.text.windows import TokenDocument, count_targets
 
-DEFAULTS = Settings()
 # Tokens on which `build` chooses before the one pass that stores the chosen layer.
 SAMPLE_TOKENS = 200_000
 
@@ -43,7 +42,7 @@ def score(
     lm: LanguageModel,
     text: Paths,
     *,
-    settings: Settings = DEFAULTS,
+    settings: Settings | None = None,
     stop_early: bool = False,
     share: float = 1,
     progress: Progress | None = None,
@@ -53,6 +52,7 @@ def score(
     :param stop_early: stop when it is settled which candidate dispersion takes.
     :param share: look at this share of the text only, taken evenly from all of it.
     """
+    settings = settings or Settings()
     job = Job(lm, settings, progress or Silent())
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
@@ -71,7 +71,7 @@ def build(
     text: Paths,
     out: str | Path,
     *,
-    settings: Settings = DEFAULTS,
+    settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Datastore:
@@ -80,6 +80,7 @@ def build(
     Where the index cannot be built, the datastore is searched exactly, and a note says so.
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
+    settings = settings or Settings()
     job = Job(lm, settings, progress or Silent())
     with new_folder(Path(out), overwrite=overwrite) as folder:
         check_choice(lm, select_layers(settings.layers.layers or "all", lm.layer_names), settings)
@@ -122,10 +123,10 @@ def _choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult |
 
 def evaluate(
     lm: LanguageModel,
-    store: Datastore,
+    store: str | Path | Datastore,
     eval_text: Paths,
     *,
-    settings: Settings = DEFAULTS,
+    settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Perplexity of the plain LM and of the kNN-LM for every layer that the datastore holds.
@@ -135,6 +136,7 @@ def evaluate(
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
     """
+    store, settings = as_datastore(store), settings or Settings()
     store.check_model(lm.fingerprint)
     layers = searched_layers(store, settings)
     job = Job(lm, replace(settings, text=_windows_like(store, settings.text)), progress or Silent())
@@ -166,7 +168,7 @@ def run(
     out: str | Path,
     *,
     eval_text: Paths | None = None,
-    settings: Settings = DEFAULTS,
+    settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
@@ -177,7 +179,7 @@ def run(
     Where the index cannot be built, a warning says so, and all else stands.
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
-    job, clock = Job(lm, settings, progress or Silent()), Clock()
+    job, clock = Job(lm, settings or Settings(), progress or Silent()), Clock()
     with clock.time("extract and score"), new_folder(Path(out), overwrite=overwrite) as folder:
         scored, documents = _extract_beside_evaluation(job, text, eval_text, folder)
     store = Datastore.open(Path(out))

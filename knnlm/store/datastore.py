@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
 from knnlm.files import disk_error, write_json
 from knnlm.progress import Advance
+from knnlm.shown import brief
 from knnlm.store.keys import Keys
 from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, read_manifest
 from knnlm.store.npy import npy_offset, open_npy
@@ -46,6 +47,11 @@ VERIFY_BYTES = 1 << 24
 def open_datastore(folder: str | Path) -> Datastore:
     """Open a datastore; as `Datastore.open`."""
     return Datastore.open(folder)
+
+
+def as_datastore(store: str | Path | Datastore) -> Datastore:
+    """An opened datastore as it is, or the one that lies in a folder; raises as `Datastore.open`."""
+    return store if isinstance(store, Datastore) else Datastore.open(store)
 
 
 class Datastore:
@@ -67,6 +73,10 @@ class Datastore:
         for shard, dtype, row_shape in store._files():
             npy_offset(store.folder / shard.file, dtype, (shard.rows, *row_shape))
         return store
+
+    def __repr__(self) -> str:
+        about = f"{self.count:,} keys, {len(self.layers)} layers of {self._manifest.model}: {brief(self.layers)}"
+        return f"<Datastore {self.folder}: {about}>"
 
     @property
     def manifest(self) -> Manifest:

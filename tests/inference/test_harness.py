@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+import knnlm
 from knnlm import KNNLM
 from knnlm.config import LayerConfig, Settings, TextConfig
 from knnlm.errors import InputError
@@ -103,8 +104,7 @@ def evaluate(tasks: Path, task: str, model: object, arguments: object = None, **
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import knnlm.inference.harness  # noqa: F401 - registers
-
+    knnlm.register_lm_eval()
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     done = lm_eval.simple_evaluate(
         model=model, model_args=arguments, tasks=[task], task_manager=manager, bootstrap_iters=0, **options

@@ -10,7 +10,7 @@ Legend: S segments, G groups, M segments of a group, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import SCORES, ScoreKind
 from knnlm.scores.dispersion import dispersion
 from knnlm.scores.layer_scorer import SEGMENT_FUNCTIONS
+from knnlm.shown import Shown, Table, figure
 from knnlm.statistics import CorrelationEstimate, correlate
 from knnlm.studies.correlate.clusters import (
     ClusterDistances,
@@ -165,8 +166,15 @@ class Scatter:
     groups: tuple[tuple[float, float], ...]
 
 
-@dataclass(frozen=True)
-class Study:
+def _cells(one: LayerCorrelation) -> Iterator[str]:
+    yield one.layer
+    yield figure(one.score)
+    for estimate in (one.ungrouped, one.grouped, one.across):
+        yield figure(estimate.pearson, "+.2f")
+
+
+@dataclass(frozen=True, repr=False)
+class Study(Shown):
     """One model on one text at one context length."""
 
     model: str
@@ -188,12 +196,26 @@ class Study:
     clusters: tuple[LayerClusters, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.model}: perplexity {figure(self.perplexity)}"
+        yield f"{self.segments:,} segments of {self.context} tokens, {self.documents:,} documents"
+        yield f"{len(self.layers)} layers, {self.groups} groups of {self.group_size}, score {self.score}"
+        if self.layers:
+            last = self.layers[-1]
+            yield f"{last.layer}: Pearson {figure(last.ungrouped.pearson, '+.2f')} without groups"
+        yield from self.notes
+
+    def _table(self) -> Table:
+        title = f"{self.model}: {self.score} with perplexity, {self.segments:,} segments of {self.context} tokens"
+        heads = ("layer", self.score, "ungrouped r", "grouped r", "across r")
+        return Table(title, heads, tuple(tuple(_cells(one)) for one in self.layers))
+
 
 def study_correlation(
     lm: LanguageModel,
     text: Sequence[str | Path],
     *,
-    config: CorrelateConfig = CorrelateConfig(),
+    config: CorrelateConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[Study, ...]:
     """Correlate dispersion with perplexity at `config.context`, then at each of `config.contexts`.
@@ -203,6 +225,7 @@ def study_correlation(
     :raises InputError: segments are longer than the model's limit, or the text has too few for what is asked.
     :raises LayerError: no layer fits `config.layers`.
     """
+    config = config or CorrelateConfig()
     layers = check_model(lm.name, lm.layer_names, lm.context_limit, config)
     lengths = dict.fromkeys((config.context, *config.contexts))
     # All before the first pass: a length that finds no segment is told at once.

@@ -13,7 +13,7 @@ Legend: N tokens, D dimension.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from knnlm.errors import InputError
 from knnlm.model.fingerprint import digest_tokenizer
 from knnlm.scores.dispersion import from_sum, unit_rows
+from knnlm.shown import Shown, Table, figure
 from knnlm.statistics import CorrelationEstimate, correlate
 from knnlm.studies.rank_models.figures import match_scores
 from knnlm.studies.rank_models.output_matrix import OutputMatrix, find_output_matrix
@@ -76,8 +77,13 @@ class UsedTokens:
     general_text: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Ranking:
+def _row(one: ModelGap) -> tuple[str, ...]:
+    gaps = (figure(value, ".4f") for value in (one.gap, one.within, one.between))
+    return (one.model, *gaps, f"{one.domain_tokens} / {one.general_tokens}", figure(one.measured))
+
+
+@dataclass(frozen=True, repr=False)
+class Ranking(Shown):
     """Models by their gap, the largest first."""
 
     models: tuple[ModelGap, ...]
@@ -91,6 +97,15 @@ class Ranking:
     """Sentences about what the ranking cannot tell."""
     tokens: tuple[UsedTokens, ...] = ()
     """One for each tokenizer; for all models where files gave the ids."""
+
+    def _facts(self) -> Iterator[str]:
+        yield f"{len(self.models)} models by dispersion gap"
+        for one in self.models:
+            yield f"{one.model}: gap {figure(one.gap, '.4f')}, measured {figure(one.measured)}"
+
+    def _table(self) -> Table:
+        heads = ("model", "gap", "within", "between", "tokens", "measured")
+        return Table("Models by dispersion gap, within + between", heads, tuple(map(_row, self.models)))
 
 
 def rank_models(

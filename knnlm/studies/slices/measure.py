@@ -12,7 +12,7 @@ Legend: Q items, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from knnlm.layer_names import FINAL, select_layers
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress, Silent
 from knnlm.scores.dispersion import dispersion, unit_rows
+from knnlm.shown import UNKNOWN, Shown, Table, figure
 from knnlm.statistics import CorrelationEstimate, correlate
 from knnlm.studies.slices.items import ItemSet, cloze_set, question_set
 from knnlm.studies.slices.sets import GivenSets, read_sets
@@ -127,8 +128,26 @@ class SetSlices:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class SlicesResult:
+_HEADS = ("set", "items", "right", "chance", "layer", "inside a prompt", "tail AUC", "confidence AUC")
+
+
+def _cells(one: SetSlices, layer: LayerSlices) -> Iterator[str]:
+    yield one.name
+    yield f"{one.items:,}"
+    yield _value(one.accuracy, ".1%")
+    yield figure(one.chance, ".1%")
+    yield layer.layer
+    yield _value(layer.within, ".4f")
+    yield _value(layer.tail_auc, ".3f")
+    yield _value(one.confidence_auc, ".3f")
+
+
+def _value(estimate: Estimate | None, form: str) -> str:
+    return figure(estimate.value if estimate else None, form)
+
+
+@dataclass(frozen=True, repr=False)
+class SlicesResult(Shown):
     """All sets, the hardest first: the lower the mean dispersion inside a prompt, the harder."""
 
     sets: tuple[SetSlices, ...]
@@ -139,13 +158,24 @@ class SlicesResult:
 
     None with fewer than 3 sets with labels, or both questions and texts, whose accuracies cannot be compared."""
 
+    def _facts(self) -> Iterator[str]:
+        yield f"{len(self.sets)} sets, the hardest first"
+        for one in self.sets:
+            right = _value(one.accuracy, ".1%")
+            inside = figure(one.layers[-1].within.value, ".4f") if one.layers else UNKNOWN
+            yield f"{one.name}: {one.items:,} items, {right} right, dispersion inside a prompt {inside}"
+
+    def _table(self) -> Table:
+        rows = tuple(tuple(_cells(one, layer)) for one in self.sets for layer in one.layers)
+        return Table("Sets by dispersion inside a prompt, the hardest first if low means hard", _HEADS, rows)
+
 
 def measure_slices(
     lm: LanguageModel,
     questions: Sequence[str | Path] = (),
     *,
     cloze: Sequence[str | Path] = (),
-    config: SliceConfig = SliceConfig(),
+    config: SliceConfig | None = None,
     progress: Progress | None = None,
 ) -> SlicesResult:
     """Look at sets of questions (.jsonl files, hub sets) and at texts whose next tokens are asked for.
@@ -154,6 +184,7 @@ def measure_slices(
     :raises InputError: no set, one twice, one that cannot be used, or `config.context` over the model's limit.
     :raises LayerError: no layer fits `config.layers`.
     """
+    config = config or SliceConfig()
     sets = read_sets(questions, cloze, text_field=config.text_field)
     return measure_sets(lm, sets, config=config, progress=progress or Silent())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from knnlm.shown import Shown, Table, figure
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,16 @@ class TrainPoint:
     """What is raised: the distance of the regularizer, or minus the uniformity."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
+def _row(one: TrainPoint) -> tuple[str, ...]:
+    return (
+        *(f"{one.step}", figure(one.cross_entropy, ".4f"), figure(one.spread, ".4f")),
+        *(figure(one.text.dispersion, ".4f"), figure(one.text.perplexity, ".2f")),
+        figure(one.other.perplexity if one.other else None, ".2f"),
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class TrainResult(Shown):
     """A trained model and how it got there."""
 
     folder: str
@@ -46,3 +56,14 @@ class TrainResult:
     seconds: float
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def _facts(self) -> Iterator[str]:
+        yield f"{self.folder}: {self.trained_parameters:,} of {self.parameters:,} parameters trained"
+        yield f"{self.tokens:,} tokens of a text of {self.text_tokens:,}, in {figure(self.seconds, ',.0f')} s"
+        for one in (self.points[0], self.points[-1]) if self.points else ():
+            shown = f"perplexity {figure(one.text.perplexity)}, dispersion {figure(one.text.dispersion, '.4f')}"
+            yield f"step {one.step}: {shown}"
+
+    def _table(self) -> Table:
+        heads = ("step", "loss", "raised", "dispersion", "validation perplexity", "other's")
+        return Table(f"Training; dispersion of {self.layer}", heads, tuple(map(_row, self.points)))

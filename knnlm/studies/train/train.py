@@ -39,7 +39,6 @@ from knnlm.text.windows import window_config
 from knnlm.version import versions
 
 Paths = Sequence[str | Path]
-DEFAULTS = TrainConfig()
 FORMAT, VERSION = "knnlm-train", 1
 DEFAULT_CONTEXT = 512
 FROM_SCRATCH_RATE, FULL_RATE = 5e-4, 5e-5
@@ -71,7 +70,7 @@ def train(
     out: str | Path,
     *,
     other_text: Paths | None = None,
-    config: TrainConfig = DEFAULTS,
+    config: TrainConfig | None = None,
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -89,7 +88,7 @@ def train(
     :param trust_remote_code: run Python code that comes with the model.
     :raises DatastoreExists: `out` or the folder for checkpoints holds something already; nothing was done.
     """
-    progress, begun = progress or Silent(), time.perf_counter()
+    config, progress, begun = config or TrainConfig(), progress or Silent(), time.perf_counter()
     check_new_folder(out, overwrite=overwrite)
     checkpoints = checkpoints_of(out)
     check_checkpoints(checkpoints, resume=resume, overwrite=overwrite)

@@ -1,0 +1,70 @@
+"""How a result shows itself: a few lines in a console, a table in a notebook. What is unknown is a dash."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+UNKNOWN = "–"
+MOST_LINES, MOST_CHARACTERS = 12, 160
+
+
+def figure(value: float | None, form: str = ".4g") -> str:
+    """A number in a format of Python's; a dash for None, NaN and infinity."""
+    return UNKNOWN if value is None or not math.isfinite(value) else format(value, form)
+
+
+def change(value: float | None) -> str:
+    """A fraction as a signed percentage: `-12.3 %`."""
+    shown = figure(None if value is None else 100 * value, "+.1f")
+    return shown if shown == UNKNOWN else f"{shown} %"
+
+
+def brief(names: Sequence[str]) -> str:
+    """The names, or the first two and the last of many."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under their heads."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def html(self) -> str:
+        """As a table of HTML, everything escaped."""
+        heads = "".join(f"<th>{escape(one)}</th>" for one in self.heads)
+        rows = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
+        title = f"<caption>{escape(self.title)}</caption>"
+        return f"<table>{title}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _cells(row: Iterable[str]) -> str:
+    return "".join(f"<td>{escape(cell)}</td>" for cell in row)
+
+
+class Shown:
+    """A result whose `repr` is its name with its main figures, and which may have a table for notebooks."""
+
+    def _facts(self) -> Iterator[str]:
+        """The main figures, a line each."""
+        raise NotImplementedError
+
+    def _table(self) -> Table | None:
+        """What the command line's table shows, if it shows one."""
+        return None
+
+    def __repr__(self) -> str:
+        lines = list(self._facts())
+        if len(lines) > MOST_LINES - 1:
+            lines[MOST_LINES - 2 :] = ["…"]
+        cut = (one if len(one) <= MOST_CHARACTERS else f"{one[: MOST_CHARACTERS - 1]}…" for one in lines)
+        return "\n  ".join([f"{type(self).__name__}:", *(" ".join(one.split()) for one in cut)])
+
+    def _repr_html_(self) -> str | None:
+        table = self._table()
+        return None if table is None else table.html()
