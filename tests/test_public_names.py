@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from operator import attrgetter
 
 import pytest
 
@@ -102,6 +103,13 @@ def test_signature_is_short_and_shows_no_settings(name):
     for member in (getattr(one, "__func__", one) for one in members):
         if inspect.isfunction(member) and member.__name__ != "__init__":
             assert not re.search(r"(Config|Settings)\(", str(inspect.signature(member)))
+
+
+@pytest.mark.parametrize("name", [*LAZY, "KNNLM.from_store"])
+def test_a_store_may_be_given_by_its_folder(name):
+    shown = attrgetter(name)(knnlm)
+    taken = inspect.signature(shown).parameters.get("store") if inspect.isroutine(shown) else None
+    assert taken is None or taken.annotation == "str | Path | Datastore"
 
 
 def sentences(path):

@@ -7,6 +7,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
+import torch
 
 import knnlm
 from knnlm.results import (
@@ -117,11 +118,11 @@ def test_table_of_scores_has_every_score_and_marks_the_chosen_layer() -> None:
     assert rows[0][1:] == ["0.5000", "0.4000", "0.3000", "0.2000", "12.0", "0.600", UNKNOWN, UNKNOWN]
 
 
-@pytest.mark.parametrize("result", results(), ids=lambda one: type(one).__name__)
-def test_rows_of_a_table_are_as_long_as_its_heads(result) -> None:
-    html = result._repr_html_()
-    if html is None:
-        pytest.skip("has no table")
+TABLES = {result._repr_html_(): type(result).__name__ for result in results() if result._repr_html_()}
+
+
+@pytest.mark.parametrize("html", TABLES, ids=TABLES.get)
+def test_rows_of_a_table_are_as_long_as_its_heads(html) -> None:
     assert len({len(row) for row in cells(html)}) == 1
     assert "nan" not in html and ">inf" not in html
 
@@ -138,3 +139,21 @@ def test_unknown_is_a_dash(value) -> None:
 
 def test_long_lists_are_cut() -> None:
     assert brief(["a", "b", "c"]) == "a, b, c" and brief(list("abcdef")) == "a, b, …, f"
+
+
+def test_what_people_print_has_a_table() -> None:
+    verbs = {"EvalResult", "ScoreResult", "VectorScores", "Study", "SlicesResult", "Ranking", "TrainResult"}
+    assert set(TABLES.values()) == verbs
+
+
+def test_store_and_models_are_a_few_lines(store_folder) -> None:
+    store = knnlm.open_datastore(store_folder)
+    lm = knnlm.load_model(store.manifest.model, device="cpu")
+    model = knnlm.KNNLM.from_store(store, store.layers[0], 8, 4.0, 0.5, lm=lm)
+    for shown in (repr(store), repr(lm), repr(model), str(model)):
+        assert shown.count("\n") < 12 and "Linear" not in shown and "<bound" not in shown
+    assert f"{len(store):,} keys" in repr(store) and str(store_folder) in repr(store)
+    assert f"{lm.vocabulary:,} tokens in the vocabulary" in repr(lm) and lm.name in repr(lm)
+    assert f"keys of {store.layers[0]}" in repr(model) and "k 8, λ 0.5, T 4" in repr(model)
+    inner = next(iter(model.children()))
+    assert repr(inner) == torch.nn.Module.__repr__(inner) and "Embedding(" in repr(inner)

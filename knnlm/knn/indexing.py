@@ -37,6 +37,7 @@ def index_layer(
 ) -> IndexReport:
     """Index the layer's keys as `settings.knn.index` says; recall@k is measured and stored with the index.
 
+    :param store: opened, or its folder.
     :param vectors_QD: raw vectors of an evaluation text to measure recall with; without them, stored keys are searched
         for, which lie where other keys are, and recall comes out higher than on new text.
     :raises index.errors.VectorIndexError: the index cannot be built; the datastore is as it was.

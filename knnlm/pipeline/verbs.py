@@ -133,6 +133,8 @@ def evaluate(
 
     A layer with an index is searched through it, unless `settings.knn.index` is `exact`. The settings that `build` or
     `run` took serve here too.
+
+    :param store: opened, or its folder.
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
     """

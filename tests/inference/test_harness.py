@@ -243,6 +243,40 @@ def test_a_knnlm_goes_into_hf_as_it_is(stores, tasks) -> None:
         assert got == pytest.approx(due, abs=1e-4)
 
 
+def test_registration_is_public_and_can_be_repeated() -> None:
+    from lm_eval.api.registry import get_model
+
+    knnlm.register_lm_eval()
+    first = get_model("knnlm")
+    knnlm.register_lm_eval()
+    assert get_model("knnlm") is first and first.__name__ == "HarnessModel"
+
+
+def test_registration_without_lm_eval_is_one_line() -> None:
+    code = """
+import sys
+sys.modules["lm_eval"] = None
+import knnlm
+door = knnlm.register_lm_eval
+for _ in range(2):
+    try:
+        door()
+    except knnlm.InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    line = "lm-eval needs lm_eval, which is not installed; pip install 'knnlm[eval]'"
+    assert done.stdout.splitlines() == [line, line], done.stderr
+
+
+def test_an_open_store_may_be_given(stores) -> None:
+    from knnlm.inference.harness import HarnessModel
+
+    store = Datastore.open(stores / "gpt2")
+    made = HarnessModel(store, None, K, TEMPERATURE, LAMBDA, device="cpu")
+    assert made.model.retrieval.searcher.store is store
+
+
 def test_unknown_argument_is_refused(stores) -> None:
     from knnlm.inference.harness import HarnessModel
 

@@ -11,7 +11,7 @@ import pytest
 
 from index.errors import FaissFailed
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
-from knnlm.errors import DatastoreExists, InputError
+from knnlm.errors import DatastoreError, DatastoreExists, InputError
 from knnlm.knn.indexing import index_layer, verify_store
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build, evaluate, run, score
@@ -63,6 +63,17 @@ def test_evaluating_the_store_again_gives_the_same_perplexities(
     assert [one.perplexity for one in again.layers] == pytest.approx([one.perplexity for one in first.layers], rel=1e-9)
     assert again.selected == first.selected
     assert again.regret == first.regret
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_store_may_be_given_by_its_folder(kind: type, lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input"))
+    store = build(lm, [corpus], tmp_path / "out", settings=settings)
+    by_folder, opened = (evaluate(lm, one, [corpus], settings=SETTINGS) for one in (kind(store.folder), store))
+    assert by_folder.layers[0].perplexity == opened.layers[0].perplexity
+    assert index_layer(kind(store.folder), "1.ffn_input") == index_layer(store, "1.ffn_input")
+    with pytest.raises(DatastoreError, match="nowhere"):
+        evaluate(lm, kind(tmp_path / "nowhere"), [corpus])
 
 
 def test_regret_is_measured_on_tokens_that_did_not_pick_the_best(
@@ -151,7 +162,7 @@ def test_build_keeps_the_datastore_where_the_index_fails(
     with monkeypatch.context() as patched:
         patched.setattr("knnlm.knn.indexing.build_index", fail_to_build)
         store = build(lm, [corpus], tmp_path / "out", settings=settings, progress=progress)
-    assert told == ["1.ffn_input" + NO_INDEX + " knnlm.knn.indexing.index_layer makes an index"]
+    assert told == ["1.ffn_input" + NO_INDEX + " knnlm.index_layer makes an index"]
     assert verify_store(store.folder, progress) == ()
     exactly = evaluate(lm, store, [corpus], settings=settings)
     assert index_layer(store, "1.ffn_input", settings).spec == "IVF8,Flat"
