@@ -67,11 +67,13 @@ def test_evaluating_the_store_again_gives_the_same_perplexities(
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_store_may_be_given_by_its_folder(kind: type, lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input"))
+    settings = replace(SETTINGS, layers=LayerConfig(layers="1.ffn_input,final_norm"))
     store = build(lm, [corpus], tmp_path / "out", settings=settings)
     by_folder, opened = (evaluate(lm, one, [corpus], settings=SETTINGS) for one in (kind(store.folder), store))
     assert by_folder.layers[0].perplexity == opened.layers[0].perplexity
-    assert index_layer(kind(store.folder), "1.ffn_input") == index_layer(store, "1.ffn_input")
+    (other,) = set(store.layers) - set(store.manifest.indexes)
+    assert index_layer(kind(store.folder), other).spec == "exact"
+    assert set(open_datastore(store.folder).manifest.indexes) == set(store.layers)
     with pytest.raises(DatastoreError, match="nowhere"):
         evaluate(lm, kind(tmp_path / "nowhere"), [corpus])
 
