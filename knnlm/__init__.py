@@ -79,6 +79,73 @@ if TYPE_CHECKING:
     from knnlm.studies.train.train import train
     from knnlm.studies.train.trainer import PushAwayTrainer
 
+    # Not at run time: `help` would load all of them and print every class with all that it inherits.
+    __all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were a constant
+        "ByQuery",
+        "Choice",
+        "CorrelateConfig",
+        "Correlation",
+        "Datastore",
+        "DatastoreCorrupt",
+        "DatastoreError",
+        "DatastoreExists",
+        "DatastoreMismatch",
+        "EvalConfig",
+        "EvalResult",
+        "IndexReport",
+        "InputError",
+        "Interval",
+        "KNNConfig",
+        "KNNLM",
+        "KNNLMError",
+        "LanguageModel",
+        "LayerConfig",
+        "LayerError",
+        "LayerResult",
+        "LayerScore",
+        "ModelError",
+        "ModelGap",
+        "NeighborText",
+        "Perplexity",
+        "PushAway",
+        "PushAwayTrainer",
+        "Ranking",
+        "Regret",
+        "ScoreKind",
+        "ScoreResult",
+        "Settings",
+        "SliceConfig",
+        "SlicesResult",
+        "Study",
+        "TextConfig",
+        "TokenExample",
+        "TokenSource",
+        "TrainConfig",
+        "TrainPoint",
+        "TrainResult",
+        "Validation",
+        "VectorScores",
+        "__version__",
+        "build",
+        "different_token_distance",
+        "distance_between",
+        "evaluate",
+        "index_layer",
+        "load_model",
+        "mean_distance",
+        "measure_slices",
+        "open_datastore",
+        "random_model",
+        "rank_models",
+        "register_lm_eval",
+        "run",
+        "score",
+        "score_vectors",
+        "study_correlation",
+        "train",
+        "uniformity",
+    ]
+
 # The same names again for the running program; tests/test_public_names.py holds the two together.
 # A public name must not be a module's name too: importing the module would put it in the place of the function.
 _NAMES = {
@@ -171,86 +238,12 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were a constant
-    "ByQuery",
-    "Choice",
-    "CorrelateConfig",
-    "Correlation",
-    "Datastore",
-    "DatastoreCorrupt",
-    "DatastoreError",
-    "DatastoreExists",
-    "DatastoreMismatch",
-    "EvalConfig",
-    "EvalResult",
-    "IndexReport",
-    "InputError",
-    "Interval",
-    "KNNConfig",
-    "KNNLM",
-    "KNNLMError",
-    "LanguageModel",
-    "LayerConfig",
-    "LayerError",
-    "LayerResult",
-    "LayerScore",
-    "ModelError",
-    "ModelGap",
-    "NeighborText",
-    "Perplexity",
-    "PushAway",
-    "PushAwayTrainer",
-    "Ranking",
-    "Regret",
-    "ScoreKind",
-    "ScoreResult",
-    "Settings",
-    "SliceConfig",
-    "SlicesResult",
-    "Study",
-    "TextConfig",
-    "TokenExample",
-    "TokenSource",
-    "TrainConfig",
-    "TrainPoint",
-    "TrainResult",
-    "Validation",
-    "VectorScores",
-    "__version__",
-    "build",
-    "different_token_distance",
-    "distance_between",
-    "evaluate",
-    "index_layer",
-    "load_model",
-    "mean_distance",
-    "measure_slices",
-    "open_datastore",
-    "random_model",
-    "rank_models",
-    "register_lm_eval",
-    "run",
-    "score",
-    "score_vectors",
-    "study_correlation",
-    "train",
-    "uniformity",
-]
-
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return sorted((*_MODULE_OF, "__version__"))
 
 
 if not TYPE_CHECKING:  # a type checker that saw this would believe every misspelt name
-
-    class _Names(list):
-        """Names for `import *`, which takes them one by one. `help` asks `name in`, and would load and print all."""
-
-        def __contains__(self, name: object) -> bool:
-            return False
-
-    __all__ = _Names(__all__)
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:

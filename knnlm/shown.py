@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -47,12 +48,12 @@ def _cells(row: Iterable[str]) -> str:
     return "".join(f"<td>{escape(cell)}</td>" for cell in row)
 
 
-class Shown:
+class Shown(ABC):
     """A result whose `repr` is its name with its main figures, and which may have a table for notebooks."""
 
+    @abstractmethod
     def _facts(self) -> Iterator[str]:
         """The main figures, a line each."""
-        raise NotImplementedError
 
     def _table(self) -> Table | None:
         """What the command line's table shows, if it shows one."""

@@ -83,7 +83,7 @@ def test_repr_is_at_most_twelve_readable_lines(result) -> None:
 
 
 def test_results_that_are_held_to_it_are_all_that_there_are() -> None:
-    kinds = {getattr(knnlm, name) for name in knnlm.__all__ if isinstance(getattr(knnlm, name), type)}
+    kinds = {getattr(knnlm, name) for name in dir(knnlm) if isinstance(getattr(knnlm, name), type)}
     assert {kind for kind in kinds if issubclass(kind, Shown)} == {type(one) for one in results()}
 
 
