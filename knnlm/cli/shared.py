@@ -1,9 +1,10 @@
-"""What verbs share beyond options: from options to settings and the model, from results to the screen."""
+"""What verbs share beyond options: from options to the model, from results to the screen."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,48 +12,59 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from knnlm.cli.options import ComputeOptions
 from knnlm.cli.screen import Screen
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from knnlm.config import Settings
+    from knnlm.config import LayerConfig
     from knnlm.knn.retrieval import Retrieval
     from knnlm.model.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
 
 
-def settings_from(options: dict[str, Any]) -> Settings:
-    """The options of a command that are settings; the rest keep their defaults."""
-    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+def check_before_loading(
+    model: str, texts: Sequence[str], *, text_field: str, layers: LayerConfig | None = None, trust: bool = False
+) -> None:
+    """Find out before the model's weights are read, which takes long, what can be told without them.
 
-    def given(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names if name in options}
+    :param layers: of the model; None where a datastore's own layers are used.
+    :raises InputError: a path is missing, or the first document of a file cannot be read or has no such field.
+    :raises LayerError: a pattern fits no layer of the model.
+    """
+    from knnlm.text.corpus import check_paths, read_documents
+    from knnlm.text.hub import HUB_PREFIX
 
-    size = options["batch_size"]
-    if size != "auto" and not size.isdecimal():
-        raise typer.BadParameter(f"{size!r} is neither auto nor a number", param_hint="--batch-size")
-    budget = options.get("disk_budget")
-    return Settings(
-        text=TextConfig(
-            **given("context", "stride", "max_tokens", "text_field", "protocol"),
-            windows=None if size == "auto" else int(size),
-        ),
-        layers=LayerConfig(**given("layers", "candidates", "select")),
-        knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),
-        evaluation=EvalConfig(**given("eval_tokens")),
-        **given("key_dtype"),
-        disk_budget=None if budget is None else budget * 1e9,
-        seed=options["seed"],
-    )
+    check_paths(texts)
+    for path in texts:
+        if not path.startswith(HUB_PREFIX):
+            next(read_documents([path], text_field=text_field), None)
+    if layers is not None:
+        _check_layers(model, layers, trust)
 
 
-def load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
+def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:
+    from knnlm.errors import LayerError, ModelError
+    from knnlm.layer_names import select_layers
+    from knnlm.model.loading import read_outline
+    from knnlm.pipeline.plan import check_layers
+
+    try:
+        names = read_outline(model, trust_remote_code=trust).layer_names
+        check_layers(layers, select_layers(layers.layers or "all", names), names)
+    except LayerError:
+        raise
+    except ModelError:  # told in full when the model is loaded, if it cannot be
+        return
+
+
+def load(name: str, compute: ComputeOptions, trust: bool, screen: Screen) -> LanguageModel:
     """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
     with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
         from knnlm.model.loading import load_model  # seconds
 
-        lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
+        lm = load_model(name, dtype=compute.dtype, device=compute.device, trust_remote_code=trust)
     for note in lm.notes:
         screen.note(note)
     return lm
