@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knnlm.cli import options
-from knnlm.cli.shared import check_before_loading, load
+from knnlm.cli.shared import check_texts, load
 from knnlm.cli.store import show_store
 
 if TYPE_CHECKING:
@@ -59,10 +59,9 @@ def build(
     from knnlm.files import check_new_folder
 
     check_new_folder(out, overwrite=overwrite)
-    rows = given.rows
-    check_before_loading(model, text, text_field=rows.text_field, layers=settings.layers, trust=trust_remote_code)
+    check_texts(text, text_field=given.rows.text_field)
     screen = output.screen()
-    lm = load(model, given.passes.compute, trust_remote_code, screen)
+    lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline
 
     store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import check_before_loading, check_show, load, show_evaluation
+from knnlm.cli.shared import check_show, check_texts, load, show_evaluation
 
 if TYPE_CHECKING:
     from knnlm.config import Settings
@@ -70,10 +70,9 @@ def evaluate(
         check_report_folder(report)
     opened = Datastore.open(store)
     searched_layers(opened, settings)
-    name = model or opened.manifest.model
-    check_before_loading(name, eval_text, text_field=given.rows.text_field)
+    check_texts(eval_text, text_field=given.rows.text_field)
     screen = output.screen()
-    lm = load(name, given.passes.compute, trust_remote_code, screen)
+    lm = load(model or opened.manifest.model, given.passes.compute, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)

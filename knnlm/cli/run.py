@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from knnlm.cli import options
-from knnlm.cli.shared import check_before_loading, check_show, load, show_evaluation
+from knnlm.cli.shared import check_show, check_texts, load, show_evaluation
 
 if TYPE_CHECKING:
     from knnlm.config import Settings
@@ -68,11 +68,9 @@ def run(
 
     check_show(show)
     check_new_folder(out, overwrite=overwrite)
-    texts = [*text, *(eval_text or ())]
-    rows = given.rows
-    check_before_loading(model, texts, text_field=rows.text_field, layers=settings.layers, trust=trust_remote_code)
+    check_texts([*text, *(eval_text or ())], text_field=given.rows.text_field)
     screen = output.screen()
-    lm = load(model, given.passes.compute, trust_remote_code, screen)
+    lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import run as run_pipeline
 
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)

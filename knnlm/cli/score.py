@@ -12,7 +12,7 @@ import typer
 from knnlm.cli import options
 from knnlm.cli.fields import options_of
 from knnlm.cli.screen import Screen
-from knnlm.cli.shared import check_before_loading, check_show, load, show_scores
+from knnlm.cli.shared import check_show, check_texts, load, show_scores
 from knnlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ def score(
         result = score_files(output.call, vectors, labels, settings.seed, screen)
     else:
         model, texts = check_given(model, text, labels)
-        rows = given.rows
-        check_before_loading(model, texts, text_field=rows.text_field, layers=settings.layers, trust=trust_remote_code)
-        lm = load(model, given.passes.compute, trust_remote_code, screen)
+        check_texts(texts, text_field=given.rows.text_field)
+        lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
         from knnlm.pipeline import score as score_pipeline
 
         result = score_pipeline(lm, texts, settings=settings, stop_early=given.stop_early, progress=screen)

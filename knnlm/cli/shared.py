@@ -24,27 +24,40 @@ if TYPE_CHECKING:
     from knnlm.results import EvalResult, ScoreResult, VectorScores
 
 
-def check_before_loading(
-    model: str, texts: Sequence[str], *, text_field: str, layers: LayerConfig | None = None, trust: bool = False
-) -> None:
-    """Find out before the model's weights are read, which takes long, what can be told without them.
+def check_texts(paths: Sequence[str], *, text_field: str) -> None:
+    """Find out before a model is loaded, which takes long, whether there is text to read, from what stands first.
 
-    :param layers: of the model; None where a datastore's own layers are used.
-    :raises InputError: a path is missing, or the first document of a file cannot be read or has no such field.
-    :raises LayerError: a pattern fits no layer of the model.
+    :raises InputError: a path is missing, or the first document under it cannot be read or has no such field.
     """
     from knnlm.text.corpus import check_paths, read_documents
     from knnlm.text.hub import HUB_PREFIX
 
-    check_paths(texts)
-    for path in texts:
+    check_paths(paths)
+    for path in paths:
         if not path.startswith(HUB_PREFIX):
             next(read_documents([path], text_field=text_field), None)
-    if layers is not None:
-        _check_layers(model, layers, trust)
+
+
+def load(
+    name: str, compute: ComputeOptions, trust: bool, screen: Screen, *, layers: LayerConfig | None = None
+) -> LanguageModel:
+    """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen.
+
+    :param layers: what will be asked of the model's layers, checked before its weights are read.
+    """
+    with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
+        from knnlm.model.loading import load_model  # seconds
+
+        if layers is not None:
+            _check_layers(name, layers, trust)
+        lm = load_model(name, dtype=compute.dtype, device=compute.device, trust_remote_code=trust)
+    for note in lm.notes:
+        screen.note(note)
+    return lm
 
 
 def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:
+    """:raises LayerError: a pattern fits no layer of the model."""
     from knnlm.errors import LayerError, ModelError
     from knnlm.layer_names import select_layers
     from knnlm.model.loading import read_outline
@@ -57,17 +70,6 @@ def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:
         raise
     except ModelError:  # told in full when the model is loaded, if it cannot be
         return
-
-
-def load(name: str, compute: ComputeOptions, trust: bool, screen: Screen) -> LanguageModel:
-    """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
-    with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
-        from knnlm.model.loading import load_model  # seconds
-
-        lm = load_model(name, dtype=compute.dtype, device=compute.device, trust_remote_code=trust)
-    for note in lm.notes:
-        screen.note(note)
-    return lm
 
 
 def quiet_loading(name: str) -> bool:
