@@ -59,15 +59,14 @@ class Screen:
 
         if isinstance(line, str):
             line = self._words(line)
-        elif isinstance(line, Text):
-            line = Text(self._words(line.plain), style=line.style)
+        elif isinstance(line, Text) and (told := self._words(line.plain)) != line.plain:
+            line = Text(told, style=line.style)
         if not self.as_json:
             self.out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
     def result(self, document: object) -> None:
         """The result's document; nothing without --json."""
         if self.as_json:
-            escaped = (
-                sys.stdout.encoding.lower().replace("-", "") != "utf8"
-            )  # \\u00e2: nothing is lost elsewhere either
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
+            # Elsewhere a letter as \\u00e2 loses nothing.
+            is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=not is_utf8, allow_nan=False) + "\n")

@@ -13,6 +13,7 @@ import typer
 
 from knnlm.cli.entry import app
 from knnlm.cli.fields import ALIASES, VERBS, in_options, options_of
+from knnlm.cli.screen import Screen
 from tests.source_files import ROOT, modules, syntax
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -104,3 +105,16 @@ def test_fields_in_messages_are_written_as_fields() -> None:
     }
     assert {"lam", "k", "overwrite", "select"} & raised
     assert raised - known - {name.strip("`") for name in VERBS} <= {"domain", "remove_unused_columns"}
+
+
+def test_the_screen_shows_notes_warnings_and_lines_in_options(capfd: pytest.CaptureFixture[str]) -> None:
+    from rich.text import Text
+
+    screen = Screen(False, lambda line: in_options(line, RUN))
+    screen.note("keeping to the candidates; raise `disk_budget`")
+    screen.say("see `layers`")
+    screen.say(Text("Warning: a `lam` below 1 mends it.", style="yellow"))
+    assert capfd.readouterr() == (
+        "see --layers\nWarning: a --lambda below 1 mends it.\n",
+        "keeping to the candidates; raise --disk-budget\n",
+    )
