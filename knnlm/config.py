@@ -20,19 +20,19 @@ LARGEST_SEED = (1 << 31) - 1
 def check_positive(name: str, value: float | None) -> None:
     """:raises InputError: a value that is given is not a finite number above 0."""
     if value is not None and not (value > 0 and math.isfinite(value)):
-        raise InputError(f"--{name} is {value}, but must be a finite number above 0")
+        raise InputError(f"`{name}` is {value}, but must be a finite number above 0")
 
 
 def check_whole(name: str, value: object, *, least: int) -> None:
     """NumPy's integers are whole too; True is not."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise InputError(f"{name} is {value}, but must be a whole number of at least {least}")
+        raise InputError(f"`{name}` is {value}, but must be a whole number of at least {least}")
 
 
 def check_seed(seed: int) -> None:
     """:raises InputError: NumPy and torch do not both take it."""
     if not 0 <= seed <= LARGEST_SEED:
-        raise InputError(f"--seed is {seed}, but must be from 0 to {LARGEST_SEED}")
+        raise InputError(f"`seed` is {seed}, but must be from 0 to {LARGEST_SEED}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class TextConfig:
     """Windows in one forward pass; None: as many as `BATCH_TOKENS` hold."""
 
     def __post_init__(self) -> None:
-        for name, value in (("context", self.context), ("stride", self.stride), ("max-tokens", self.max_tokens)):
+        for name, value in (("context", self.context), ("stride", self.stride), ("max_tokens", self.max_tokens)):
             check_positive(name, value)
-        check_positive("batch-size", self.windows)
+        check_positive("windows", self.windows)
         if self.protocol != "documents" and self.max_tokens:
-            raise InputError(f"--protocol {self.protocol} takes the whole text; leave --max-tokens out")
+            raise InputError(f"`protocol={self.protocol!r}` takes the whole text; leave `max_tokens` out")
         if self.context and self.stride and self.stride > self.context:
             raise InputError(
-                f"--stride {self.stride} is over --context {self.context}: tokens between windows would never be "
+                f"`stride={self.stride}` is over `context={self.context}`: tokens between windows would never be "
                 "scored; take a stride of at most the context"
             )
 
@@ -95,13 +95,13 @@ class KNNConfig:
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            check_whole("--k", self.k, least=1)
+            check_whole("k", self.k, least=1)
         check_whole("max_k", self.max_k, least=1)
         check_positive("temperature", self.temperature)
         if self.lam is not None and not 0 <= self.lam <= 1:
-            raise InputError(f"--lambda is {self.lam}, but is the weight of the kNN distribution, from 0 to 1")
+            raise InputError(f"`lam` is {self.lam}, but is the weight of the kNN distribution, from 0 to 1")
         if self.metric not in METRICS:
-            raise InputError(f"--metric is {self.metric!r}, but must be one of {', '.join(METRICS)}")
+            raise InputError(f"`metric` is {self.metric!r}, but must be one of {', '.join(METRICS)}")
 
     @property
     def search_k(self) -> int:
@@ -119,10 +119,10 @@ class EvalConfig:
     """Tokens shown with their neighbours, of those helped most and of those hurt most."""
 
     def __post_init__(self) -> None:
-        check_positive("eval-tokens", self.eval_tokens)
+        check_positive("eval_tokens", self.eval_tokens)
         if self.eval_tokens and self.eval_tokens < LEAST_EVAL_TOKENS:
             raise InputError(
-                f"--eval-tokens is {self.eval_tokens}, but half of them tune and half report: at least "
+                f"`eval_tokens` is {self.eval_tokens}, but half of them tune and half report: at least "
                 f"{LEAST_EVAL_TOKENS} are needed"
             )
         check_whole("examples", self.examples, least=0)
@@ -144,7 +144,7 @@ class Settings:
     """Of everything drawn at random."""
 
     def __post_init__(self) -> None:
-        check_positive("disk-budget", self.disk_budget)
+        check_positive("disk_budget", self.disk_budget)
         check_seed(self.seed)
         if self.key_dtype not in KEY_BYTES:
-            raise InputError(f"--key-dtype is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")
+            raise InputError(f"`key_dtype` is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")

@@ -49,7 +49,7 @@ def from_document(document: Mapping[str, Any]) -> EvalResult:
 
 
 def score_document(result: ScoreResult | VectorScores) -> dict[str, Any]:
-    """What `score --json` prints; as `to_document`."""
+    """The document of `knnlm score`; as `to_document`."""
     document = _head("score" if isinstance(result, ScoreResult) else "vectors") | _plain_fields(result)
     document["layers"] = [_names(score.layer) | _plain_fields(score) for score in result.layers]
     if isinstance(result, ScoreResult):

@@ -64,14 +64,17 @@ def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise DatastoreExists(f"{path} is a file; choose another --out")
+        raise DatastoreExists(f"{path} is a file; choose another `out`")
     if target.is_mount():
-        raise DatastoreExists(f"{path} is a mount point, which cannot be replaced; choose a folder inside it as --out")
+        raise DatastoreExists(f"{path} is a mount point, which cannot be replaced; choose a folder inside it as `out`")
     if any(target.iterdir()):
         if not overwrite:
-            raise DatastoreExists(f"{path} exists and is not empty; choose another --out, or add --overwrite")
+            advice = ", or add `overwrite=True`" if is_ours(target) else ""  # which would be refused
+            raise DatastoreExists(f"{path} exists and is not empty; choose another `out`{advice}")
         if not is_ours(target):
-            raise DatastoreExists(f"{path} is not a knnlm folder and is kept despite --overwrite; choose another --out")
+            raise DatastoreExists(
+                f"{path} is not a knnlm folder and is kept despite `overwrite=True`; choose another `out`"
+            )
 
 
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
@@ -110,10 +113,10 @@ def fsync_folder(folder: str | Path) -> None:
         os.close(handle)
 
 
-def disk_error(error: OSError, place: str | Path, option: str = "--out") -> DatastoreError:
-    """The system's refusal to write as one line for the user; `option` is what named the place."""
+def disk_error(error: OSError, place: str | Path, named_by: str = "`out`") -> DatastoreError:
+    """The system's refusal to write as one line for the user; `named_by`, a field or a variable, named the place."""
     remedy = "free some space or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose"
-    return DatastoreError(f"cannot write {place}: {error.strerror or error}; {remedy} another {option}")
+    return DatastoreError(f"cannot write {place}: {error.strerror or error}; {remedy} another {named_by}")
 
 
 def is_ours(folder: Path) -> bool:
@@ -152,7 +155,7 @@ def _clear_leftovers(target: Path) -> None:
     for partial in _siblings(target, "partial"):
         if _is_locked(partial):
             raise DatastoreExists(
-                f"another run is writing {target} (in {partial}); wait for it, or choose another --out"
+                f"another run is writing {target} (in {partial}); wait for it, or choose another `out`"
             )
         shutil.rmtree(partial, ignore_errors=True)
     for old in _siblings(target, "old"):
@@ -251,32 +254,32 @@ def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
     :raises InputError: it lies where nothing can be written.
     """
     refuse_existing(path, overwrite=overwrite)
-    _check_writable(Path(path), "--out")
+    _check_writable(Path(path), "out")
 
 
-def check_new_file(path: str | Path, *, option: str = "--out", overwrite: bool = False) -> None:
-    """:raises InputError: before any work, that the file is there already or cannot be written; names the option."""
+def check_new_file(path: str | Path, *, field: str = "out", overwrite: bool = False) -> None:
+    """:raises InputError: before any work, that the file is there already or cannot be written; names the field."""
     file = Path(path)
     if file.is_dir():
-        raise InputError(f"{option} {file} is a folder; name a file in it")
+        raise InputError(f"`{field}` {file} is a folder; name a file in it")
     if file.exists() and not file.is_file():
-        raise InputError(f"{option} {file} is no regular file, and would be replaced by one; choose another {option}")
+        raise InputError(f"`{field}` {file} is no regular file, and would be replaced by one; choose another `{field}`")
     if file.exists() and not overwrite:
-        raise InputError(f"{option} {file} exists; choose another {option}, or add --overwrite")
-    _check_writable(file, option)
+        raise InputError(f"`{field}` {file} exists; choose another `{field}`, or add `overwrite=True`")
+    _check_writable(file, field)
 
 
 def check_report_folder(path: str | Path) -> None:
     """:raises InputError: before any work, that the folder holds something already or cannot be written."""
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"--report {folder} exists and is not an empty folder; choose another --report")
-    _check_writable(folder, "--report")
+        raise InputError(f"`report` {folder} exists and is not an empty folder; choose another `report`")
+    _check_writable(folder, "report")
 
 
-def _check_writable(path: Path, option: str) -> None:
+def _check_writable(path: Path, field: str) -> None:
     there = next(parent for parent in path.resolve().parents if parent.exists())
     if not there.is_dir():
-        raise InputError(f"{option} {path} cannot be made: {there} is a file; choose another {option}")
+        raise InputError(f"`{field}` {path} cannot be made: {there} is a file; choose another `{field}`")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {path} cannot be made: {there} cannot be written; choose another {option}")
+        raise InputError(f"`{field}` {path} cannot be made: {there} cannot be written; choose another `{field}`")

@@ -12,13 +12,13 @@ from knnlm.errors import InputError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 0}, "--k is 0, but must be a whole number of at least 1"),
-        ({"k": 2.5}, "--k is 2.5, but must be a whole number of at least 1"),
-        ({"k": True}, "--k is True, but must be a whole number of at least 1"),
-        ({"max_k": 0}, "max_k is 0, but must be a whole number of at least 1"),
-        ({"max_k": None}, "max_k is None, but must be a whole number of at least 1"),
-        ({"max_k": 64.0}, "max_k is 64.0, but must be a whole number of at least 1"),
-        ({"temperature": float("inf")}, "--temperature is inf, but must be a finite number above 0"),
+        ({"k": 0}, "`k` is 0, but must be a whole number of at least 1"),
+        ({"k": 2.5}, "`k` is 2.5, but must be a whole number of at least 1"),
+        ({"k": True}, "`k` is True, but must be a whole number of at least 1"),
+        ({"max_k": 0}, "`max_k` is 0, but must be a whole number of at least 1"),
+        ({"max_k": None}, "`max_k` is None, but must be a whole number of at least 1"),
+        ({"max_k": 64.0}, "`max_k` is 64.0, but must be a whole number of at least 1"),
+        ({"temperature": float("inf")}, "`temperature` is inf, but must be a finite number above 0"),
     ],
 )
 def test_knn_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
@@ -29,7 +29,7 @@ def test_knn_settings_that_cannot_be(settings: dict[str, object], message: str) 
 
 @pytest.mark.parametrize("examples", [-1, 1.5])
 def test_examples_that_cannot_be(examples: float) -> None:
-    with pytest.raises(InputError, match=f"examples is {examples}, but must be a whole number of at least 0"):
+    with pytest.raises(InputError, match=f"`examples` is {examples}, but must be a whole number of at least 0"):
         EvalConfig(examples=examples)  # type: ignore[arg-type]
 
 

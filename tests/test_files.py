@@ -99,7 +99,7 @@ def test_content_is_refused_before_any_work(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with (
-        pytest.raises(DatastoreExists, match=r"out exists and is not empty.*--overwrite"),
+        pytest.raises(DatastoreExists, match=r"out exists and is not empty.*`out`"),
         new_folder(tmp_path / "out"),
     ):
         pytest.fail("the block ran")
@@ -118,7 +118,7 @@ def test_overwrite_keeps_what_is_not_ours(tmp_path, manifest):
     if manifest is not None:
         (out / "report.json").write_text(manifest, encoding="latin-1")
         (out / "datastore.json").write_text(manifest, encoding="latin-1")
-    with pytest.raises(DatastoreExists, match=r"is not a knnlm folder.*choose another --out"):
+    with pytest.raises(DatastoreExists, match=r"is not a knnlm folder.*choose another `out`"):
         with new_folder(out, overwrite=True):
             pytest.fail("the block ran")
     assert (out / "thesis.txt").exists() and not is_ours(out)
@@ -226,7 +226,7 @@ def test_killed_run_leaves_a_hidden_folder_that_the_next_run_removes(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, number):
-    with pytest.raises(DatastoreError, match=r"cannot write .*out: .*choose another --out") as caught:
+    with pytest.raises(DatastoreError, match=r"cannot write .*out: .*choose another `out`") as caught:
         with new_folder(tmp_path / "out") as folder:
             (folder / "a").write_text("a")
             raise OSError(number, os.strerror(number))
@@ -261,7 +261,7 @@ def test_read_only_parent_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", refused)
     with (
-        pytest.raises(DatastoreError, match=r"cannot write .*out: Permission denied; choose another --out"),
+        pytest.raises(DatastoreError, match=r"cannot write .*out: Permission denied; choose another `out`"),
         new_folder(tmp_path / "out"),
     ):
         pytest.fail("the block ran")

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
-from knnlm.cli.shared import load, settings_from
+from knnlm.cli.shared import check_texts, load
 from knnlm.cli.store import show_store
+
+if TYPE_CHECKING:
+    from knnlm.config import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options that are settings of `knnlm.build`."""
+
+    layers: options.LayerOptions
+    k: options.K = None
+    metric: options.Metric = "l2"
+    index: options.Index = "auto"
+    windows: options.WindowOptions
+    max_tokens: options.MaxTokens = None
+    rows: options.RowOptions
+    passes: options.PassOptions
+    key_dtype: options.KeyDtype = "float16"
+    seed: options.Seed = 0
+
+    def settings(self) -> Settings:
+        """The settings, checked."""
+        from knnlm.config import KNNConfig, Settings
+
+        return Settings(
+            text=options.text_config(self.windows, self.rows, self.passes, max_tokens=self.max_tokens),
+            layers=self.layers.config(),
+            knn=KNNConfig(k=self.k, metric=self.metric, index=self.index),
+            key_dtype=self.key_dtype,
+            seed=self.seed,
+        )
 
 
 def build(
+    *,
     model: options.Model,
     text: options.Text,
     out: options.Out,
-    layers: options.Layers = None,
-    candidates: options.Candidates = "candidates",
-    select: options.Select = "dispersion",
-    k: options.K = None,
-    metric: options.Metric = "l2",
-    index: options.Index = "auto",
-    context: options.Context = None,
-    stride: options.Stride = None,
-    max_tokens: options.MaxTokens = None,
-    text_field: options.TextField = "text",
-    protocol: options.Protocol = "documents",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    batch_size: options.BatchSize = "auto",
-    key_dtype: options.KeyDtype = "float16",
-    seed: options.Seed = 0,
-    json: options.Json = False,
+    given: BuildOptions,
+    output: options.Output,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -36,14 +55,13 @@ def build(
 
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
-    settings = settings_from(locals())
+    settings = given.settings()
     from knnlm.files import check_new_folder
-    from knnlm.text.corpus import check_paths
 
     check_new_folder(out, overwrite=overwrite)
-    check_paths(text)
-    screen = Screen(json)
-    lm = load(model, dtype, device, trust_remote_code, screen)
+    check_texts(text, text_field=given.rows.text_field)
+    screen = output.screen()
+    lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline
 
     store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.groups import Place
 from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load
 from knnlm.results import SCORES
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from knnlm.studies.correlate.study import CorrelateConfig, Study
 
 Models = Annotated[
-    list[str], typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM; may be repeated.")
+    list[str],
+    typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM; may be repeated."),
+    Place(),
 ]
 Context = Annotated[int | None, typer.Option("--context", help="Tokens of a segment; 512 when not given.")]
 Contexts = Annotated[str | None, typer.Option("--contexts", help="More lengths of segments to look at, as 16,64,128.")]
@@ -52,47 +56,71 @@ MaxPerplexity = Annotated[
 Report = Annotated[Path | None, typer.Option("--report", help="Write correlate.json and correlate.html here.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """The options that are settings of the study; what is None keeps the default."""
+
+    context: Context = None
+    contexts: Contexts = None
+    layers: Layers = None
+    score: Score = "within"
+    clusters: Clusters = None
+    ngram: Ngram = 10
+    cluster_size: ClusterSize = 100
+    random: Random = False
+    max_segments: MaxSegments = 100_000
+    join: Join = False
+    group_size: GroupSize = None
+    max_perplexity: MaxPerplexity = None
+
+    def config(self, *, text_field: str, seed: int) -> CorrelateConfig:
+        """The settings, checked."""
+        from knnlm.studies.correlate.study import CorrelateConfig
+
+        usual = CorrelateConfig()
+        return CorrelateConfig(
+            context=usual.context if self.context is None else self.context,
+            contexts=tuple(_number(piece) for piece in self.contexts.split(",")) if self.contexts is not None else (),
+            layers=usual.layers if self.layers is None else self.layers,
+            score=self.score,
+            clusters=tuple(piece.strip() for piece in self.clusters.split(",")) if self.clusters is not None else (),
+            ngram=self.ngram,
+            cluster_size=self.cluster_size,
+            max_segments=self.max_segments,
+            join=self.join,
+            group_size=usual.group_size if self.group_size is None else self.group_size,
+            max_perplexity=self.max_perplexity,
+            text_field=text_field,
+            seed=seed,
+        )
+
+
 def correlate(
+    *,
     model: Models,
     text: options.Text,
-    context: Context = None,
-    contexts: Contexts = None,
-    layers: Layers = None,
-    score: Score = "within",
-    clusters: Clusters = None,
-    ngram: Ngram = 10,
-    cluster_size: ClusterSize = 100,
-    random: Random = False,
-    max_segments: MaxSegments = 100_000,
-    join: Join = False,
-    group_size: GroupSize = None,
-    max_perplexity: MaxPerplexity = None,
+    given: SegmentOptions,
     report: Report = None,
     text_field: options.TextField = "text",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
+    compute: options.ComputeOptions,
     seed: options.Seed = 0,
-    json: options.Json = False,
+    output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Does dispersion go with perplexity? Segments of a text, one by one and in groups, for every layer asked for.
 
     Example: knnlm correlate --model gpt2 --text wiki.txt --random
     """
-    config = _config(locals())
-    from dataclasses import asdict
-
+    config = given.config(text_field=text_field, seed=seed)
     from knnlm.studies.correlate.document import correlate_document
     from knnlm.version import versions
 
-    screen = Screen(json)
+    screen = output.screen()
     _check(model, text, config, report, trust_remote_code)
-    loading = (dtype, device, trust_remote_code)
-    studies = [
-        study for lm in _models(model, random, seed, loading, screen) for study in _studies(lm, text, config, screen)
-    ]
-    settings = asdict(config) | {"models": list(model), "text": list(text), "random": random, "dtype": dtype}
-    document = correlate_document(studies, settings=settings, versions=versions())
+    models = _models(model, given.random, seed, compute, trust_remote_code, screen)
+    studies = [study for lm in models for study in _studies(lm, text, config, screen)]
+    used = {"models": list(model), "text": list(text), "random": given.random, "dtype": compute.dtype}
+    document = correlate_document(studies, settings=asdict(config) | used, versions=versions())
     for study in studies:
         _show(study, screen)
     screen.result(document)
@@ -100,29 +128,6 @@ def correlate(
         from knnlm.studies.correlate.page import write_correlate
 
         screen.say(f"Report: {write_correlate(document, report)}")
-
-
-def _config(given: dict[str, Any]) -> CorrelateConfig:
-    """The options that are settings; what is None keeps the default."""
-    from knnlm.studies.correlate.study import CorrelateConfig
-
-    names = (
-        "context",
-        "layers",
-        "score",
-        "ngram",
-        "cluster_size",
-        "max_segments",
-        "join",
-        "group_size",
-        "max_perplexity",
-    )
-    values = {name: given[name] for name in (*names, "text_field", "seed") if given[name] is not None}
-    if given["contexts"] is not None:
-        values["contexts"] = tuple(_number(piece) for piece in given["contexts"].split(","))
-    if given["clusters"] is not None:
-        values["clusters"] = tuple(piece.strip() for piece in given["clusters"].split(","))
-    return CorrelateConfig(**values)
 
 
 def _number(piece: str) -> int:
@@ -149,15 +154,15 @@ def _check(
 
 
 def _models(
-    names: Sequence[str], random: bool, seed: int, loading: tuple[str, str, bool], screen: Screen
+    names: Sequence[str], random: bool, seed: int, compute: options.ComputeOptions, trust: bool, screen: Screen
 ) -> Iterator[LanguageModel]:
     """One after the other, so that memory holds one; the random one comes last."""
     from knnlm.model.loading import random_model
 
-    dtype, device, trust = loading
     for name in names:
-        yield load(name, dtype, device, trust, screen)
+        yield load(name, compute, trust, screen)
     if random:
+        dtype, device = compute.dtype, compute.device
         yield random_model(names[0], seed=seed, dtype=dtype, device=device, trust_remote_code=trust)
 
 
@@ -176,12 +181,10 @@ def _show(study: Study, screen: Screen) -> None:
 
 
 def _cluster_table(study: Study) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from knnlm.cli.tables import compact_table
 
-    table = Table(title=f"{study.model}: mean cosine distance of contexts", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "clusters by", "within", "between", "clusters", "contexts"):
-        table.add_column(name, justify="left" if name in ("layer", "clusters by") else "right", no_wrap=True)
+    heads = ("layer", "clusters by", "within", "between", "clusters", "contexts")
+    table = compact_table(heads, title=f"{study.model}: mean cosine distance of contexts", left=heads[:2])
     for one in study.clusters:
         found = one.distances
         distances = (f"{found.within:.4f}", f"{found.between:.4f}")
@@ -190,17 +193,15 @@ def _cluster_table(study: Study) -> Table:
 
 
 def _table(study: Study) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from knnlm.cli.tables import compact_table
 
     title = (
         f"{study.model}: {study.segments:,} segments of {study.context} tokens, perplexity {study.perplexity:.2f}, "
         f"{study.groups} groups of {study.group_size}"
     )
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     kind = next(kind for kind in SCORES if kind.name == study.score)
-    for name in ("layer", kind.title, "Pearson", "Spearman", "95 %", "grouped", "95 %", "across", "final token"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    heads = ("layer", kind.title, "Pearson", "Spearman", "95 %", "grouped", "95 %", "across", "final token")
+    table = compact_table(heads, title=title)
     for one in study.layers:
         low, high = one.ungrouped.spearman_interval.low, one.ungrouped.spearman_interval.high
         least, most = one.grouped.spearman_interval.low, one.grouped.spearman_interval.high

@@ -7,7 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import NoReturn
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
 
 import typer
 import typer.exceptions
@@ -27,6 +28,9 @@ from knnlm.cli import (
     store,
     train,
 )
+from knnlm.cli.fields import in_options, options_of
+from knnlm.cli.groups import expanded
+from knnlm.version import __version__
 
 app = typer.Typer(
     name="knnlm",
@@ -52,6 +56,22 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train.train,
 }
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"knnlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def _with_no_verb(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options that stand before a verb; none of them comes back from its callback."""
+
+
 FOREIGN = {"lm-eval": lm_eval.AS_IT_IS}
 """Verbs whose options are not ours."""
 
@@ -70,7 +90,7 @@ def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 for name, verb in VERBS.items():
-    app.command(name, context_settings=FOREIGN.get(name))(_stoppable(verb))
+    app.command(name, context_settings=FOREIGN.get(name))(_stoppable(expanded(verb)))
 
 TAKES_SEVERAL = ("--text", "--vectors", "--other-text", "--eval-text", "--questions", "--cloze")
 """Options that may be followed by several values."""
@@ -97,6 +117,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8: a result with ? in it is better than none
     try:
         status = app(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort) as stop:
@@ -154,6 +176,8 @@ def _with_notes(message: str, error: BaseException | None, otherwise: Sequence[s
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    """End with one line, whatever a file's name or a library's message holds."""
-    sys.stderr.write(f"knnlm: {' '.join(message.split())}\n")
+    """End with one line, whatever a file's name or a library's message holds, which names options and not fields."""
+    verb = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
+    told = in_options(message, options_of(verb) if verb else {})
+    sys.stderr.write(f"knnlm: {' '.join(told.split())}\n")
     sys.exit(status)

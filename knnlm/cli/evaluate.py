@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
-from knnlm.cli.shared import check_show, load, settings_from, show_evaluation
+from knnlm.cli.shared import check_show, check_texts, load, show_evaluation
+
+if TYPE_CHECKING:
+    from knnlm.config import Settings
+
+OwnIndex = Annotated[str, typer.Option("--index", help="auto: the datastore's own; exact: search exactly.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Write report.json and report.html here.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """The options that are settings of `knnlm.evaluate`."""
+
+    layers: options.Layers = None
+    mix: options.MixOptions
+    metric: options.Metric = "l2"
+    index: OwnIndex = "auto"
+    windows: options.WindowOptions
+    eval_tokens: options.EvalTokens = 20_000
+    rows: options.RowOptions
+    passes: options.PassOptions
+    seed: options.Seed = 0
+
+    def settings(self) -> Settings:
+        """The settings, checked."""
+        from knnlm.config import EvalConfig, LayerConfig, Settings
+
+        return Settings(
+            text=options.text_config(self.windows, self.rows, self.passes),
+            layers=LayerConfig(layers=self.layers),
+            knn=self.mix.config(metric=self.metric, index=self.index),
+            evaluation=EvalConfig(eval_tokens=self.eval_tokens),
+            seed=self.seed,
+        )
 
 
 def evaluate(
+    *,
     store: options.Store,
     eval_text: options.EvalText,
     model: options.OtherModel = None,
-    layers: options.Layers = None,
-    k: options.K = None,
-    temperature: options.Temperature = None,
-    lam: options.Lambda = None,
-    metric: options.Metric = "l2",
-    index: Annotated[str, typer.Option("--index", help="auto: the datastore's own; exact: search exactly.")] = "auto",
-    context: options.Context = None,
-    stride: options.Stride = None,
-    eval_tokens: options.EvalTokens = 20_000,
-    text_field: options.TextField = "text",
-    protocol: options.Protocol = "documents",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    batch_size: options.BatchSize = "auto",
-    seed: options.Seed = 0,
-    report: Annotated[Path | None, typer.Option("--report", help="Write report.json and report.html here.")] = None,
+    given: EvalOptions,
+    report: Report = None,
     show: options.Show = None,
-    json: options.Json = False,
+    output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Perplexity of the LM and of the kNN-LM for every layer in the store.
 
     Example: knnlm eval nursing.knn --eval-text held-out.jsonl
     """
-    settings = settings_from(locals())
+    settings = given.settings()
     from knnlm.files import check_report_folder
     from knnlm.knn.searcher import searched_layers
     from knnlm.store.datastore import Datastore
-    from knnlm.text.corpus import check_paths
 
     check_show(show)
     if report is not None:
         check_report_folder(report)
     opened = Datastore.open(store)
     searched_layers(opened, settings)
-    check_paths(eval_text)
-    screen = Screen(json)
-    lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    check_texts(eval_text, text_field=given.rows.text_field)
+    screen = output.screen()
+    lm = load(model or opened.manifest.model, given.passes.compute, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load, read_standard_input, setting_document, with_lambda
 
 if TYPE_CHECKING:
@@ -18,21 +17,19 @@ if TYPE_CHECKING:
     from knnlm.inference.explain import ExplainedToken, Explanation
 
 Given = Annotated[str | None, typer.Option("--text", help="What to explain; without it standard input.")]
+HEADS = ("token", "p_LM", "p_kNN", "λ", "p_mixed", "change", "nearest neighbour → its token")
 SNIPPET = 56
 """Characters of a neighbour's context in the table."""
 
 
 def explain(
+    *,
     store: options.Store,
     text: Given = None,
-    layer: options.Layer = None,
-    k: options.K = None,
-    temperature: options.Temperature = None,
-    lam: options.Lambda = None,
+    retrieving: options.RetrievalOptions,
     model: options.OtherModel = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    json: options.Json = False,
+    compute: options.ComputeOptions,
+    output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Show what the model and its memory thought of each token of a text.
@@ -40,14 +37,13 @@ def explain(
     Example: knnlm explain nursing.knn --text "The patient was given oxygen."
     """
     from knnlm.inference.explain import Explainer
-    from knnlm.knn.retrieval import open_retrieval
     from knnlm.store.datastore import Datastore
 
     opened = Datastore.open(store)
-    retrieval = open_retrieval(opened, layer, k, temperature, lam)
-    screen = Screen(json)
+    retrieval = retrieving.open(opened)
+    screen = output.screen()
     given = text if text is not None else read_standard_input("--text", screen)
-    lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
     explanation = Explainer(lm, retrieval).explain(given)
     screen.say(_table(explanation))
     screen.say(_summary(explanation))
@@ -65,16 +61,12 @@ def _document(explanation: Explanation) -> dict[str, object]:
 
 
 def _table(explanation: Explanation) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from knnlm.cli.tables import compact_table
 
     setting = explanation.setting
     moved = "" if setting.gate is None else ", moved by token"
     title = f"{explanation.layer}, k {setting.k}, T {setting.temperature:.4g}, λ {setting.lam:.3f}{moved}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("token", "p_LM", "p_kNN", "λ", "p_mixed", "change", "nearest neighbour → its token"):
-        left = name.startswith(("token", "nearest"))
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    table = compact_table(HEADS, title=title, left=(HEADS[0], HEADS[-1]))
     for one in explanation.tokens:
         table.add_row(*_cells(one))
     return table
@@ -84,17 +76,16 @@ def _cells(one: ExplainedToken) -> Iterator[Text]:
     """As rich's own texts: square brackets in a corpus are no markup."""
     from rich.text import Text
 
-    from knnlm.cli.tables import UNKNOWN
     from knnlm.report.examples import flow_end, visible
-    from knnlm.report.numbers import probability
+    from knnlm.report.numbers import MISSING, probability
 
     yield Text(visible(one.text))
     yield from map(Text, map(probability, (one.lm_probability, one.knn_probability)))
     yield Text(f"{one.lam:.3f}")
     yield Text(probability(one.mixed_probability))
-    yield Text(UNKNOWN if one.change is None else f"{one.change:+.1f} bits")
+    yield Text(MISSING if one.change is None else f"{one.change:+.1f} bits")
     nearest = one.neighbors[0].source if one.neighbors else None
-    yield Text(UNKNOWN if nearest is None else f"{flow_end(nearest.before, SNIPPET)} → {visible(nearest.token)}")
+    yield Text(MISSING if nearest is None else f"{flow_end(nearest.before, SNIPPET)} → {visible(nearest.token)}")
 
 
 def _summary(explanation: Explanation) -> str:

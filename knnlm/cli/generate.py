@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load, read_standard_input, setting_document
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ Stream = Annotated[bool, typer.Option("--stream", help="Show the text while it i
 
 
 def generate(
+    *,
     store: options.Store,
     prompt: Prompts = None,
     max_new_tokens: Length = 64,
@@ -37,40 +37,35 @@ def generate(
     top_p: TopP = None,
     seed: options.Seed = 0,
     stream: Stream = False,
-    layer: options.Layer = None,
-    k: options.K = None,
-    temperature: options.Temperature = None,
-    lam: options.Lambda = None,
+    retrieving: options.RetrievalOptions,
     model: options.OtherModel = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    json: options.Json = False,
+    compute: options.ComputeOptions,
+    output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Go on with a text: the model with the datastore as its memory.
 
     Example: knnlm generate nursing.knn --prompt "The patient was given" --top-p 0.9
     """
-    if stream and json:
+    if stream and output.json:
         raise typer.BadParameter("--stream shows text, --json one document; take one of them")
     from torch import manual_seed
 
     from knnlm.inference.model import KNNLM
     from knnlm.inference.writer import Decoding, Writer
-    from knnlm.knn.retrieval import open_retrieval
     from knnlm.store.datastore import Datastore
 
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p)
     opened = Datastore.open(store)
-    retrieval = open_retrieval(opened, layer, k, temperature, lam)
-    screen = Screen(json)
+    retrieval = retrieving.open(opened)
+    screen = output.screen()
     prompts = prompt or [read_standard_input("--prompt", screen)]
-    lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+    lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
     writer = Writer(KNNLM.from_retrieval(lm, retrieval), lm, decoding)
     for one in prompts:
         writer.encode(one)
     manual_seed(seed)
-    continuations = [_show(writer, one, stream, json) for one in prompts]
+    continuations = [_show(writer, one, stream, output.json) for one in prompts]
     screen.result(
         {
             "store": str(store),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
+from knnlm.cli.groups import Place
+from knnlm.report.numbers import MISSING
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,32 +21,64 @@ if TYPE_CHECKING:
     from knnlm.studies.rank_models.token_sets import TokenSource
 
 
+Models = Annotated[
+    list[str], typer.Argument(help="Folders or Hugging Face ids of causal LMs, with safetensors."), Place()
+]
+Domain = Annotated[str | None, typer.Option("--domain", help="A built-in domain: mathematics or code.")]
+DomainTokens = Annotated[Path | None, typer.Option("--domain-tokens", help="Or the domain's tokens, one id a line.")]
+DomainText = Annotated[
+    str | None,
+    typer.Option("--domain-text", help="Or text of the domain, like --text; needs --general-text."),
+    Place(),
+]
+GeneralTokens = Annotated[
+    Path | None, typer.Option("--general-tokens", help="Everyday tokens, one id a line; built in when not given.")
+]
+GeneralText = Annotated[
+    str | None, typer.Option("--general-text", help="Everyday text: its most frequent tokens are taken."), Place()
+]
+Scores = Annotated[
+    Path | None, typer.Option("--scores", help="JSON or CSV: model and measured figure, low being good.")
+]
+HigherIsBetter = Annotated[
+    bool, typer.Option("--higher-is-better", help="Of --scores: high figures are good, as accuracies are.")
+]
+Report = Annotated[Path | None, typer.Option("--report", help="Write rank-models.json and rank-models.html here.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """Where the domain's and the everyday tokens come from."""
+
+    domain: Domain = None
+    domain_tokens: DomainTokens = None
+    domain_text: DomainText = None
+    general_tokens: GeneralTokens = None
+    general_text: GeneralText = None
+
+    def source(self, *, text_field: str) -> TokenSource:
+        """The settings, checked."""
+        from knnlm.studies.rank_models.token_sets import TokenSource
+
+        return TokenSource(
+            domain=self.domain,
+            domain_tokens=self.domain_tokens,
+            domain_text=self.domain_text,
+            general_tokens=self.general_tokens,
+            general_text=self.general_text,
+            text_field=text_field,
+        )
+
+
 def rank_models(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hugging Face ids of causal LMs, with safetensors.")],
-    domain: Annotated[str | None, typer.Option("--domain", help="A built-in domain: mathematics or code.")] = None,
-    domain_tokens: Annotated[
-        Path | None, typer.Option("--domain-tokens", help="Or the domain's tokens, one id a line.")
-    ] = None,
-    domain_text: Annotated[
-        str | None, typer.Option("--domain-text", help="Or text of the domain, like --text; needs --general-text.")
-    ] = None,
-    general_tokens: Annotated[
-        Path | None, typer.Option("--general-tokens", help="Everyday tokens, one id a line; built in when not given.")
-    ] = None,
-    general_text: Annotated[
-        str | None, typer.Option("--general-text", help="Everyday text: its most frequent tokens are taken.")
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option("--scores", help="JSON or CSV: model and measured figure, low being good.")
-    ] = None,
-    higher_is_better: Annotated[
-        bool, typer.Option("--higher-is-better", help="Of --scores: high figures are good, as accuracies are.")
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Write rank-models.json and rank-models.html here.")
-    ] = None,
+    *,
+    models: Models,
+    given: TokenOptions,
+    scores: Scores = None,
+    higher_is_better: HigherIsBetter = False,
+    report: Report = None,
     text_field: options.TextField = "text",
-    json: options.Json = False,
+    output: options.Output,
 ) -> None:
     """Which checkpoint suits a domain best, from rows of its output matrix alone; the largest gap first.
 
@@ -58,14 +91,14 @@ def rank_models(
     from knnlm.studies.rank_models.ranking import rank_models as rank
     from knnlm.version import versions
 
-    tokens = _tokens(locals())
+    tokens = given.source(text_field=text_field)
     _check(scores, higher_is_better, report)
     names = model_names(models)
     figures = None if scores is None else read_scores(scores, names)
     ranking = rank(names, tokens, scores=figures, higher_is_better=higher_is_better)
     settings = asdict(tokens) | {"models": names, "scores": scores, "higher_is_better": higher_is_better}
     document = ranking_document(ranking, settings=settings, versions=versions())
-    screen = Screen(json)
+    screen = output.screen()
     screen.say(_table(ranking))
     for line in (*_sources(tokens), *_findings(ranking)):
         screen.say(line)
@@ -74,13 +107,6 @@ def rank_models(
     screen.result(document)
     if report is not None:
         screen.say(f"Report: {write_rank_models(document, report)}")
-
-
-def _tokens(given: dict[str, Any]) -> TokenSource:
-    from knnlm.studies.rank_models.token_sets import TokenSource
-
-    names = ("domain", "domain_tokens", "domain_text", "general_tokens", "general_text", "text_field")
-    return TokenSource(**{name: given[name] for name in names})
 
 
 def _check(scores: Path | None, higher_is_better: bool, report: Path | None) -> None:
@@ -100,7 +126,7 @@ def _table(ranking: Ranking) -> Table:
     for name in ("model", "gap", "within", "between", "tokens", "measured"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for one in ranking.models:
-        measured = "–" if one.measured is None else f"{one.measured:.4g}"
+        measured = MISSING if one.measured is None else f"{one.measured:.4g}"
         counts = f"{one.domain_tokens} / {one.general_tokens}"
         table.add_row(one.model, f"{one.gap:.4f}", f"{one.within:.4f}", f"{one.between:.4f}", counts, measured)
     return table

@@ -5,38 +5,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
-from knnlm.cli.shared import check_show, load, settings_from, show_evaluation
+from knnlm.cli.shared import check_show, check_texts, load, show_evaluation
+
+if TYPE_CHECKING:
+    from knnlm.config import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that are settings of `knnlm.run`."""
+
+    layers: options.LayerOptions
+    mix: options.MixOptions
+    metric: options.Metric = "l2"
+    index: options.Index = "auto"
+    windows: options.WindowOptions
+    max_tokens: options.MaxTokens = None
+    eval_tokens: options.EvalTokens = 20_000
+    rows: options.RowOptions
+    passes: options.PassOptions
+    key_dtype: options.KeyDtype = "float16"
+    disk_budget: options.DiskBudget = None
+    seed: options.Seed = 0
+
+    def settings(self) -> Settings:
+        """The settings, checked."""
+        from knnlm.config import EvalConfig, Settings
+
+        return Settings(
+            text=options.text_config(self.windows, self.rows, self.passes, max_tokens=self.max_tokens),
+            layers=self.layers.config(),
+            knn=self.mix.config(metric=self.metric, index=self.index),
+            evaluation=EvalConfig(eval_tokens=self.eval_tokens),
+            key_dtype=self.key_dtype,
+            disk_budget=None if self.disk_budget is None else self.disk_budget * 1e9,
+            seed=self.seed,
+        )
 
 
 def run(
+    *,
     model: options.Model,
     text: options.Text,
     out: options.Out,
     eval_text: options.MaybeEvalText = None,
-    layers: options.Layers = None,
-    candidates: options.Candidates = "candidates",
-    select: options.Select = "dispersion",
-    k: options.K = None,
-    temperature: options.Temperature = None,
-    lam: options.Lambda = None,
-    metric: options.Metric = "l2",
-    index: options.Index = "auto",
-    context: options.Context = None,
-    stride: options.Stride = None,
-    max_tokens: options.MaxTokens = None,
-    eval_tokens: options.EvalTokens = 20_000,
-    text_field: options.TextField = "text",
-    protocol: options.Protocol = "documents",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    batch_size: options.BatchSize = "auto",
-    key_dtype: options.KeyDtype = "float16",
-    disk_budget: options.DiskBudget = None,
-    seed: options.Seed = 0,
+    given: RunOptions,
     show: options.Show = None,
-    json: options.Json = False,
+    output: options.Output,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -44,15 +63,14 @@ def run(
 
     Example: knnlm run --model gpt2 --text nursing.jsonl --out nursing.knn
     """
-    settings = settings_from(locals())
+    settings = given.settings()
     from knnlm.files import check_new_folder
-    from knnlm.text.corpus import check_paths
 
     check_show(show)
     check_new_folder(out, overwrite=overwrite)
-    check_paths([*text, *(eval_text or ())])
-    screen = Screen(json)
-    lm = load(model, dtype, device, trust_remote_code, screen)
+    check_texts([*text, *(eval_text or ())], text_field=given.rows.text_field)
+    screen = output.screen()
+    lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import run as run_pipeline
 
     result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)

@@ -3,52 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.fields import options_of
 from knnlm.cli.screen import Screen
-from knnlm.cli.shared import check_show, load, settings_from, show_scores
+from knnlm.cli.shared import check_show, check_texts, load, show_scores
 from knnlm.errors import InputError
 
 if TYPE_CHECKING:
+    from knnlm.config import Settings
     from knnlm.results import ScoreResult, VectorScores
 
 TAKES = ("vectors", "labels", "out", "overwrite", "show", "seed", "json")
 
 
+Vectors = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--vectors", help="Instead of a model and text: .npy files, [rows, dimension] or [rows, T, dimension]."
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", help="A .npy file with an integer for each row of --vectors: for the probe."),
+]
+OutFile = Annotated[Path | None, typer.Option("--out", help="Also write the scores to this JSON file.")]
+StopEarly = Annotated[bool, typer.Option("--stop-early", help="Stop as soon as the choice is settled.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """The options that are settings of `knnlm.score`, and whether it stops early."""
+
+    layers: options.LayerOptions
+    stop_early: StopEarly = False
+    windows: options.WindowOptions
+    max_tokens: options.MaxTokens = None
+    rows: options.RowOptions
+    passes: options.PassOptions
+    seed: options.Seed = 0
+
+    def settings(self) -> Settings:
+        """The settings, checked."""
+        from knnlm.config import Settings
+
+        return Settings(
+            text=options.text_config(self.windows, self.rows, self.passes, max_tokens=self.max_tokens),
+            layers=self.layers.config(),
+            seed=self.seed,
+        )
+
+
 def score(
-    call: typer.Context,
+    *,
     model: options.MaybeModel = None,
     text: options.MaybeText = None,
-    vectors: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--vectors", help="Instead of a model and text: .npy files, [rows, dimension] or [rows, T, dimension]."
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option("--labels", help="A .npy file with an integer for each row of --vectors: for the probe."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write the scores to this JSON file.")] = None,
-    layers: options.Layers = None,
-    candidates: options.Candidates = "candidates",
-    select: options.Select = "dispersion",
-    stop_early: Annotated[bool, typer.Option("--stop-early", help="Stop as soon as the choice is settled.")] = False,
-    context: options.Context = None,
-    stride: options.Stride = None,
-    max_tokens: options.MaxTokens = None,
-    text_field: options.TextField = "text",
-    protocol: options.Protocol = "documents",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    batch_size: options.BatchSize = "auto",
-    seed: options.Seed = 0,
+    vectors: Vectors = None,
+    labels: Labels = None,
+    out: OutFile = None,
+    given: ScoreOptions,
     show: options.Show = None,
-    json: options.Json = False,
+    output: options.Output,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -56,24 +76,23 @@ def score(
 
     Example: knnlm score --model gpt2 --text nursing.jsonl --max-tokens 200000
     """
-    settings = settings_from(locals())
+    settings = given.settings()
     from knnlm.files import check_new_file, write_json
-    from knnlm.text.corpus import check_paths
 
     check_show(show)
     if out is not None:
         check_new_file(out, overwrite=overwrite)
-    screen = Screen(json)
+    screen = output.screen()
     result: ScoreResult | VectorScores
     if vectors:
-        result = score_files(call, vectors, labels, seed, screen)
+        result = score_files(output.call, vectors, labels, settings.seed, screen)
     else:
         model, texts = check_given(model, text, labels)
-        check_paths(texts)
-        lm = load(model, dtype, device, trust_remote_code, screen)
+        check_texts(texts, text_field=given.rows.text_field)
+        lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
         from knnlm.pipeline import score as score_pipeline
 
-        result = score_pipeline(lm, texts, settings=settings, stop_early=stop_early, progress=screen)
+        result = score_pipeline(lm, texts, settings=settings, stop_early=given.stop_early, progress=screen)
     document = show_scores(result, screen, show)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +106,10 @@ def score_files(
 
     :raises InputError: an option was given that vectors have no use for.
     """
-    given = [parameter.name for parameter in call.command.params if _given(call, parameter.name or "")]
-    if others := [name for name in given if name not in TAKES]:
-        named = ", ".join(f"--{(name or '').replace('_', '-')}" for name in others)
-        raise InputError(f"--vectors are scored without a model and a text; leave out {named}")
+    if others := [
+        option for name, option in options_of(call.command).items() if _given(call, name) and name not in TAKES
+    ]:
+        raise InputError(f"--vectors are scored without a model and a text; leave out {', '.join(others)}")
     from knnlm.scores.vectors import score_vectors  # torch
 
     return score_vectors(vectors, labels=labels, seed=seed, progress=screen)

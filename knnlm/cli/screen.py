@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 class Screen:
     """Tables to standard output, progress and notes to standard error; with --json only the document to the former."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, words: Callable[[str], str] = str) -> None:
+        """:param words: what a line that the library wrote becomes here, such as one with options for fields."""
         from rich.console import Console
 
-        self.as_json = as_json
+        self.as_json, self._words = as_json, words
         # Where output goes to a file or a pipe, there is no width to keep to, and no bar to draw.
         self.out: Console = Console(width=None if sys.stdout.isatty() else 140)
         self.err: Console = Console(stderr=True)
@@ -50,14 +51,22 @@ class Screen:
 
     def note(self, line: str) -> None:
         """A line on the way."""
-        self.err.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.err.print(self._words(line), highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: Any) -> None:  # noqa: ANN401  (whatever rich can render)
         """A line or table of the result; nothing with --json."""
+        from rich.text import Text
+
+        if isinstance(line, str):
+            line = self._words(line)
+        elif isinstance(line, Text) and (told := self._words(line.plain)) != line.plain:
+            line = Text(told, style=line.style)
         if not self.as_json:
             self.out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
     def result(self, document: object) -> None:
         """The result's document; nothing without --json."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+            # Elsewhere a letter as \\u00e2 loses nothing.
+            is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=not is_utf8, allow_nan=False) + "\n")

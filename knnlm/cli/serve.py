@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load
 
 Host = Annotated[str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")]
@@ -26,23 +25,21 @@ MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="For one reques
 
 
 def serve(
+    *,
+    call: typer.Context,
     store: options.Store,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
     insecure: Insecure = False,
-    layer: options.Layer = None,
-    k: options.K = None,
-    temperature: options.Temperature = None,
-    lam: options.Lambda = None,
+    retrieving: options.RetrievalOptions,
     max_prompt_tokens: PromptTokens = 8192,
     max_completion_tokens: CompletionTokens = 2048,
     max_batch: MaxBatch = 16,
     max_queue: MaxQueue = 128,
     max_seconds: MaxSeconds = 120.0,
     model: options.OtherModel = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
+    compute: options.ComputeOptions,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Serve the kNN-LM to clients of OpenAI's completions API.
@@ -59,7 +56,6 @@ def serve(
         raise typer.BadParameter(message, param_hint="--host")
     from knnlm.inference.explain import Explainer
     from knnlm.inference.model import KNNLM
-    from knnlm.knn.retrieval import open_retrieval
     from knnlm.server.app import create_app
     from knnlm.server.explorer.routes import explorer_router
     from knnlm.server.limits import Limits
@@ -73,11 +69,11 @@ def serve(
         queue=max_queue,
         seconds=max_seconds,
     )
-    screen = Screen(False)
+    screen = options.open_screen(call)
     with listen(host, port) as listener:
         opened = Datastore.open(store)
-        retrieval = open_retrieval(opened, layer, k, temperature, lam)
-        lm = load(model or opened.manifest.model, dtype, device, trust_remote_code, screen)
+        retrieval = retrieving.open(opened)
+        lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
         service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"

@@ -1,9 +1,10 @@
-"""What verbs share beyond options: from options to settings and the model, from results to the screen."""
+"""What verbs share beyond options: from options to the model, from results to the screen."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,51 +12,64 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from knnlm.cli.options import ComputeOptions
 from knnlm.cli.screen import Screen
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from knnlm.config import Settings
+    from knnlm.config import LayerConfig
     from knnlm.knn.retrieval import Retrieval
     from knnlm.model.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
 
 
-def settings_from(options: dict[str, Any]) -> Settings:
-    """The options of a command that are settings; the rest keep their defaults."""
-    from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+def check_texts(paths: Sequence[str], *, text_field: str) -> None:
+    """Find out before a model is loaded, which takes long, whether there is text to read, from what stands first.
 
-    def given(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names if name in options}
+    :raises InputError: a path is missing, or the first document under it cannot be read or has no such field.
+    """
+    from knnlm.text.corpus import check_paths, read_documents
+    from knnlm.text.hub import HUB_PREFIX
 
-    size = options["batch_size"]
-    if size != "auto" and not size.isdecimal():
-        raise typer.BadParameter(f"{size!r} is neither auto nor a number", param_hint="--batch-size")
-    budget = options.get("disk_budget")
-    return Settings(
-        text=TextConfig(
-            **given("context", "stride", "max_tokens", "text_field", "protocol"),
-            windows=None if size == "auto" else int(size),
-        ),
-        layers=LayerConfig(**given("layers", "candidates", "select")),
-        knn=KNNConfig(**given("k", "temperature", "lam", "metric", "index")),
-        evaluation=EvalConfig(**given("eval_tokens")),
-        **given("key_dtype"),
-        disk_budget=None if budget is None else budget * 1e9,
-        seed=options["seed"],
-    )
+    check_paths(paths)
+    for path in paths:
+        if not path.startswith(HUB_PREFIX):
+            next(read_documents([path], text_field=text_field), None)
 
 
-def load(name: str, dtype: str, device: str, trust: bool, screen: Screen) -> LanguageModel:
-    """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen."""
+def load(
+    name: str, compute: ComputeOptions, trust: bool, screen: Screen, *, layers: LayerConfig | None = None
+) -> LanguageModel:
+    """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen.
+
+    :param layers: what will be asked of the model's layers, checked before its weights are read.
+    """
     with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
         from knnlm.model.loading import load_model  # seconds
 
-        lm = load_model(name, dtype=dtype, device=device, trust_remote_code=trust)
+        if layers is not None:
+            _check_layers(name, layers, trust)
+        lm = load_model(name, dtype=compute.dtype, device=compute.device, trust_remote_code=trust)
     for note in lm.notes:
         screen.note(note)
     return lm
+
+
+def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:
+    """:raises LayerError: a pattern fits no layer of the model."""
+    from knnlm.errors import LayerError, ModelError
+    from knnlm.layer_names import select_layers
+    from knnlm.model.loading import read_outline
+    from knnlm.pipeline.plan import check_layers
+
+    try:
+        names = read_outline(model, trust_remote_code=trust).layer_names
+        check_layers(layers, select_layers(layers.layers or "all", names), names)
+    except LayerError:
+        raise
+    except ModelError:  # told in full when the model is loaded, if it cannot be
+        return
 
 
 def quiet_loading(name: str) -> bool:

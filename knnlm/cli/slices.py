@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
+from knnlm.cli.groups import Place
 from knnlm.cli.screen import Screen
 from knnlm.cli.shared import load
+from knnlm.report.numbers import MISSING
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
 Questions = Annotated[
     list[str] | None,
     typer.Option("--questions", help="Questions with choices: .jsonl files or hf:NAME/CONFIG:SPLIT; one or more."),
+    Place(),
 ]
 Cloze = Annotated[
-    list[str] | None, typer.Option("--cloze", help="Text given like --text: is its next token the most likely one?")
+    list[str] | None,
+    typer.Option("--cloze", help="Text given like --text: is its next token the most likely one?"),
+    Place(),
 ]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers whose vectors are looked at; final_norm when not given.")
@@ -48,23 +53,46 @@ Report = Annotated[Path | None, typer.Option("--report", help="Write slices.json
 TAIL_FIELDS = {"set", "rank", "dispersion", "layer"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SliceOptions:
+    """The options that are settings of the study, and where its tail is written; what is None keeps the default."""
+
+    layers: Layers = None
+    slice_size: SliceSize = 100
+    seeds: Seeds = 10
+    tail: Tail = None
+    tail_out: TailOut = None
+    context: Context = None
+    max_segments: MaxSegments = 100_000
+    text_field: options.TextField = "text"
+
+    def config(self, *, seed: int) -> SliceConfig:
+        """The settings, checked."""
+        from knnlm.studies.slices.measure import SliceConfig
+
+        usual = SliceConfig()
+        return SliceConfig(
+            layers=usual.layers if self.layers is None else self.layers,
+            slice_size=self.slice_size,
+            seeds=self.seeds,
+            tail=self.tail,
+            context=usual.context if self.context is None else self.context,
+            max_segments=self.max_segments,
+            text_field=self.text_field,
+            seed=seed,
+        )
+
+
 def slices(
+    *,
     model: options.Model,
     questions: Questions = None,
     cloze: Cloze = None,
-    layers: Layers = None,
-    slice_size: SliceSize = 100,
-    seeds: Seeds = 10,
-    tail: Tail = None,
-    tail_out: TailOut = None,
-    context: Context = None,
-    max_segments: MaxSegments = 100_000,
-    text_field: options.TextField = "text",
+    given: SliceOptions,
     report: Report = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
+    compute: options.ComputeOptions,
     seed: options.Seed = 0,
-    json: options.Json = False,
+    output: options.Output,
     overwrite: Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -72,38 +100,30 @@ def slices(
 
     Example: knnlm slices --model gpt2 --questions hf:allenai/ai2_arc/ARC-Easy:test --cloze nursing.jsonl
     """
-    config = _config(locals())
+    config = given.config(seed=seed)
     from knnlm.studies.slices.document import slices_document
     from knnlm.studies.slices.measure import measure_sets
     from knnlm.studies.slices.sets import read_sets
     from knnlm.version import versions
 
-    screen = Screen(json)
+    screen = output.screen()
     questions, cloze = questions or [], cloze or []
-    _check_places(tail, tail_out, report, overwrite)
-    sets = read_sets(questions, cloze, text_field=text_field)
+    _check_places(given.tail, given.tail_out, report, overwrite)
+    sets = read_sets(questions, cloze, text_field=given.text_field)
     _check_model(model, config, bool(cloze), trust_remote_code)
-    lm = load(model, dtype, device, trust_remote_code, screen)
+    lm = load(model, compute, trust_remote_code, screen)
     result = measure_sets(lm, sets, config=config, progress=screen)
-    settings = asdict(config) | {"model": model, "questions": questions, "cloze": cloze, "dtype": dtype}
+    settings = asdict(config) | {"model": model, "questions": questions, "cloze": cloze, "dtype": compute.dtype}
     document = slices_document(result, model=lm.name, settings=settings, versions=versions())
     _show(result, screen)
     screen.result(document)
-    if tail_out is not None:
-        _write_tail(result.sets, tail_out)
-        screen.say(f"Items of lowest dispersion: {tail_out}")
+    if given.tail_out is not None:
+        _write_tail(result.sets, given.tail_out)
+        screen.say(f"Items of lowest dispersion: {given.tail_out}")
     if report is not None:
         from knnlm.studies.slices.page import write_slices
 
         screen.say(f"Report: {write_slices(document, report)}")
-
-
-def _config(given: dict[str, Any]) -> SliceConfig:
-    """The options that are settings; what is None keeps the default."""
-    from knnlm.studies.slices.measure import SliceConfig
-
-    names = ("layers", "slice_size", "seeds", "tail", "context", "max_segments", "text_field", "seed")
-    return SliceConfig(**{name: given[name] for name in names if given[name] is not None})
 
 
 def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, overwrite: bool) -> None:
@@ -114,8 +134,9 @@ def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, 
     if (tail is None) != (tail_out is None):
         raise InputError("--tail N and --tail-out FILE go together: how many items, and where to write them")
     if tail_out is not None:
-        check_new_file(tail_out, option="--tail-out", overwrite=overwrite)
-        _check_tail(tail_out)
+        if tail_out.is_file():
+            _check_tail(tail_out)
+        check_new_file(tail_out, field="tail_out", overwrite=overwrite)
     if report is not None:
         check_report_folder(report)
 
@@ -125,7 +146,7 @@ def _check_tail(path: Path) -> None:
     from knnlm.errors import InputError
     from knnlm.text.textfiles import json_rows
 
-    if not path.exists() or not path.stat().st_size:
+    if not path.stat().st_size:
         return
     try:
         ours = TAIL_FIELDS <= next(json_rows(path)).fields.keys()
@@ -169,8 +190,14 @@ def _show(result: SlicesResult, screen: Screen) -> None:
 
 
 def _set_table(sets: Sequence[SetSlices]) -> Table:
+    from knnlm.cli.tables import compact_table
+
     heads = ("set", "items", "right", "normalised", "chance", "layer", "inside a prompt", "tail AUC", "confidence AUC")
-    table = _table("Sets by dispersion inside a prompt: the hardest first, if low dispersion means hard", heads)
+    table = compact_table(
+        heads,
+        title="Sets by dispersion inside a prompt: the hardest first, if low dispersion means hard",
+        left=("set", "layer"),
+    )
     for one in sets:
         for layer in one.layers:
             rights = (_percent(part.value if part else None) for part in (one.accuracy, one.accuracy_normalized))
@@ -183,8 +210,10 @@ def _set_table(sets: Sequence[SetSlices]) -> Table:
 
 
 def _slice_table(sets: Sequence[SetSlices]) -> Table:
+    from knnlm.cli.tables import compact_table
+
     heads = ("set", "layer", "items", "0 % right", "50 %", "100 %", "right minus wrong", "Spearman")
-    table = _table("Dispersion between the queries of slices", heads)
+    table = compact_table(heads, title="Dispersion between the queries of slices", left=("set", "layer"))
     for one in sets:
         for layer in one.layers:
             if layer.curve is None:
@@ -197,22 +226,12 @@ def _slice_table(sets: Sequence[SetSlices]) -> Table:
     return table
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in heads:
-        table.add_column(name, justify="left" if name in ("set", "layer") else "right", no_wrap=True)
-    return table
-
-
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return MISSING if value is None else f"{value:.1%}"
 
 
 def _estimate(estimate: Estimate | None, places: int) -> str:
     if estimate is None or isnan(estimate.value):
-        return "–"
+        return MISSING
     half = (estimate.interval.high - estimate.interval.low) / 2
     return f"{estimate.value:.{places}f} ± {half:.{places}f}"

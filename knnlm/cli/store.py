@@ -9,6 +9,7 @@ import typer
 
 from knnlm.cli import options
 from knnlm.cli.screen import Screen
+from knnlm.report.numbers import MISSING
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,24 +18,24 @@ COLUMNS = ("layer", "dim", "type", "size", "index", "recall", "k", "λ", "T")
 LEFT = ("layer", "type", "index")
 
 
-def info(store: options.Store, json: options.Json = False) -> None:
+def info(*, store: options.Store, output: options.Output) -> None:
     """What a datastore is: model, layers, keys, bytes, index, scores.
 
     Example: knnlm info nursing.knn
     """
     from knnlm.store.datastore import Datastore
 
-    show_store(Datastore.open(store).describe(), Screen(json))
+    show_store(Datastore.open(store).describe(), output.screen())
 
 
-def verify(store: options.Store, json: options.Json = False) -> None:
+def verify(*, store: options.Store, output: options.Output) -> None:
     """Whether a datastore is whole: every file's size and checksum, and every index.
 
     Example: knnlm verify nursing.knn
     """
     from knnlm.knn.indexing import verify_store
 
-    screen = Screen(json)
+    screen = output.screen()
     problems = verify_store(store, screen)
     screen.result({"store": str(store), "whole": not problems, "problems": problems})
     for problem in problems:
@@ -67,12 +68,9 @@ def _head_lines(store: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _layer_table(store: Mapping[str, Any]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from knnlm.cli.tables import compact_table
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    table = compact_table(COLUMNS, left=LEFT)
     for layer in store["layers"]:
         table.add_row(*_layer_cells(store, layer))
     return table
@@ -87,11 +85,11 @@ def _layer_cells(store: Mapping[str, Any], layer: str) -> Iterator[str]:
     yield f"{keys['dim']}"
     yield keys["dtype"] if keys["scale"] == 1 else f"{keys['dtype']} x {keys['scale']:g}"
     yield decimal(keys["bytes"])
-    yield f"{index['spec']} ({index['metric']})" if index else "–"
-    yield f"{index['recall']:.4f} @{index['k']}" if index else "–"
-    yield f"{fitted['k']}" if fitted else "–"
-    yield f"{fitted['lambda']:.3f}" if fitted else "–"
-    yield f"{fitted['temperature']:.4g}" if fitted else "–"
+    yield f"{index['spec']} ({index['metric']})" if index else MISSING
+    yield f"{index['recall']:.4f} @{index['k']}" if index else MISSING
+    yield f"{fitted['k']}" if fitted else MISSING
+    yield f"{fitted['lambda']:.3f}" if fitted else MISSING
+    yield f"{fitted['temperature']:.4g}" if fitted else MISSING
 
 
 def _end_lines(store: Mapping[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knnlm.errors import InputError
+from knnlm.report.numbers import MISSING
 from knnlm.results import (
     SCORES,
     Correlation,
@@ -23,7 +24,6 @@ from knnlm.results import (
     VectorScores,
 )
 
-UNKNOWN = "–"
 TITLES = {kind.name: kind.title for kind in SCORES}
 # What stands in the tables without --show.
 IN_SCORE_TABLE = (
@@ -31,6 +31,17 @@ IN_SCORE_TABLE = (
     *("effective_rank", "probe"),
 )
 IN_EVAL_TABLE = ("dispersion", "probe")
+
+
+def compact_table(heads: Sequence[str], *, title: str | None = None, left: Sequence[str] = ("layer",)) -> Table:
+    """An empty table without lines between its columns, which are never wrapped.
+
+    :param left: the heads whose columns hold words; the others hold numbers, and end together.
+    """
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in heads:
+        table.add_column(head, justify="left" if head in left else "right", no_wrap=True)
+    return table
 
 
 def shown_scores(names: str | None, default: Sequence[str]) -> tuple[ScoreKind, ...]:
@@ -79,9 +90,8 @@ def eval_table(result: EvalResult, show: str | None = None) -> Table:
     """
     kinds = shown_scores(show, IN_EVAL_TABLE)
     title = f"Perplexity on {result.lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {result.lm.perplexity:.3f}"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", *(kind.title for kind in kinds), "perplexity", "against LM", "k", "λ", "T"):
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
+    heads = ("layer", *(kind.title for kind in kinds), "perplexity", "against LM", "k", "λ", "T")
+    table = compact_table(heads, title=title)
     for one in result.layers:
         style = "bold green" if one.layer == result.selected else "bold" if one.layer == result.best else None
         table.add_row(*_eval_cells(one, kinds, result), style=style)
@@ -92,7 +102,7 @@ def _eval_cells(one: LayerResult, kinds: Sequence[ScoreKind], result: EvalResult
     marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == one.layer]
     yield f"{one.layer} ◀ {', '.join(marks)}" if marks else one.layer
     for kind in kinds:
-        value = _known(getattr(one.score, kind.name), f".{kind.digits}f") if one.score else UNKNOWN
+        value = _known(getattr(one.score, kind.name), f".{kind.digits}f") if one.score else MISSING
         yield f"{value} ± {_half(one.score.interval):.3f}" if one.score and kind.name == "dispersion" else value
     yield f"{one.perplexity:.3f}"
     yield _change(one.change, one.interval)
@@ -102,11 +112,11 @@ def _eval_cells(one: LayerResult, kinds: Sequence[ScoreKind], result: EvalResult
 
 
 def _change(value: float, interval: Interval) -> str:
-    return UNKNOWN if math.isnan(value) else f"{value:+.1%} ± {_known(_half(interval), '.1%')}"
+    return MISSING if math.isnan(value) else f"{value:+.1%} ± {_known(_half(interval), '.1%')}"
 
 
 def _known(value: float, form: str) -> str:
-    return UNKNOWN if math.isnan(value) else format(value, form)
+    return MISSING if math.isnan(value) else format(value, form)
 
 
 def interval(value: Interval) -> str:

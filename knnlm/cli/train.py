@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.screen import Screen
+from knnlm.cli.groups import Place
 from knnlm.cli.shared import quiet_loading
+from knnlm.report.numbers import MISSING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from knnlm.studies.train.config import TrainConfig
+    from knnlm.studies.train.config import PushAway, TrainConfig
     from knnlm.studies.train.result import TrainPoint, TrainResult
 
 OtherText = Annotated[
     list[str] | None,
     typer.Option("--other-text", help="A second domain, half of each batch; push-away is then between the two."),
+    Place(),
 ]
 Weight = Annotated[float, typer.Option("--push-away", help="λ: weight of the push-away loss; 0.001 to 0.1.")]
 Regularizer = Annotated[
@@ -44,27 +47,69 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same com
 Report = Annotated[Path | None, typer.Option("--report", help="Write train.json and train.html here.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PushAwayOptions:
+    """The loss beside the LM's own."""
+
+    push_away: Weight = 0.0
+    regularizer: Regularizer = "push-away"
+    layer: Layer = "final_norm"
+
+    def config(self, *, between_domains: bool) -> PushAway:
+        """The settings, checked."""
+        from knnlm.studies.train.config import PushAway
+
+        return PushAway(
+            weight=self.push_away, regularizer=self.regularizer, layer=self.layer, between_domains=between_domains
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options that are settings of `knnlm.train`."""
+
+    loss: PushAwayOptions
+    lora: Lora = None
+    from_scratch: Scratch = False
+    steps: Steps = 1000
+    batch_size: BatchSize = "auto"
+    context: Context = None
+    learning_rate: Rate = None
+    schedule: Schedule = "cosine"
+    text_field: options.TextField = "text"
+
+    def config(self, *, between_domains: bool, dtype: str, seed: int) -> TrainConfig:
+        """The settings, checked."""
+        from knnlm.studies.train.config import TrainConfig
+
+        size = options.batch_windows(self.batch_size)
+        return TrainConfig(
+            push_away=self.loss.config(between_domains=between_domains),
+            steps=self.steps,
+            batch_size=TrainConfig.batch_size if size is None else size,
+            context=self.context,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            from_scratch=self.from_scratch,
+            lora=self.lora,
+            text_field=self.text_field,
+            dtype=dtype,
+            seed=seed,
+        )
+
+
 def train(
+    *,
     model: options.Model,
     text: options.Text,
     out: options.Out,
     other_text: OtherText = None,
-    push_away: Weight = 0.0,
-    regularizer: Regularizer = "push-away",
-    layer: Layer = "final_norm",
-    lora: Lora = None,
-    from_scratch: Scratch = False,
-    steps: Steps = 1000,
-    batch_size: BatchSize = "auto",
-    context: Context = None,
-    learning_rate: Rate = None,
-    schedule: Schedule = "cosine",
-    text_field: options.TextField = "text",
+    given: TrainOptions,
     report: Report = None,
     dtype: Dtype = "auto",
     seed: options.Seed = 0,
     resume: Resume = False,
-    json: options.Json = False,
+    output: options.Output,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -72,13 +117,13 @@ def train(
 
     Example: knnlm train --model gpt2 --text nursing.jsonl --out gpt2-nursing --push-away 0.01 --lora 8
     """
-    config = _config(locals())
+    config = given.config(between_domains=bool(other_text), dtype=dtype, seed=seed)
     from knnlm.files import check_new_folder, check_report_folder
 
     check_new_folder(out, overwrite=overwrite)
     if report is not None:
         check_report_folder(report)
-    screen = Screen(json)
+    screen = output.screen()
     quiet_loading(model)
     from knnlm.studies.train.train import train as train_model
     from knnlm.studies.train.train import train_document
@@ -105,35 +150,12 @@ def train(
         screen.say(f"Report: {write_train(document, report)}")
 
 
-def _config(given: dict[str, Any]) -> TrainConfig:
-    from knnlm.studies.train.config import PushAway, TrainConfig
-
-    size = given["batch_size"]
-    if size != "auto" and not size.isdecimal():
-        raise typer.BadParameter(f"{size!r} is neither auto nor a number", param_hint="--batch-size")
-    names = ("steps", "context", "learning_rate", "schedule", "from_scratch", "lora", "text_field", "dtype", "seed")
-    values = {name: given[name] for name in names}
-    if size != "auto":
-        values["batch_size"] = int(size)
-    return TrainConfig(
-        push_away=PushAway(
-            weight=given["push_away"],
-            regularizer=given["regularizer"],
-            layer=given["layer"],
-            between_domains=bool(given["other_text"]),
-        ),
-        **values,
-    )
-
-
 def _table(result: TrainResult) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from knnlm.cli.tables import compact_table
 
-    table = Table(title=f"Training; dispersion of {result.layer}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     other = result.points[0].other is not None
-    for name in ("step", "loss", "raised", "dispersion", "validation perplexity", *(["other's"] if other else [])):
-        table.add_column(name, justify="right")
+    heads = ("step", "loss", "raised", "dispersion", "validation perplexity", *(["other's"] if other else []))
+    table = compact_table(heads, title=f"Training; dispersion of {result.layer}")
     for point in result.points:
         table.add_row(*_cells(point))
     return table
@@ -142,7 +164,7 @@ def _table(result: TrainResult) -> Table:
 def _cells(point: TrainPoint) -> Iterator[str]:
     yield f"{point.step}"
     for value in (point.cross_entropy, point.spread):
-        yield "–" if value is None else f"{value:.4f}"
+        yield MISSING if value is None else f"{value:.4f}"
     yield f"{point.text.dispersion:.4f}"
     yield f"{point.text.perplexity:.2f}"
     if point.other is not None:

@@ -70,7 +70,7 @@ def open_queries(
     total = count_targets(documents)
     with tempfile.TemporaryDirectory(prefix="knnlm-queries-") as folder:
         dims = {name: lm.dims[name] for name in layers}
-        writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", option="TMPDIR")
+        writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", named_by="TMPDIR")
         with writer, progress.stage("evaluation text through the model", "tokens") as advance:
             collected = collect(
                 lm,

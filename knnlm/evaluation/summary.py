@@ -45,7 +45,7 @@ def summarize(
     measure = _Measure(lm, queries)
     by_name = {score.layer: score for score in scored.layers} if scored else {}
     best = min(outcomes, key=lambda one: one.tuning_loss)
-    # With --lambda 0 every layer is the plain LM.
+    # With lam=0 every layer is the plain LM.
     tied = len(outcomes) > 1 and len({one.tuning_loss for one in outcomes}) == 1
     layers = tuple(_layer_result(one, best, measure, by_name.get(one.layer)) for one in outcomes)
     chosen = next((one for one in outcomes if choice and one.layer == choice.layer), None)
@@ -70,8 +70,8 @@ def _impossible_tokens(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome | 
     one = next((one for one in infinite if one is chosen), infinite[0])
     count, total = int(np.isinf(one.losses_Q).sum()), len(one.losses_Q)
     return (
-        f"with --lambda 1, {count:,} of all {total:,} evaluated tokens have probability zero under the kNN "
-        f"distribution of {one.layer}, which makes perplexity infinite; a --lambda below 1 mends it",
+        f"with `lam=1`, {count:,} of all {total:,} evaluated tokens have probability zero under the kNN "
+        f"distribution of {one.layer}, which makes perplexity infinite; a `lam` below 1 mends it",
     )
 
 

@@ -124,5 +124,5 @@ def _located(error: BadVector, layer: str, batch: Batch) -> ModelError:
     window = batch.windows[error.row]
     return ModelError(
         f"layer {layer} gives a vector that {error.fault}, at token {window.start + error.position} of "
-        f"{window.source}, document {window.number}; try --dtype float32, or leave the layer out with --layers"
+        f"{window.source}, document {window.number}; try `dtype='float32'`, or leave the layer out with `layers`"
     )

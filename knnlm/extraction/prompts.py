@@ -65,7 +65,7 @@ def _keep(
         query = batch.windows[error.row]
         raise ModelError(
             f"layer {layer} gives a vector that {error.fault}, at token {query.start + error.position} of item "
-            f"{query.number} of {query.source}; try --dtype float32, or other --layers"
+            f"{query.number} of {query.source}; try `dtype='float32'`, or other `layers`"
         ) from None
     rows, ends = torch.arange(len(spans)), torch.from_numpy(batch.lengths_B) - 1
     found[layer].last_QD[places_B] = vectors_BTD[rows, ends].float().cpu().numpy()

@@ -101,7 +101,7 @@ class _Tables:
         log_probs = self._lm.target_log_probs(self._final_BTD[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
         loss_BT = -log_probs.numpy().reshape(len(tokens_BT), -1)
         if not np.isfinite(loss_BT).all():
-            raise ModelError(f"{self._lm.name} gives probabilities that are not finite; try --dtype float32")
+            raise ModelError(f"{self._lm.name} gives probabilities that are not finite; try `dtype='float32'`")
         self.loss_S[first:stop] = loss_BT.mean(axis=1)
         self.final_loss_S[first:stop] = loss_BT[:, -1]
 
@@ -126,7 +126,7 @@ class _Tables:
         segment = self._segments[self._first + error.row]
         return ModelError(
             f"layer {layer} gives a vector that {error.fault}, at token {segment.start + error.position} of "
-            f"{segment.source}, document {segment.number}; try --dtype float32, or leave the layer out with --layers"
+            f"{segment.source}, document {segment.number}; try `dtype='float32'`, or leave the layer out with `layers`"
         )
 
 
@@ -136,7 +136,7 @@ def _check_room(segments: int, dims: Iterable[int]) -> None:
     if needed > free:
         raise InputError(
             f"the last vectors of {segments:,} segments take {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, which "
-            f"has {free / 1e9:.1f} GB free; set TMPDIR, or take fewer --layers or --max-segments"
+            f"has {free / 1e9:.1f} GB free; set TMPDIR, or take fewer `layers` or `max_segments`"
         )
 
 

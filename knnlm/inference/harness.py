@@ -84,7 +84,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """What --model_args has comes before --device and --batch_size, which lm-eval fills in if nobody gave them."""
+        """What model_args has comes before device and batch_size, which lm-eval fills in if nobody gave them."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if str(options.get("device")).startswith("cuda") and not torch.cuda.is_available():
             del options["device"]  # cuda:0 is lm-eval's default on every machine
@@ -106,6 +106,6 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Be the command `lm_eval` with these arguments, where `--model knnlm` is known too."""
+    """Be the command `lm_eval` with these arguments, where the model `knnlm` is known too."""
     sys.argv = ["lm_eval", *arguments]  # all that its command line reads
     cli_evaluate()

@@ -29,11 +29,13 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise InputError(f"--max-new-tokens is {self.max_new_tokens}, but must be at least 1")
+            raise InputError(f"`max_new_tokens` is {self.max_new_tokens}, but must be at least 1")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise InputError(f"--temperature-lm is {self.temperature}, but must be above 0; leave it out for no chance")
+            raise InputError(
+                f"`decoding.temperature` is {self.temperature}, but must be above 0; leave it out for no chance"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p is {self.top_p}, but must be above 0 and at most 1")
+            raise InputError(f"`top_p` is {self.top_p}, but must be above 0 and at most 1")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Writer:
         limit, new = self._lm.context_limit, self._decoding.max_new_tokens
         if limit is not None and len(tokens) + new > limit:
             raise InputError(
-                f"a prompt of {len(tokens)} tokens and --max-new-tokens {new} are more than the {limit} that "
+                f"a prompt of {len(tokens)} tokens and `max_new_tokens={new}` are more than the {limit} that "
                 f"{self._lm.name} takes; shorten one of them"
             )
         return tokens

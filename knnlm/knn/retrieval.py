@@ -112,7 +112,7 @@ def _chosen_layer(store: Datastore) -> str:
         return str(chosen)
     if len(store.layers) == 1:
         return store.layers[0]
-    raise InputError(f"no layer was chosen for {store.folder}; take --layer with one of {', '.join(store.layers)}")
+    raise InputError(f"no layer was chosen for {store.folder}; name one with `layer`: {', '.join(store.layers)}")
 
 
 def _setting(store: Datastore, layer: str, given: KNNConfig) -> Mix:
@@ -120,18 +120,18 @@ def _setting(store: Datastore, layer: str, given: KNNConfig) -> Mix:
     values: dict[str, Any] = {
         "k": given.k if given.k is not None else fitted.get("k"),
         "temperature": given.temperature if given.temperature is not None else fitted.get("temperature"),
-        "lambda": given.lam if given.lam is not None else fitted.get("lambda"),
+        "lam": given.lam if given.lam is not None else fitted.get("lambda"),
     }
-    missing = [f"--{name}" for name, value in values.items() if value is None]
+    missing = [f"`{name}`" for name, value in values.items() if value is None]
     if missing:
         raise InputError(
-            f"nothing was fitted for {layer} of {store.folder}; give {', '.join(missing)} (knnlm eval prints them)"
+            f"nothing was fitted for {layer} of {store.folder}; give {', '.join(missing)} (`knnlm.evaluate` fits them)"
         )
     # Datastores of before there were gates have none.
     gate = None if given.lam is not None else fitted.get("gate")
     return Mix(
         int(values["k"]),
         float(values["temperature"]),
-        float(values["lambda"]),
+        float(values["lam"]),
         gate and Gate(float(gate["offset"]), float(gate["distance"]), float(gate["different"])),
     )

@@ -99,7 +99,7 @@ def _check_own_index(store: Datastore, knn: KNNConfig) -> None:
     spec = parse_spec(knn.index)
     own = {built_with(store).get("index"), *(one["spec"] for one in store.manifest.indexes.values())}
     if not (spec.is_auto or spec.is_exact or spec.text in own):
-        raise InputError(f"--index is {knn.index!r}, but a datastore has its own; take auto, or exact")
+        raise InputError(f"`index` is {knn.index!r}, but a datastore has its own; take auto, or exact")
 
 
 def is_exact(index: str) -> bool:
@@ -117,8 +117,8 @@ def _check_metric(store: Datastore, layer: str, metric: str) -> None:
     built_for = store.manifest.index_metric(layer)
     if built_for != metric:
         raise InputError(
-            f"the index of {layer} was built for --metric {built_for}, not {metric}; "
-            f"take --metric {built_for}, or --index exact"
+            f"the index of {layer} was built for `metric={built_for!r}`, not {metric}; "
+            f"take `metric={built_for!r}`, or `index='exact'`"
         )
 
 
@@ -146,4 +146,4 @@ def check_count(knn: KNNConfig, count: int) -> None:
 def check_k(k: int | None, count: int) -> None:
     """:raises InputError: more neighbours are asked for than there are keys."""
     if k is not None and k > count:
-        raise InputError(f"--k is {k}, but the datastore has only {count} keys; take a smaller k or more text")
+        raise InputError(f"`k` is {k}, but the datastore has only {count} keys; take a smaller k or more text")

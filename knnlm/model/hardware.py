@@ -20,16 +20,16 @@ def pick_device(device: str) -> torch.device:
         return torch.device(next(kind for kind, there in present.items() if there))
     kind = device.partition(":")[0]
     if kind not in present:
-        raise InputError(f"--device is {device!r}; take auto, cpu, cuda or mps")
+        raise InputError(f"`device` is {device!r}; take auto, cpu, cuda or mps")
     if not present[kind]:
-        raise InputError(f"--device is {device!r}, but this machine has none that torch can use; take auto or cpu")
+        raise InputError(f"`device` is {device!r}, but this machine has none that torch can use; take auto or cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise InputError(f"--device is {device!r}, which torch does not understand; take auto, {kind}") from None
+        raise InputError(f"`device` is {device!r}, which torch does not understand; take auto, {kind}") from None
     if kind == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise InputError(
-            f"--device is {device!r}, but this machine has {count} of them; take cuda:0 to cuda:{count - 1}"
+            f"`device` is {device!r}, but this machine has {count} of them; take cuda:0 to cuda:{count - 1}"
         )
     return found
 

@@ -214,7 +214,7 @@ class LanguageModel:
     def _check_probe(self, vectors: Mapping[str, Tensor]) -> None:
         for layer in self._decoder.names:
             if layer in vectors and not torch.isfinite(vectors[layer]).all():
-                raise ModelError(f"{self.name} gives NaN or infinite values in layer {layer}; try --dtype float32")
+                raise ModelError(f"{self.name} gives NaN or infinite values in layer {layer}; try `dtype='float32'`")
         first, second = vectors[FINAL][:, :-1]
         if not near(first, second):
             raise ModelError(f"{self.name} sees later tokens, as an encoder does; {ADVICE}")

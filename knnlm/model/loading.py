@@ -187,9 +187,9 @@ def _pick_dtype(
     """Return the type to load in (`auto` leaves a quantised model as it is), and a note for the user."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto" and dtype not in known:
-        raise InputError(f"--dtype is {dtype!r}; take auto, {', '.join(known)}")
+        raise InputError(f"`dtype` is {dtype!r}; take auto, {', '.join(known)}")
     if dtype == "float16" and device.type == "cpu":
-        raise InputError("--dtype float16 is not for a CPU, which computes it slowly; take float32 or auto")
+        raise InputError("`dtype='float16'` is not for a CPU, which computes it slowly; take float32 or auto")
     if dtype != "auto":
         return known[dtype], None
     if getattr(config, "quantization_config", None) is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from knnlm.config import KEY_BYTES, Settings, TextConfig
+from knnlm.config import KEY_BYTES, LayerConfig, Settings, TextConfig
 from knnlm.errors import InputError
 from knnlm.knn.searcher import check_index
 from knnlm.layer_names import select_layers
@@ -50,7 +50,7 @@ def make_plan(
     """
     tokens = estimate_tokens(lm, text, settings.text)
     if tokens and settings.knn.k and settings.knn.k > SURELY_TOO_MANY * tokens:
-        raise InputError(f"--k is {settings.knn.k}, but the text gives only about {tokens:,} keys; take a smaller k")
+        raise InputError(f"`k` is {settings.knn.k}, but the text gives only about {tokens:,} keys; take a smaller k")
     plan = _plan_keys(lm, tokens, out, settings)
     if evaluation is None:
         bounds = [bound for bound in (settings.evaluation.eval_tokens, tokens and tokens // 10) if bound]
@@ -77,8 +77,8 @@ def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Setti
     if less > allowed:
         alone = f", and the {len(fewer)} candidates alone {_size(less)}" if less < needed else ""
         raise InputError(
-            f"{sentence}{alone}, over the {_size(allowed)} allowed (half of the free disk, or --disk-budget); take "
-            "fewer --layers, --max-tokens, or knnlm build"
+            f"{sentence}{alone}, over the {_size(allowed)} allowed (half of the free disk, or `disk_budget`); take "
+            "fewer `layers`, fewer `max_tokens`, or `knnlm.build`"
         )
     sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
     return Plan(fewer, tokens, less, sentence)
@@ -101,20 +101,25 @@ def check_query_room(
         raise InputError(
             f"queries of {len(layers)} layers x {tokens:,} evaluation tokens will take {_size(needed)}, but the folder "
             f"for temporary files, {folder}, has {_size(max(free, 0))} for them; set TMPDIR to a larger place, or take "
-            "fewer --layers or --eval-tokens"
+            "fewer `layers` or `eval_tokens`"
         )
 
 
 def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -> None:
     """Find out before any work whether the choice and the index can be made.
 
-    :raises LayerError: `--select` or `--candidates` names no layer of the model, or one that is not looked at.
-    :raises index.errors.UnknownSpec: FAISS does not understand `--index`.
+    :raises LayerError: `select` or `candidates` names no layer of the model, or one that is not looked at.
+    :raises index.errors.UnknownSpec: FAISS does not understand `index`.
     """
-    candidate_layers(settings.layers, layers, lm.layer_names)
-    if settings.layers.select not in SCORES_THAT_CHOOSE:
-        one_layer(settings.layers.select, layers)
+    check_layers(settings.layers, layers, lm.layer_names)
     check_index(settings.knn, [lm.dims[name] for name in layers])
+
+
+def check_layers(config: LayerConfig, layers: Sequence[str], all_layers: Sequence[str]) -> None:
+    """The part of `check_choice` that needs names alone. Raises LayerError as it does."""
+    candidate_layers(config, layers, all_layers)
+    if config.select not in SCORES_THAT_CHOOSE:
+        one_layer(config.select, layers)
 
 
 def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: str) -> int:

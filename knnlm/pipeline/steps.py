@@ -143,7 +143,7 @@ def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]
         return ()
     return (
         f"{', '.join(indexed)} was searched through its index, the other layers exactly: the best layer and the regret "
-        "compare unlike searches; --index exact compares like with like",
+        "compare unlike searches; `index='exact'` compares like with like",
     )
 
 

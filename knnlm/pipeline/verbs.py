@@ -158,8 +158,8 @@ def _windows_like(store: Datastore, text: TextConfig) -> TextConfig:
     context = text.context or store.manifest.context
     if text.stride and text.stride > context:
         raise InputError(
-            f"--stride {text.stride} is over the context of {context} tokens that the datastore was made with; "
-            f"take at most {context}, or a longer --context too"
+            f"`stride={text.stride}` is over the context of {context} tokens that the datastore was made with; "
+            f"take at most {context}, or a longer `context` too"
         )
     return replace(text, context=context, stride=text.stride or min(store.manifest.stride, context))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from knnlm.files import write_text
 from knnlm.report.charts import colour, make_charts
@@ -57,8 +58,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"script_json": _script_json, "part_colour": colour}
+    environment.filters |= {"script_json": _script_json, "part_colour": colour, "fields": _fields}
     return environment
+
+
+def _fields(text: str) -> Markup:
+    """A message of the library, whose fields in backticks become code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _script_json(value: Mapping[str, Any]) -> Markup:

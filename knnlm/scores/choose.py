@@ -18,7 +18,7 @@ NEAR = 0.95
 def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: Sequence[str]) -> tuple[str, ...]:
     """The layers that may be chosen: those of the candidate set that were looked at.
 
-    Where none of the set was looked at (`--layers 2.attn_output`), every layer looked at may be.
+    Where none of the set was looked at (`layers='2.attn_output'`), every layer looked at may be.
     """
     wanted = select_layers(config.candidates, all_layers)
     return tuple(name for name in looked_at if name in wanted) or tuple(looked_at)
@@ -47,8 +47,8 @@ def choose(
     chosen = by_dispersion(allowed) if config.select == "dispersion" else by_probe(allowed)
     if chosen is None:
         raise InputError(
-            "--select probe compares two documents, or runs of 8,192 tokens, but the text has one; "
-            "give more text, or take --select dispersion"
+            "`select='probe'` compares two documents, or runs of 8,192 tokens, but the text has one; "
+            "give more text, or take `select='dispersion'`"
         )
     reason = _reason(chosen, allowed, config.select)
     by_dispersion_alone = config.select == "dispersion"
@@ -72,15 +72,15 @@ def by_probe(candidates: Sequence[LayerScore]) -> LayerScore | None:
     return max(probed, key=lambda score: score.probe, default=None)
 
 
-def one_layer(name: str, names: Sequence[str], *, option: str = "--select") -> str:
-    """The one layer that a name or pattern, given with an option, fits.
+def one_layer(name: str, names: Sequence[str], *, field: str = "select") -> str:
+    """The one layer that a name or pattern, given as a field, fits.
 
     :raises LayerError: it fits none.
     :raises InputError: it fits several.
     """
     found = select_layers(name, names)
     if len(found) != 1:
-        raise InputError(f"{option} {name!r} fits {len(found)} layers, but has to name one, such as {names[-1]}")
+        raise InputError(f"`{field}` {name!r} fits {len(found)} layers, but has to name one, such as {names[-1]}")
     return found[0]
 
 
@@ -111,5 +111,5 @@ def _disagreement(
     return (
         f"the scores disagree: the retrieval probe puts {probed.layer} ({probed.probe:.4f}) above the chosen "
         f"{chosen.layer} ({chosen.probe:.4f}), interval of the difference {difference.low:.4f} to "
-        f"{difference.high:.4f}; --select {probed.layer} takes it"
+        f"{difference.high:.4f}; `select={probed.layer!r}` takes it"
     )

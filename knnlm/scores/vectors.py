@@ -41,7 +41,7 @@ def score_vectors(
     """
     names = [Path(file).stem for file in files]
     if len(set(names)) < len(names):
-        raise InputError(f"--vectors names two files alike ({', '.join(names)}); results are named after files")
+        raise InputError(f"there are two files alike ({', '.join(names)}); results are named after files")
     label_N = None if labels is None else _read_labels(Path(labels))
     opened = [_open(Path(file), label_N) for file in files]
     scores = [

@@ -29,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
     :raises InputError: it cannot be taken.
     """
     if not 0 <= port < 1 << 16:
-        raise InputError(f"--port is {port}, but must be from 0 to 65535")
+        raise InputError(f"`port` is {port}, but must be from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with ExitStack() as failing:
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
             failing.pop_all()
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"--host {host} with --port {port} cannot be taken: {reason}; give another one") from error
+        raise InputError(f"`host={host}` with `port={port}` cannot be taken: {reason}; give another one") from error
     return taken
 
 

@@ -73,7 +73,7 @@ class Manifest:
         """
         if "metric" not in self.indexes.get(layer, {}):
             raise DatastoreError(
-                f"the datastore has no finished index of layer {layer}; build it again, or take --index exact"
+                f"the datastore has no finished index of layer {layer}; build it again, or take `index='exact'`"
             )
         return str(self.indexes[layer]["metric"])
 
@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise DatastoreError(f"{folder} is not a datastore: it has no {NAME}; make one with knnlm build") from None
+        raise DatastoreError(f"{folder} is not a datastore: it has no {NAME}; make one with `knnlm.build`") from None
     except (OSError, ValueError) as error:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); build the datastore again") from None
     return from_json(document, path)

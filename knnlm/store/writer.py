@@ -53,7 +53,7 @@ class DatastoreWriter:
 
     :param layers: name and vector size of each layer.
     :param shard_rows: rows of every shard; by default as many as 2 GiB hold, of the widest layer and of the values.
-    :param option: what named the folder, for errors of the disk: `--out`, or `TMPDIR`.
+    :param named_by: what named the folder, for errors of the disk: the field `out`, or the variable TMPDIR.
     :raises InputError: no layers, or an unknown `key_dtype`.
     """
 
@@ -64,13 +64,13 @@ class DatastoreWriter:
         *,
         key_dtype: str = "float16",
         shard_rows: int | None = None,
-        option: str = "--out",
+        named_by: str = "`out`",
     ) -> None:
         if key_dtype not in KEY_DTYPES:
-            raise InputError(f"--key-dtype is {key_dtype!r}, but must be one of {', '.join(KEY_DTYPES)}")
+            raise InputError(f"`key_dtype` is {key_dtype!r}, but must be one of {', '.join(KEY_DTYPES)}")
         if not layers:
-            raise InputError("a datastore needs at least one layer; give --layers")
-        self._folder, self._option = Path(folder), option
+            raise InputError("a datastore needs at least one layer; give `layers`")
+        self._folder, self._named_by = Path(folder), named_by
         dtype = np.dtype(key_dtype)
         rows = shard_rows or max(1, SHARD_BYTES // (max(layers.values()) * dtype.itemsize))
         # As long as the values are one file, they are looked up in it and never loaded: up to 536 million.
@@ -193,7 +193,7 @@ class DatastoreWriter:
             if isinstance(error, _BadKey):
                 raise error.located(self._where(error.row)) from None
             if isinstance(error, OSError):
-                raise disk_error(error, f"in {self._folder.parent}", self._option) from error
+                raise disk_error(error, f"in {self._folder.parent}", self._named_by) from error
             raise
 
     def _wait(self, most_bytes: int) -> None:
@@ -344,9 +344,9 @@ class _LayerWriter:
         row = int(np.flatnonzero(~(np.isfinite(sizes_N) & (sizes_N <= limit)))[0])
         place = self.shards.rows + row
         if math.isfinite(sizes_N[row]):
-            message = f"layer {self._name} overflows float16 at {{where}}; take --key-dtype float32"
+            message = f"layer {self._name} overflows float16 at {{where}}; take `key_dtype='float32'`"
             raise _BadKey(place, DatastoreError, message)
-        message = f"layer {self._name} gives NaN or infinite values at {{where}}; leave the layer out with --layers"
+        message = f"layer {self._name} gives NaN or infinite values at {{where}}; leave the layer out with `layers`"
         raise _BadKey(place, ModelError, message)
 
 

@@ -145,7 +145,7 @@ def tokenize(
     :raises InputError: `max_tokens` is below 2, or no document has two tokens.
     """
     if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"--max-tokens is {max_tokens}, but a token and its predecessor take at least 2")
+        raise InputError(f"`max_tokens` is {max_tokens}, but a token and its predecessor take at least 2")
     left, empty = max_tokens, True
     for document in documents:
         tokens = np.asarray(encode(document.text), np.int32)[:left]

@@ -95,7 +95,7 @@ def _split_sections(
     if sum(counts) < 2:
         raise InputError(
             f"the text has {total} tokens in {len(documents)} document(s), too short to hold some out; "
-            "give more text, or other text with --eval-text"
+            "give more text, or other text with `eval_text`"
         )
     offset, seen = _offset(period, sum(counts), seed), 0
     for document, count in zip(documents, counts, strict=True):
@@ -139,7 +139,7 @@ class _Kept:
 
     def __init__(self, max_tokens: int | None, seed: int) -> None:
         if max_tokens is not None and max_tokens < 2:
-            raise InputError(f"--eval-tokens is {max_tokens}, but a token and its predecessor take at least 2")
+            raise InputError(f"`eval_tokens` is {max_tokens}, but a token and its predecessor take at least 2")
         self._budget = max_tokens or NO_LIMIT
         self._limit = self._most = KEPT_BUDGETS * self._budget
         self._seed = seed

@@ -31,10 +31,10 @@ class Segment:
     number: int
 
 
-def check_context(context: int, model: str, limit: int | None, *, option: str = "--context") -> None:
+def check_context(context: int, model: str, limit: int | None, *, field: str = "context") -> None:
     """:raises InputError: the model cannot read a segment at once; to be found out before it is loaded."""
     if limit is not None and context > limit:
-        raise InputError(f"{option} is {context}, but {model} sees at most {limit} tokens; take that or less")
+        raise InputError(f"`{field}` is {context}, but {model} sees at most {limit} tokens; take that or less")
 
 
 def cut_segments(documents: Iterable[TokenDocument], context: int) -> Iterator[Segment]:
@@ -43,7 +43,7 @@ def cut_segments(documents: Iterable[TokenDocument], context: int) -> Iterator[S
     :raises InputError: fewer than two tokens, of which none could be predicted.
     """
     if context < 2:
-        raise InputError(f"--context is {context}, but a segment needs at least 2 tokens, one to predict the other")
+        raise InputError(f"`context` is {context}, but a segment needs at least 2 tokens, one to predict the other")
     for number, document in enumerate(documents):
         for start in range(0, len(document.tokens) - context + 1, context):
             # A copy: a view would keep the whole document in memory.
@@ -67,5 +67,5 @@ def sample_segments(
         elif (slot := int(rng.integers(number + 1))) < limit:
             kept[slot] = segment
     if not kept:
-        raise InputError(f"no document of the text is as long as one segment; take a smaller --context, or {remedy}")
+        raise InputError(f"no document of the text is as long as one segment; take a smaller `context`, or {remedy}")
     return sorted(kept, key=lambda segment: (segment.document, segment.start))

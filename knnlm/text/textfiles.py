@@ -115,14 +115,14 @@ def text_of(row: Mapping[str, object], text_field: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise InputError(f"{text_field!r} in {where} is no string but {type(text).__name__}; choose with --text-field")
+        raise InputError(f"{text_field!r} in {where} is no string but {type(text).__name__}; choose with `text_field`")
     return whole_characters(text)
 
 
 def no_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
     """The error for text that lacks the field, with those that it has."""
     return InputError(
-        f"{where} has no field {text_field!r}, only {', '.join(fields) or 'none'}; name it with --text-field"
+        f"{where} has no field {text_field!r}, only {', '.join(fields) or 'none'}; name it with `text_field`"
     )
 
 

@@ -62,13 +62,13 @@ class WindowConfig:
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
-            raise InputError(f"--protocol is {self.protocol!r}, but must be one of {', '.join(PROTOCOLS)}")
+            raise InputError(f"`protocol` is {self.protocol!r}, but must be one of {', '.join(PROTOCOLS)}")
         for name, value in (("context", self.context), ("stride", self.stride)):
             if value < 1:
-                raise InputError(f"--{name} is {value}, but must be at least 1 token")
+                raise InputError(f"`{name}` is {value}, but must be at least 1 token")
         if self.stride > self.context:
             raise InputError(
-                f"--stride {self.stride} is over --context {self.context}: tokens between windows would never be "
+                f"`stride={self.stride}` is over `context={self.context}`: tokens between windows would never be "
                 "scored; take a stride of at most the context"
             )
 
@@ -212,8 +212,8 @@ def window_config(text: TextConfig, model: str, limit: int | None) -> WindowConf
     """
     context = text.context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if limit is not None and context > limit:
-        raise InputError(f"--context is {context}, but {model} sees at most {limit} tokens; take that")
+        raise InputError(f"`context` is {context}, but {model} sees at most {limit} tokens; take that")
     stride = text.stride or max(context // 2, 1)
     if stride > context:
-        raise InputError(f"--stride {stride} is over the context of {context} tokens; take at most {context}")
+        raise InputError(f"`stride={stride}` is over the context of {context} tokens; take at most {context}")
     return WindowConfig(context, stride, text.protocol)

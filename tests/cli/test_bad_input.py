@@ -294,7 +294,7 @@ def test_folder_that_holds_something(command: str, check_refused, tmp_path: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     options = (command, *ANY, "--out", tmp_path / "out")
-    check_refused(*options, words=("out exists and is not empty", "choose another --out, or add --overwrite"))
+    check_refused(*options, words=("out exists and is not empty; choose another --out",))
     check_refused(*options, "--overwrite", words=("out is not a knnlm folder and is kept", "choose another --out"))
 
 

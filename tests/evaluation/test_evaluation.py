@@ -149,8 +149,8 @@ def test_infinite_perplexity_is_undefined_wherever_it_is_compared() -> None:
         assert np.isnan([*unknown, *vars(layer.versus_best_interval).values()]).all()
     assert np.isnan([one.spearman for one in result.correlations]).all()
     assert result.warnings == (
-        "with --lambda 1, 1 of all 400 evaluated tokens have probability zero under the kNN distribution of b, "
-        "which makes perplexity infinite; a --lambda below 1 mends it",
+        "with `lam=1`, 1 of all 400 evaluated tokens have probability zero under the kNN distribution of b, "
+        "which makes perplexity infinite; a `lam` below 1 mends it",
     )
 
 

@@ -609,16 +609,16 @@ def test_datastores_of_before_there_were_gates_have_the_fixed_lambda(stores, tmp
 
 def test_nothing_fitted_is_told_with_what_is_missing(stores) -> None:
     lm, store = stores("gpt2")
-    with pytest.raises(InputError, match=r"nothing was fitted for .*; give --k, --lambda \(knnlm eval prints them\)"):
+    with pytest.raises(InputError, match=r"nothing was fitted for .*; give `k`, `lam` \(`knnlm.evaluate` fits them\)"):
         KNNLM.from_store(store, "final_norm", temperature=1.0, lm=lm)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"k": 10**9}, "--k is 1000000000, but the datastore has only"),
+        ({"k": 10**9}, "`k` is 1000000000, but the datastore has only"),
         ({"k": 0}, "k"),
-        ({"lam": 1.5}, "--lambda is 1.5"),
+        ({"lam": 1.5}, "`lam` is 1.5"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )

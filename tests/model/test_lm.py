@@ -527,9 +527,9 @@ def test_bfloat16_speed_is_a_plausible_ratio():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "--dtype is 'int8'; take auto, float32, bfloat16, float16"),
-        ({"dtype": "float16", "device": "cpu"}, "--dtype float16 is not for a CPU"),
-        ({"device": "tpu"}, "--device is 'tpu'; take auto, cpu, cuda or mps"),
+        ({"dtype": "int8"}, "`dtype` is 'int8'; take auto, float32, bfloat16, float16"),
+        ({"dtype": "float16", "device": "cpu"}, "`dtype='float16'` is not for a CPU"),
+        ({"device": "tpu"}, "`device` is 'tpu'; take auto, cpu, cuda or mps"),
     ],
 )
 def test_wrong_option_is_refused(options, message, folder):
@@ -539,7 +539,7 @@ def test_wrong_option_is_refused(options, message, folder):
 
 def test_absent_device_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--device is 'cuda:0', but this machine has none"):
+    with pytest.raises(InputError, match="`device` is 'cuda:0', but this machine has none"):
         load_model(folder, device="cuda:0")
 
 

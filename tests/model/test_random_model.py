@@ -55,5 +55,5 @@ def test_what_is_no_causal_model_is_refused(read, tmp_path):
 
 
 def test_half_precision_is_refused_on_a_cpu(gpt2_folder):
-    with pytest.raises(InputError, match="--dtype float16 is not for a CPU"):
+    with pytest.raises(InputError, match="`dtype='float16'` is not for a CPU"):
         random_model(gpt2_folder, dtype="float16", device="cpu")

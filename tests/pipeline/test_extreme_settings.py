@@ -32,7 +32,7 @@ def test_lambda_one_has_infinite_perplexity_and_says_why(tmp_path: Path) -> None
     result = run_with(tmp_path, KNNConfig(k=4, lam=1.0))
     assert [one.perplexity for one in result.layers] == [math.inf] * 3
     assert (result.best, result.regret) == ("", None)
-    warning = next(one for one in result.warnings if "--lambda" in one)
+    warning = next(one for one in result.warnings if "`lam`" in one)
     assert f"have probability zero under the kNN distribution of {result.selected}, which makes" in warning
     assert {one.knn_probability for one in result.hurt} == {0}
     files = write_reports(result, tmp_path)

@@ -223,7 +223,7 @@ def test_plan_falls_back_to_the_candidates_and_says_so(lm: LanguageModel, corpus
     tight = make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=plan.key_bytes // 2))
     assert tight.layers == candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
     assert "keeping to the" in tight.sentence
-    with pytest.raises(InputError, match="--disk-budget"):
+    with pytest.raises(InputError, match="`disk_budget`"):
         make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=10))
 
 
@@ -244,7 +244,7 @@ def test_own_index_serves_by_its_name_and_no_other(lm: LanguageModel, corpus: Pa
     settings = replace(SETTINGS, layers=LayerConfig(layers="final_norm"))
     store = build(lm, [corpus], tmp_path / "out", settings=replace(settings, knn=KNNConfig(index="IVF8,Flat")))
     evaluate(lm, store, [corpus], settings=replace(settings, knn=KNNConfig(max_k=16, index=" IVF8,Flat ")))
-    with pytest.raises(InputError, match="--index is 'IVF9,Flat', but a datastore has its own"):
+    with pytest.raises(InputError, match="`index` is 'IVF9,Flat', but a datastore has its own"):
         evaluate(lm, store, [corpus / "not read"], settings=replace(settings, knn=KNNConfig(index="IVF9,Flat")))
 
 
@@ -262,7 +262,7 @@ def test_windows_are_the_datastores_where_nothing_else_is_given(
 def test_an_output_that_is_there_is_refused(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("mine")
-    with pytest.raises(DatastoreExists, match="--overwrite"):
+    with pytest.raises(DatastoreExists, match=r"not empty; choose another `out`$"):
         run(lm, [corpus], tmp_path / "out", settings=SETTINGS)
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 

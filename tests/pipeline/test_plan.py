@@ -61,7 +61,7 @@ def test_queries_need_room_in_the_folder_for_temporary_files(
     with pytest.raises(InputError, match=r"queries of 2 layers x 200 evaluation.*set TMPDIR to") as refused:
         make_plan(lm, text, tmp_path / "out", settings, evaluation)
     assert str(temporary_folder) in str(refused.value)
-    assert "--out" not in str(refused.value)
+    assert "`out`" not in str(refused.value)
 
 
 def test_a_tenth_of_a_short_text_is_what_queries_are_counted_for(

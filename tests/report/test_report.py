@@ -468,3 +468,8 @@ def test_reports_need_no_arrays_and_no_models(module):
     code = f"import sys, knnlm.{module}; print({{'numpy', 'torch', 'faiss', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_fields_in_warnings_are_code_and_the_rest_is_text():
+    html = render(replace(sample_result(), warnings=("a `lam` below <b>1</b> mends `it",)), title="")
+    assert "<li>a <code>lam</code> below &lt;b&gt;1&lt;/b&gt; mends `it</li>" in html

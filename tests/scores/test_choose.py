@@ -80,7 +80,7 @@ def test_a_probe_that_is_higher_beyond_doubt_is_told_with_the_way_out() -> None:
     assert choice.layer == "3.ffn_input"
     assert choice.disagreement == (
         "the scores disagree: the retrieval probe puts 0.attn_input (0.4000) above the chosen 3.ffn_input (0.3000), "
-        "interval of the difference 0.0100 to 0.0300; --select 0.attn_input takes it"
+        "interval of the difference 0.0100 to 0.0300; `select='0.attn_input'` takes it"
     )
 
 
@@ -113,7 +113,7 @@ def test_an_unknown_or_ambiguous_name_is_refused() -> None:
 def test_layers_without_a_probe_are_not_chosen_by_it() -> None:
     """A text of one short document has none: the first candidate used to be taken."""
     none = [score("2.ffn_input", 0.6, math.nan), score("3.ffn_input", 0.7, math.nan)]
-    with pytest.raises(InputError, match="--select probe compares two documents"):
+    with pytest.raises(InputError, match="`select='probe'` compares two documents"):
         choose(none, LayerConfig(select="probe"), NAMES)
     assert choose(none, LayerConfig(), NAMES).disagreement is None
     some = [score("2.ffn_input", 0.6, math.nan), score("3.ffn_input", 0.7, 0.1)]

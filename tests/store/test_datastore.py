@@ -314,7 +314,7 @@ def test_overflow_names_the_layer_the_place_and_the_way_out(tmp_path):
     with new_store_must_fail(
         tmp_path,
         DatastoreError,
-        r"layer a overflows float16 at token 4 of a\.txt, document 2; take --key-dtype float32",
+        r"layer a overflows float16 at token 4 of a\.txt, document 2; take `key_dtype='float32'`",
     ) as folder:
         write_store(folder, layers={"a": 4}, make=lambda *_: rows)
     assert write_store(tmp_path / "f32", layers={"a": 4}, make=lambda *_: rows, key_dtype="float32").verify() == ()

@@ -55,7 +55,7 @@ def test_text_without_clusters_says_which_n_would_do():
     some = tokens(vocabulary=200)
     some[3, 4:8] = some[5, 10:14] = some[7, 1:5] = (0, 1, 2, 3)
     assert len(as_sets(shared_continuations(some, 3, 3))) == 2
-    with pytest.raises(InputError, match=r"no two 10-grams that follow 3 contexts .* take --ngram 3,"):
+    with pytest.raises(InputError, match=r"no two 10-grams that follow 3 contexts .* take `ngram=3`,"):
         shared_continuations(some, 10, 3)
 
 
@@ -63,7 +63,7 @@ def test_advice_for_the_size_of_clusters_works_when_it_is_followed():
     # One token is much more frequent than all others: its count alone would promise too much.
     common = np.where(np.arange(30) % 2, 7, tokens(vocabulary=5)).astype(np.int32)
     for n in (10, 1):
-        with pytest.raises(InputError, match=rf"no two {n}-grams .* 9000 .* --ngram 1 and a") as refused:
+        with pytest.raises(InputError, match=rf"no two {n}-grams .* 9000 .* `ngram=1` and a") as refused:
             shared_continuations(common, n, 9000)
         size = int(re.findall(r"at most (\d+)", str(refused.value))[0])
         assert len(as_sets(shared_continuations(common, 1, size))) >= 2
@@ -77,7 +77,7 @@ def test_a_text_that_is_one_token_needs_another():
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "words"), [(0, 3, "--ngram is 0"), (30, 3, "--ngram is 30"), (2, 1, "size is 1")]
+    ("n", "size", "words"), [(0, 3, "`ngram` is 0"), (30, 3, "`ngram` is 30"), (2, 1, "size` is 1")]
 )
 def test_impossible_clusters_are_refused(n, size, words):
     with pytest.raises(InputError, match=words):

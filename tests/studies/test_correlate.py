@@ -232,7 +232,7 @@ def test_too_few_segments_for_the_preset_are_a_note(lm, corpus):
     assert study.segments < 300 and math.isnan(study.layers[0].grouped.pearson)
     assert math.isfinite(study.layers[0].ungrouped.pearson)
     (note,) = study.notes
-    assert f"{study.segments} segments leave" in note and "take --group-size" in note
+    assert f"{study.segments} segments leave" in note and "take `group_size=" in note
 
 
 def test_too_few_segments_for_groups_that_were_asked_for_are_an_error(lm, corpus, monkeypatch):
@@ -252,9 +252,9 @@ def test_no_clusters_are_found_before_the_model_runs(lm, corpus, monkeypatch):
 
 
 def test_model_is_checked_before_the_text_is_read(lm):
-    with pytest.raises(InputError, match="--context is 512, but tiny sees at most 128 tokens"):
+    with pytest.raises(InputError, match="`context` is 512, but tiny sees at most 128 tokens"):
         study_correlation(lm, ["absent.txt"])
-    with pytest.raises(InputError, match="--contexts is 200"):
+    with pytest.raises(InputError, match="`contexts` is 200"):
         study_correlation(lm, ["absent.txt"], config=CorrelateConfig(context=64, contexts=(200,)))
     with pytest.raises(LayerError, match=r"no layer fits '9\.ffn_input'"):
         study_correlation(lm, ["absent.txt"], config=CorrelateConfig(context=64, layers="9.ffn_input"))
@@ -267,16 +267,16 @@ def test_a_model_without_a_limit_takes_any_context():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"context": 1}, "--context is 1"),
-        ({"contexts": (16, 0)}, "--context is 0"),
-        ({"max_segments": 0}, "--max-segments is 0"),
-        ({"group_size": -1}, "--group-size is -1"),
-        ({"max_perplexity": 0.0}, r"--max-perplexity is 0\.0"),
-        ({"max_perplexity": math.nan}, "--max-perplexity is nan"),
-        ({"clusters": ("ngrams",)}, "--clusters is 'ngrams'"),
-        ({"ngram": 0}, "--ngram is 0"),
-        ({"cluster_size": 1}, "--cluster-size is 1"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"context": 1}, "`context` is 1"),
+        ({"contexts": (16, 0)}, "`context` is 0"),
+        ({"max_segments": 0}, "`max_segments` is 0"),
+        ({"group_size": -1}, "`group_size` is -1"),
+        ({"max_perplexity": 0.0}, r"`max_perplexity` is 0\.0"),
+        ({"max_perplexity": math.nan}, "`max_perplexity` is nan"),
+        ({"clusters": ("ngrams",)}, "`clusters` is 'ngrams'"),
+        ({"ngram": 0}, "`ngram` is 0"),
+        ({"cluster_size": 1}, "`cluster_size` is 1"),
+        ({"seed": -1}, "`seed` is -1"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, words):

@@ -395,10 +395,10 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "one of --domain, --domain-tokens and --domain-text, got 0"),
+        ({}, "one of `domain`, `domain_tokens` and `domain_text`, got 0"),
         ({"domain": "code", "domain_text": "x"}, "got 2"),
-        ({"domain": "law"}, "--domain is 'law'; take mathematics or code, or give --domain-text"),
-        ({"domain_text": "x"}, "--domain-text needs --general-text"),
+        ({"domain": "law"}, "`domain` is 'law'; take mathematics or code, or give `domain_text`"),
+        ({"domain_text": "x"}, "`domain_text` needs `general_text`"),
         ({"domain": "code", "general_tokens": Path("x"), "general_text": "x"}, "both given; leave one out"),
     ],
 )

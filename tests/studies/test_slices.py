@@ -429,7 +429,7 @@ LONE = '{"question": "Why?", "choices": ["a"], "answer": 0}\n'
         ({"--tail": 3}, "--tail N and --tail-out FILE go together"),
         ({"--tail-out": "rows.jsonl"}, "--tail N and --tail-out FILE go together"),
         ({"--tail": 0, "--tail-out": "rows.jsonl"}, "--tail is 0, but must be above 0"),
-        ({"--tail": 3, "--tail-out": __file__}, "exists; choose another --tail-out, or add --overwrite"),
+        ({"--tail": 3, "--tail-out": __file__}, "holds no items of a tail and is not replaced; choose another"),
         ({"--context": 1}, "--context is 1, but dispersion needs at least 2 tokens"),
         ({"--max-segments": 0}, "--max-segments is 0"),
         ({"--report": __file__}, "is not an empty folder"),
@@ -529,5 +529,5 @@ def test_questions_are_read_before_the_model_is_loaded(call, gpt2_folder, tmp_pa
 
 
 def test_wrong_settings_in_python():
-    with pytest.raises(InputError, match="--max-segments is 0"):
+    with pytest.raises(InputError, match="`max_segments` is 0"):
         SliceConfig(max_segments=0)

@@ -287,7 +287,7 @@ def test_layer_that_does_not_exist(tmp_path):
 
 
 def test_pattern_of_several_layers(tmp_path):
-    with pytest.raises(InputError, match=r"--layer '\*.ffn_input' fits 3 layers, but has to name one"):
+    with pytest.raises(InputError, match=r"`layer` '\*.ffn_input' fits 3 layers, but has to name one"):
         make(tiny_model("gpt2"), tmp_path, PushAway(layer="*.ffn_input"))
 
 
@@ -336,26 +336,26 @@ def test_diverged_training_is_stopped(tmp_path):
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
 def test_weight_that_cannot_be(weight):
-    with pytest.raises(InputError, match=r"--push-away is .*, but λ must be a finite number of at least 0"):
+    with pytest.raises(InputError, match=r"`weight` is .*, but λ must be a finite number of at least 0"):
         PushAway(weight=weight)
 
 
 def test_other_settings_that_cannot_be():
     for changed, words in [
-        ({"regularizer": "repel"}, "--regularizer is 'repel', but must be one of push-away"),
-        ({"regularizer": "uniformity", "between_domains": True}, "--regularizer uniformity has no form between"),
+        ({"regularizer": "repel"}, "`regularizer` is 'repel', but must be one of push-away"),
+        ({"regularizer": "uniformity", "between_domains": True}, "`regularizer='uniformity'` has no form between"),
     ]:
         with pytest.raises(InputError, match=words):
             PushAway(**changed)
     for changed, words in [
-        ({"steps": 0}, "--steps is 0, but"),
-        ({"learning_rate": math.nan}, "--learning-rate is nan, but"),
-        ({"context": 1}, "--context is 1, but a window needs"),
+        ({"steps": 0}, "`steps` is 0, but"),
+        ({"learning_rate": math.nan}, "`learning_rate` is nan, but"),
+        ({"context": 1}, "`context` is 1, but a window needs"),
         ({"lora": 4, "from_scratch": True}, "leave one of them out"),
-        ({"schedule": "linear"}, "--schedule is 'linear', but must be one of cosine, constant"),
-        ({"dtype": "float16"}, "--dtype is 'float16', but training takes"),
-        ({"seed": -1}, "--seed is -1, but"),
-        ({"batch_size": 3, "push_away": PushAway(between_domains=True)}, "--batch-size is 3, but has to be even"),
+        ({"schedule": "linear"}, "`schedule` is 'linear', but must be one of cosine, constant"),
+        ({"dtype": "float16"}, "`dtype` is 'float16', but training takes"),
+        ({"seed": -1}, "`seed` is -1, but"),
+        ({"batch_size": 3, "push_away": PushAway(between_domains=True)}, "`batch_size` is 3, but has to be even"),
     ]:
         with pytest.raises(InputError, match=words):
             replace(CONFIG, **changed)

@@ -63,8 +63,8 @@ class StopAt:
 
 def kept(out: Path, step: int) -> str:
     return (
-        f"the training is kept up to step {step} in {out}.checkpoints; the same command with --resume goes on with it, "
-        "with --overwrite in its place begins anew"
+        f"the training is kept up to step {step} in {out}.checkpoints; the same training with `resume=True` goes on "
+        "with it, with `overwrite=True` in its place begins anew"
     )
 
 
@@ -225,7 +225,9 @@ def test_another_training_does_not_go_on(stopped, gpt2_folder, text_file, tmp_pa
 
 
 def test_a_training_that_was_stopped_is_neither_lost_nor_taken_for_another(stopped, gpt2_folder, text_file):
-    with pytest.raises(InputError, match=r"holds a training that was stopped; add --resume to .*, or --overwrite to"):
+    with pytest.raises(
+        InputError, match=r"holds a training that was stopped; add `resume=True` to .*, or `overwrite=True` to"
+    ):
         train("not looked at", [text_file], stopped, config=CONFIG)
     result = train(gpt2_folder, [text_file], stopped, config=replace(CONFIG, steps=3), overwrite=True)
     assert [point.step for point in result.points] == [0, 1, 2, 3]
@@ -304,7 +306,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(gpt2_folder, text
         ({"push_away": PushAway(layer="9.ffn_input")}, LayerError, r"no layer fits '9.ffn_input'; there are"),
         # Found out in the first step, when a loss has no weight to change.
         ({"lora": 2, "push_away": PushAway(weight=1, layer="0.attn_input")}, ModelError, "no weight that is trained"),
-        ({"context": 129}, InputError, "--context is 129, but .* sees at most 128 tokens"),
+        ({"context": 129}, InputError, "`context` is 129, but .* sees at most 128 tokens"),
     ],
 )
 def test_settings_that_the_model_cannot_have(changed, error, words, gpt2_folder, text_file, tmp_path):
@@ -316,15 +318,15 @@ def test_settings_that_the_model_cannot_have(changed, error, words, gpt2_folder,
 @pytest.mark.parametrize(
     ("documents", "words"),
     [
-        (texts(0, 1), r"--text has \d+ tokens, too few to train on; give at least 640"),
-        (texts(0, 4), r"--text has [\d,]+ tokens to train on and \d+ held out, but a window takes 128; give more text"),
+        (texts(0, 1), r"`text` has \d+ tokens, too few to train on; give at least 640"),
+        (texts(0, 4), r"`text` has [\d,]+ tokens to train on and \d+ held out, but a window takes 128; give more text"),
     ],
 )
 def test_text_that_is_too_short(documents, words, gpt2_folder, tmp_path):
     text = write_jsonl(tmp_path / "short.jsonl", documents)
     with pytest.raises(InputError, match=words):
         train(gpt2_folder, [text], tmp_path / "out", config=replace(CONFIG, context=128))
-    with pytest.raises(InputError, match=words.replace("--text", "--other-text")):
+    with pytest.raises(InputError, match=words.replace("`text`", "`other_text`")):
         long = write_jsonl(tmp_path / "long.jsonl", texts(1, 40))
         train(gpt2_folder, [long], tmp_path / "out", other_text=[text], config=replace(CONFIG, context=128))
     assert {path.name for path in tmp_path.iterdir()} == {"short.jsonl", "long.jsonl"}
@@ -426,7 +428,8 @@ def test_a_stop_is_told_in_one_true_sentence(number, status, name, call, gpt2_fo
         yield lambda done, total: os.kill(os.getpid(), number) if done == at_step else None
 
     monkeypatch.setattr(Screen, "stage", stage)
-    for at_step, told in ((1, "nothing half-written was left behind"), (3, kept(tmp_path / "out", 2))):
+    note = kept(tmp_path / "out", 2).replace("`resume=True`", "--resume").replace("`overwrite=True`", "--overwrite")
+    for at_step, told in ((1, "nothing half-written was left behind"), (3, note)):
         ended = call(*command)
         assert (ended.status, ended.out) == (status, "")
         assert ended.errors == (f"knnlm: stopped by {name}; {told}",)

@@ -279,7 +279,7 @@ def test_invalid_utf8_in_json_lines_names_its_position_in_the_file(write):
 
 def test_json_line_without_the_field_names_line_and_fields(write):
     message = refusal(write("a.jsonl", jsonl({"text": "one"}, {"body": "two", "id": 2})))
-    assert "line 2 of" in message and "no field 'text', only body, id" in message and "--text-field" in message
+    assert "line 2 of" in message and "no field 'text', only body, id" in message and "`text_field`" in message
 
 
 @pytest.mark.parametrize(
@@ -562,7 +562,7 @@ def test_a_text_of_less_than_two_tokens(parts):
 
 
 def test_max_tokens_of_one_is_refused():
-    with pytest.raises(InputError, match="--max-tokens is 1,"):
+    with pytest.raises(InputError, match="`max_tokens` is 1,"):
         list(tokenize(documents("abc"), codes, max_tokens=1))
 
 

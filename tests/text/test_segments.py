@@ -47,12 +47,12 @@ def test_segments_are_whole_and_do_not_overlap():
 
 @pytest.mark.parametrize("context", [1, 0, -5])
 def test_a_segment_needs_two_tokens(context):
-    with pytest.raises(InputError, match=f"--context is {context}"):
+    with pytest.raises(InputError, match=f"`context` is {context}"):
         list(cut_segments(documents(40), context))
 
 
 def test_text_shorter_than_a_segment_is_refused():
-    with pytest.raises(InputError, match="as long as one segment; take a smaller --context"):
+    with pytest.raises(InputError, match="as long as one segment; take a smaller `context`"):
         sample_segments(cut_segments(documents(15, 15), 16), 10, seed=0)
 
 
@@ -165,5 +165,5 @@ def test_nan_above_the_layers_is_found():
 def test_no_room_for_last_vectors_is_said_before_the_pass(monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10, 9, 1000))
-    with pytest.raises(InputError, match=r"last vectors of 3 segments .* take fewer --layers or --max-segments"):
+    with pytest.raises(InputError, match=r"last vectors of 3 segments .* take fewer `layers` or `max_segments`"):
         measure_segments(tiny_lm(), segments_of(48), LAYERS)

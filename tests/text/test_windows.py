@@ -70,10 +70,10 @@ def test_windows_are_made_one_at_a_time():
 @pytest.mark.parametrize(
     ("context", "stride", "words"),
     [
-        (4, 5, "--stride 5 is over --context 4"),
-        (0, 1, "--context is 0"),
-        (4, 0, "--stride is 0"),
-        (-1, 1, "--context is -1"),
+        (4, 5, "`stride=5` is over `context=4`"),
+        (0, 1, "`context` is 0"),
+        (4, 0, "`stride` is 0"),
+        (-1, 1, "`context` is -1"),
     ],
 )
 def test_window_settings_that_cannot_be_are_named(context, stride, words):
@@ -208,7 +208,7 @@ def test_sections_and_gaps_of_a_short_text_shrink_with_it():
 
 @pytest.mark.parametrize("lengths", [(), (100,), (127,)])
 def test_a_text_too_short_to_hold_some_out_names_the_way_out(lengths):
-    with pytest.raises(InputError, match=f"{sum(lengths)} tokens.*too short.*--eval-text"):
+    with pytest.raises(InputError, match=f"{sum(lengths)} tokens.*too short.*`eval_text`"):
         split(documents(*lengths))
 
 
@@ -261,7 +261,7 @@ def test_sections_held_out_of_a_novel_do_not_keep_it_in_memory():
 
 
 def test_a_budget_for_evaluation_that_cannot_be_is_refused_before_the_stream_is_read():
-    with pytest.raises(InputError, match="--eval-tokens is 1,"):
+    with pytest.raises(InputError, match="`eval_tokens` is 1,"):
         hold_out(iter(()), max_tokens=1)
 
 
@@ -319,7 +319,7 @@ def test_slices_start_anywhere_and_are_the_same_for_the_same_seed():
 
 
 def test_a_budget_of_one_token_is_refused():
-    with pytest.raises(InputError, match="--eval-tokens is 1,"):
+    with pytest.raises(InputError, match="`eval_tokens` is 1,"):
         take_slices([], 1, seed=0)
 
 

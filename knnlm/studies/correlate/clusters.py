@@ -51,9 +51,9 @@ def shared_continuations(tokens_ST: NDArray[np.int32], n: int, size: int) -> Con
     :raises InputError: fewer than two clusters; says what would give some.
     """
     if not 0 < n < tokens_ST.shape[1]:
-        raise InputError(f"--ngram is {n}, but must be from 1 to {tokens_ST.shape[1] - 1}, inside a segment")
+        raise InputError(f"`ngram` is {n}, but must be from 1 to {tokens_ST.shape[1] - 1}, inside a segment")
     if size < 2:
-        raise InputError(f"--cluster-size is {size}, but a distance within a cluster needs at least 2 contexts")
+        raise InputError(f"`cluster_size` is {size}, but a distance within a cluster needs at least 2 contexts")
     width, vocabulary = tokens_ST.shape[1], int(tokens_ST.max()) + 1
     tokens = tokens_ST.reshape(-1)
     place_P = np.arange(tokens.size).reshape(-1, width)[:, :-n].reshape(-1)
@@ -74,9 +74,9 @@ def _no_clusters(n: int, size: int, step: int, counts_C: Int64) -> InputError:
     """`counts_C` are those of the `step`-grams, of which fewer than two come often enough."""
     second = int(np.sort(counts_C)[-2]) if len(counts_C) > 1 else 0
     if step > 1:
-        remedy = f"--ngram {step - 1}, a smaller --cluster-size, or "
+        remedy = f"`ngram={step - 1}`, a smaller `cluster_size`, or "
     elif second > 1:
-        remedy = f"--ngram 1 and a --cluster-size of at most {second}, or "
+        remedy = f"`ngram=1` and a `cluster_size` of at most {second}, or "
     else:
         remedy = ""
     return InputError(f"the text has no two {n}-grams that follow {size} contexts or more each; take {remedy}more text")
@@ -120,7 +120,7 @@ def check_kmeans(contexts: int, size: int) -> int:
     if contexts < 2 * size:
         raise InputError(
             f"{contexts} contexts make {contexts // size} cluster(s) of {size}, but distances between clusters need 2; "
-            "take a smaller --cluster-size, or more text"
+            "take a smaller `cluster_size`, or more text"
         )
     return contexts // size
 

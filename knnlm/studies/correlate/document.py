@@ -1,4 +1,4 @@
-"""Studies of dispersion and perplexity as the plain values of strict JSON: what `knnlm correlate --json` prints."""
+"""Studies of dispersion and perplexity as the plain values of strict JSON: the document of `knnlm correlate`."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ RELEASED = (
 OURS = (
     "a rest shorter than a segment is left out (the released code keeps it in collections of documents)",
     "which segments are drawn: the seed is another",
-    "no group is cut as an outlier unless --max-perplexity says so (the released code cuts at 25, an example to be "
+    "no group is cut as an outlier unless `max_perplexity` says so (the released code cuts at 25, an example to be "
     "adjusted)",
     "the correlations themselves, of perplexity and not of its logarithm, and their intervals: the released code draws "
     "points only. Ungrouped intervals leave out whole documents (runs of 8,192 tokens where documents are few); "
@@ -110,18 +110,18 @@ class CorrelateConfig:
     def __post_init__(self) -> None:
         for length in (self.context, *self.contexts):
             if length < 2:
-                raise InputError(f"--context is {length}, but a segment needs at least 2 tokens, one to predict")
-        given = {"max-segments": self.max_segments, "group-size": self.group_size, "ngram": self.ngram}
-        for name, value in (given | {"max-perplexity": self.max_perplexity}).items():
+                raise InputError(f"`context` is {length}, but a segment needs at least 2 tokens, one to predict")
+        given = {"max_segments": self.max_segments, "group_size": self.group_size, "ngram": self.ngram}
+        for name, value in (given | {"max_perplexity": self.max_perplexity}).items():
             if value is not None and not value > 0:
-                raise InputError(f"--{name} is {value}, but must be above 0")
+                raise InputError(f"`{name}` is {value}, but must be above 0")
         if self.cluster_size < 2:
-            raise InputError(f"--cluster-size is {self.cluster_size}, but distances within a cluster need at least 2")
+            raise InputError(f"`cluster_size` is {self.cluster_size}, but distances within a cluster need at least 2")
         if unknown := set(self.clusters) - set(CLUSTER_KINDS):
-            raise InputError(f"--clusters is {', '.join(sorted(unknown))!r}, but takes {' or '.join(CLUSTER_KINDS)}")
+            raise InputError(f"`clusters` is {', '.join(sorted(unknown))!r}, but takes {' or '.join(CLUSTER_KINDS)}")
         if self.score not in SEGMENT_SCORES:
             names = ", ".join(dict.fromkeys(kind.short for kind in SEGMENT_SCORES.values()))
-            raise InputError(f"--score is {self.score!r}, but a segment has {names}")
+            raise InputError(f"`score` is {self.score!r}, but a segment has {names}")
         check_seed(self.seed)
 
 
@@ -238,8 +238,8 @@ def check_model(
 ) -> tuple[str, ...]:
     """The layers of a model that are looked at; raises as `study_correlation`, before any text is read."""
     for length in (config.context, *config.contexts):
-        option = "--context" if length == config.context else "--contexts"
-        check_context(length, name, context_limit, option=option)
+        field = "context" if length == config.context else "contexts"
+        check_context(length, name, context_limit, field=field)
     return select_layers(config.layers, layer_names)
 
 
@@ -284,8 +284,8 @@ def _measure(
     for layer, score_S in values.scores.items():
         if unknown := int(np.isnan(score_S).sum()):
             raise InputError(
-                f"--score {score} is unknown in {unknown} of {len(score_S)} segments at {layer}, where vectors are "
-                "copies of one another; leave the layer out with --layers"
+                f"`score={score!r}` is unknown in {unknown} of {len(score_S)} segments at {layer}, where vectors are "
+                "copies of one another; leave the layer out with `layers`"
             )
     return values
 
@@ -296,14 +296,14 @@ def _read_segments(
     documents = read_documents(text, text_field=config.text_field)
     if config.join:
         documents = iter([Document(" ".join(one.text for one in documents), "the joined text", 1)])
-    remedy = "more text" if config.join else "longer documents (--join)"
+    remedy = "more text" if config.join else "longer documents (`join=True`)"
     cut = cut_segments(tokenize(documents, lm.encode), length)
     segments = sample_segments(cut, config.max_segments, seed=config.seed, remedy=remedy)
     size = config.group_size
     if size is not None and len(segments) < FEWEST_GROUPS * size:
         raise InputError(
             f"{len(segments)} segments make {len(segments) // size} group(s) of {size}, but a correlation needs "
-            f"{FEWEST_GROUPS}; take a smaller --group-size or --context, or more text"
+            f"{FEWEST_GROUPS}; take a smaller `group_size` or `context`, or more text"
         )
     return segments
 
@@ -417,5 +417,5 @@ def _notes(perplexity: _Side, segments: int, size: int) -> tuple[str, ...]:
         return ()
     return (
         f"{segments} segments leave {count} group(s) of {size}, too few for a grouped correlation: "
-        f"take --group-size {max(1, segments // 10)}, more text, or a larger --max-perplexity",
+        f"take `group_size={max(1, segments // 10)}`, more text, or a larger `max_perplexity`",
     )

@@ -1,4 +1,4 @@
-"""A ranking as the plain values of strict JSON: what `knnlm rank-models --json` prints."""
+"""A ranking as the plain values of strict JSON: the document of `knnlm rank-models`."""
 
 from __future__ import annotations
 

@@ -90,13 +90,13 @@ class TokenSource:
     def __post_init__(self) -> None:
         given = [one for one in (self.domain, self.domain_tokens, self.domain_text) if one is not None]
         if len(given) != 1:
-            raise InputError(f"give one of --domain, --domain-tokens and --domain-text, got {len(given)} of them")
+            raise InputError(f"give one of `domain`, `domain_tokens` and `domain_text`, got {len(given)} of them")
         if self.domain is not None and self.domain not in DOMAINS:
-            raise InputError(f"--domain is {self.domain!r}; take {' or '.join(DOMAINS)}, or give --domain-text")
+            raise InputError(f"`domain` is {self.domain!r}; take {' or '.join(DOMAINS)}, or give `domain_text`")
         if self.domain_text is not None and self.general_text is None:
-            raise InputError("--domain-text needs --general-text, against which its tokens are characteristic")
+            raise InputError("`domain_text` needs `general_text`, against which its tokens are characteristic")
         if self.domain_text is None and self.general_tokens is not None and self.general_text is not None:
-            raise InputError("--general-tokens and --general-text are both given; leave one out")
+            raise InputError("`general_tokens` and `general_text` are both given; leave one out")
 
     @property
     def words(self) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Sets and their slices as the plain values of strict JSON: what `knnlm slices --json` prints."""
+"""Sets and their slices as the plain values of strict JSON: the document of `knnlm slices`."""
 
 from __future__ import annotations
 

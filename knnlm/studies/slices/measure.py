@@ -77,16 +77,16 @@ class SliceConfig:
     def __post_init__(self) -> None:
         if self.slice_size < SMALLEST_SLICE or self.slice_size % LEVELS:
             raise InputError(
-                f"--slice-size is {self.slice_size}, but must be a multiple of {LEVELS} from {SMALLEST_SLICE} on: "
+                f"`slice_size` is {self.slice_size}, but must be a multiple of {LEVELS} from {SMALLEST_SLICE} on: "
                 f"slices are {100 // LEVELS} % apart"
             )
         if self.seeds < 2:
-            raise InputError(f"--seeds is {self.seeds}, but a band needs at least 2 draws")
+            raise InputError(f"`seeds` is {self.seeds}, but a band needs at least 2 draws")
         if self.context < 2:
-            raise InputError(f"--context is {self.context}, but dispersion needs at least 2 tokens")
-        for name, value in (("max-segments", self.max_segments), ("tail", self.tail)):
+            raise InputError(f"`context` is {self.context}, but dispersion needs at least 2 tokens")
+        for name, value in (("max_segments", self.max_segments), ("tail", self.tail)):
             if value is not None and value < 1:
-                raise InputError(f"--{name} is {value}, but must be above 0")
+                raise InputError(f"`{name}` is {value}, but must be above 0")
         check_seed(self.seed)
 
 

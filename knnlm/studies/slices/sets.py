@@ -32,7 +32,7 @@ def read_sets(
     """
     paths = [str(path) for path in (*questions, *cloze)]
     if not paths:
-        raise InputError("no set was given; name questions with --questions, or a text with --cloze")
+        raise InputError("no set was given; name questions with `questions`, or a text with `cloze`")
     _check_different(paths)
     if cloze:
         text_bytes(cloze, text_field=text_field)

@@ -34,11 +34,12 @@ def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
         return
     if _record(folder) is None:
         raise DatastoreExists(
-            f"{folder} is where checkpoints would lie, but holds something else; choose another --out, or move it"
+            f"{folder} is where checkpoints would lie, but holds something else; choose another `out`, or move it"
         )
     if not (resume or overwrite):
         raise InputError(
-            f"{folder} holds a training that was stopped; add --resume to go on with it, or --overwrite to begin anew"
+            f"{folder} holds a training that was stopped; add `resume=True` to go on with it, or "
+            "`overwrite=True` to begin anew"
         )
 
 
@@ -64,8 +65,8 @@ def keep_checkpoints(
         kept = _whole(folder)
         if kept:
             error.add_note(
-                f"the training is kept up to step {max(kept)} in {folder}; the same command with --resume goes on with "
-                "it, with --overwrite in its place begins anew"
+                f"the training is kept up to step {max(kept)} in {folder}; the same training with `resume=True` goes "
+                "on with it, with `overwrite=True` in its place begins anew"
             )
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +98,7 @@ def _last(folder: Path, identity: Mapping[str, Any]) -> Path | None:
         if made_with.get(name) != value:
             raise InputError(
                 f"{folder} is of another training: {name} was {made_with.get(name)}, and now is {value}; give the same "
-                "arguments, or --overwrite in place of --resume to begin anew"
+                "arguments, or `overwrite=True` in place of `resume=True` to begin anew"
             )
     whole = _whole(folder)
     return whole[max(whole)] if whole else None

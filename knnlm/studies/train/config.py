@@ -28,11 +28,11 @@ class PushAway:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise InputError(f"--push-away is {self.weight}, but λ must be a finite number of at least 0")
+            raise InputError(f"`weight` is {self.weight}, but λ must be a finite number of at least 0")
         if self.regularizer not in REGULARIZERS:
-            raise InputError(f"--regularizer is {self.regularizer!r}, but must be one of {', '.join(REGULARIZERS)}")
+            raise InputError(f"`regularizer` is {self.regularizer!r}, but must be one of {', '.join(REGULARIZERS)}")
         if self.between_domains and self.regularizer != "push-away":
-            raise InputError(f"--regularizer {self.regularizer} has no form between domains; leave --other-text out")
+            raise InputError(f"`regularizer={self.regularizer!r}` has no form between domains; leave `other_text` out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +62,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "context", "learning_rate", "evaluations"):
-            check_positive(name.replace("_", "-"), getattr(self, name))
+            check_positive(name, getattr(self, name))
         check_positive("lora", self.lora)
         if self.context == 1:
-            raise InputError("--context is 1, but a window needs a token and the next one; take at least 2")
+            raise InputError("`context` is 1, but a window needs a token and the next one; take at least 2")
         if self.from_scratch and self.lora:
-            raise InputError("--lora changes a trained model, --from-scratch starts without one; leave one of them out")
+            raise InputError("`lora` changes a trained model, `from_scratch` starts without one; leave one of them out")
         if self.schedule not in SCHEDULES:
-            raise InputError(f"--schedule is {self.schedule!r}, but must be one of {', '.join(SCHEDULES)}")
+            raise InputError(f"`schedule` is {self.schedule!r}, but must be one of {', '.join(SCHEDULES)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"--dtype is {self.dtype!r}, but training takes auto, float32 or bfloat16")
+            raise InputError(f"`dtype` is {self.dtype!r}, but training takes auto, float32 or bfloat16")
         if self.push_away.between_domains and self.batch_size % 2:
-            raise InputError(f"--batch-size is {self.batch_size}, but has to be even: half of it is --other-text")
+            raise InputError(f"`batch_size` is {self.batch_size}, but has to be even: half of it is `other_text`")
         check_seed(self.seed)

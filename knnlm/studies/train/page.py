@@ -80,7 +80,7 @@ def _loss(settings: Training) -> str:
         return "The loss is the cross-entropy alone: dispersions were measured, not raised."
     return (
         f"The loss is the cross-entropy minus {settings['weight']:g} times what is raised: {_raised(settings)}. One "
-        "training does not tell what that did; the same one with --push-away 0 beside it does."
+        "training does not tell what that did; the same one without push-away beside it does."
     )
 
 

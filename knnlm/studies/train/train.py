@@ -98,8 +98,8 @@ def train(
     load = partial(random_model, seed=config.seed) if config.from_scratch else load_model
     lm = load(model, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     config = _settle(config, lm)
-    texts = {"--text": text} | ({"--other-text": other_text} if other_text else {})
-    domains = [_read(lm, paths, config, option) for option, paths in texts.items()]
+    texts = {"text": text} | ({"other_text": other_text} if other_text else {})
+    domains = [_read(lm, paths, config, field) for field, paths in texts.items()]
     with keep_checkpoints(checkpoints, _identity(lm, domains, config), resume=resume, overwrite=overwrite) as last:
         with progress.stage("training", "steps") as advance:
             trainer = _make_trainer(lm, domains, config, str(checkpoints), advance)
@@ -121,7 +121,7 @@ def _settle(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     :raises LayerError: the model has no such layer.
     :raises InputError: the context is over the model's limit.
     """
-    layer = one_layer(config.push_away.layer, lm.layer_names, option="--layer")
+    layer = one_layer(config.push_away.layer, lm.layer_names, field="layer")
     context = config.context or min(lm.context_limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     low = trains_in_bfloat16() if config.dtype == "auto" else config.dtype == "bfloat16"
     return replace(
@@ -133,9 +133,9 @@ def _settle(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
     )
 
 
-def _read(lm: LanguageModel, paths: Paths, config: TrainConfig, option: str) -> Domain:
+def _read(lm: LanguageModel, paths: Paths, config: TrainConfig, field: str) -> Domain:
     assert config.context is not None
-    return read_domain(lm, paths, text_field=config.text_field, context=config.context, seed=config.seed, option=option)
+    return read_domain(lm, paths, text_field=config.text_field, context=config.context, seed=config.seed, field=field)
 
 
 def _identity(lm: LanguageModel, domains: Sequence[Domain], config: TrainConfig) -> dict[str, Any]:
@@ -242,6 +242,6 @@ def _save(trainer: PushAwayTrainer, lm: LanguageModel, result: TrainResult, out:
 
 
 def train_document(result: TrainResult) -> dict[str, Any]:
-    """The result as `train.json` and `--json` have it."""
+    """The result as `train.json` and the command line have it."""
     protocol = {"paper": list(PAPER), "ours": list(OURS)}
     return {"format": FORMAT, "version": VERSION} | asdict(result) | {"protocol": protocol}

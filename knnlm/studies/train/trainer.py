@@ -59,7 +59,7 @@ class PushAwayTrainer(Trainer):
         self.push_away = push_away
         base: Any = getattr(model, "get_base_model", lambda: model)
         self._decoder = find_decoder(base())
-        self._layer = one_layer(push_away.layer, self._decoder.names, option="--layer")
+        self._layer = one_layer(push_away.layer, self._decoder.names, field="layer")
         self._means = _Means()
         if args.n_gpu > 1:
             raise InputError(f"{args.n_gpu} GPUs in one process; hide all but one, as CUDA_VISIBLE_DEVICES=0 does")
@@ -102,7 +102,7 @@ class PushAwayTrainer(Trainer):
                 f"gradient checkpointing with use_reentrant=True cuts layer {self._layer} off from the weights; "
                 "turn it on with use_reentrant=False"
             )
-        return ModelError(f"no weight that is trained comes before layer {self._layer}; take another, deeper --layer")
+        return ModelError(f"no weight that is trained comes before layer {self._layer}; take another, deeper `layer`")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with what was measured since the last log."""
@@ -191,7 +191,7 @@ class Watch(TrainerCallback):
             rate = args.learning_rate
             raise ModelError(
                 f"the training diverged: {bad[0]} is no number at step {state.global_step}; take a lower "
-                f"--learning-rate than {rate:g}"
+                f"`learning_rate` than {rate:g}"
             )
 
 

@@ -37,25 +37,25 @@ class Domain:
 
 
 def read_domain(
-    lm: LanguageModel, paths: Sequence[str | Path], *, text_field: str, context: int, seed: int, option: str
+    lm: LanguageModel, paths: Sequence[str | Path], *, text_field: str, context: int, seed: int, field: str
 ) -> Domain:
     """Read a text and hold out a tenth of it, as `knnlm run` does with the same seed.
 
-    :raises InputError: the text is missing, empty or shorter than a window; names the option that it was given with.
+    :raises InputError: the text is missing, empty or shorter than a window; names the field that it was given as.
     """
     fingerprint, documents = Fingerprint(), list(tokenize(read_documents(paths, text_field=text_field), lm.encode))
     for document in documents:
         fingerprint.update(document)
     total = sum(len(document.tokens) for document in documents)
     if total < LEAST_TOKENS:
-        raise InputError(f"{option} has {total:,} tokens, too few to train on; give at least {LEAST_TOKENS}")
+        raise InputError(f"`{field}` has {total:,} tokens, too few to train on; give at least {LEAST_TOKENS}")
     held_out = hold_out(documents, seed=seed)
     training_N = _join(list(held_out.training), lm.tokenizer.eos_token_id)
     validation_N = _join(held_out.evaluation, lm.tokenizer.eos_token_id)
     if min(len(training_N), len(validation_N)) < context:
         raise InputError(
-            f"{option} has {len(training_N):,} tokens to train on and {len(validation_N):,} held out, but a window "
-            f"takes {context}; give more text, or a smaller --context"
+            f"`{field}` has {len(training_N):,} tokens to train on and {len(validation_N):,} held out, but a window "
+            f"takes {context}; give more text, or a smaller `context`"
         )
     return Domain(training_N, validation_N, fingerprint.hexdigest())
 
