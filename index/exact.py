@@ -24,7 +24,7 @@ from index.pruning import (
     QUERY_ROWS,
     SAMPLE_SHARE,
     Gathered,
-    Plan,
+    PruningPlan,
     directions,
     is_worth_a_plan,
     make_plan,
@@ -70,7 +70,7 @@ class ExactIndex(VectorIndex):
             ids_QC[short_Q] = self._scan(centred_QD[short_Q], count)
         return ids_QC
 
-    def _plan(self, centred_QD: Floats, count: int) -> Plan | None:
+    def _plan(self, centred_QD: Floats, count: int) -> PruningPlan | None:
         if not (is_worth_a_plan(len(self), len(centred_QD), self.dim) and is_fast()):
             return None
         sample_SD = self._sample(min(len(self) // SAMPLE_SHARE, rows_in(BLOCK_BYTES, self.dim)))
@@ -102,7 +102,7 @@ class ExactIndex(VectorIndex):
             )
         return ids_QC
 
-    def _prune(self, centred_QD: Floats, count: int, plan: Plan, thresholds_Q: Floats) -> Ids:
+    def _prune(self, centred_QD: Floats, count: int, plan: PruningPlan, thresholds_Q: Floats) -> Ids:
         """The nearest keys within each query's threshold; -1 where they are fewer than wanted."""
         bound, gathered = plan.bound, Gathered(thresholds_Q, count)
         numbers_QM, offsets_Q = bound.queries(centred_QD)

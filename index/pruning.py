@@ -179,7 +179,7 @@ def _is_safe(rows_ND: Floats) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningPlan:
     """A search that promises to be faster than the full scan."""
 
     bound: Bound
@@ -188,7 +188,7 @@ class Plan:
 
 def make_plan(
     queries_QD: Floats, sample_SD: Floats, rotation_DD: Floats, metric: Metric, *, keys: int, count: int
-) -> Plan | None:
+) -> PruningPlan | None:
     """Thresholds from a spread sample of the keys, and the M that costs least; None where the full scan costs less."""
     pilot_QD = np.ascontiguousarray(queries_QD[:: max(1, len(queries_QD) // PILOT_QUERIES)])
     pilot_SD = np.ascontiguousarray(sample_SD[:: max(1, len(sample_SD) // PILOT_KEYS)])
@@ -201,7 +201,7 @@ def make_plan(
     costs = [_cost(bound, _share(bound, pilot_QD, pilot_SD, thresholds_Q), len(queries_QD)) for bound in bounds]
     if min(costs) > MAX_COST * (DIMENSION_NS * dim + RANK_NS):
         return None
-    return Plan(bounds[int(np.argmin(costs))], _kth_distance(queries_QD, sample_SD, rank, metric))
+    return PruningPlan(bounds[int(np.argmin(costs))], _kth_distance(queries_QD, sample_SD, rank, metric))
 
 
 def _share(bound: Bound, queries_QD: Floats, keys_SD: Floats, thresholds_Q: Floats) -> float:

@@ -23,7 +23,7 @@ from knnlm.inference.model import KNNLM
 from knnlm.knn.mixing import Mix
 from knnlm.knn.retrieval import RowRetrieval
 
-Receive = Callable[[int, Tensor], None]
+ReceiveLogProbs = Callable[[int, Tensor], None]
 """Called with the first position and the log-probabilities [B, T, V] at it and those that follow."""
 # Layers of a cache that hold keys and values [B, heads, T, D] of the last positions, and nothing else.
 _KNOWN_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -43,8 +43,8 @@ class RowModel:
         self.keeps_cache = cached and _is_known(model(token_BT, use_cache=True).past_key_values)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], settings: Sequence[Mix], receive: Receive | None = None
-    ) -> tuple[Batch, Tensor]:
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Mix], receive: ReceiveLogProbs | None = None
+    ) -> tuple[RunningBatch, Tensor]:
         """Read prompts, none of them empty; the log-probabilities of what follows are float32 [B, V].
 
         :param receive: gets those of all positions, some at a time. Without it only the last ones are searched for.
@@ -52,7 +52,7 @@ class RowModel:
         length, device = max(map(len, prompts)), self._model.device
         tokens_BT = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        batch = Batch(self, tokens_BT, mask_BT, list(settings))
+        batch = RunningBatch(self, tokens_BT, mask_BT, list(settings))
         if receive is None:
             return batch, batch.read(0, length)
         size = max(1, _PROMPT_SCORES // (len(prompts) * self.vocabulary)) if self.keeps_cache else length
@@ -77,7 +77,7 @@ class RowModel:
 
 
 @dataclass
-class Batch:
+class RunningBatch:
     """Rows that are continued together."""
 
     model: RowModel
@@ -120,7 +120,7 @@ class Batch:
         if rows:
             self._resize(int(self.mask_BT.sum(1).max()))
 
-    def join(self, other: Batch) -> None:
+    def join(self, other: RunningBatch) -> None:
         """Take in the rows of another batch, behind the own; that batch is of no use afterwards."""
         length = max(self.tokens_BT.shape[1], other.tokens_BT.shape[1])
         for one in (self, other):

@@ -26,7 +26,7 @@ SURELY_TOO_MANY = 1.5
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The layers that are kept, and what they will cost."""
 
     layers: tuple[str, ...]
@@ -42,7 +42,7 @@ def make_plan(
     out: Path,
     settings: Settings,
     evaluation: Sequence[TokenDocument] | None = None,
-) -> Plan:
+) -> RunPlan:
     """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much.
 
     :param evaluation: the evaluation text; None where it will be held out of the text.
@@ -61,16 +61,18 @@ def make_plan(
     return plan
 
 
-def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Settings) -> Plan:
+def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Settings) -> RunPlan:
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
     if tokens is None:
-        return Plan(layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand")
+        return RunPlan(
+            layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand"
+        )
     needed = key_bytes(lm, layers, tokens, settings.key_dtype)
     allowed = settings.disk_budget or shutil.disk_usage(out.parent).free // 2
     sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_size(needed)}"
     if needed <= allowed:
-        return Plan(layers, tokens, needed, sentence)
+        return RunPlan(layers, tokens, needed, sentence)
     fewer = candidate_layers(settings.layers, layers, lm.layer_names)
     check_choice(lm, fewer, settings)
     less = key_bytes(lm, fewer, tokens, settings.key_dtype)
@@ -81,7 +83,7 @@ def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Setti
             "fewer `layers`, fewer `max_tokens`, or `knnlm.build`"
         )
     sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
-    return Plan(fewer, tokens, less, sentence)
+    return RunPlan(fewer, tokens, less, sentence)
 
 
 def check_query_room(

@@ -21,7 +21,8 @@ from knnlm.progress import toward
 from knnlm.results import EvalResult, IndexReport, ScoreResult, TokenExample
 from knnlm.scores.choose import choose
 from knnlm.scores.layer_scorer import LayerScorer
-from knnlm.store.datastore import Datastore, DatastoreWriter
+from knnlm.store.datastore import Datastore
+from knnlm.store.writer import DatastoreWriter
 from knnlm.text.windows import TokenDocument
 from knnlm.version import versions
 

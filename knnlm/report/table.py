@@ -32,7 +32,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One layer."""
 
     layer: str
@@ -73,12 +73,12 @@ COLUMNS = (
 )
 
 
-def layer_rows(result: EvalResult) -> tuple[Row, ...]:
+def layer_rows(result: EvalResult) -> tuple[TableRow, ...]:
     """Rows for every layer, the lowest perplexity first, unknown perplexities last."""
     candidates = set(result.choice.candidates) if result.choice else set()
     places = _score_places(result)
     rows = [
-        Row(
+        TableRow(
             layer=layer.layer,
             part=loosely_split(layer.layer)[1],
             chosen=layer.layer == result.selected,

@@ -10,7 +10,7 @@ from knnlm.layer_names import loosely_split, network_order
 from knnlm.report import numbers
 from knnlm.report.examples import ExampleView, example_view
 from knnlm.report.headline import Headline, make_headline, shown_layer
-from knnlm.report.table import COLUMNS, Column, Row, layer_rows
+from knnlm.report.table import COLUMNS, Column, TableRow, layer_rows
 from knnlm.results import Correlation, EvalResult, Interval, LayerResult, Perplexity
 
 
@@ -88,7 +88,7 @@ class ReportView:
     headline: Headline | None
     tiles: tuple[Tile, ...]
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     parts: tuple[str, ...]
     charts: ChartData
     correlations: CorrelationTable

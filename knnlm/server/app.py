@@ -17,7 +17,7 @@ from knnlm.server import chat_wire, wire
 from knnlm.server.answers import Answer
 from knnlm.server.choices import Prompt
 from knnlm.server.forms import Form
-from knnlm.server.gate import Gate
+from knnlm.server.gate import RequestGate
 from knnlm.server.metrics import CONTENT_TYPE
 from knnlm.server.refusals import Refusal, invalid, mistake
 from knnlm.server.service import Service
@@ -53,7 +53,7 @@ def create_app(
     app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for router in (_routes(service), *routers):
         app.include_router(router)
-    app.add_middleware(Gate, service=service, api_key=api_key, only_local=only_local)
+    app.add_middleware(RequestGate, service=service, api_key=api_key, only_local=only_local)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)

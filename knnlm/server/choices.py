@@ -115,7 +115,7 @@ class Words:
         ]
 
 
-class Choice:
+class AnswerChoice:
     """One continuation: its tokens, one for each distribution that it is shown, and what of their text can be told."""
 
     token: int
@@ -204,7 +204,7 @@ class Prompt:
         self._first = first
         self._offsets = words.offsets(tokens) if self.is_scored else []
         self._scores: list[TokenScore] = []
-        self.choices = [Choice(words, self, first + each, _generator(seed, each)) for each in range(n)]
+        self.choices = [AnswerChoice(words, self, first + each, _generator(seed, each)) for each in range(n)]
 
     @property
     def numbers(self) -> range:
@@ -232,7 +232,7 @@ class Prompt:
         for choice in self.choices:
             self.emit(choice.begin(self.text if self.wish.echo else "", self._scores))
 
-    def advance(self, choice: Choice, log_probs_V: Tensor) -> None:
+    def advance(self, choice: AnswerChoice, log_probs_V: Tensor) -> None:
         """Emit what a choice gains by a distribution."""
         self.emit(choice.take(log_probs_V))
 

@@ -21,7 +21,7 @@ _TIMED = ("/v1/completions", "/v1/chat/completions")
 _COUNTED = (*_TIMED, "/v1/models", "/healthz", "/metrics")
 
 
-class Gate:
+class RequestGate:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: App, service: Service, api_key: str | None, only_local: bool) -> None:

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from knnlm.inference.batch import Batch, RowModel
-from knnlm.server.choices import Choice, Prompt
+from knnlm.inference.batch import RowModel, RunningBatch
+from knnlm.server.choices import AnswerChoice, Prompt
 from knnlm.server.limits import Limits
 from knnlm.server.metrics import Metrics
 from knnlm.server.refusals import too_many
@@ -36,8 +36,8 @@ class ModelThread:
         self._prompts: deque[Prompt] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], None]]] = deque()
         self._closed = False
-        self._rows: list[tuple[Prompt, Choice]] = []
-        self._batch: Batch | None = None
+        self._rows: list[tuple[Prompt, AnswerChoice]] = []
+        self._batch: RunningBatch | None = None
         self._thread = Thread(target=self._work, name="knnlm-model", daemon=True)
 
     def start(self) -> None:
@@ -148,7 +148,7 @@ class ModelThread:
             room -= len(taken[-1].choices)
         return taken
 
-    def _read(self, prompts: Sequence[Prompt]) -> tuple[Batch, list[tuple[Prompt, Choice]]]:
+    def _read(self, prompts: Sequence[Prompt]) -> tuple[RunningBatch, list[tuple[Prompt, AnswerChoice]]]:
         """Read prompts, which gives a row for each choice that has more than one token to come."""
         length = max(len(prompt.tokens) for prompt in prompts)
 
@@ -169,7 +169,7 @@ class ModelThread:
         batch.select([row for row, _ in going_on])
         return batch, [(prompts[row], choice) for row, choice in going_on]
 
-    def _join(self, batch: Batch, rows: list[tuple[Prompt, Choice]]) -> None:
+    def _join(self, batch: RunningBatch, rows: list[tuple[Prompt, AnswerChoice]]) -> None:
         self._rows = [*self._rows, *rows]
         if self._batch is not None and rows:
             self._batch.join(batch)
@@ -185,14 +185,14 @@ class ModelThread:
             self._advance(self._rows, log_probs_BV)
             self._keep(lambda prompt, choice: choice.finish is None)
 
-    def _advance(self, rows: Sequence[tuple[Prompt, Choice]], log_probs_BV: Tensor) -> None:
+    def _advance(self, rows: Sequence[tuple[Prompt, AnswerChoice]], log_probs_BV: Tensor) -> None:
         due = [(row, log_probs_V) for row, log_probs_V in zip(rows, log_probs_BV.cpu(), strict=True)]
         for (prompt, choice), log_probs_V in due:
             if choice.finish is None:
                 prompt.advance(choice, log_probs_V)
                 self._metrics.count("knnlm_tokens_total", kind="generated")
 
-    def _keep(self, stays: Callable[[Prompt, Choice], bool]) -> None:
+    def _keep(self, stays: Callable[[Prompt, AnswerChoice], bool]) -> None:
         kept = [row for row, pair in enumerate(self._rows) if stays(*pair)]
         if self._batch is not None and len(kept) < len(self._rows):
             self._rows = [self._rows[row] for row in kept]

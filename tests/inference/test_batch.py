@@ -11,7 +11,7 @@ from transformers import TopPLogitsWarper
 
 from knnlm import KNNLM
 from knnlm.inference import batch as module
-from knnlm.inference.batch import Batch, RowModel
+from knnlm.inference.batch import RowModel, RunningBatch
 from knnlm.inference.sampling import choose
 from knnlm.knn.mixing import Mix
 from knnlm.knn.retrieval import Retrieval
@@ -35,7 +35,7 @@ class Rows:
     def __init__(self, model: KNNLM) -> None:
         self.model, self.rows = RowModel(model, VOCABULARY), []
         self.reference = model
-        self.batch: Batch | None = None
+        self.batch: RunningBatch | None = None
 
     def enter(self, *rows: tuple[list[int], Mix]) -> None:
         added, log_probs_BV = self.model.prefill([tokens for tokens, _ in rows], [setting for _, setting in rows])

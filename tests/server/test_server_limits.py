@@ -21,7 +21,7 @@ import uvicorn
 
 from knnlm.errors import InputError
 from knnlm.inference import batch
-from knnlm.inference.batch import Batch
+from knnlm.inference.batch import RunningBatch
 from knnlm.server import run
 from knnlm.server.app import create_app
 from knnlm.server.gate import is_loopback
@@ -293,7 +293,7 @@ def test_a_failure_while_choices_join_is_told_to_all(store_folder, monkeypatch) 
         first = pool.submit(post, server, max_tokens=6)
         turns.allow(2)
         until(lambda: thread.running == 1)
-        monkeypatch.setattr(Batch, "join", fail)
+        monkeypatch.setattr(RunningBatch, "join", fail)
         second = pool.submit(post, server, max_tokens=6)
         until(lambda: thread.waiting == 1)
         turns.allow(10)
