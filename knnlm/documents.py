@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from knnlm.errors import InputError
-from knnlm.files import write_text
+from knnlm.files import strict_json, write_text
 from knnlm.layer_names import loosely_split
 from knnlm.results import (
     EvalResult,
@@ -114,23 +114,17 @@ def _plain_fields(value: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - anything that a result or a setting holds
     """Values of strict JSON: NaN and infinity become null, an interval `[low, high]`, dataclasses objects."""
+    return strict_json(value, _lowered)
+
+
+def _lowered(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, Interval):
-        return [plain(value.low), plain(value.high)]
+        return [value.low, value.high]
     if is_dataclass(value):
-        return _plain_fields(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    return _plain_scalar(value)
-
-
-def _plain_scalar(value: Any) -> Any:  # noqa: ANN401
-    if hasattr(value, "item") and not isinstance(value, str):  # a NumPy number, told without NumPy
-        value = value.item()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, bool):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, set | frozenset):
+        return list(value)
+    if value is None or isinstance(value, bool | float | Mapping | list | tuple):
         return value
     # str() also of what inherits from str or int (StrEnum), so that the document holds plain types only
     return int(value) if isinstance(value, int) else str(value)

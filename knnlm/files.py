@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:
 
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
     """Write strict JSON; NaN and infinity become null, numpy's numbers plain ones. Raises as `write_text`."""
-    write_text(path, json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(strict_json(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -129,13 +129,16 @@ def is_ours(folder: Path) -> bool:
     return False
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  (any JSON)
+def strict_json(value: Any, lower: Callable[[Any], Any] = lambda value: value) -> Any:  # noqa: ANN401  (any JSON)
+    """Values of strict JSON: NaN and infinity become null, numpy's numbers plain ones.
+
+    :param lower: is shown every value first, and gives what stands for one that JSON has no kind for.
+    """
+    value = lower(value.item() if hasattr(value, "item") else value)  # a NumPy number, told without NumPy
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): strict_json(item, lower) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item"):  # a NumPy number, told without NumPy
-        value = value.item()
+        return [strict_json(item, lower) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
