@@ -20,7 +20,8 @@ from knnlm.evaluation.parts import Parts, split_parts
 from knnlm.extraction.collect import Collected, collect
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress, Silent
-from knnlm.store.datastore import Datastore, DatastoreWriter
+from knnlm.store.datastore import Datastore
+from knnlm.store.writer import DatastoreWriter
 from knnlm.text.windows import TokenDocument, WindowConfig, count_targets
 
 Floats = NDArray[np.float64]

@@ -21,7 +21,7 @@ from knnlm.model.lm import LanguageModel
 from knnlm.progress import Advance, ignore
 from knnlm.scores.dispersion import BadVector, Span
 from knnlm.scores.layer_scorer import LayerScorer
-from knnlm.store.datastore import DatastoreWriter
+from knnlm.store.writer import DatastoreWriter
 from knnlm.text.clusters import CLUSTER_TOKENS
 from knnlm.text.windows import Batch, Fingerprint, TokenDocument, Window, WindowConfig, batches, windows
 

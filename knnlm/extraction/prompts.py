@@ -32,7 +32,7 @@ _ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class QueryVectors:
+class PromptVectors:
     """One layer's view of Q queries."""
 
     last_QD: NDArray[np.float32]
@@ -41,22 +41,22 @@ class QueryVectors:
     """Dispersion of the vectors of all of a query's tokens; NaN for a query of one token."""
 
 
-def read_queries(
+def read_prompts(
     lm: LanguageModel, queries: Sequence[Window], layers: Sequence[str], *, advance: Advance = ignore
-) -> Mapping[str, QueryVectors]:
+) -> Mapping[str, PromptVectors]:
     """Run the model once over the queries' inputs.
 
     :raises ModelError: a layer gives a vector that is zero or not finite; names the query.
     """
     count = len(queries)
-    found = {layer: QueryVectors(np.empty((count, lm.dims[layer]), np.float32), np.empty(count)) for layer in layers}
+    found = {layer: PromptVectors(np.empty((count, lm.dims[layer]), np.float32), np.empty(count)) for layer in layers}
     for places_B, batch in _by_length(queries, advance):
         _forward(lm, batch, layers, partial(_keep, found, places_B, batch))
     return found
 
 
 def _keep(
-    found: Mapping[str, QueryVectors], places_B: NDArray[np.intp], batch: Batch, layer: str, vectors_BTD: Tensor
+    found: Mapping[str, PromptVectors], places_B: NDArray[np.intp], batch: Batch, layer: str, vectors_BTD: Tensor
 ) -> None:
     spans = [Span(row, 0, len(query.inputs), 0) for row, query in enumerate(batch.windows)]
     try:

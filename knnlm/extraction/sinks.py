@@ -17,7 +17,7 @@ from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
 from knnlm.scores.dispersion import NonFinite, Span, first_nonfinite
 from knnlm.scores.layer_scorer import LayerScorer
-from knnlm.store.datastore import DatastoreWriter
+from knnlm.store.writer import DatastoreWriter
 from knnlm.text.windows import Batch, Window
 
 

@@ -35,9 +35,6 @@ from knnlm.shown import brief
 from knnlm.store.keys import Keys
 from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, read_manifest
 from knnlm.store.npy import npy_offset, open_npy
-from knnlm.store.writer import DatastoreWriter
-
-__all__ = ["Datastore", "DatastoreWriter", "Keys", "Manifest", "open_datastore"]
 
 # What two models must share for the one's vectors to be queries among the other's. The name may differ: folders move.
 MODEL_PARTS = ("config", "weights", "tokenizer")

@@ -20,7 +20,7 @@ from knnlm.layer_names import split
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
 from knnlm.scores.layer_scorer import LayerScorer
-from knnlm.store.datastore import DatastoreWriter
+from knnlm.store.writer import DatastoreWriter
 from knnlm.text.corpus import read_documents, tokenize
 from knnlm.text.held_out import take_slices
 from knnlm.text.windows import Batch, TokenDocument, batches, count_targets, window_config, windows

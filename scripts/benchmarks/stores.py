@@ -22,7 +22,8 @@ from knnlm.knn.indexing import index_layer
 from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
-from knnlm.store.datastore import Datastore, DatastoreWriter
+from knnlm.store.datastore import Datastore
+from knnlm.store.writer import DatastoreWriter
 from knnlm.text.windows import window_config
 
 NARROW = Path(__file__).parent.parent / "demo_data" / "model"

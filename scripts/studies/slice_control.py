@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from knnlm.extraction.prompts import read_queries
+from knnlm.extraction.prompts import read_prompts
 from knnlm.layer_names import FINAL
 from knnlm.model.loading import load_model
 from knnlm.results import Interval
@@ -35,8 +35,8 @@ def main() -> None:
     given = parser.parse_args()
     lm, questions = load_model(given.model), read_questions(given.questions)
     prompts = [lm.encode(question.prompt)[-(lm.context_limit or 0) :] for question in questions]
-    queries = [Window(tokens, tokens[:0], 0, 0, 0, "", number) for number, tokens in enumerate(prompts)]
-    vectors = read_queries(lm, queries, [FINAL])[FINAL]
+    windows = [Window(tokens, tokens[:0], 0, 0, 0, "", number) for number, tokens in enumerate(prompts)]
+    vectors = read_prompts(lm, windows, [FINAL])[FINAL]
     units_QD, clusters_Q = unit_rows(vectors.last_QD), np.arange(len(prompts))
     found, spearman = {"slices": 0, "right minus wrong": 0, "tail AUC": 0}, []
     for seed in range(REPEATS):

@@ -212,7 +212,7 @@ def test_info_shows_the_datastore(call, gpt2_folder: Path, text_file: Path, tmp_
 
 
 def test_info_of_a_datastore_without_index_and_scores(call, tmp_path: Path) -> None:
-    from knnlm.store.datastore import DatastoreWriter
+    from knnlm.store.writer import DatastoreWriter
 
     with DatastoreWriter(tmp_path, {"final_norm": 2}) as writer:
         writer.begin_document(0, "text.txt", 1)

@@ -26,8 +26,9 @@ from knnlm.errors import (
 )
 from knnlm.files import new_folder, write_json
 from knnlm.store import writer as datastore_writer
-from knnlm.store.datastore import Datastore, DatastoreWriter, open_datastore
+from knnlm.store.datastore import Datastore, open_datastore
 from knnlm.store.manifest import from_json
+from knnlm.store.writer import DatastoreWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"model": "tiny", "config": "c" * 64, "weights": "a" * 64, "tokenizer": "f" * 64}
@@ -451,7 +452,7 @@ def full_disk():
 KILLED = """
     import os, signal, sys
     import numpy as np
-    from knnlm.store.datastore import DatastoreWriter
+    from knnlm.store.writer import DatastoreWriter
     from knnlm.files import new_folder
     with new_folder(sys.argv[1]) as folder, DatastoreWriter(folder, {"a": 4}, shard_rows=8) as writer:
         writer.begin_document(0, "a", 1)

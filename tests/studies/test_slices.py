@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from knnlm.errors import InputError
-from knnlm.extraction.prompts import log_likelihoods, most_likely_next, read_queries
+from knnlm.extraction.prompts import log_likelihoods, most_likely_next, read_prompts
 from knnlm.model.lm import LanguageModel
 from knnlm.results import Interval
 from knnlm.studies.slices.document import slices_document
@@ -84,7 +84,7 @@ def query(tokens: list[int], first: int = 0) -> Window:
 def test_queries_of_any_length_come_back_in_their_order(lm):
     rng = np.random.default_rng(0)
     queries = [query(rng.integers(0, 288, length).tolist()) for length in (5, 90, 3, 40, 60, 17)]
-    found = read_queries(lm, queries, LAYERS)
+    found = read_prompts(lm, queries, LAYERS)
     for at, one in enumerate(queries):
         with torch.inference_mode():
             states = lm.model.transformer(torch.from_numpy(one.inputs)[None].long()).last_hidden_state[0].numpy()
@@ -96,7 +96,7 @@ def test_endings_and_next_tokens_are_those_of_the_model(lm):
     rng = np.random.default_rng(1)
     queries = [query(rng.integers(0, 288, length).tolist(), first) for length, first in ((9, 3), (50, 48), (20, 0))]
     sums = log_likelihoods(lm, queries)
-    tokens, probabilities = most_likely_next(lm, read_queries(lm, queries, ["final_norm"])["final_norm"].last_QD)
+    tokens, probabilities = most_likely_next(lm, read_prompts(lm, queries, ["final_norm"])["final_norm"].last_QD)
     for at, one in enumerate(queries):
         with torch.inference_mode():
             table = torch.log_softmax(lm.model(torch.from_numpy(one.inputs)[None].long()).logits[0].double(), -1)

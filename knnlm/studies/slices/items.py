@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.extraction.prompts import QueryVectors, most_likely_next, read_queries
+from knnlm.extraction.prompts import PromptVectors, most_likely_next, read_prompts
 from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress
@@ -48,7 +48,7 @@ class ItemSet:
     """Q items of one set, as a model sees them."""
 
     name: str
-    vectors: Mapping[str, QueryVectors]
+    vectors: Mapping[str, PromptVectors]
     """Of each layer: the vector of the prompt's last token, and the dispersion inside the prompt."""
     lengths_Q: NDArray[np.int64]
     """Tokens of each prompt that the model was given."""
@@ -74,7 +74,7 @@ def question_set(
         with progress.stage(f"choices of {name}", "choices") as advance:
             scores = score_choices(lm, questions, advance=advance)
     with progress.stage(f"prompts of {name}", "items") as advance:
-        vectors = read_queries(lm, prompts, layers, advance=advance)
+        vectors = read_prompts(lm, prompts, layers, advance=advance)
     cut = max(sum(prompt.start > 0 for prompt in prompts), scores.cut if scores else 0)
     note = (
         f"{cut} of {len(questions)} prompts of {name} are over {lm.context_limit} tokens: their beginning is left out"
@@ -93,10 +93,10 @@ def question_set(
 def _prompt(lm: LanguageModel, question: Question) -> Window:
     tokens = lm.encode(question.prompt)
     dropped = 0 if lm.context_limit is None else max(0, len(tokens) - lm.context_limit)
-    return _query(tokens[dropped:], dropped, question.source, question.number)
+    return _unscored(tokens[dropped:], dropped, question.source, question.number)
 
 
-def _query(tokens: NDArray[np.int32], start: int, source: str, number: int) -> Window:
+def _unscored(tokens: NDArray[np.int32], start: int, source: str, number: int) -> Window:
     """An input of which nothing is predicted here."""
     return Window(tokens, tokens[:0], 0, 0, start, source, number)
 
@@ -139,15 +139,15 @@ def cloze_set(
     """
     documents = tokenize(read_documents([text], text_field=text_field), lm.encode)
     segments = sample_segments(cut_segments(documents, context + 1), max_segments, seed=seed)
-    queries = [_query(one.tokens_T[:-1], one.start, one.source, one.number) for one in segments]
+    prompts = [_unscored(one.tokens_T[:-1], one.start, one.source, one.number) for one in segments]
     with progress.stage(f"cloze items of {name}", "items") as advance:
-        vectors = read_queries(lm, queries, tuple(dict.fromkeys((*layers, FINAL))), advance=advance)
+        vectors = read_prompts(lm, prompts, tuple(dict.fromkeys((*layers, FINAL))), advance=advance)
     predicted_Q, confidence_Q = most_likely_next(lm, vectors[FINAL].last_QD)
     next_Q = np.array([segment.tokens_T[-1] for segment in segments])
     return ItemSet(
         name=name,
         vectors={layer: vectors[layer] for layer in layers},
-        lengths_Q=np.full(len(queries), context),
+        lengths_Q=np.full(len(prompts), context),
         clusters_Q=text_clusters(segments),
         answers=Answers(predicted_Q == next_Q, None, confidence_Q, None),
         describe=partial(_describe_cloze, lm, segments, predicted_Q),
