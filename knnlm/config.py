@@ -35,6 +35,18 @@ def check_seed(seed: int) -> None:
         raise InputError(f"`seed` is {seed}, but must be from 0 to {LARGEST_SEED}")
 
 
+def check_stride(stride: int, context: int, source: str = "") -> None:
+    """:raises InputError: windows of `context` tokens that begin `stride` apart leave tokens out.
+
+    :param source: where the context comes from, if it is not a setting.
+    """
+    if stride > context:
+        raise InputError(
+            f"`stride={stride}` is over `context={context}`{source}: tokens between windows would never be scored; "
+            "take a stride of at most the context"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """How text becomes windows of tokens (design.md, section 6)."""
@@ -57,11 +69,8 @@ class TextConfig:
         check_positive("windows", self.windows)
         if self.protocol != "documents" and self.max_tokens:
             raise InputError(f"`protocol={self.protocol!r}` takes the whole text; leave `max_tokens` out")
-        if self.context and self.stride and self.stride > self.context:
-            raise InputError(
-                f"`stride={self.stride}` is over `context={self.context}`: tokens between windows would never be "
-                "scored; take a stride of at most the context"
-            )
+        if self.context and self.stride:
+            check_stride(self.stride, self.context)
 
     def batch_tokens(self, context: int) -> int:
         """Padded tokens in one forward pass of windows of `context` tokens."""

@@ -78,8 +78,7 @@ class _Explainer:
     def _around(self, row: int) -> tuple[str, str]:
         """Text before and after the target, inside its document."""
         store, targets_Q = self._queries.store, self._queries.targets_Q
-        documents_Q = self._queries.collected.documents_N
-        assert documents_Q is not None
+        documents_Q = self._queries.documents_Q
         ahead = slice(row + 1, row + 1 + CONTEXT_TOKENS)
         after: NDArray[np.int32] = targets_Q[ahead][documents_Q[ahead] == documents_Q[row]]
         return self._lm.decode(store.context(row, CONTEXT_TOKENS)), self._lm.decode(after)

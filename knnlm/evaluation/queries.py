@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from knnlm.config import BATCH_TOKENS
 from knnlm.errors import InputError
 from knnlm.evaluation.parts import Parts, split_parts
-from knnlm.extraction.collect import Collected, collect
+from knnlm.extraction.collect import collect
+from knnlm.extraction.sinks import TargetScorer
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress, Silent
 from knnlm.store.datastore import Datastore
@@ -29,25 +30,18 @@ Floats = NDArray[np.float64]
 LEAST_TOKENS = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Queries:
     """The evaluation text after its one forward pass."""
 
     store: Datastore
-    collected: Collected
     parts: Parts
-
-    @property
-    def targets_Q(self) -> NDArray[np.int32]:
-        """The token that each query has to predict."""
-        assert self.collected.targets_N is not None
-        return self.collected.targets_N
-
-    @property
-    def lm_Q(self) -> Floats:
-        """The plain LM's log-probability of each target."""
-        assert self.collected.lm_log_probs_N is not None
-        return self.collected.lm_log_probs_N
+    targets_Q: NDArray[np.int32]
+    """The token that each query has to predict."""
+    lm_Q: Floats
+    """The plain LM's log-probability of each target."""
+    documents_Q: NDArray[np.int64]
+    """The running number of each target's document."""
 
     def vectors(self, layer: str) -> NDArray[np.float32]:
         """The layer's raw vectors, [Q, D]."""
@@ -68,24 +62,25 @@ def open_queries(
 ) -> Iterator[Queries]:
     """Run the model over the evaluation text and keep its queries on disk while the block lasts."""
     progress = progress or Silent()
-    total = count_targets(documents)
+    total, scorer = count_targets(documents), TargetScorer(lm)
     with tempfile.TemporaryDirectory(prefix="knnlm-queries-") as folder:
         dims = {name: lm.dims[name] for name in layers}
         writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", named_by="TMPDIR")
         with writer, progress.stage("evaluation text through the model", "tokens") as advance:
-            collected = collect(
+            collect(
                 lm,
                 documents,
                 config,
                 layers,
                 batch_tokens=batch_tokens,
                 writer=writer,
-                log_probs=True,
+                targets=scorer,
                 advance=lambda done, _: advance(done, total),
             )
             writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
-        assert collected.documents_N is not None
-        yield Queries(Datastore.open(Path(folder)), collected, split_parts(collected.documents_N, fitted=fitted))
+        targets = scorer.targets()
+        parts = split_parts(targets.documents_N, fitted=fitted)
+        yield Queries(Datastore.open(Path(folder)), parts, targets.targets_N, targets.log_probs_N, targets.documents_N)
 
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:

@@ -2,7 +2,7 @@
 
 Inputs are sorted by length, so that a batch has little padding; results are in the order of the inputs.
 
-Legend: Q queries, B queries of a batch, T positions of the longest of them, D dimension, N predicted tokens.
+Legend: Q prompts, B prompts of a batch, T positions of the longest of them, D dimension, N predicted tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.config import BATCH_TOKENS
-from knnlm.errors import ModelError
-from knnlm.layer_names import FINAL
-from knnlm.model.decoder import Receive
+from knnlm.extraction.passes import forward, forward_to_head
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Advance, ignore
-from knnlm.scores.dispersion import BadVector, Span, span_dispersions
+from knnlm.scores.dispersion import Span, span_dispersions
 from knnlm.text.windows import Batch, Window, batches
 
 Float64 = NDArray[np.float64]
@@ -33,62 +31,50 @@ _ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class PromptVectors:
-    """One layer's view of Q queries."""
+    """One layer's view of Q prompts."""
 
     last_QD: NDArray[np.float32]
-    """The vector of each query's last token."""
+    """The vector of each prompt's last token."""
     within_Q: Float64
-    """Dispersion of the vectors of all of a query's tokens; NaN for a query of one token."""
+    """Dispersion of the vectors of all of a prompt's tokens; NaN for a prompt of one token."""
 
 
 def read_prompts(
-    lm: LanguageModel, queries: Sequence[Window], layers: Sequence[str], *, advance: Advance = ignore
+    lm: LanguageModel, prompts: Sequence[Window], layers: Sequence[str], *, advance: Advance = ignore
 ) -> Mapping[str, PromptVectors]:
-    """Run the model once over the queries' inputs.
+    """Run the model once over the prompts.
 
-    :raises ModelError: a layer gives a vector that is zero or not finite; names the query.
+    :raises ModelError: a layer gives a vector that is zero or not finite; names the prompt.
     """
-    count = len(queries)
+    count = len(prompts)
     found = {layer: PromptVectors(np.empty((count, lm.dims[layer]), np.float32), np.empty(count)) for layer in layers}
-    for places_B, batch in _by_length(queries, advance):
-        _forward(lm, batch, layers, partial(_keep, found, places_B, batch))
+    for places_B, batch in _by_length(prompts, advance):
+        forward(lm, batch, layers, partial(_keep, found, places_B, batch), unit="item")
     return found
 
 
 def _keep(
     found: Mapping[str, PromptVectors], places_B: NDArray[np.intp], batch: Batch, layer: str, vectors_BTD: Tensor
 ) -> None:
-    spans = [Span(row, 0, len(query.inputs), 0) for row, query in enumerate(batch.windows)]
-    try:
-        found[layer].within_Q[places_B] = span_dispersions(vectors_BTD, spans)
-    except BadVector as error:
-        query = batch.windows[error.row]
-        raise ModelError(
-            f"layer {layer} gives a vector that {error.fault}, at token {query.start + error.position} of item "
-            f"{query.number} of {query.source}; try `dtype='float32'`, or other `layers`"
-        ) from None
+    spans = [Span(row, 0, len(prompt.inputs), 0) for row, prompt in enumerate(batch.windows)]
+    found[layer].within_Q[places_B] = span_dispersions(vectors_BTD, spans)
     rows, ends = torch.arange(len(spans)), torch.from_numpy(batch.lengths_B) - 1
     found[layer].last_QD[places_B] = vectors_BTD[rows, ends].float().cpu().numpy()
 
 
-def log_likelihoods(lm: LanguageModel, queries: Sequence[Window], *, advance: Advance = ignore) -> Float64:
-    """The sum of log p over `targets[first:]` of each query, float64 [Q]: of its ending, given what comes before."""
-    sums_Q = np.empty(len(queries))
-    for places_B, batch in _by_length(queries, advance):
-        # The head must not run inside its own hook, so the vectors are taken out first.
-        final: list[Tensor] = []
-        _forward(lm, batch, [FINAL], partial(_hold, final))
-        sums_Q[places_B] = _ending_sums(lm, final[0], batch)
+def log_likelihoods(lm: LanguageModel, prompts: Sequence[Window], *, advance: Advance = ignore) -> Float64:
+    """The sum of log p over `targets[first:]` of each prompt, float64 [Q]: of its ending, given what comes before."""
+    sums_Q = np.empty(len(prompts))
+    for places_B, batch in _by_length(prompts, advance):
+        sums_Q[places_B] = _ending_sums(lm, forward_to_head(lm, batch), batch)
     return sums_Q
 
 
-def _hold(held: list[Tensor], layer: str, vectors_BTD: Tensor) -> None:
-    held.append(vectors_BTD)
-
-
 def _ending_sums(lm: LanguageModel, final_BTD: Tensor, batch: Batch) -> Float64:
-    endings = [query.targets[query.first :] for query in batch.windows]
-    final_ND = torch.cat([final_BTD[row, query.first : len(query.inputs)] for row, query in enumerate(batch.windows)])
+    endings = [prompt.targets[prompt.first :] for prompt in batch.windows]
+    final_ND = torch.cat(
+        [final_BTD[row, prompt.first : len(prompt.inputs)] for row, prompt in enumerate(batch.windows)]
+    )
     targets_N = torch.from_numpy(np.concatenate(endings).astype(np.int64))
     log_probs_N = lm.target_log_probs(final_ND, targets_N).numpy()
     begins = np.cumsum([0, *map(len, endings[:-1])])
@@ -106,16 +92,12 @@ def most_likely_next(lm: LanguageModel, final_QD: NDArray[np.float32]) -> tuple[
     return np.concatenate(tokens), np.exp(np.concatenate(log_probs))
 
 
-def _forward(lm: LanguageModel, batch: Batch, layers: Sequence[str], receive: Receive) -> None:
-    lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, receive)
-
-
-def _by_length(queries: Sequence[Window], advance: Advance) -> Iterator[tuple[NDArray[np.intp], Batch]]:
-    """Batches of queries of like length, the longest first, each with its queries' places in the list."""
-    order_Q = np.argsort([-len(query.inputs) for query in queries], kind="stable")
+def _by_length(prompts: Sequence[Window], advance: Advance) -> Iterator[tuple[NDArray[np.intp], Batch]]:
+    """Batches of prompts of like length, the longest first, each with its prompts' places in the list."""
+    order_Q = np.argsort([-len(prompt.inputs) for prompt in prompts], kind="stable")
     done = 0
-    for batch in batches((queries[place] for place in order_Q), BATCH_TOKENS):
+    for batch in batches((prompts[place] for place in order_Q), BATCH_TOKENS):
         count = len(batch.windows)
         yield order_Q[done : done + count], batch
         done += count
-        advance(done, len(queries))
+        advance(done, len(prompts))

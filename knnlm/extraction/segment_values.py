@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from knnlm.config import BATCH_TOKENS
 from knnlm.errors import InputError, ModelError
-from knnlm.layer_names import FINAL
+from knnlm.extraction.passes import forward_to_head
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Advance, ignore
-from knnlm.scores.dispersion import BadVector, Span, span_dispersions, unit_rows
+from knnlm.scores.dispersion import Span, span_dispersions, unit_rows
 from knnlm.text.segments import Segment
+from knnlm.text.windows import Batch, batches, unscored_window
 
 Float64 = NDArray[np.float64]
 
@@ -63,11 +65,13 @@ def measure_segments(
     :param function: another score of a segment's vectors [T, D], as in `knnlm.scores.layer_scorer.SEGMENT_FUNCTIONS`.
     :raises ModelError: a layer gives a vector without a direction, or the model gives no probability.
     """
-    tables = _Tables(lm, segments, layers, look, function)
-    rows = max(1, batch_tokens // len(segments[0].tokens_T))
-    for first in range(0, len(segments), rows):
-        tables.add_batch(first, min(first + rows, len(segments)))
-        advance(min(first + rows, len(segments)), len(segments))
+    tables = _Tables(lm, len(segments), layers, look, function)
+    inputs = (unscored_window(one.tokens_T, start=one.start, source=one.source, number=one.number) for one in segments)
+    done = 0
+    for batch in batches(inputs, batch_tokens):
+        tables.add(batch, done)
+        done += len(batch.windows)
+        advance(done, len(segments))
     return SegmentValues(tables.loss_S, tables.final_loss_S, tables.within, tables.scores, tables.last)
 
 
@@ -77,57 +81,39 @@ class _Tables:
     def __init__(
         self,
         lm: LanguageModel,
-        segments: Sequence[Segment],
+        count: int,
         layers: Sequence[str],
         look: Look | None,
         function: SegmentFunction | None,
     ) -> None:
-        self._lm, self._segments, self._look, self._function = lm, segments, look, function
-        self._needed = tuple(dict.fromkeys((*layers, FINAL)))
-        self._final_BTD = torch.empty(0)
-        self._first = 0
-        count = len(segments)
+        self._lm, self._look, self._function = lm, look, function
         _check_room(count, [lm.dims[layer] for layer in layers])
         self.loss_S, self.final_loss_S = np.empty(count), np.empty(count)
         self.within = {layer: np.empty(count) for layer in layers}
         self.scores = {layer: np.empty(count) for layer in layers} if function else self.within
         self.last = {layer: _scratch((count, lm.dims[layer])) for layer in layers}
 
-    def add_batch(self, first: int, stop: int) -> None:
-        self._first = first
-        tokens_BT = torch.from_numpy(np.stack([one.tokens_T for one in self._segments[first:stop]]).astype(np.int64))
-        self._lm.forward(tokens_BT, None, self._needed, self._receive)
-        # After the pass: the head must not run inside its own hook.
-        log_probs = self._lm.target_log_probs(self._final_BTD[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+    def add(self, batch: Batch, first: int) -> None:
+        """A batch of segments `first` and those behind it."""
+        place, tokens_BT = slice(first, first + len(batch.windows)), torch.from_numpy(batch.tokens_BT)
+        final_BTD = forward_to_head(self._lm, batch, tuple(self.within), partial(self._receive, place))
+        log_probs = self._lm.target_log_probs(final_BTD[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
         loss_BT = -log_probs.numpy().reshape(len(tokens_BT), -1)
         if not np.isfinite(loss_BT).all():
             raise ModelError(f"{self._lm.name} gives probabilities that are not finite; try `dtype='float32'`")
-        self.loss_S[first:stop] = loss_BT.mean(axis=1)
-        self.final_loss_S[first:stop] = loss_BT[:, -1]
+        self.loss_S[place] = loss_BT.mean(axis=1)
+        self.final_loss_S[place] = loss_BT[:, -1]
 
-    def _receive(self, layer: str, vectors_BTD: Tensor) -> None:
-        if layer == FINAL:
-            self._final_BTD = vectors_BTD
+    def _receive(self, place: slice, layer: str, vectors_BTD: Tensor) -> None:
         if layer not in self.within:
             return
         rows, length = vectors_BTD.shape[:2]
-        place = slice(self._first, self._first + rows)
-        try:
-            self.within[layer][place] = span_dispersions(vectors_BTD, [Span(row, 0, length, 0) for row in range(rows)])
-        except BadVector as error:
-            raise self._bad_vector(layer, error) from None
+        self.within[layer][place] = span_dispersions(vectors_BTD, [Span(row, 0, length, 0) for row in range(rows)])
         if self._function is not None:
             self.scores[layer][place] = [self._function(vectors_TD) for vectors_TD in vectors_BTD.float().cpu().numpy()]
         self.last[layer][place] = unit_rows(vectors_BTD[:, -1])
         if self._look is not None:
-            self._look(layer, vectors_BTD, self._first)
-
-    def _bad_vector(self, layer: str, error: BadVector) -> ModelError:
-        segment = self._segments[self._first + error.row]
-        return ModelError(
-            f"layer {layer} gives a vector that {error.fault}, at token {segment.start + error.position} of "
-            f"{segment.source}, document {segment.number}; try `dtype='float32'`, or leave the layer out with `layers`"
-        )
+            self._look(layer, vectors_BTD, place.start)
 
 
 def _check_room(segments: int, dims: Iterable[int]) -> None:

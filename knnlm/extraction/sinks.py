@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
 from knnlm.scores.dispersion import NonFinite, Span, first_nonfinite
 from knnlm.scores.layer_scorer import LayerScorer
@@ -96,41 +96,42 @@ class _Store(Sink):
             self._writer.append_keys(name, torch.cat(rows).float().cpu().numpy())
 
 
-class TargetSink(Sink):
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The counted targets of a text, in the order of its keys, with what the plain LM makes of them."""
+
+    targets_N: NDArray[np.int32]
+    log_probs_N: NDArray[np.float64]
+    """The plain LM's log-probability of each."""
+    documents_N: NDArray[np.int64]
+    """The running number of each one's document."""
+
+
+class TargetScorer:
     """Keeps the plain LM's log-probability of every counted target, with its document."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
-        self._final_BTD = torch.empty(0)
         self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]] = []
 
-    def receive(self, name: str, vectors_BTD: Tensor) -> None:
-        """Take one layer's vectors."""
-        if name == FINAL:  # held until the forward pass is over: the head must not run inside its own hook
-            self._final_BTD = vectors_BTD
-
-    def end(self) -> None:
-        """After the forward pass: score what was held."""
-        for span, window in zip(self.spans, self.windows, strict=True):
+    def add(self, batch: Batch, spans: Sequence[Span], final_BTD: Tensor) -> None:
+        """After a forward pass: score the targets of the positions in `spans`."""
+        for span, window in zip(spans, batch.windows, strict=True):
             targets = window.targets[span.first : span.last]
-            final_ND = self._final_BTD[span.row, span.first : span.last]
+            final_ND = final_BTD[span.row, span.first : span.last]
             log_probs = self._lm.target_log_probs(final_ND, torch.from_numpy(targets.astype(np.int64)))
             self._parts.append((targets, log_probs.cpu().numpy(), np.full(len(targets), window.document)))
 
-    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]:
-        """Targets, their log-probabilities and their documents, over all batches."""
-        targets, log_probs, documents = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        return targets, log_probs, documents
+    def targets(self) -> Targets:
+        """Those of all batches."""
+        return Targets(*(np.concatenate(column) for column in zip(*self._parts, strict=True)))
 
 
-def make_sinks(
-    layers: Sequence[str], scorer: LayerScorer | None, writer: DatastoreWriter | None, targets: TargetSink | None
-) -> tuple[Sink, ...]:
+def make_sinks(layers: Sequence[str], scorer: LayerScorer | None, writer: DatastoreWriter | None) -> tuple[Sink, ...]:
     """Those that are wanted; checking and scoring come first, so that no bad vector is stored."""
     wanted = frozenset(layers)
     return (
         _Check(but=wanted if scorer else ()),
         *([_Score(wanted, scorer)] if scorer else []),
         *([_Store(wanted, writer)] if writer else []),
-        *([targets] if targets else []),
     )

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from knnlm.config import Settings, TextConfig
+from knnlm.config import Settings, TextConfig, check_stride
 from knnlm.documents import score_from_document
-from knnlm.errors import InputError
 from knnlm.evaluation.queries import check_evaluation
 from knnlm.files import new_folder
 from knnlm.knn.indexing import try_index
@@ -156,12 +155,9 @@ def _windows_like(store: Datastore, text: TextConfig) -> TextConfig:
     :raises InputError: a stride is asked for that exceeds the datastore's context.
     """
     context = text.context or store.manifest.context
-    if text.stride and text.stride > context:
-        raise InputError(
-            f"`stride={text.stride}` is over the context of {context} tokens that the datastore was made with; "
-            f"take at most {context}, or a longer `context` too"
-        )
-    return replace(text, context=context, stride=text.stride or min(store.manifest.stride, context))
+    stride = text.stride or min(store.manifest.stride, context)
+    check_stride(stride, context, ", which the datastore was made with")
+    return replace(text, context=context, stride=stride)
 
 
 def run(

@@ -58,13 +58,13 @@ class CompletionForm:
         """The last piece of a stream."""
         return self._document(head, [], usage)
 
-    def _document(self, head: Head, choices: list[wire.Choice], usage: wire.Usage | None) -> str:
+    def _document(self, head: Head, choices: list[wire.CompletionChoice], usage: wire.Usage | None) -> str:
         document = wire.Completion(id=head.id, created=head.created, model=head.model, choices=choices, usage=usage)
         return document.model_dump_json()
 
-    def _choice(self, pieces: Sequence[Piece]) -> wire.Choice:
+    def _choice(self, pieces: Sequence[Piece]) -> wire.CompletionChoice:
         logprobs = self._logprobs(_scores(pieces)) if self._scored else None
-        return wire.Choice(
+        return wire.CompletionChoice(
             index=pieces[-1].choice, text=_text(pieces), logprobs=logprobs, finish_reason=pieces[-1].finish
         )
 

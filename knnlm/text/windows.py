@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.config import TextConfig
+from knnlm.config import TextConfig, check_stride
 from knnlm.errors import InputError
 
 PROTOCOLS = ("documents", "knn-transformers")
@@ -66,11 +66,7 @@ class WindowConfig:
         for name, value in (("context", self.context), ("stride", self.stride)):
             if value < 1:
                 raise InputError(f"`{name}` is {value}, but must be at least 1 token")
-        if self.stride > self.context:
-            raise InputError(
-                f"`stride={self.stride}` is over `context={self.context}`: tokens between windows would never be "
-                "scored; take a stride of at most the context"
-            )
+        check_stride(self.stride, self.context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +84,11 @@ class Window:
     """Position of `inputs[0]` in the document."""
     source: str
     number: int
+
+
+def unscored_window(tokens_T: NDArray[np.int32], *, start: int, source: str, number: int) -> Window:
+    """An input of which nothing is predicted."""
+    return Window(tokens_T, tokens_T[:0], 0, 0, start, source, number)
 
 
 def windows(documents: Iterable[TokenDocument], config: WindowConfig) -> Iterator[Window]:
@@ -208,12 +209,9 @@ def window_config(text: TextConfig, model: str, limit: int | None) -> WindowConf
 
     :param model: its name, for the error.
     :param limit: the most tokens that the model sees at once; None: no limit.
-    :raises InputError: the context is over the model's limit.
+    :raises InputError: the context is over the model's limit, or the stride over the context.
     """
     context = text.context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if limit is not None and context > limit:
         raise InputError(f"`context` is {context}, but {model} sees at most {limit} tokens; take that")
-    stride = text.stride or max(context // 2, 1)
-    if stride > context:
-        raise InputError(f"`stride={stride}` is over the context of {context} tokens; take at most {context}")
-    return WindowConfig(context, stride, text.protocol)
+    return WindowConfig(context, text.stride or max(context // 2, 1), text.protocol)

@@ -21,6 +21,7 @@ from stores import LAYER, enlarged_store, wide_gpt2
 from knnlm.config import EvalConfig, LayerConfig, Settings, TextConfig
 from knnlm.evaluation.queries import Queries, open_queries
 from knnlm.extraction.collect import collect
+from knnlm.extraction.sinks import TargetScorer
 from knnlm.knn.fitting import fit
 from knnlm.knn.mixing import Search
 from knnlm.knn.searcher import open_searcher
@@ -58,7 +59,7 @@ def settings(count: int, queries: int) -> Settings:
 def _beside_the_lm(lm: LanguageModel, store: Datastore, held_out: Path, queries: int, rounds: int) -> Row:
     """All of `evaluate` beside the LM alone: both take tokens from all over the text and run the model."""
     config, every = window_config(TextConfig(), lm.name, lm.context_limit), settings(store.count, queries)
-    plain = lambda: collect(lm, documents(lm, [held_out], queries), config, (), log_probs=True)  # noqa: E731
+    plain = lambda: collect(lm, documents(lm, [held_out], queries), config, (), targets=TargetScorer(lm))  # noqa: E731
     whole = lambda: evaluate(lm, store, [held_out], settings=every)  # noqa: E731
     ratios = speed_ratios(whole, plain, rounds)
     spec = next((str(one["spec"]) for one in store.manifest.indexes.values()), "exact")

@@ -16,6 +16,7 @@ from ratios import Row, speed_ratios
 
 from knnlm.config import Settings
 from knnlm.extraction.collect import collect
+from knnlm.extraction.sinks import TargetScorer
 from knnlm.layer_names import split
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
@@ -79,9 +80,9 @@ def _low_precision(model: str, docs: Sequence[TokenDocument], rounds: int) -> Ro
 
 
 def perplexity(lm: LanguageModel, docs: Sequence[TokenDocument]) -> float:
-    collected = collect(lm, docs[:1], window_config(TEXT, lm.name, lm.context_limit), (), log_probs=True)
-    assert collected.lm_log_probs_N is not None
-    return float(np.exp(-collected.lm_log_probs_N.mean()))
+    targets = TargetScorer(lm)
+    collect(lm, docs[:1], window_config(TEXT, lm.name, lm.context_limit), (), targets=targets)
+    return float(np.exp(-targets.targets().log_probs_N.mean()))
 
 
 def all_batches(lm: LanguageModel, docs: Iterable[TokenDocument]) -> Iterator[Batch]:

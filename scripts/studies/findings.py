@@ -29,6 +29,7 @@ from torch import Tensor
 from knnlm.config import TextConfig
 from knnlm.extraction.collect import collect
 from knnlm.extraction.segment_values import measure_segments
+from knnlm.extraction.sinks import TargetScorer
 from knnlm.files import write_json
 from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
@@ -112,9 +113,9 @@ def checkpoint_case(lm: LanguageModel, text: Path, tokens: int) -> Record:
     names = [select_layers(key, lm.layer_names)[0] for key in KEYS]
     documents: list[TokenDocument] = take_slices(tokenize(read_documents([text]), lm.encode), tokens, seed=0)
     scorer = LayerScorer({name: lm.dims[name] for name in names})
-    found = collect(lm, documents, windows_of(lm), names, scorer=scorer, log_probs=True)
-    assert found.lm_log_probs_N is not None
-    loss = -float(np.mean(found.lm_log_probs_N))
+    targets = TargetScorer(lm)
+    found = collect(lm, documents, windows_of(lm), names, scorer=scorer, targets=targets)
+    loss = -float(np.mean(targets.targets().log_probs_N))
     rows = {key: asdict(score) for key, score in zip(KEYS, scorer.scores(), strict=True)}
     return {"model": lm.name, "text": text.stem, "perplexity": math.exp(loss), "tokens": found.tokens, "layers": rows}
 

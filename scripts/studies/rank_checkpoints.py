@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from knnlm.extraction.collect import collect
+from knnlm.extraction.sinks import TargetScorer
 from knnlm.files import write_json
 from knnlm.model.loading import load_model
 from knnlm.text.corpus import Document, tokenize
@@ -58,9 +59,9 @@ def perplexity(model: str, documents: list[Document], max_tokens: int) -> float:
     """Of the plain LM, in windows of 512 tokens that move by 256; the same slices of the documents for every model."""
     lm = load_model(model)
     slices = take_slices(tokenize(documents, lm.encode), max_tokens, seed=0)
-    found = collect(lm, slices, WindowConfig(context=512, stride=256), [], log_probs=True)
-    assert found.lm_log_probs_N is not None
-    value = float(np.exp(-found.lm_log_probs_N.mean()))
+    targets = TargetScorer(lm)
+    collect(lm, slices, WindowConfig(context=512, stride=256), [], targets=targets)
+    value = float(np.exp(-targets.targets().log_probs_N.mean()))
     print(f"{model} {value:.3f} on {found.tokens:,} tokens", flush=True)
     return value
 

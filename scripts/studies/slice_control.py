@@ -19,7 +19,7 @@ from knnlm.results import Interval
 from knnlm.scores.dispersion import unit_rows
 from knnlm.studies.slices.questions import read_questions
 from knnlm.studies.slices.statistics import draw_slices, right_minus_wrong, tail_auc
-from knnlm.text.windows import Window
+from knnlm.text.windows import unscored_window
 
 SHARE, SIZE, DRAWS, REPEATS = 0.25, 100, 10, 200
 
@@ -35,7 +35,7 @@ def main() -> None:
     given = parser.parse_args()
     lm, questions = load_model(given.model), read_questions(given.questions)
     prompts = [lm.encode(question.prompt)[-(lm.context_limit or 0) :] for question in questions]
-    windows = [Window(tokens, tokens[:0], 0, 0, 0, "", number) for number, tokens in enumerate(prompts)]
+    windows = [unscored_window(tokens, start=0, source="", number=number) for number, tokens in enumerate(prompts)]
     vectors = read_prompts(lm, windows, [FINAL])[FINAL]
     units_QD, clusters_Q = unit_rows(vectors.last_QD), np.arange(len(prompts))
     found, spearman = {"slices": 0, "right minus wrong": 0, "tail AUC": 0}, []

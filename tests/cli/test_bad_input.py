@@ -449,7 +449,7 @@ NOT_IN_THE_DATASTORE = {
     "--layers 0.ffn_input": ("no layer fits '0.ffn_input'", "1-2.ffn_input"),
     "--metric cosine": ("built for --metric l2, not cosine", "--index exact"),
     "--index IVF4,Flat": ("--index is 'IVF4,Flat'", "take auto, or exact"),
-    "--stride 33": ("--stride 33 is over the context of 32 tokens that the datastore was made with", "take at most 32"),
+    "--stride 33": ("--stride 33 is over --context 32, which the datastore was made with", "take a stride of at most"),
 }
 
 

@@ -24,7 +24,7 @@ from knnlm.studies.slices.questions import Question
 from knnlm.text.clusters import text_clusters
 from knnlm.text.corpus import read_documents, tokenize
 from knnlm.text.segments import Segment, cut_segments, sample_segments
-from knnlm.text.windows import Window
+from knnlm.text.windows import Window, unscored_window
 
 Flags = NDArray[np.bool_]
 
@@ -93,12 +93,7 @@ def question_set(
 def _prompt(lm: LanguageModel, question: Question) -> Window:
     tokens = lm.encode(question.prompt)
     dropped = 0 if lm.context_limit is None else max(0, len(tokens) - lm.context_limit)
-    return _unscored(tokens[dropped:], dropped, question.source, question.number)
-
-
-def _unscored(tokens: NDArray[np.int32], start: int, source: str, number: int) -> Window:
-    """An input of which nothing is predicted here."""
-    return Window(tokens, tokens[:0], 0, 0, start, source, number)
+    return unscored_window(tokens[dropped:], start=dropped, source=question.source, number=question.number)
 
 
 def _answers(questions: Sequence[Question], scores: ChoiceScores) -> Answers:
@@ -139,7 +134,9 @@ def cloze_set(
     """
     documents = tokenize(read_documents([text], text_field=text_field), lm.encode)
     segments = sample_segments(cut_segments(documents, context + 1), max_segments, seed=seed)
-    prompts = [_unscored(one.tokens_T[:-1], one.start, one.source, one.number) for one in segments]
+    prompts = [
+        unscored_window(one.tokens_T[:-1], start=one.start, source=one.source, number=one.number) for one in segments
+    ]
     with progress.stage(f"cloze items of {name}", "items") as advance:
         vectors = read_prompts(lm, prompts, tuple(dict.fromkeys((*layers, FINAL))), advance=advance)
     predicted_Q, confidence_Q = most_likely_next(lm, vectors[FINAL].last_QD)

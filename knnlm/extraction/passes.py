@@ -1,0 +1,66 @@
+"""One forward pass of a batch, as every reader of text makes it.
+
+Legend: B windows of a batch, T positions, D dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from knnlm.errors import ModelError
+from knnlm.layer_names import FINAL
+from knnlm.model.decoder import Receive
+from knnlm.model.lm import LanguageModel
+from knnlm.scores.dispersion import BadVector
+from knnlm.text.windows import Batch
+
+
+def ignore_vectors(layer: str, vectors_BTD: Tensor) -> None:
+    """A receiver that needs none."""
+
+
+def forward(
+    lm: LanguageModel, batch: Batch, layers: Sequence[str], receive: Receive, *, unit: str = "document"
+) -> None:
+    """`LanguageModel.forward` of a batch.
+
+    :param unit: what a window's `number` counts in its source.
+    :raises ModelError: the receiver met a `BadVector`; names the layer, the source and the position.
+    """
+
+    def take(layer: str, vectors_BTD: Tensor) -> None:
+        try:
+            receive(layer, vectors_BTD)
+        except BadVector as error:
+            raise _located(error, layer, batch, unit) from None
+
+    lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, take)
+
+
+def forward_to_head(
+    lm: LanguageModel, batch: Batch, layers: Sequence[str] = (), receive: Receive = ignore_vectors
+) -> Tensor:
+    """As `forward`, of the layer `FINAL` too, whose vectors [B, T, D] are given back for the head.
+
+    They are held until the pass is over, because the head must not run inside its own hook.
+    """
+    held: list[Tensor] = []
+
+    def take(layer: str, vectors_BTD: Tensor) -> None:
+        receive(layer, vectors_BTD)
+        if layer == FINAL:
+            held.append(vectors_BTD)
+
+    forward(lm, batch, tuple(dict.fromkeys((*layers, FINAL))), take)
+    return held[0]
+
+
+def _located(error: BadVector, layer: str, batch: Batch, unit: str) -> ModelError:
+    window = batch.windows[error.row]
+    return ModelError(
+        f"layer {layer} gives a vector that {error.fault}, at token {window.start + error.position} of "
+        f"{window.source}, {unit} {window.number}; try `dtype='float32'`, or leave the layer out with `layers`"
+    )
