@@ -113,6 +113,11 @@ class KNNConfig:
             raise InputError(f"`metric` is {self.metric!r}, but must be one of {', '.join(METRICS)}")
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether anything is left to be fitted on the tuning part."""
+        return None in (self.k, self.temperature, self.lam)
+
+    @property
     def search_k(self) -> int:
         """Neighbours that one search has to bring."""
         return self.k or self.max_k

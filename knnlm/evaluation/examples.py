@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from knnlm.evaluation.outcomes import LayerOutcome
 from knnlm.evaluation.queries import Queries
-from knnlm.knn.mixing import neighbor_weights
+from knnlm.knn.evidence import Neighborhood, NeighborSource, SourcedNeighbor, find_neighbors, read_source
 from knnlm.knn.searcher import open_searcher
 from knnlm.model.lm import LanguageModel
 from knnlm.results import NeighborText, TokenExample
@@ -39,12 +39,9 @@ def find_examples(
     gained, lost = gained[gain_Q[gained] > 0], lost[gain_Q[lost] < 0]
     rows = np.concatenate([gained, lost])
     searcher = open_searcher(store, shown.layer, metric, exact=exact)
-    # One search for all: an exact one reads every key.
-    found = searcher.neighbors(queries.vectors(shown.layer)[rows], shown.mix.k)
+    found = find_neighbors(searcher, queries.vectors(shown.layer)[rows], shown.mix.k)
     explain = _Explainer(lm, store, queries, shown)
-    examples = tuple(
-        explain(int(row), *pair) for row, *pair in zip(rows, found.ids_QK, found.distances_QK, strict=True)
-    )
+    examples = tuple(explain(int(row), one) for row, one in zip(rows, found, strict=True))
     return examples[: len(gained)], examples[len(gained) :]
 
 
@@ -55,24 +52,17 @@ class _Explainer:
         self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
         self._losses_Q = shown.losses_Q
 
-    def __call__(self, row: int, ids_K: NDArray[np.int64], distances_K: NDArray[np.float32]) -> TokenExample:
-        weights_K = neighbor_weights(distances_K[None], self._mix.temperature)[0]
-        weights_K /= weights_K.sum() or 1  # all are 0 where there is no neighbour
-        target = self._queries.targets_Q[row]
-        same_K = (self._store.values[ids_K] == target) & (ids_K >= 0)
+    def __call__(self, row: int, found: Neighborhood) -> TokenExample:
+        target, weights_K = self._queries.targets_Q[row], found.weights(self._mix)
         before, after = self._around(row)
         return TokenExample(
             before=before,
             token=self._lm.decode([target]),
             after=after,
             lm_probability=float(np.exp(self._queries.lm_Q[row])),
-            knn_probability=float(weights_K[same_K].sum()),
+            knn_probability=float(weights_K[found.values_K == target].sum()),
             mixed_probability=float(np.exp(-self._losses_Q[row])),
-            neighbors=tuple(
-                self._neighbor(int(key), float(distance), float(weight))
-                for key, distance, weight in zip(ids_K, distances_K, weights_K, strict=True)
-                if key >= 0
-            )[:NEIGHBORS_SHOWN],
+            neighbors=tuple(map(_neighbor_text, found.nearest(weights_K, NEIGHBORS_SHOWN, self._source))),
         )
 
     def _around(self, row: int) -> tuple[str, str]:
@@ -83,12 +73,13 @@ class _Explainer:
         after: NDArray[np.int32] = targets_Q[ahead][documents_Q[ahead] == documents_Q[row]]
         return self._lm.decode(store.context(row, CONTEXT_TOKENS)), self._lm.decode(after)
 
-    def _neighbor(self, key: int, distance: float, weight: float) -> NeighborText:
-        source, number = self._store.document_of(key)
-        return NeighborText(
-            before=self._lm.decode(self._store.context(key, NEIGHBOR_TOKENS)),
-            token=self._lm.decode([self._store.values[key]]),
-            source=f"{source}:{number}",
-            distance=distance,
-            weight=weight,
-        )
+    def _source(self, row: int) -> NeighborSource:
+        decode = self._lm.decode
+        return read_source(self._store, row, decode, lambda token: decode([token]), before=NEIGHBOR_TOKENS)
+
+
+def _neighbor_text(one: SourcedNeighbor) -> NeighborText:
+    source = one.source
+    return NeighborText(
+        source.before, source.token, f"{source.document}:{source.number}", distance=one.distance, weight=one.weight
+    )

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from knnlm.config import BATCH_TOKENS
 from knnlm.errors import InputError
 from knnlm.extraction.passes import forward, forward_to_head
@@ -54,20 +52,16 @@ def collect(
     :raises InputError: no document has two tokens.
     """
     fingerprint, clusters, sinks = Fingerprint(), _Clusters(), make_sinks(layers, scorer, writer)
+    receivers = [sink.receive for sink in sinks]
     tokens = last_document = 0
-
-    def receive(name: str, vectors_BTD: Tensor) -> None:
-        for sink in sinks:
-            sink.receive(name, vectors_BTD)
-
     for batch in batches(windows(_fingerprinted(documents, fingerprint), config), batch_tokens):
         spans = clusters.spans(batch)
         for sink in sinks:
             sink.begin(batch, spans)
         if targets is None:
-            forward(lm, batch, layers, receive)
+            forward(lm, batch, layers, *receivers)
         else:
-            targets.add(batch, spans, forward_to_head(lm, batch, layers, receive))
+            targets.add(batch, spans, forward_to_head(lm, batch, layers, *receivers))
         tokens, last_document = tokens + sum(span.last - span.first for span in spans), batch.windows[-1].document
         advance(tokens, None)
         if stop is not None and scorer is not None and stop(scorer):

@@ -18,43 +18,37 @@ from knnlm.scores.dispersion import BadVector
 from knnlm.text.windows import Batch
 
 
-def ignore_vectors(layer: str, vectors_BTD: Tensor) -> None:
-    """A receiver that needs none."""
-
-
 def forward(
-    lm: LanguageModel, batch: Batch, layers: Sequence[str], receive: Receive, *, unit: str = "document"
+    lm: LanguageModel, batch: Batch, layers: Sequence[str], *receivers: Receive, unit: str = "document"
 ) -> None:
-    """`LanguageModel.forward` of a batch.
+    """`LanguageModel.forward` of a batch, of which every receiver gets all vectors.
 
     :param unit: what a window's `number` counts in its source.
-    :raises ModelError: the receiver met a `BadVector`; names the layer, the source and the position.
+    :raises ModelError: a receiver met a `BadVector`; names the layer, the source and the position.
     """
 
     def take(layer: str, vectors_BTD: Tensor) -> None:
         try:
-            receive(layer, vectors_BTD)
+            for receive in receivers:
+                receive(layer, vectors_BTD)
         except BadVector as error:
             raise _located(error, layer, batch, unit) from None
 
     lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, take)
 
 
-def forward_to_head(
-    lm: LanguageModel, batch: Batch, layers: Sequence[str] = (), receive: Receive = ignore_vectors
-) -> Tensor:
+def forward_to_head(lm: LanguageModel, batch: Batch, layers: Sequence[str], *receivers: Receive) -> Tensor:
     """As `forward`, of the layer `FINAL` too, whose vectors [B, T, D] are given back for the head.
 
     They are held until the pass is over, because the head must not run inside its own hook.
     """
     held: list[Tensor] = []
 
-    def take(layer: str, vectors_BTD: Tensor) -> None:
-        receive(layer, vectors_BTD)
+    def hold(layer: str, vectors_BTD: Tensor) -> None:
         if layer == FINAL:
             held.append(vectors_BTD)
 
-    forward(lm, batch, tuple(dict.fromkeys((*layers, FINAL))), take)
+    forward(lm, batch, tuple(dict.fromkeys((*layers, FINAL))), *receivers, hold)
     return held[0]
 
 

@@ -66,7 +66,7 @@ def log_likelihoods(lm: LanguageModel, prompts: Sequence[Window], *, advance: Ad
     """The sum of log p over `targets[first:]` of each prompt, float64 [Q]: of its ending, given what comes before."""
     sums_Q = np.empty(len(prompts))
     for places_B, batch in _by_length(prompts, advance):
-        sums_Q[places_B] = _ending_sums(lm, forward_to_head(lm, batch), batch)
+        sums_Q[places_B] = _ending_sums(lm, forward_to_head(lm, batch, ()), batch)
     return sums_Q
 
 

@@ -17,7 +17,16 @@ from knnlm.errors import InputError
 from knnlm.inference.continuing import Continuing
 from knnlm.inference.detokenizer import Detokenizer, TokenTexts
 from knnlm.inference.model import KNNLM
-from knnlm.knn.evidence import LIKELIEST, Evidence, Neighborhood, find_neighbors, make_evidence
+from knnlm.knn.evidence import (
+    LIKELIEST,
+    Evidence,
+    Neighborhood,
+    NeighborSource,
+    SourcedNeighbor,
+    find_neighbors,
+    make_evidence,
+    read_source,
+)
 from knnlm.knn.mixing import Floats, Mix
 from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.model.lm import LanguageModel
@@ -25,30 +34,6 @@ from knnlm.model.lm import LanguageModel
 SHOWN_NEIGHBORS = 20
 BEFORE_TOKENS, AFTER_TOKENS = 24, 12
 """Of the source text around a neighbour's token."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text around a neighbour's token, and where it stands."""
-
-    before: str
-    token: str
-    """What followed the neighbour's context: its vote."""
-    after: str
-    document: str
-    """The file's name, or the hub set."""
-    number: int
-    """Line, row or part in it, from 1."""
-
-
-@dataclass(frozen=True)
-class Neighbor:
-    """A neighbour under a setting."""
-
-    source: Source
-    distance: float
-    weight: float
-    """Its share of p_kNN."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class ExplainedToken:
     lm_likeliest: tuple[Likely, ...]
     knn_likeliest: tuple[Likely, ...]
     mixed_likeliest: tuple[Likely, ...]
-    neighbors: tuple[Neighbor, ...]
+    neighbors: tuple[SourcedNeighbor, ...]
     """The nearest, which are the heaviest."""
 
 
@@ -169,7 +154,7 @@ class Explainer:
             return []
         model = self.model(layer)
         output, vectors_BTD = model.unmixed(torch.tensor([tokens[:-1]], device=self.lm.device))
-        found = find_neighbors(model.retrieval.searcher, vectors_BTD[0], self.depth(layer))
+        found = find_neighbors(model.retrieval.searcher, vectors_BTD[0].float().cpu().numpy(), self.depth(layer))
         places = zip(found, output.logits[0], tokens[1:], strict=True)
         # Row by row: log-probabilities of all positions at once would double the memory of the logits.
         return [_evidence(one, torch.log_softmax(logits_V.float(), -1), token) for one, logits_V, token in places]
@@ -209,12 +194,9 @@ class Explainer:
             seed=seed,
         )
 
-    def source(self, row: int) -> Source:
+    def source(self, row: int) -> NeighborSource:
         """The text around a key's value."""
-        store, decode = self.store, self.lm.decode
-        value = int(store.values[row])
-        after = decode([value, *store.continuation(row, AFTER_TOKENS)])[len(decode([value])) :]
-        return Source(decode(store.context(row, BEFORE_TOKENS)), self.token_text(value), after, *store.document_of(row))
+        return read_source(self.store, row, self.lm.decode, self.token_text, before=BEFORE_TOKENS, after=AFTER_TOKENS)
 
     def _fitted(self, layer: str) -> dict[str, Any]:
         """As datastore.json has it."""
@@ -223,7 +205,6 @@ class Explainer:
     def _token(self, evidence: Evidence, setting: Mix, token: int, piece: str) -> ExplainedToken:
         under, at = evidence.under(setting), evidence.place(token)
         lm, knn, mixed = (float(one_M[at]) for one_M in (under.lm_M, under.knn_M, under.mixed_M))
-        nearest = zip(evidence.found.rows_K, evidence.found.distances_K, under.weights_K, strict=False)
         return ExplainedToken(
             piece,
             lm,
@@ -234,10 +215,7 @@ class Explainer:
             self._likeliest(under.tokens_M, under.lm_M),
             self._likeliest(under.tokens_M, under.knn_M),
             self._likeliest(under.tokens_M, under.mixed_M),
-            tuple(
-                Neighbor(self.source(int(row)), float(distance), float(weight))
-                for row, distance, weight in list(nearest)[:SHOWN_NEIGHBORS]
-            ),
+            evidence.found.nearest(under.weights_K, SHOWN_NEIGHBORS, self.source),
         )
 
     def _likeliest(self, tokens_M: NDArray[np.int64], share_M: Floats) -> tuple[Likely, ...]:

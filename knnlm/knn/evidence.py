@@ -6,9 +6,11 @@ Shapes: T positions, D dimension, K neighbours, V vocabulary, M tokens that a ne
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from knnlm.knn.mixing import Floats, Mix, mix, neighbor_weights, token_shares
 from knnlm.knn.searcher import LayerSearcher
+from knnlm.store.datastore import Datastore
 
 LIKELIEST = 10
 """So many first tokens of any mixture are among the evidence."""
@@ -47,6 +50,47 @@ class Neighborhood:
     values_K: NDArray[np.int32]
     """The token that followed each."""
 
+    def weights(self, setting: Mix) -> Floats:
+        """Each one's share of p_kNN among the nearest k; their sum is 1, or 0 where there are none."""
+        nearest_1K = self.distances_K[None, : setting.k]
+        weights_K: Floats = neighbor_weights(nearest_1K, setting.temperature)[0].astype(np.float64)
+        weights_K /= weights_K.sum() or 1
+        return weights_K
+
+    def nearest(
+        self, weights_K: Floats, count: int, source: Callable[[int], NeighborSource]
+    ) -> tuple[SourcedNeighbor, ...]:
+        """The `count` nearest of those that have a weight, which are the heaviest, with their text."""
+        places = zip(self.rows_K, self.distances_K, weights_K, strict=False)
+        return tuple(
+            SourcedNeighbor(source(int(row)), float(distance), float(weight))
+            for row, distance, weight in itertools.islice(places, count)
+        )
+
+
+@dataclass(frozen=True)
+class NeighborSource:
+    """The text around a neighbour's token, and where it stands."""
+
+    before: str
+    token: str
+    """What followed the neighbour's context: its vote."""
+    after: str
+    document: str
+    """The file's name, or the hub set."""
+    number: int
+    """Line, row or part in it, from 1."""
+
+
+@dataclass(frozen=True)
+class SourcedNeighbor:
+    """A neighbour under a setting."""
+
+    source: NeighborSource
+    distance: float
+    weight: float
+    """Its share of p_kNN."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -68,8 +112,7 @@ class Evidence:
         knn_M[np.searchsorted(self.tokens_M, shares.tokens_M)] = shares.log_probs_M
         lam = float(setting.lambdas(distances_1K, values_1K)[0]) if distances_1K.size else 0.0
         mixed_M = mix(self.lm_M, knn_M, lam)
-        weights_K = neighbor_weights(distances_1K, setting.temperature)[0].astype(np.float64)
-        weights_K /= weights_K.sum() or 1
+        weights_K = self.found.weights(setting)
         return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, weights_K)
 
     def including(self, token: int, log_probs_V: Tensor) -> Evidence:
@@ -85,13 +128,31 @@ class Evidence:
         return int(np.searchsorted(self.tokens_M, token))
 
 
-def find_neighbors(searcher: LayerSearcher, vectors_TD: Tensor, k: int) -> Iterator[Neighborhood]:
-    """The k nearest of each raw vector of the layer: one search for all."""
-    found = searcher.neighbors(vectors_TD.float().cpu().numpy(), k)
+def find_neighbors(searcher: LayerSearcher, vectors_TD: NDArray[np.float32], k: int) -> Iterator[Neighborhood]:
+    """The k nearest of each raw vector of the layer: one search for all, as an exact one reads every key."""
+    found = searcher.neighbors(vectors_TD, k)
     for distances_K, rows_K in zip(found.distances_QK, found.ids_QK, strict=True):
         there_K = rows_K >= 0
         rows_K = rows_K[there_K]
         yield Neighborhood(distances_K[there_K], rows_K, searcher.store.values[rows_K])
+
+
+def read_source(
+    store: Datastore,
+    row: int,
+    decode: Callable[[Sequence[int] | NDArray[np.integer[Any]]], str],
+    token_text: Callable[[int], str],
+    *,
+    before: int,
+    after: int = 0,
+) -> NeighborSource:
+    """The text around a key's value: `before` tokens of it, and `after`, inside its document.
+
+    :param token_text: the text of the value, which may depend on what the tokenizer does at the beginning of a text.
+    """
+    value = int(store.values[row])
+    behind = decode([value, *store.continuation(row, after)])[len(decode([value])) :] if after else ""
+    return NeighborSource(decode(store.context(row, before)), token_text(value), behind, *store.document_of(row))
 
 
 def make_evidence(found: Neighborhood, log_probs_V: Tensor) -> Evidence:

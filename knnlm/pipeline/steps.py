@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from knnlm.config import TextConfig, check_stride
 from knnlm.documents import score_document
 from knnlm.evaluation.examples import find_examples
 from knnlm.evaluation.outcomes import LayerOutcome, evaluate_layers, perplexity_through_index
 from knnlm.evaluation.overlap import overlap_warning
-from knnlm.evaluation.queries import Queries, open_queries
+from knnlm.evaluation.queries import Queries, check_evaluation, open_queries
 from knnlm.evaluation.summary import summarize
 from knnlm.extraction.collect import Collected, collect
 from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import check_count
-from knnlm.pipeline.job import Job
+from knnlm.layer_names import select_layers
+from knnlm.pipeline.job import Job, Paths
+from knnlm.pipeline.plan import check_choice, estimate_tokens
 from knnlm.progress import toward
-from knnlm.results import EvalResult, IndexReport, ScoreResult, TokenExample
-from knnlm.scores.choose import choose
-from knnlm.scores.layer_scorer import LayerScorer
+from knnlm.results import EvalResult, LayerResult, ScoreResult
+from knnlm.scores.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
+from knnlm.scores.layer_scorer import LayerScorer, Settled
 from knnlm.store.datastore import Datastore
 from knnlm.store.writer import DatastoreWriter
+from knnlm.text.held_out import hold_out
 from knnlm.text.windows import TokenDocument
 from knnlm.version import versions
+
+# Tokens on which `build` chooses before the one pass that stores the chosen layer.
+SAMPLE_TOKENS = 200_000
 
 
 def extract(
@@ -44,9 +51,19 @@ def extract(
     dims = {name: job.lm.dims[name] for name in layers}
     scorer = None if sampled else LayerScorer(dims, seed=job.settings.seed)
     with DatastoreWriter(folder, dims, key_dtype=job.settings.key_dtype) as writer:
-        collected = pass_over_text(job, "extracting keys", documents, layers, total, scorer=scorer, writer=writer)
+        with job.progress.stage("extracting keys", "tokens") as advance:
+            collected = collect(
+                job.lm,
+                documents,
+                job.window,
+                layers,
+                batch_tokens=job.batch_tokens,
+                scorer=scorer,
+                writer=writer,
+                advance=toward(total, advance),
+            )
         check_count(job.settings.knn, collected.tokens)
-        scored = score_result(job, scorer, collected) if scorer else sampled
+        scored = _score_result(job, scorer, collected) if scorer else sampled
         assert scored is not None
         writer.finish(
             fingerprint=job.lm.fingerprint,
@@ -59,33 +76,50 @@ def extract(
     return scored
 
 
-def pass_over_text(
-    job: Job,
-    stage: str,
-    documents: Iterable[TokenDocument],
-    layers: Sequence[str],
-    total: int | None,
-    *,
-    scorer: LayerScorer | None = None,
-    writer: DatastoreWriter | None = None,
-    stop: Callable[[LayerScorer], bool] | None = None,
-) -> Collected:
-    """`collect` as a stage of the job."""
-    with job.progress.stage(stage, "tokens") as advance:
-        return collect(
-            job.lm,
-            documents,
+def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: float = 1) -> ScoreResult:
+    """The scores of all layers asked for, and the choice; as `knnlm.pipeline.verbs.score`."""
+    lm, settings = job.lm, job.settings
+    layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    check_choice(lm, layers, settings)
+    total = estimate_tokens(lm, text, settings.text)
+    scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
+    settled = Settled(candidate_layers(settings.layers, layers, lm.layer_names))
+    with job.progress.stage("scoring layers", "tokens") as advance:
+        collected = collect(
+            lm,
+            job.documents(text, share),
             job.window,
             layers,
             batch_tokens=job.batch_tokens,
             scorer=scorer,
-            writer=writer,
             advance=toward(total, advance),
-            stop=stop,
+            stop=settled if stop_early else None,
         )
+    return _score_result(job, scorer, collected, stopped_early=settled.met)
 
 
-def score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stopped_early: bool = False) -> ScoreResult:
+def choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | None:
+    """The scores of all layers on a sample that ends when the choice is clear; None where layers are named.
+
+    Of all, not of the candidates alone, so that the probe can tell of a better layer elsewhere.
+
+    :param total: about how many tokens the text has; the sample is spread over them.
+    """
+    settings, layers = job.settings, job.settings.layers
+    if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
+        return None
+    tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
+    # By documents, whatever the protocol of the datastore is: knn-transformers knows no part of a text.
+    sample = replace(settings, text=replace(settings.text, max_tokens=tokens, protocol="documents"))
+    stop_early, share = layers.select == "dispersion", min(1.0, tokens / max(1, total or tokens))
+    sampled = score_layers(replace(job, settings=sample), text, stop_early=stop_early, share=share)
+    job.progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
+    if sampled.choice.disagreement:
+        job.progress.note(sampled.choice.disagreement)
+    return sampled
+
+
+def _score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stopped_early: bool = False) -> ScoreResult:
     """The scores of a finished pass, and the choice that follows from them."""
     lm, settings = job.lm, job.settings
     with job.progress.stage("effective rank and retrieval probe", "layers") as advance:
@@ -102,7 +136,53 @@ def score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stopped
     )
 
 
-def evaluate_store(
+def split_text(
+    job: Job, text: Paths, given: list[TokenDocument] | None
+) -> tuple[Iterator[TokenDocument], Callable[[], list[TokenDocument]]]:
+    """The documents to store, and those to evaluate on, which may be asked for once the former have run dry.
+
+    :param given: the evaluation text; None holds it out of the text.
+    """
+    documents = job.documents(text)
+    if given is not None:
+        return documents, lambda: given
+    held_out = hold_out(documents, max_tokens=job.settings.evaluation.eval_tokens, seed=job.settings.seed)
+
+    def evaluation() -> list[TokenDocument]:
+        check_evaluation(held_out.evaluation)
+        return held_out.evaluation
+
+    return held_out.training, evaluation
+
+
+def windows_like(store: Datastore, text: TextConfig) -> TextConfig:
+    """The datastore's windows where nothing else is asked for; its stride never exceeds a context that is.
+
+    :raises InputError: a stride is asked for that exceeds the datastore's context.
+    """
+    context = text.context or store.manifest.context
+    stride = text.stride or min(store.manifest.stride, context)
+    check_stride(stride, context, ", which the datastore was made with")
+    return replace(text, context=context, stride=stride)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Layers of a datastore beside the plain LM, with what the comparison was made from."""
+
+    queries: Queries
+    outcomes: Sequence[LayerOutcome]
+    result: EvalResult
+
+    @property
+    def shown(self) -> LayerOutcome:
+        """Of the chosen layer; of the best one, or the first, where none was chosen or none is best."""
+        wanted = self.result.selected or self.result.best
+        return next((one for one in self.outcomes if one.layer == wanted), self.outcomes[0])
+
+
+@contextmanager
+def compare_layers(
     job: Job,
     store: Datastore,
     documents: Sequence[TokenDocument],
@@ -110,31 +190,33 @@ def evaluate_store(
     scored: ScoreResult | None,
     *,
     exact: bool,
-    index: bool = False,
-) -> EvalResult:
+) -> Iterator[Comparison]:
     """Perplexity of the layers, beside the scores and the choice that the datastore was made with.
 
+    The queries are there while the block lasts.
     :param exact: search exactly, whatever index there is.
-    :param index: then index the chosen layer and measure what that costs.
     """
-    warnings = [*overlap_warning(documents, store, job.progress), *(() if exact else _unlike_searches(store, layers))]
-    with _open_queries(job, documents, layers) as queries:
-        knn, progress = job.settings.knn, job.progress
+    lm, knn, progress = job.lm, job.settings.knn, job.progress
+    warnings = overlap_warning(documents, store, progress)
+    with open_queries(
+        lm, documents, job.window, layers, batch_tokens=job.batch_tokens, fitted=knn.is_fitted, progress=progress
+    ) as queries:
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
-        result = summarize(job.lm, queries, outcomes, scored)
-        shown = next(one for one in outcomes if one.layer == (result.selected or result.best or layers[0]))
-        helped, hurt = _examples(job, store, queries, shown, exact)
-        report, failures = _index(job, store, queries, shown) if index else (None, ())
-    return replace(
-        result,
-        helped=helped,
-        hurt=hurt,
-        index=report,
-        keys=store.count,
-        warnings=(*result.warnings, *warnings, *failures),
-        settings=job.record(),
-        versions=versions(),
-    )
+        result = summarize(lm, queries, outcomes, scored)
+        compared = Comparison(queries, outcomes, result)
+        with progress.stage("finding examples", "tokens"):
+            count = job.settings.evaluation.examples
+            helped, hurt = find_examples(lm, store, queries, compared.shown, count, metric=knn.metric, exact=exact)
+        result = replace(
+            result,
+            helped=helped,
+            hurt=hurt,
+            keys=store.count,
+            warnings=(*result.warnings, *warnings, *(() if exact else _unlike_searches(store, layers))),
+            settings=job.record(),
+            versions=versions(),
+        )
+        yield replace(compared, result=result)
 
 
 def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]:
@@ -148,31 +230,26 @@ def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]
     )
 
 
-def _open_queries(
-    job: Job, documents: Sequence[TokenDocument], layers: Sequence[str]
-) -> AbstractContextManager[Queries]:
-    fitted = None in (job.settings.knn.k, job.settings.knn.temperature, job.settings.knn.lam)
-    return open_queries(
-        job.lm, documents, job.window, layers, batch_tokens=job.batch_tokens, fitted=fitted, progress=job.progress
-    )
+def index_chosen(job: Job, store: Datastore, compared: Comparison) -> EvalResult:
+    """Index the layer that is shown; where the index is not exact, measure the perplexity that it gives.
 
-
-def _examples(
-    job: Job, store: Datastore, queries: Queries, shown: LayerOutcome, exact: bool
-) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
-    """The tokens that retrieval helped most, and those that it hurt most."""
-    count, metric = job.settings.evaluation.examples, job.settings.knn.metric
-    with job.progress.stage("finding examples", "tokens"):
-        return find_examples(job.lm, store, queries, shown, count, metric=metric, exact=exact)
-
-
-def _index(
-    job: Job, store: Datastore, queries: Queries, one: LayerOutcome
-) -> tuple[IndexReport | None, tuple[str, ...]]:
-    """Index the layer; where the index is not exact, measure the perplexity that it gives. As `try_index`."""
+    Where the index cannot be built, a warning says so.
+    """
+    queries, one, result = compared.queries, compared.shown, compared.result
     report, warnings = try_index(store, one.layer, job.settings, job.progress, queries.vectors(one.layer))
-    if report is None or report.spec == "exact":
-        return report, warnings
-    with job.progress.stage("perplexity through the index", "queries"):
-        perplexity = perplexity_through_index(store, queries, one, job.settings.knn.metric)
-    return replace(report, perplexity=perplexity), warnings
+    if report is not None and report.spec != "exact":
+        with job.progress.stage("perplexity through the index", "queries"):
+            perplexity = perplexity_through_index(store, queries, one, job.settings.knn.metric)
+        report = replace(report, perplexity=perplexity)
+    return replace(result, index=report, warnings=(*result.warnings, *warnings))
+
+
+def fitted_settings(result: EvalResult) -> dict[str, dict[str, object]]:
+    """Each layer's fitted setting, as a datastore's manifest keeps it."""
+    return {one.layer: _setting(one) for one in result.layers}
+
+
+def _setting(one: LayerResult) -> dict[str, object]:
+    moved = one.by_query
+    gate = moved and {"offset": moved.offset, "distance": moved.distance, "different": moved.different}
+    return {"k": one.k, "lambda": one.lam, "temperature": one.temperature, "gate": gate}

@@ -60,7 +60,7 @@ def perplexity(model: str, documents: list[Document], max_tokens: int) -> float:
     lm = load_model(model)
     slices = take_slices(tokenize(documents, lm.encode), max_tokens, seed=0)
     targets = TargetScorer(lm)
-    collect(lm, slices, WindowConfig(context=512, stride=256), [], targets=targets)
+    found = collect(lm, slices, WindowConfig(context=512, stride=256), [], targets=targets)
     value = float(np.exp(-targets.targets().log_probs_N.mean()))
     print(f"{model} {value:.3f} on {found.tokens:,} tokens", flush=True)
     return value
