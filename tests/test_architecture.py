@@ -116,6 +116,18 @@ def test_private_names_stay_in_their_file(name):
             assert not [alias.name for alias in node.names if re.match(r"_[^_]", alias.name)], node.module
 
 
+def test_no_two_public_classes_have_the_same_name():
+    classes = [
+        (node.name, name) for name in OURS for node in ast.walk(syntax(OURS[name])) if isinstance(node, ast.ClassDef)
+    ]
+    homes: dict[str, list[str]] = {}
+    for name, home in classes:
+        if not name.startswith("_"):
+            homes.setdefault(name, []).append(home)
+    assert len(homes) > 100
+    assert not {name: where for name, where in homes.items() if len(where) > 1}
+
+
 def test_imports_have_no_cycle():
     graph = {name: imported(name) - {name} for name in OURS if name != "knnlm"}
     try:
