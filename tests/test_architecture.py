@@ -117,13 +117,11 @@ def test_private_names_stay_in_their_file(name):
 
 
 def test_no_two_public_classes_have_the_same_name():
-    classes = [
-        (node.name, name) for name in OURS for node in ast.walk(syntax(OURS[name])) if isinstance(node, ast.ClassDef)
-    ]
     homes: dict[str, list[str]] = {}
-    for name, home in classes:
-        if not name.startswith("_"):
-            homes.setdefault(name, []).append(home)
+    for home in OURS:
+        for node in ast.walk(syntax(OURS[home])):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(home)
     assert len(homes) > 100
     assert not {name: where for name, where in homes.items() if len(where) > 1}
 

@@ -14,7 +14,7 @@ from knnlm.report.html import render_template
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table whose first column names the rows."""
 
     title: str
@@ -41,7 +41,7 @@ class Page:
     notes: Sequence[str] = ()
     """Warnings, in a box."""
     charts: Sequence[Chart] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[PageTable] = ()
     lists: Sequence[Lines] = ()
 
 

@@ -236,6 +236,7 @@ def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Torch on one thread: on shared cores the threads of a small step wait for one another, 5 s instead of 0.1."""
+    # index/int8.py has the same, as index knows no knnlm, and scores no index.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,7 +21,7 @@ from knnlm.report.charts import (
     colour,
     log_scale,
 )
-from knnlm.report.page import Page, Table, render_page, settings_lines, steps, write_page
+from knnlm.report.page import Page, PageTable, render_page, settings_lines, steps, write_page
 from knnlm.results import SCORES
 
 Study = Mapping[str, Any]
@@ -253,14 +253,14 @@ def _cluster_line(study: Study, kind: str, what: str, number: int, name: str) ->
     }
 
 
-def _table(studies: Sequence[Study]) -> Table:
+def _table(studies: Sequence[Study]) -> PageTable:
     rows = [_cells(study, row, studies) for study in studies for row in study["layers"]]
     caption = (
         f"Sequence-level perplexity against {_kind(studies[0])[0]} within the segment, the score; across is against "
         "the dispersion between the last vectors of a group, and the last two are of the last token’s perplexity, all "
         "three Spearman’s."
     )
-    return Table("Every layer", caption, _HEADS, rows)
+    return PageTable("Every layer", caption, _HEADS, rows)
 
 
 def _cells(study: Study, row: Study, studies: Sequence[Study]) -> list[str]:
@@ -280,7 +280,7 @@ def _cells(study: Study, row: Study, studies: Sequence[Study]) -> list[str]:
     ]
 
 
-def _cluster_tables(studies: Sequence[Study]) -> Iterator[Table]:
+def _cluster_tables(studies: Sequence[Study]) -> Iterator[PageTable]:
     rows = [
         [
             *(_name(study, studies), row["layer"], row["kind"]),
@@ -292,7 +292,9 @@ def _cluster_tables(studies: Sequence[Study]) -> Iterator[Table]:
     ]
     if rows:
         caption = "Mean cosine distance; each cluster, and each pair of clusters, counts the same."
-        yield Table("Clusters", caption, ("model", "layer", "kind", "within", "between", "clusters", "contexts"), rows)
+        yield PageTable(
+            "Clusters", caption, ("model", "layer", "kind", "within", "between", "clusters", "contexts"), rows
+        )
 
 
 def _name(study: Study, studies: Sequence[Study]) -> str:

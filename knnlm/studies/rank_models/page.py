@@ -10,7 +10,7 @@ from typing import Any
 from knnlm.files import short_names
 from knnlm.report import numbers
 from knnlm.report.charts import Chart, Trace, base_layout, colour, log_where_wide
-from knnlm.report.page import Lines, Page, Table, render_page, settings_lines, steps, write_page
+from knnlm.report.page import Lines, Page, PageTable, render_page, settings_lines, steps, write_page
 
 Document = Mapping[str, Any]
 
@@ -106,7 +106,7 @@ def _spearman(document: Document) -> str:
     return f"Spearman {found} ({low} to {high})."
 
 
-def _table(models: Sequence[Document], names: Sequence[str]) -> Table:
+def _table(models: Sequence[Document], names: Sequence[str]) -> PageTable:
     heads = ("model", "gap", "within", "between", "domain tokens", "everyday tokens", "measured", "tensor")
     rows = [
         [
@@ -118,7 +118,7 @@ def _table(models: Sequence[Document], names: Sequence[str]) -> Table:
         ]
         for one, name in zip(models, names, strict=True)
     ]
-    return Table("Every model", "The largest gap first.", heads, rows)
+    return PageTable("Every model", "The largest gap first.", heads, rows)
 
 
 def _token_lists(tokens: Sequence[Document]) -> Iterator[Lines]:

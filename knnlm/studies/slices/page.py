@@ -9,7 +9,7 @@ from typing import Any
 
 from knnlm.report import numbers
 from knnlm.report.charts import MUTED, Chart, Figure, Trace, base_layout, colour
-from knnlm.report.page import Lines, Page, Table, render_page, settings_lines, write_page
+from knnlm.report.page import Lines, Page, PageTable, render_page, settings_lines, write_page
 
 Set = Mapping[str, Any]
 
@@ -193,14 +193,14 @@ def _arms(ends: Sequence[tuple[float, float, float]], look: str) -> Figure:
     }
 
 
-def _table(sets: Sequence[Set]) -> Table:
+def _table(sets: Sequence[Set]) -> PageTable:
     heads = (
         *("set", "items", "layer", "right", "right, normalised", "chance"),
         *("inside a prompt", "95 %", "between prompts", "tail AUC", "95 %", "confidence AUC", "length AUC"),
     )
     rows = [_cells(one, layer) for one in sets for layer in one["layers"]]
     caption = "The lower the dispersion inside its prompts, the harder a set should be; AUCs say whether that holds."
-    return Table("Every set and layer", caption, heads, rows)
+    return PageTable("Every set and layer", caption, heads, rows)
 
 
 def _cells(one: Set, layer: Set) -> list[str]:
@@ -215,7 +215,7 @@ def _cells(one: Set, layer: Set) -> list[str]:
     ]
 
 
-def _slice_tables(sets: Sequence[Set]) -> Iterator[Table]:
+def _slice_tables(sets: Sequence[Set]) -> Iterator[PageTable]:
     if not sets:
         return
     shares = [_share(each) for each in sets[0]["slices"]]
@@ -234,7 +234,7 @@ def _slice_tables(sets: Sequence[Set]) -> Iterator[Table]:
         "Dispersion between the queries of a slice, by the share of right answers in it. Spearman is over all draws, "
         "which share their items; whether right items are more dispersed than wrong ones, the column before tells."
     )
-    yield Table("Slices", caption, heads, rows)
+    yield PageTable("Slices", caption, heads, rows)
 
 
 def _share(one: Set) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from knnlm.report import numbers
 from knnlm.report.charts import Chart, Figure, Trace, base_layout, colour, log_where_wide
-from knnlm.report.page import Page, Table, render_page, settings_lines, steps, write_page
+from knnlm.report.page import Page, PageTable, render_page, settings_lines, steps, write_page
 
 Training = dict[str, Any]
 
@@ -153,12 +153,12 @@ def _four(value: float | None) -> str:
     return numbers.MISSING if value is None else numbers.decimal(value, 4)
 
 
-def _table(document: Training) -> Table:
+def _table(document: Training) -> PageTable:
     names = [name for name, _ in _held_out(document)]
     heads = ["step", "cross-entropy", "raised", "dispersion"]
     heads += [f"{name}, {what}" for name in names for what in ("dispersion", "perplexity")]
     caption = "The first three are means over the training batches since the point before."
-    return Table("Every point", caption, heads, [_cells(point, document) for point in document["points"]])
+    return PageTable("Every point", caption, heads, [_cells(point, document) for point in document["points"]])
 
 
 def _cells(point: Training, document: Training) -> list[str]:
