@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("knnlm")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what `--only-named` can tell to have no test for -k: importing all files takes longer than most tests."""
+    """With `--only-named`, leave out files that can have no test for -k: to import all takes longer than most tests."""
     is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
     if not (is_test and config.getoption("--only-named")):
         return None
