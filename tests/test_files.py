@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent; short names of paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from knnlm import files as storage
 from knnlm.errors import DatastoreError, DatastoreExists
-from knnlm.files import is_ours, new_folder, refuse_existing, write_json
+from knnlm.files import is_ours, new_folder, path_tails, refuse_existing, short_names, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -291,3 +291,25 @@ def test_file_system_without_locks_deletes_nothing(tmp_path, monkeypatch):
 def test_other_errors_pass_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"corpus\.txt"), new_folder(tmp_path / "out"):
         (tmp_path / "corpus.txt").read_text()
+
+
+# short names
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["runs/a/final"], ["final"]),
+        (["a/x", "b/x", "b/y"], ["a/x", "b/x", "y"]),
+        (["x", "a/x"], ["x", "a/x"]),
+        (["b/x", "a/b/x", "c/b/x"], ["b/x", "a/b/x", "c/b/x"]),
+        (["/data/x", "/more/x/"], ["data/x", "more/x"]),
+        ([], []),
+    ],
+)
+def test_names_are_as_short_as_can_be(names, short):
+    assert short_names(names) == short
+
+
+def test_tails_begin_with_the_whole():
+    assert path_tails("runs/a/final/") == ["runs/a/final", "a/final", "final"]

@@ -310,16 +310,16 @@ def test_command_line_is_that_of_lm_eval(stores, tasks, tmp_path) -> None:
         assert got == pytest.approx(due, abs=1e-4)
 
 
-def test_command_line_says_in_one_line_what_is_missing(stores, tasks) -> None:
+def test_command_line_says_in_one_line_what_is_missing(stores, tasks, call) -> None:
     asked = ["--tasks", "tiny_choice", "--include_path", tasks]
-    refused = run_command("--model", "knnlm", "--model_args", f"store={stores / 'gpt2'}", *asked)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("knnlm: nothing was fitted for 2.ffn_input")
-    assert "Traceback" not in refused.stderr
+    refused = call("lm-eval", "--model", "knnlm", "--model_args", f"store={stores / 'gpt2'}", *asked)
+    assert refused.status == 2
+    assert refused.errors[-1].startswith("knnlm: nothing was fitted for 2.ffn_input")
+    assert "Traceback" not in "\n".join(refused.errors)
 
 
-def test_help_is_that_of_lm_eval() -> None:
-    assert "Language Model Evaluation Harness" in run_command("--help").stdout
+def test_help_is_that_of_lm_eval(call) -> None:
+    assert "Language Model Evaluation Harness" in call("lm-eval", "--help").out
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/lm-eval.md"])

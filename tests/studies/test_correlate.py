@@ -16,7 +16,7 @@ from knnlm.studies.correlate.document import correlate_document
 from knnlm.studies.correlate.study import CorrelateConfig, Study, check_model, make_groups, study_correlation
 from tests.cosine_oracle import mean_distance
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
-from tests.scores.test_scores import slow_effective_rank, slow_two_nn
+from tests.scores.test_sample_scores import slow_effective_rank, slow_two_nn
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SMALL = {"context": 24, "group_size": 7}

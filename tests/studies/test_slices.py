@@ -31,7 +31,7 @@ from knnlm.studies.slices.statistics import (
 )
 from knnlm.text.windows import Window
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
-from tests.studies.test_likelihoods import random_questions
+from tests.studies.test_slices_likelihoods import random_questions
 from tests.tiny_models import CONTEXT, tiny_model, tiny_tokenizer
 
 LAYERS = ("1.ffn_input", "final_norm")

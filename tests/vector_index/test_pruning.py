@@ -174,7 +174,7 @@ def test_where_8_bits_are_slow_every_key_is_compared_in_full(monkeypatch):
     monkeypatch.setattr("index.pruning.LEAST_PAIRS", 1)
     monkeypatch.setattr("index.exact.is_fast", lambda: False)
     monkeypatch.setattr(ExactIndex, "_prune", lambda *arguments: pytest.fail("pruned"))
-    keys_ND, queries_QD = falling(20_000, 128), falling(500, 128, seed=1)
+    keys_ND, queries_QD = falling(5_000, 128), falling(200, 128, seed=1)
     found = ExactIndex(ArraySource(keys_ND), Metric.L2).search(queries_QD, 10)
     assert_exact(found, queries_QD, keys_ND, Metric.L2, 10)
 
@@ -228,7 +228,7 @@ def test_long_search_of_a_falling_spectrum_is_pruned(monkeypatch):
     calls = []
     prune = ExactIndex._prune
     monkeypatch.setattr(ExactIndex, "_prune", lambda *arguments: calls.append(1) or prune(*arguments))
-    keys_ND, queries_QD = falling(100_000, 128), falling(500, 128, seed=1)
+    keys_ND, queries_QD = falling(30_000, 128), falling(256, 128, seed=1)
     found = ExactIndex(ArraySource(keys_ND), Metric.L2).search(queries_QD, 10)
     assert calls
     assert_exact(found, queries_QD, keys_ND, Metric.L2, 10)
