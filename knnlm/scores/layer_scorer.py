@@ -71,7 +71,6 @@ FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
 }
 
 
-
 def functions() -> Mapping[str, Callable[[Seen], Any]]:
     """What computes each field of `LayerScore` but the layer's name.
 
