@@ -100,7 +100,7 @@ def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(run: Run, papers: Path, gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The main job on the new format, with an index of the new kind."""
     out = tmp_path_factory.mktemp("run") / "papers.knn"
-    options = ("--context", 32, "--stride", 16, "--layers", "1.ffn_input,2.ffn_input", "--index", "graph")
+    options = ("--context", 32, "--stride", 16, "--layers", "*.ffn_input,final_norm", "--index", "graph")
     printed = run("run", "--model", gpt2_folder, "--text", papers, "--out", out, *options, "--show", "mean_cosine")
     assert "mean cos." in printed
     return out
