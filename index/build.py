@@ -20,7 +20,7 @@ from index.faiss_index import FaissIndex, create_index
 from index.metric import Metric
 from index.recall import make_trial
 from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, rows_in, spread_ids
-from index.spec import IndexSpec, choose_spec, parse_spec
+from index.spec import IndexSpec, parse_spec
 from index.tune import tune
 
 # Stored keys that tuning searches for; recall over 200 x k neighbours has an error of about a point.
@@ -93,7 +93,7 @@ def check_spec(spec: str, dim: int, metric: Metric = Metric.L2) -> None:
     :raises UnknownSpec: with what FAISS says.
     """
     parsed = parse_spec(spec)
-    if not (parsed.is_auto or parsed.is_exact):
+    if not (parsed.rule or parsed.is_exact):
         create_index(parsed.text, dim, Metric(metric))
 
 
@@ -112,9 +112,9 @@ def _tell_nobody(done: int, total: int) -> None:
 
 def _resolve(spec: str, source: VectorSource, memory_bytes: int | None) -> IndexSpec:
     parsed = parse_spec(spec)
-    if not parsed.is_auto:
+    if parsed.rule is None:
         return parsed
-    return parse_spec(choose_spec(len(source), source.dim, memory_bytes or available_memory() // 2))
+    return parse_spec(parsed.rule(len(source), source.dim, memory_bytes or available_memory() // 2))
 
 
 def _start(source: VectorSource, spec: IndexSpec, metric: Metric, seed: int, tell: Progress) -> ApproximateIndex:

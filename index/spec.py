@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from index.errors import TooFewKeys, UnknownSpec
@@ -38,17 +39,26 @@ _OVERFETCH = (
 )
 
 
+# The spec for N keys of D dimensions and the bytes that the index may take.
+Rule = Callable[[int, int, int], str]
+
+
 @dataclass(frozen=True)
 class IndexSpec:
     """A spec that was read but not yet shown to FAISS."""
 
     text: str
-    """`auto`, `exact`, or the factory string."""
+    """`exact`, a name in `RULES`, or the factory string."""
 
     @property
     def is_auto(self) -> bool:
         """Whether `choose_spec` has to say."""
         return self.text == "auto"
+
+    @property
+    def rule(self) -> Rule | None:
+        """What makes the spec when keys and memory are known; None where it is made already."""
+        return RULES.get(self.text)
 
     @property
     def is_exact(self) -> bool:
@@ -100,7 +110,7 @@ def parse_spec(text: str) -> IndexSpec:
     :raises UnknownSpec: nothing, more than one line, or a size of 0, on which FAISS ends the whole process.
     """
     stripped = text.strip()
-    if stripped.lower() in ("auto", "exact"):
+    if stripped.lower() in ("exact", *RULES):
         return IndexSpec(stripped.lower())
     if not stripped or not re.fullmatch(r"[\x21-\x7e]+", stripped):
         raise UnknownSpec(
@@ -145,3 +155,9 @@ def _layout(count: int, dim: int, memory_bytes: int, quantizer: str) -> tuple[st
     parts = math.ceil(dim / width)
     # Codes of 2 to 64 dimensions must divide D; zeros make it divisible.
     return ("" if dim % width == 0 else f"Pad{parts * width}"), quantizer, f"PQ{parts}x4fs"
+
+
+RULES: Mapping[str, Rule] = {
+    "auto": choose_spec,
+}
+"""Names for kinds of index that fit themselves to the keys and the memory."""

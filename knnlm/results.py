@@ -49,8 +49,8 @@ def _score(title: str, digits: int, meaning: str) -> Mapping[str, object]:
 class LayerScore(Shown):
     """The label-free scores of one layer; an interval is that of the score before it.
 
-    A new score is a field here and a function in `knnlm.scores.layer_scorer.FUNCTIONS`. It is NaN where an older
-    version wrote the file.
+    A new score is a field here and the function of its name in `knnlm/scores/NAME.py`. It is NaN where an older version
+    wrote the file.
     """
 
     layer: str

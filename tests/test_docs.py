@@ -21,6 +21,7 @@ from tests.test_architecture import MAY_IMPORT
 
 DOCS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = typer.main.get_command(app).commands
+PAGES = {path.name for path in DOCS if path.parent == ROOT / "docs"}
 # Not written down one by one: every command has it.
 HELP = "--help"
 
@@ -114,6 +115,53 @@ def test_relative_links_resolve(path):
 
 def test_links_were_found():
     assert "format.md" in links(ROOT / "docs" / "usage.md")
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if path.name in PAGES], ids=lambda path: path.name)
+def test_anchors_are_those_of_the_site_too(path):
+    # The site drops the hyphens at the ends of a heading's name, GitHub keeps them.
+    assert [anchor for anchor in anchors(text(path)) if anchor != anchor.strip("-")] == []
+
+
+def pages_linked_from(names: set[str]) -> set[str]:
+    found = {link.partition("#")[0] for name in names for link in links(ROOT / "docs" / name)}
+    return names | {name for name in found if name in PAGES}
+
+
+def test_every_page_is_two_clicks_from_the_index():
+    assert pages_linked_from(pages_linked_from({"index.md"})) == PAGES
+    assert "docs/index.md" in links(ROOT / "README.md")
+
+
+def test_site_has_every_page_in_its_menu():
+    # Without a reader of YAML, which only the extra `docs` brings: `  - Title: page.md` and `      - page.md`.
+    menu = text(ROOT / "mkdocs.yml").split("\nnav:\n")[1]
+    listed = re.findall(r"^ +- (?:[\w ]+: )?(\S+\.md)$", menu, re.MULTILINE)
+    assert sorted(listed) == sorted(PAGES)
+
+
+def test_menu_and_index_group_the_pages_alike():
+    menu = text(ROOT / "mkdocs.yml").split("\nnav:\n")[1]
+    grouped = {
+        heading: re.findall(r"^      - (\S+)$", part, re.MULTILINE)
+        for heading, part in re.findall(r"^  - ([\w' ]+):\n((?:      - .*\n)+)", menu, re.MULTILINE)
+    }
+    parts = re.split(r"^## (.*)$", text(ROOT / "docs" / "index.md"), flags=re.MULTILINE)[1:]
+    assert grouped == {
+        heading: re.findall(r"\]\((\S+\.md)\)", part) for heading, part in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def test_site_loads_nothing_from_elsewhere():
+    assert re.search(r"^  font: false\b", text(ROOT / "mkdocs.yml"), re.MULTILINE)
+    assert not re.search(r"https?:", text(ROOT / "mkdocs.yml"))
+
+
+def test_pages_link_to_nothing_that_the_site_lacks():
+    # It has docs/ only: what lies beside that is named, not linked.
+    for path in DOCS:
+        if path.name in PAGES:
+            assert [link for link in links(path) if link.startswith("../")] == [], path.name
 
 
 @pytest.mark.parametrize(

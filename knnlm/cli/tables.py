@@ -62,7 +62,7 @@ def score_table(result: ScoreResult | VectorScores, show: str | None = None) -> 
     """The label-free scores of every layer or file, those of `--show`; the chosen layer is marked."""
     kinds, chosen = shown_scores(show, IN_SCORE_TABLE), None
     if isinstance(result, ScoreResult):
-        table = Table(title=f"Layers by dispersion, on {result.tokens:,} tokens of {result.documents:,} documents")
+        table = Table(title=f"Label-free scores, on {result.tokens:,} tokens of {result.documents:,} documents")
         chosen = result.choice.layer
     else:
         table = Table(title=f"{result.vectors:,} vectors in {result.rows:,} rows")

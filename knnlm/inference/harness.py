@@ -30,7 +30,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     missing = (error.name or str(error)).partition(".")[0]
-    raise InputError(f"lm-eval needs {missing}, which is not installed; pip install 'knnlm[eval]'") from error
+    raise InputError(f"lm-eval needs {missing}, which is not installed; pip install '.[eval]'") from error
 
 
 @register_model("knnlm")

@@ -86,6 +86,8 @@ def one_layer(name: str, names: Sequence[str], *, field: str = "select") -> str:
 
 def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -> str:
     count = len(candidates)
+    if count == 1:
+        return f"{chosen.layer} is the only candidate"
     if select == "probe":
         return f"{chosen.layer} has the highest retrieval probe ({chosen.probe:.4f}) of {count} candidates"
     leader = max(candidates, key=lambda score: score.dispersion)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from knnlm.progress import Advance, ignore
-from knnlm.results import Interval, LayerScore
+from knnlm.results import SCORES, Interval, LayerScore
 from knnlm.scores.choose import NEAR
 from knnlm.scores.dispersion import DispersionResult, DispersionScorer, Float64, Span, dispersion
 from knnlm.scores.sample import LayerSample, Sample, SamplePlan, SampleUpdate
@@ -55,7 +56,7 @@ class Seen:
         return retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self.seed)
 
 
-# Each field of LayerScore but the layer's name: knnlm.results says what it means.
+# Scores and intervals that share steps; knnlm.results says what each means. A score that is not here has a file.
 FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
     "dispersion": lambda seen: seen.dispersion.pooled,
     "interval": lambda seen: seen.dispersion.interval,
@@ -68,6 +69,16 @@ FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
     "participation_ratio": lambda seen: participation_ratio(seen.spectrum),
     "intrinsic_dimension": lambda seen: intrinsic_dimension(seen.sample.vectors_MD, seed=seen.seed),
 }
+
+
+def functions() -> Mapping[str, Callable[[Seen], Any]]:
+    """What computes each field of `LayerScore` but the layer's name.
+
+    A score that `FUNCTIONS` lacks is the function of its name in the file of its name, `knnlm/scores/NAME.py`.
+    """
+    own = [kind.name for kind in SCORES if kind.name not in FUNCTIONS]
+    return {**FUNCTIONS, **{name: getattr(import_module(f"knnlm.scores.{name}"), name) for name in own}}
+
 
 # Those that make sense of one segment, of its vectors [T, D] alone; T of at most 1,024 is searched whole.
 SEGMENT_FUNCTIONS: Mapping[str, Callable[[NDArray[np.floating]], float]] = {
@@ -137,7 +148,7 @@ class LayerScorer:
     def _score(self, name: str) -> LayerScore:
         seen = Seen(self._dispersion[name].result(), self._samples[name].sample(), self._seed)
         self._probes[name] = seen.probe
-        return LayerScore(layer=name, **{field: function(seen) for field, function in FUNCTIONS.items()})
+        return LayerScore(layer=name, **{field: function(seen) for field, function in functions().items()})
 
 
 class Settled:

@@ -6,4 +6,4 @@ from knnlm.errors import InputError
 
 missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
 if missing:
-    raise InputError(f"serve needs {missing[0]}, which is not installed; pip install 'knnlm[serve]'")
+    raise InputError(f"serve needs {missing[0]}, which is not installed; pip install '.[serve]'")

@@ -26,7 +26,7 @@ from knnlm.text.windows import TokenDocument
 DOCUMENT_CHARACTERS = 16_000_000
 # Rows of JSON Lines, over all files, from which the share of text in them is estimated.
 SAMPLE_ROWS = 200
-# What each type of file is read with: (number, text) of each document.
+# What each type of file is read with: (number, text) of each document, of any length.
 Readers = Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]]
 
 
@@ -114,7 +114,7 @@ def _hub_set_rows(hub_set: HubSet) -> Iterator[textfiles.Row]:
 def text_bytes(paths: Sequence[str | Path], *, text_field: str = "text") -> int | None:
     """About how many bytes of text the paths hold, other columns apart; None where a hub set is among them.
 
-    By the sizes of files, of .parquet those of the column, and of .jsonl by the share of text in the first rows.
+    The sizes of the files; of a .parquet the column's, of a .jsonl the share that is text in the first rows.
 
     :raises InputError: a path is missing, empty or of an unknown type, or the first rows cannot be read.
     """
@@ -128,10 +128,8 @@ def text_bytes(paths: Sequence[str | Path], *, text_field: str = "text") -> int 
 
 def _file_bytes(path: Path, text_field: str, sample: int) -> int:
     try:
-        if path.suffix.lower() == ".parquet":
-            return parquet.column_bytes(path, text_field)
-        size = path.stat().st_size
-        return int(size * textfiles.text_share(path, text_field, sample)) if path.suffix.lower() == ".jsonl" else size
+        measure = TEXT_BYTES.get(path.suffix.lower())
+        return measure(path, text_field, sample) if measure else path.stat().st_size
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -237,9 +235,10 @@ def _read_file(file: _File, text_field: str, readers: Readers) -> Iterator[Docum
     blank = True
     try:
         for number, text in readers[file.path.suffix.lower()](file.path, text_field):
-            document = Document(text, file.path.name, number)
-            blank = blank and _is_blank(document)
-            yield document
+            for part in _cut([text]):
+                document = Document(part, file.path.name, number)
+                blank = blank and _is_blank(document)
+                yield document
     except OSError as error:
         raise _unreadable(file.path, error) from None
     if blank and file.named:
@@ -279,18 +278,12 @@ def _border(text: str, limit: int) -> int:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     for row in textfiles.json_rows(path):
-        yield from _parts(row.number, textfiles.text_of(row.fields, text_field, row.where))
-
-
-def _parts(number: int, text: str) -> Iterator[tuple[int, str]]:
-    """Parts of a long document keep its number."""
-    return ((number, part) for part in _cut([text]))
+        yield row.number, textfiles.text_of(row.fields, text_field, row.where)
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
     for number, value in enumerate(parquet.column_values(path, text_field), start=1):
-        text = textfiles.text_of({text_field: value}, text_field, f"row {number} of {path}")
-        yield from _parts(number, text)
+        yield number, textfiles.text_of({text_field: value}, text_field, f"row {number} of {path}")
 
 
 READERS: Readers = {
@@ -299,9 +292,14 @@ READERS: Readers = {
     ".parquet": _read_parquet,
 }
 TYPES = ", ".join(READERS)
+# The bytes of text in a file whose text is not all of it: path, text field, rows to look at.
+TEXT_BYTES: Mapping[str, Callable[[Path, str, int], int]] = {
+    ".jsonl": lambda path, field, rows: int(path.stat().st_size * textfiles.text_share(path, field, rows)),
+    ".parquet": lambda path, field, rows: parquet.column_bytes(path, field),
+}
 
 
 def _read_hub_set(hub_set: HubSet, text_field: str) -> Iterator[Document]:
     for number, row in enumerate(hub_rows(hub_set, text_field), start=1):
         text = textfiles.text_of(row, text_field, f"row {number} of {hub_set.name}")
-        yield from (Document(part, hub_set.name, number) for _, part in _parts(number, text))
+        yield from (Document(part, hub_set.name, number) for part in _cut([text]))

@@ -16,4 +16,4 @@ def test_one_line_says_how_to_install_lm_eval() -> None:
     words = [sys.executable, "-c", f"{WITHOUT}; cli.main()"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "knnlm: lm-eval needs lm_eval, which is not installed; pip install 'knnlm[eval]'\n"
+    assert done.stderr == "knnlm: lm-eval needs lm_eval, which is not installed; pip install '.[eval]'\n"

@@ -67,6 +67,12 @@ def test_a_deep_layer_that_has_collapsed_is_not_taken_however_wide_the_intervals
     assert "most dispersed" in choice.reason
 
 
+@pytest.mark.parametrize("select", ["dispersion", "probe"])
+def test_one_candidate_is_not_compared_with_itself(select: str) -> None:
+    choice = choose([score("3.ffn_input", 0.7, 0.3)], LayerConfig(select=select), NAMES)
+    assert (choice.layer, choice.reason) == ("3.ffn_input", "3.ffn_input is the only candidate")
+
+
 def test_probe_chooses_when_asked() -> None:
     scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
     choice = choose(scores, LayerConfig(select="probe"), NAMES)

@@ -472,4 +472,4 @@ def test_one_line_says_how_to_install_the_server() -> None:
     words = [sys.executable, "-c", f"{code}; cli.main()"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "knnlm: serve needs uvicorn, which is not installed; pip install 'knnlm[serve]'\n"
+    assert done.stderr == "knnlm: serve needs uvicorn, which is not installed; pip install '.[serve]'\n"

@@ -348,7 +348,7 @@ def test_place_that_is_taken_unless_it_is_ours(gpt2_folder, text_file, tmp_path)
 @pytest.mark.parametrize(("missing", "lora"), [("accelerate", None), ("peft", 4)])
 def test_extra_that_is_not_installed(missing, lora, gpt2_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(knnlm.studies.train.train, "find_spec", lambda name: None if name == missing else object())
-    with pytest.raises(InputError, match=rf"training needs {missing}, which is not installed; pip install 'knnlm"):
+    with pytest.raises(InputError, match=rf"training needs {missing}, which is not installed; pip install '\.\[train"):
         train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, lora=lora))
 
 

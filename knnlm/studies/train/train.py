@@ -112,7 +112,7 @@ def train(
 def _check_libraries(config: TrainConfig) -> None:
     for name in ("accelerate", *(["peft"] if config.lora else [])):
         if find_spec(name) is None:
-            raise InputError(f"training needs {name}, which is not installed; pip install 'knnlm[train]'")
+            raise InputError(f"training needs {name}, which is not installed; pip install '.[train]'")
 
 
 def _settle(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
