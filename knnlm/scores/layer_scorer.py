@@ -77,7 +77,7 @@ def functions() -> Mapping[str, Callable[[Seen], Any]]:
     A score that `FUNCTIONS` lacks is the function of its name in the file of its name, `knnlm/scores/NAME.py`.
     """
     own = [kind.name for kind in SCORES if kind.name not in FUNCTIONS]
-    return {**FUNCTIONS, **{name: getattr(import_module(f"knnlm.scores.{name}"), name) for name in own}}
+    return {**FUNCTIONS, **{name: getattr(import_module(f"{__package__}.{name}"), name) for name in own}}
 
 
 # Those that make sense of one segment, of its vectors [T, D] alone; T of at most 1,024 is searched whole.
