@@ -22,7 +22,7 @@ from knnlm.places import (
     refuse_inputs,
     work_of,
 )
-from knnlm.store.datastore import DatastoreWriter
+from knnlm.store.writer import DatastoreWriter
 
 
 @pytest.fixture

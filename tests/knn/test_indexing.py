@@ -18,7 +18,8 @@ from knnlm.errors import DatastoreMismatch
 from knnlm.knn.indexing import index_layer, verify_store
 from knnlm.locks import locked
 from knnlm.progress import Silent
-from knnlm.store.datastore import Datastore, DatastoreWriter
+from knnlm.store.datastore import Datastore
+from knnlm.store.writer import DatastoreWriter
 
 LAYERS = ("0.ffn_input", "1.ffn_input", "final_norm")
 SETTINGS = Settings(knn=KNNConfig(k=4, index="exact"))
