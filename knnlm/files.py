@@ -1,80 +1,124 @@
 """Files that are whole or absent: folders that appear at once, text and JSON that are renamed into place.
 
-A folder is built under a hidden name beside its place (`.NAME.partial-PID`) and renamed when it is complete. The
-builder holds a lock on it, which the system drops when the process dies: that, and not the PID, tells a dead run's
-leftover from a run at work, in another container too.
+A folder is built under a hidden name beside its place (`.NAME.partial`), with a lock file in it (`knnlm.locks`), and
+renamed when it is complete. The name is the same for all runs: of two that want one place, one learns it at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import fcntl
 import json
 import math
 import os
+import secrets
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knnlm.errors import DatastoreError, DatastoreExists, InputError
+from knnlm.errors import DatastoreError, DatastoreExists
+from knnlm.locks import LOCK, holds_lock, is_locked_by, lock_folder, sweep, take_lock
+from knnlm.places import (
+    DATASTORE,
+    UNFINISHED,
+    at_work,
+    is_free,
+    refuse_existing,
+    refuse_inputs,
+    remove_ours,
+    working_folder,
+)
 
-# A folder with one of these, holding a JSON object whose "format" starts so, was made by this package.
-OUR_MANIFESTS = ("datastore.json", "report.json", "train.json")
-OUR_FORMAT = "knnlm-"
 # Errors of the disk and not of the code or the input.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
+    manifest: str = DATASTORE,
+    work: str = "",
+) -> Iterator[Path]:
     """Give a temporary folder that takes the place of `path` when the block ends well, and vanishes when it does not.
 
     What dead runs left behind is removed first. Missing parents are made. An empty folder at `path` is replaced; one
-    with content only with `overwrite`, only if this package made it, and only after the new one is complete.
+    with content only with `overwrite`, only if all of it is knnlm's, and only after the new one is complete. A block
+    that ends badly after `places.mark_unfinished` is kept at `path`, if nothing was there; a note of the error says so.
+
+    :param inputs, manifest, work: as of `places.refuse_inputs` and `places.refuse_existing`.
     :raises DatastoreExists: `path` holds something already (before the block runs), or another run is writing it.
     :raises DatastoreError: the disk is full, or the parent cannot be written.
     """
+    allowed = Allowed(overwrite, manifest, work)
+    with claim_folder(path, allowed, inputs) as temporary, put_in_place(temporary, path, allowed):
+        yield temporary
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a new folder may replace: as of `places.refuse_existing`."""
+
+    overwrite: bool = False
+    manifest: str = DATASTORE
+    work: str = ""
+
+    def check(self, path: str | Path) -> None:
+        """Raises as `places.refuse_existing`."""
+        refuse_existing(path, overwrite=self.overwrite, manifest=self.manifest, work=self.work)
+
+
+@contextmanager
+def claim_folder(path: str | Path, allowed: Allowed, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
+    """The first half of `new_folder`: the place is nobody else's while the block lasts. Nothing is put there."""
     target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with ExitStack() as stack:
         with _disk_errors(path, OSError):
-            _clear_leftovers(target)
-            refuse_existing(path, overwrite=overwrite)
+            refuse_inputs(path, inputs)
             stack.callback(remove_empty, make_parents(target))
-            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-            temporary.mkdir()
-            stack.callback(os.close, _lock(temporary))
+            temporary = stack.enter_context(_claimed(target))
+            _bring_back(target)
+            allowed.check(path)
+        yield temporary
+
+
+@contextmanager
+def put_in_place(temporary: Path, path: str | Path, allowed: Allowed) -> Iterator[None]:
+    """The second half of `new_folder`: when the block ends well, what was claimed takes its place."""
+    target = Path(path).resolve()
+    try:
         with _disk_errors(path):
-            yield temporary
+            yield
         with _disk_errors(path, OSError):
             _sync_tree(temporary)
-            refuse_existing(path, overwrite=overwrite)
-            _swap(temporary, target)
+            allowed.check(path)
+            (temporary / UNFINISHED).unlink(missing_ok=True)
+            _swap(temporary, target, allowed.manifest)
+    except BaseException as error:
+        _end_badly(error, temporary, target, path)
+        raise
 
 
-def refuse_existing(path: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a place for output that holds something; with `overwrite` only what this package did not make.
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder among the temporary files while the block lasts; those that dead runs left are removed first.
 
-    :raises DatastoreExists: names the path and what to do.
+    :raises DatastoreError: there is no room for it; names TMPDIR.
     """
-    target = Path(path).resolve()
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise DatastoreExists(f"{path} is a file; choose another `out`")
-    if target.is_mount():
-        raise DatastoreExists(f"{path} is a mount point, which cannot be replaced; choose a folder inside it as `out`")
-    if any(target.iterdir()):
-        if not overwrite:
-            advice = ", or add `overwrite=True`" if is_ours(target) else ""  # which would be refused
-            raise DatastoreExists(f"{path} exists and is not empty; choose another `out`{advice}")
-        if not is_ours(target):
-            raise DatastoreExists(
-                f"{path} is not a knnlm folder and is kept despite `overwrite=True`; choose another `out`"
-            )
+    parent = Path(tempfile.gettempdir())
+    with ExitStack() as stack:
+        with _disk_errors(parent, OSError, "TMPDIR"):
+            sweep(parent, prefix)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+            stack.callback(os.close, lock_folder(folder))
+        yield folder
 
 
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
@@ -85,20 +129,37 @@ def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text as UTF-8, whole or not at all.
 
-    :raises OSError: the folder is missing or read-only, or the disk is full; `path` is as it was.
+    :raises OSError: the folder is missing or read-only, or the disk is full; names `path`, which is as it was.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(target)
         raise
     fsync_folder(target.parent)
+
+
+@contextmanager
+def all_or_none(*paths: Path) -> Iterator[None]:
+    """Files that the block writes, in folders that are made where they are missing; none is left if it ends badly.
+
+    So that the same command can be given again. A file that was there before stays.
+    """
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(remove_empty, make_parents(path))
+            if not os.path.lexists(path):
+                stack.callback(path.unlink, missing_ok=True)
+        yield
+        stack.pop_all()
 
 
 def fsync_folder(folder: str | Path) -> None:
@@ -119,86 +180,28 @@ def disk_error(error: OSError, place: str | Path, named_by: str = "`out`") -> Da
     return DatastoreError(f"cannot write {place}: {error.strerror or error}; {remedy} another {named_by}")
 
 
-def is_ours(folder: Path) -> bool:
-    """Was this folder made by this package? Only such a folder may be overwritten."""
-    for name in OUR_MANIFESTS:
-        with suppress(OSError, ValueError):
-            document = json.loads((folder / name).read_text(encoding="utf-8"))
-            if isinstance(document, dict) and str(document.get("format", "")).startswith(OUR_FORMAT):
-                return True
-    return False
+def path_tails(name: str) -> list[str]:
+    """The ends of a path at its slashes, the whole first: `runs/a/final` -> `runs/a/final`, `a/final`, `final`."""
+    parts = name.rstrip("/").split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def strict_json(value: Any, lower: Callable[[Any], Any] = lambda value: value) -> Any:  # noqa: ANN401  (any JSON)
-    """Values of strict JSON: NaN and infinity become null, numpy's numbers plain ones.
+def short_names(names: Sequence[str]) -> list[str]:
+    """Of each name the shortest end that no other has: `a/x`, `b/x` and `b/y` -> `a/x`, `b/x`, `y`.
 
-    :param lower: is shown every value first, and gives what stands for one that JSON has no kind for.
+    A name that is the end of another stays whole.
     """
-    value = lower(value.item() if hasattr(value, "item") else value)  # a NumPy number, told without NumPy
-    if isinstance(value, Mapping):
-        return {str(key): strict_json(item, lower) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict_json(item, lower) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _disk_errors(place: str | Path, kind: type[OSError] | None = None) -> Iterator[None]:
-    """Turn errors of the disk into a line for the user; with `kind`, every OSError, for code that does files only."""
-    try:
-        yield
-    except OSError as error:
-        if kind is None and error.errno not in DISK_ERRORS:
-            raise
-        raise disk_error(error, place) from error
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Remove what dead runs left; bring back the old folder if a run died between its two renames."""
-    for partial in _siblings(target, "partial"):
-        if _is_locked(partial):
-            raise DatastoreExists(
-                f"another run is writing {target} (in {partial}); wait for it, or choose another `out`"
-            )
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in _siblings(target, "old"):
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(target)
-
-
-def _siblings(target: Path, kind: str) -> list[Path]:
-    prefix = f".{target.name}.{kind}-"
-    if not target.parent.exists():
-        return []
-    return [
-        path for path in target.parent.iterdir() if path.name.startswith(prefix) and path.name[len(prefix) :].isdigit()
-    ]
-
-
-def _lock(folder: Path) -> int:
-    handle = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # a file system without locks: the folder then counts as in use, which deletes nothing
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return handle
-
-
-def _is_locked(folder: Path) -> bool:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    owners = Counter(tail for name in dict.fromkeys(names) for tail in path_tails(name))
+    return [next((tail for tail in reversed(path_tails(name)) if owners[tail] == 1), name) for name in names]
 
 
 def make_parents(target: Path) -> list[Path]:
     """Make the missing parents; gives those made, deepest first."""
     missing = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent)) from None
     return missing
 
 
@@ -220,69 +223,177 @@ def _sync_tree(folder: Path) -> None:
         fsync_folder(parent)
 
 
-def _swap(temporary: Path, target: Path) -> None:
-    """Put the new folder in place; an old one is deleted only after that, and comes back if it fails."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+def strict_json(value: Any, lower: Callable[[Any], Any] = lambda value: value) -> Any:  # noqa: ANN401  (any JSON)
+    """Values of strict JSON: NaN and infinity become null, numpy's numbers plain ones.
+
+    :param lower: is shown every value first, and gives what stands for one that JSON has no kind for.
+    """
+    value = lower(value.item() if hasattr(value, "item") else value)  # a NumPy number, told without NumPy
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item, lower) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item, lower) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _disk_errors(place: str | Path, kind: type[OSError] | None = None, named_by: str = "`out`") -> Iterator[None]:
+    """Turn errors of the disk into a line for the user; with `kind`, every OSError, for code that does files only."""
     try:
-        if target.exists() and any(target.iterdir()):
-            target.rename(old)
-        temporary.rename(target)
+        yield
+    except OSError as error:
+        if kind is None and error.errno not in DISK_ERRORS:
+            raise
+        told = disk_error(error, place, named_by)
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        raise told from error
+
+
+# A folder that is being made
+
+
+@contextmanager
+def _claimed(target: Path) -> Iterator[Path]:
+    """The hidden folder in which the target is made, ours alone while the block lasts."""
+    place = working_folder(target)
+    ready = _aside(place)
+    ready.mkdir()
+    try:
+        handle = lock_folder(ready)
     except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
+        shutil.rmtree(ready, ignore_errors=True)
         raise
+    try:
+        _clear(place, target)
+        _take_name(ready, place, target)
+        yield place
+    finally:
+        shutil.rmtree(ready, ignore_errors=True)
+        if is_locked_by(handle, place):  # and no other run's, after ours was renamed
+            shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
+
+
+def _take_name(ready: Path, place: Path, target: Path) -> None:
+    """The system gives the name to one of those that ask for it."""
+    try:
+        ready.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise at_work(target) from None
+
+
+def _clear(place: Path, target: Path) -> None:
+    """Remove what a dead run left where the target is to be made; what it had made whole goes to a free target."""
+    sweep(target.parent, f"{place.name}-")
+    if not os.path.lexists(place):
+        return
+    if not holds_lock(place):
+        if place.is_symlink() or not place.is_dir() or any(place.iterdir()):
+            raise DatastoreExists(f"{place} is in the way, and knnlm did not make it; move it, or choose another `out`")
+        return
+    handle = take_lock(place)
+    if handle is None:
+        raise at_work(target)
+    try:
+        if (place / UNFINISHED).is_file() and is_free(target):
+            _publish(place, target)
+        else:
+            dead = place.rename(_aside(place))
+            shutil.rmtree(dead, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _aside(place: Path) -> Path:
+    return place.with_name(f"{place.name}-{secrets.token_hex(8)}")
+
+
+def old_folder(target: Path) -> Path:
+    """Where the old folder lies between two renames, on systems that cannot exchange two names."""
+    return target.with_name(f".{target.name}.old")
+
+
+def _bring_back(target: Path) -> None:
+    """What a run that died between its two renames had in place; once the new one is there, the old one goes."""
+    old = old_folder(target)
+    handle = take_lock(old)
+    if handle is None:
+        return
+    try:
+        if is_free(target):
+            _publish(old, target)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    folder.rename(target)
+    (target / LOCK).unlink(missing_ok=True)
     fsync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def path_tails(name: str) -> list[str]:
-    """The ends of a path at its slashes, the whole first: `runs/a/final` -> `runs/a/final`, `a/final`, `final`."""
-    parts = name.rstrip("/").split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
+def _end_badly(error: BaseException, temporary: Path, target: Path, path: str | Path) -> None:
+    """Keep what is whole where nothing else is, and have the error say so, in names that last."""
+    _rename_in(error, str(temporary), str(path))
+    if (temporary / UNFINISHED).exists() and is_free(target):
+        with suppress(OSError):  # a full disk may refuse to sync
+            _sync_tree(temporary)
+        with suppress(OSError):
+            _publish(temporary, target)
+            error.add_note(
+                f"{path} is a whole datastore, though without all that was to come (index, fitted settings, report): "
+                "use it as it is, or give the same command again"
+            )
+    elif not isinstance(error, Exception) and not is_free(target):
+        error.add_note(f"{path} is as it was, and nothing half-written was left behind")
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Of each name the shortest end that no other has: `a/x`, `b/x` and `b/y` -> `a/x`, `b/x`, `y`.
-
-    A name that is the end of another stays whole.
-    """
-    owners = Counter(tail for name in dict.fromkeys(names) for tail in path_tails(name))
-    return [next((tail for tail in reversed(path_tails(name)) if owners[tail] == 1), name) for name in names]
+def _rename_in(error: BaseException, temporary: str, path: str) -> None:
+    error.args = tuple(one.replace(temporary, path) if isinstance(one, str) else one for one in error.args)
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        error.filename = error.filename.replace(temporary, path)
 
 
-def check_new_folder(path: str | Path, *, overwrite: bool = False) -> None:
-    """Find out before any work whether a datastore can be made here.
-
-    :raises DatastoreExists: the folder holds something.
-    :raises InputError: it lies where nothing can be written.
-    """
-    refuse_existing(path, overwrite=overwrite)
-    _check_writable(Path(path), "out")
-
-
-def check_new_file(path: str | Path, *, field: str = "out", overwrite: bool = False) -> None:
-    """:raises InputError: before any work, that the file is there already or cannot be written; names the field."""
-    file = Path(path)
-    if file.is_dir():
-        raise InputError(f"`{field}` {file} is a folder; name a file in it")
-    if file.exists() and not file.is_file():
-        raise InputError(f"`{field}` {file} is no regular file, and would be replaced by one; choose another `{field}`")
-    if file.exists() and not overwrite:
-        raise InputError(f"`{field}` {file} exists; choose another `{field}`, or add `overwrite=True`")
-    _check_writable(file, field)
+def _swap(temporary: Path, target: Path, manifest: str) -> None:
+    """Put the new folder in place; an old one is deleted only after that, and comes back if it fails."""
+    if is_free(target):
+        _publish(temporary, target)
+        return
+    handle = lock_folder(target)  # so that it is known as a leftover wherever it lies
+    try:
+        old = temporary if _exchange(temporary, target) else _two_renames(temporary, target)
+        fsync_folder(target.parent)
+        remove_ours(old, manifest)
+    finally:
+        (target / LOCK).unlink(missing_ok=True)
+        os.close(handle)
 
 
-def check_report_folder(path: str | Path) -> None:
-    """:raises InputError: before any work, that the folder holds something already or cannot be written."""
-    folder = Path(path)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"`report` {folder} exists and is not an empty folder; choose another `report`")
-    _check_writable(folder, "report")
+def _two_renames(temporary: Path, target: Path) -> Path:
+    old = old_folder(target)
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except BaseException as error:
+        try:
+            old.rename(target)
+        except OSError:
+            error.add_note(f"what was there before is in {old}")
+        raise
+    return old
 
 
-def _check_writable(path: Path, field: str) -> None:
-    there = next(parent for parent in path.resolve().parents if parent.exists())
-    if not there.is_dir():
-        raise InputError(f"`{field}` {path} cannot be made: {there} is a file; choose another `{field}`")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"`{field}` {path} cannot be made: {there} cannot be written; choose another `{field}`")
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names, so that neither is missing at any moment; False where the system cannot."""
+    system = ctypes.CDLL(None, use_errno=True)
+    first, second = os.fsencode(one), os.fsencode(other)
+    if hasattr(system, "renameat2"):  # Linux; -100: the paths are absolute
+        return bool(system.renameat2(-100, first, -100, second, 2) == 0)
+    if hasattr(system, "renamex_np"):  # macOS
+        return bool(system.renamex_np(first, second, 2) == 0)
+    return False

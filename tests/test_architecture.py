@@ -16,7 +16,21 @@ from tests.source_files import ROOT, imports, modules, syntax, tracked_files
 # The rooms of knnlm/ in the order in which data flows (docs/architecture.md): what each may import besides itself. The
 # root's modules are named: they are the vocabulary that all may use.
 ROOT_MODULES = (
-    *("config", "documents", "errors", "files", "layer_names", "progress", "results", "shown", "statistics", "version"),
+    *(
+        "config",
+        "documents",
+        "errors",
+        "files",
+        "layer_names",
+        "locks",
+        "places",
+        "progress",
+        "regular",
+        "results",
+        "shown",
+        "statistics",
+        "version",
+    ),
 )
 MAY_IMPORT = {
     "text": {"root"},

@@ -56,9 +56,10 @@ def build(
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = given.settings()
-    from knnlm.files import check_new_folder
+    from knnlm.places import check_new_folder, work_of
 
-    check_new_folder(out, overwrite=overwrite)
+    work = work_of("build", model, text, settings)
+    check_new_folder(out, overwrite=overwrite, inputs=(model, *text), work=work)
     check_texts(text, text_field=given.rows.text_field)
     screen = output.screen()
     lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)

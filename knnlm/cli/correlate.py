@@ -140,8 +140,8 @@ def _check(
     models: Sequence[str], text: Sequence[str], config: CorrelateConfig, report: Path | None, trust: bool
 ) -> None:
     """Find out before any work whether every model and the text can serve, and the report be written."""
-    from knnlm.files import check_report_folder
     from knnlm.model.loading import read_outline
+    from knnlm.places import check_report_folder
     from knnlm.studies.correlate.study import check_model
     from knnlm.text.corpus import text_bytes
 

@@ -61,8 +61,8 @@ def evaluate(
     Example: knnlm eval nursing.knn --eval-text held-out.jsonl
     """
     settings = given.settings()
-    from knnlm.files import check_report_folder
     from knnlm.knn.searcher import searched_layers
+    from knnlm.places import check_report_folder
     from knnlm.store.datastore import Datastore
 
     check_show(show)
@@ -77,3 +77,5 @@ def evaluate(
 
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
     show_evaluation(result, screen, report, show)
+    if report is not None:
+        screen.say(f"Report: {report / 'report.html'}")

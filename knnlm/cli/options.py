@@ -76,7 +76,7 @@ DiskBudget = Annotated[
 Show = Annotated[str | None, typer.Option("--show", help="Scores in the table: all, or names as probe,effective_rank.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds, if knnlm made it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds, if knnlm made all of it.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
 

@@ -111,7 +111,7 @@ def rank_models(
 
 def _check(scores: Path | None, higher_is_better: bool, report: Path | None) -> None:
     from knnlm.errors import InputError
-    from knnlm.files import check_report_folder
+    from knnlm.places import check_report_folder
 
     if higher_is_better and scores is None:
         raise InputError("--higher-is-better is of --scores, which are missing")

@@ -64,14 +64,24 @@ def run(
     Example: knnlm run --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = given.settings()
-    from knnlm.files import check_new_folder
+    from knnlm.places import as_list, check_new_folder, work_of
 
     check_show(show)
-    check_new_folder(out, overwrite=overwrite)
+    inputs, work = (model, *text, *as_list(eval_text)), work_of("run", model, text, eval_text, settings)
+    check_new_folder(out, overwrite=overwrite, inputs=inputs, work=work)
     check_texts([*text, *(eval_text or ())], text_field=given.rows.text_field)
     screen = output.screen()
     lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import run as run_pipeline
 
-    result = run_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
-    show_evaluation(result, screen, out, show)
+    run_pipeline(
+        lm,
+        text,
+        out,
+        eval_text=eval_text,
+        settings=settings,
+        overwrite=overwrite,
+        progress=screen,
+        report=lambda result, folder: show_evaluation(result, screen, folder, show),
+    )
+    screen.say(f"Report: {out / 'report.html'}")

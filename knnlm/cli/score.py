@@ -77,11 +77,10 @@ def score(
     Example: knnlm score --model gpt2 --text nursing.jsonl --max-tokens 200000
     """
     settings = given.settings()
-    from knnlm.files import check_new_file, write_json
+    from knnlm.files import all_or_none, write_json
 
     check_show(show)
-    if out is not None:
-        check_new_file(out, overwrite=overwrite)
+    check_out(out, overwrite, (model, *(text or ()), *(vectors or ()), labels))
     screen = output.screen()
     result: ScoreResult | VectorScores
     if vectors:
@@ -95,8 +94,16 @@ def score(
         result = score_pipeline(lm, texts, settings=settings, stop_early=given.stop_early, progress=screen)
     document = show_scores(result, screen, show)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, document)
+        with all_or_none(out):
+            write_json(out, document)
+
+
+def check_out(out: Path | None, overwrite: bool, inputs: Sequence[str | Path | None]) -> None:
+    """Find out before any work whether the scores can be written."""
+    from knnlm.places import check_scores_file
+
+    if out is not None:
+        check_scores_file(out, overwrite=overwrite, inputs=[one for one in inputs if one is not None])
 
 
 def score_files(

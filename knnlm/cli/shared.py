@@ -116,19 +116,15 @@ def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, sho
     from knnlm.documents import to_document
     from knnlm.report import write_reports
 
-    written = None
     try:
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             with screen.stage("writing the report", "files"):
-                written = write_reports(result, folder)
+                write_reports(result, folder)
     finally:
         screen.say(eval_table(result, show))
         for line in choice_lines(result):
             screen.say(line)
         screen.result(to_document(result))
-    if written is not None:
-        screen.say(f"Report: {written.html}")
 
 
 def show_scores(result: ScoreResult | VectorScores, screen: Screen, show: str | None) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def slices(
 
     screen = output.screen()
     questions, cloze = questions or [], cloze or []
-    _check_places(given.tail, given.tail_out, report, overwrite)
+    _check_places(given.tail, given.tail_out, report, overwrite, [model, *questions, *cloze])
     sets = read_sets(questions, cloze, text_field=given.text_field)
     _check_model(model, config, bool(cloze), trust_remote_code)
     lm = load(model, compute, trust_remote_code, screen)
@@ -126,17 +126,19 @@ def slices(
         screen.say(f"Report: {write_slices(document, report)}")
 
 
-def _check_places(tail: int | None, tail_out: Path | None, report: Path | None, overwrite: bool) -> None:
+def _check_places(
+    tail: int | None, tail_out: Path | None, report: Path | None, overwrite: bool, inputs: Sequence[str]
+) -> None:
     """Find out before any work whether the files can be written."""
     from knnlm.errors import InputError
-    from knnlm.files import check_new_file, check_report_folder
+    from knnlm.places import check_new_file, check_report_folder
 
     if (tail is None) != (tail_out is None):
         raise InputError("--tail N and --tail-out FILE go together: how many items, and where to write them")
     if tail_out is not None:
         if tail_out.is_file():
             _check_tail(tail_out)
-        check_new_file(tail_out, field="tail_out", overwrite=overwrite)
+        check_new_file(tail_out, field="tail_out", overwrite=overwrite, inputs=inputs)
     if report is not None:
         check_report_folder(report)
 
@@ -167,10 +169,10 @@ def _check_model(model: str, config: SliceConfig, cloze: bool, trust: bool) -> N
 def _write_tail(sets: Sequence[SetSlices], path: Path) -> None:
     from json import dumps
 
-    from knnlm.files import write_text
+    from knnlm.files import all_or_none, write_text
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(dumps(row, ensure_ascii=False) + "\n" for one in sets for row in one.tail))
+    with all_or_none(path):
+        write_text(path, "".join(dumps(row, ensure_ascii=False) + "\n" for one in sets for row in one.tail))
 
 
 def _show(result: SlicesResult, screen: Screen) -> None:

@@ -118,9 +118,9 @@ def train(
     Example: knnlm train --model gpt2 --text nursing.jsonl --out gpt2-nursing --push-away 0.01 --lora 8
     """
     config = given.config(between_domains=bool(other_text), dtype=dtype, seed=seed)
-    from knnlm.files import check_new_folder, check_report_folder
+    from knnlm.places import TRAINED, check_new_folder, check_report_folder
 
-    check_new_folder(out, overwrite=overwrite)
+    check_new_folder(out, overwrite=overwrite, inputs=(model, *text, *(other_text or ())), manifest=TRAINED)
     if report is not None:
         check_report_folder(report)
     screen = output.screen()

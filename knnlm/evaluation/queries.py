@@ -5,11 +5,9 @@ Legend: Q query tokens, D dimension.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +17,7 @@ from knnlm.errors import InputError
 from knnlm.evaluation.parts import Parts, split_parts
 from knnlm.extraction.collect import collect
 from knnlm.extraction.sinks import TargetScorer
+from knnlm.files import temporary_folder
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress, Silent
 from knnlm.store.datastore import Datastore
@@ -63,9 +62,9 @@ def open_queries(
     """Run the model over the evaluation text and keep its queries on disk while the block lasts."""
     progress = progress or Silent()
     total, scorer = count_targets(documents), TargetScorer(lm)
-    with tempfile.TemporaryDirectory(prefix="knnlm-queries-") as folder:
+    with temporary_folder("knnlm-queries-") as folder:
         dims = {name: lm.dims[name] for name in layers}
-        writer = DatastoreWriter(Path(folder), dims, key_dtype="float32", named_by="TMPDIR")
+        writer = DatastoreWriter(folder, dims, key_dtype="float32", named_by="TMPDIR")
         with writer, progress.stage("evaluation text through the model", "tokens") as advance:
             collect(
                 lm,
@@ -80,7 +79,7 @@ def open_queries(
             writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
         targets = scorer.targets()
         parts = split_parts(targets.documents_N, fitted=fitted)
-        yield Queries(Datastore.open(Path(folder)), parts, targets.targets_N, targets.log_probs_N, targets.documents_N)
+        yield Queries(Datastore.open(folder), parts, targets.targets_N, targets.log_probs_N, targets.documents_N)
 
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:

@@ -86,12 +86,12 @@ def _keep(
     store: Datastore, layer: str, metric: str, built: VectorIndex, k: int, measured: Recall | None
 ) -> IndexReport:
     """Save the index and then name it in the manifest: an index that is not named there is never opened."""
-    folder = store.index_folder(layer)
-    if layer not in store.manifest.indexes:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between the two
-    save_index(built, folder, recall=measured)
-    recall = measured.recall if measured else 1.0
-    store.update_manifest(indexes={layer: {"metric": metric, "spec": built.spec, "recall": recall, "k": k}})
+    folder, recall = store.index_folder(layer), measured.recall if measured else 1.0
+    with store.changing():
+        if layer not in store.manifest.indexes:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between the two
+        save_index(built, folder, recall=measured)
+        store.update_manifest(indexes={layer: {"metric": metric, "spec": built.spec, "recall": recall, "k": k}})
     return IndexReport(layer, built.spec, recall, k, built.size_bytes)
 
 

@@ -132,6 +132,9 @@ def _is_local(source: str) -> bool:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{source} is not a model: it has no config.json; give a folder made by save_pretrained")
+        for one in path.iterdir():  # transformers would wait for ever for who writes into a FIFO
+            if one.exists() and not (one.is_file() or one.is_dir()):
+                raise ModelError(f"{one} is a FIFO or a device, and no regular file; remove it from the model")
         return True
     if path.exists():
         raise ModelError(f"{source} is a file; give the folder of a model, or a name on the hub")

@@ -10,6 +10,7 @@ Each takes one `Settings`; what is not said there has a default, and `None` mean
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from knnlm.pipeline.steps import (
     split_text,
     windows_like,
 )
+from knnlm.places import as_list, mark_unfinished, work_of
 from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
 from knnlm.store.datastore import Datastore, as_datastore
@@ -71,8 +73,8 @@ def build(
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
     settings = settings or Settings()
-    job = Job(lm, settings, progress or Silent())
-    with new_folder(Path(out), overwrite=overwrite) as folder:
+    job, work = Job(lm, settings, progress or Silent()), work_of("build", lm.name, text, settings)
+    with new_folder(out, overwrite=overwrite, inputs=(lm.name, *as_list(text)), work=work) as folder:
         wanted = settings.layers
         check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), settings)
         total = estimate_tokens(lm, text, settings.text)
@@ -80,11 +82,11 @@ def build(
         named = sampled.choice.layer if sampled else wanted.layers or wanted.select
         layers = select_layers(named, lm.layer_names)
         scored = extract(job, job.documents(text), layers, folder, total=total, sampled=sampled)
-    store = Datastore.open(Path(out))
-    _, warnings = try_index(store, scored.choice.layer, settings, job.progress)
-    for warning in warnings:
-        job.progress.note(warning)
-    return store
+        mark_unfinished(folder, work)
+        _, warnings = try_index(Datastore.open(folder), scored.choice.layer, settings, job.progress)
+        for warning in warnings:
+            job.progress.note(warning)
+    return Datastore.open(Path(out))
 
 
 def evaluate(
@@ -126,29 +128,42 @@ def run(
     settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    report: Callable[[EvalResult, Path], None] | None = None,
 ) -> EvalResult:
     """The whole way: keys of every layer in one pass, scores, the choice, perplexity per layer, the index.
 
     Without `eval_text`, a tenth of the documents is held out. The folder `out` becomes a datastore. Layers are
     compared under exact search; the chosen one is then indexed, and its perplexity measured again with the index.
     Where the index cannot be built, a warning says so, and all else stands.
+
+    `out` appears when all of it is there. What ends badly after the keys are stored is kept as a datastore without the
+    rest, if nothing was at `out` before.
+
+    :param report: called with the result and the folder that becomes `out`, for what else is to lie in it.
     :raises DatastoreExists: `out` holds something already; nothing was done.
     """
-    job, clock = Job(lm, settings or Settings(), progress or Silent()), Clock()
-    with clock.time("extract and score"), new_folder(Path(out), overwrite=overwrite) as folder:
-        given = job.evaluation_documents(eval_text) if eval_text else None
-        if given is not None:
-            check_evaluation(given)
-        plan = make_plan(lm, text, folder, job.settings, given)
-        job.progress.note(plan.sentence)
-        training, evaluation = split_text(job, text, given)
-        scored = extract(job, training, plan.layers, folder, total=plan.tokens)
-        documents = evaluation()
-    store = Datastore.open(Path(out))
-    with (
-        clock.time("evaluate and index"),
-        compare_layers(job, store, documents, store.layers, scored, exact=True) as compared,
-    ):
-        result = index_chosen(job, store, compared)
-    store.update_manifest(fitted=fitted_settings(result))
-    return replace(result, seconds=clock.seconds)
+    settings = settings or Settings()
+    job, clock = Job(lm, settings, progress or Silent()), Clock()
+    inputs, work = (lm.name, *as_list(text), *as_list(eval_text)), work_of("run", lm.name, text, eval_text, settings)
+    with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
+        with clock.time("extract and score"):
+            given = job.evaluation_documents(eval_text) if eval_text else None
+            if given is not None:
+                check_evaluation(given)
+            plan = make_plan(lm, text, folder, job.settings, given)
+            job.progress.note(plan.sentence)
+            training, evaluation = split_text(job, text, given)
+            scored = extract(job, training, plan.layers, folder, total=plan.tokens)
+            documents = evaluation()
+        mark_unfinished(folder, work)
+        store = Datastore.open(folder)
+        with (
+            clock.time("evaluate and index"),
+            compare_layers(job, store, documents, store.layers, scored, exact=True) as compared,
+        ):
+            result = index_chosen(job, store, compared)
+        store.update_manifest(fitted=fitted_settings(result))
+        result = replace(result, seconds=clock.seconds)
+        if report is not None:
+            report(result, folder)
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from knnlm.files import all_or_none
 from knnlm.results import EvalResult
 
 
@@ -17,7 +18,7 @@ class ReportFiles:
 
 
 def write_reports(result: EvalResult, folder: str | Path, *, title: str | None = None) -> ReportFiles:
-    """Write `report.json` and `report.html` into a folder that exists, each whole or not at all.
+    """Write `report.json` and `report.html` into a folder, which is made where it is missing: both, or nothing.
 
     :raises OSError: a file cannot be written
     """
@@ -25,6 +26,7 @@ def write_reports(result: EvalResult, folder: str | Path, *, title: str | None =
     from knnlm.report.html import write_report  # jinja2, which reading a report.json does not need
 
     files = ReportFiles(Path(folder) / "report.json", Path(folder) / "report.html")
-    write_document(to_document(result), files.json)
-    write_report(result, files.html, title=title)
+    with all_or_none(files.json, files.html):
+        write_document(to_document(result), files.json)
+        write_report(result, files.html, title=title)
     return files

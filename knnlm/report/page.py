@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.documents import write_document
-from knnlm.files import write_text
+from knnlm.files import all_or_none, write_text
 from knnlm.report.charts import Chart
 from knnlm.report.html import render_template
 
@@ -56,14 +56,14 @@ def settings_lines(settings: Mapping[str, Any]) -> Lines:
 
 
 def write_page(name: str, document: Mapping[str, Any], html: str, folder: str | Path) -> Path:
-    """Write NAME.json and NAME.html into a folder, which is made where it is missing; gives the latter.
+    """Write NAME.json and NAME.html into a folder, which is made where it is missing: both, or none. Gives the latter.
 
     :raises OSError: a file cannot be written.
     """
     page = Path(folder) / f"{name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_document(document, page.with_suffix(".json"))
-    write_text(page, html)
+    with all_or_none(page.with_suffix(".json"), page):
+        write_document(document, page.with_suffix(".json"))
+        write_text(page, html)
     return page
 
 

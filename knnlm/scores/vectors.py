@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from knnlm.errors import InputError
 from knnlm.progress import Progress, Silent
+from knnlm.regular import check_regular
 from knnlm.results import Interval, LayerScore, VectorScores
 from knnlm.scores.dispersion import BadVector, Span
 from knnlm.scores.layer_scorer import LayerScorer
@@ -125,6 +126,7 @@ def _read_labels(path: Path) -> NDArray[np.int64]:
 
 def _load(path: Path) -> NDArray[Any]:
     try:
+        check_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise InputError(f"{path} is no .npy file of numbers ({error}); save one with numpy.save") from None

@@ -19,7 +19,9 @@ Legend: N keys, D dimension.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 
 from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
 from knnlm.files import disk_error, write_json
+from knnlm.locks import locked
 from knnlm.progress import Advance
 from knnlm.shown import brief
 from knnlm.store.keys import Keys
@@ -39,6 +42,8 @@ from knnlm.store.npy import npy_offset, open_npy
 # What two models must share for the one's vectors to be queries among the other's. The name may differ: folders move.
 MODEL_PARTS = ("config", "weights", "tokenizer")
 VERIFY_BYTES = 1 << 24
+# How the name of a file or an index ends that is being written.
+PARTIAL = "partial-" + 8 * "[0-9a-f]"
 
 
 def open_datastore(folder: str | Path) -> Datastore:
@@ -58,6 +63,7 @@ class Datastore:
         self.folder = folder
         self._manifest = manifest
         self._keys: dict[str, Keys] = {}
+        self._changing = False
 
     @classmethod
     def open(cls, folder: str | Path) -> Datastore:
@@ -217,14 +223,54 @@ class Datastore:
     ) -> None:
         """Replace what is given, atomically; `indexes` joins the entries of other layers. None leaves a field.
 
+        What others have changed since the datastore was opened stays.
+
         :raises DatastoreError: the folder cannot be written.
+        :raises DatastoreMismatch: another datastore has taken its place since.
         """
+        with self.changing():
+            self._write(scores, fitted, indexes or {})
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep other processes from changing the datastore while the block lasts, after the manifest is read again.
+
+        What died in the middle of a change has left files that nobody reads; they are removed. Where the file system
+        has no locks, nobody is kept from changes, and nothing is removed. Raises as `update_manifest`.
+        """
+        if self._changing:
+            yield
+            return
+        with locked(self.folder) as alone:
+            self._read_again()
+            if alone:
+                self._remove_leftovers()
+            self._changing = True
+            try:
+                yield
+            finally:
+                self._changing = False
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(f".{NAME}.{PARTIAL}"):
+            path.unlink()
+        for layer in self.layers:
+            for path in (self.folder / "index").glob(f".{layer}.{PARTIAL}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _read_again(self) -> None:
+        ours, now = self._manifest, read_manifest(self.folder)
+        if (now.layers, now.values, now.documents) != (ours.layers, ours.values, ours.documents):
+            raise DatastoreMismatch(f"{self.folder} is another datastore than the one that was opened; open it again")
+        self._manifest = now
+
+    def _write(self, scores: object, fitted: object, indexes: Mapping[str, Mapping[str, Any]]) -> None:
         old = self._manifest
         new = replace(
             old,
             scores=old.scores if scores is None else scores,
             fitted=old.fitted if fitted is None else fitted,
-            indexes={**old.indexes, **(indexes or {})},
+            indexes={**old.indexes, **indexes},
         )
         try:
             write_json(self.folder / NAME, new.to_json())

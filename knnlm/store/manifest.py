@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from knnlm.errors import DatastoreCorrupt, DatastoreError
+from knnlm.files import old_folder
 
 NAME = "datastore.json"
 FORMAT = "knnlm-datastore"
@@ -97,10 +98,17 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise DatastoreError(f"{folder} is not a datastore: it has no {NAME}; make one with `knnlm.build`") from None
+        raise DatastoreError(f"{folder} is not a datastore: it has no {NAME}; {_remedy(folder)}") from None
     except (OSError, ValueError) as error:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); build the datastore again") from None
     return from_json(document, path)
+
+
+def _remedy(folder: Path) -> str:
+    old = old_folder(folder.resolve())
+    if (old / NAME).is_file():
+        return f"a run that was to replace it was killed, and what was there is in {old}: rename that"
+    return "make one with `knnlm.build`"
 
 
 def from_json(document: object, path: Path) -> Manifest:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.errors import InputError, first_line
+from knnlm.regular import check_regular
 from knnlm.text import parquet, textfiles
 from knnlm.text.hub import HUB_PREFIX, HubSet, hub_rows, parse_hub_set
 from knnlm.text.windows import TokenDocument
@@ -183,6 +184,7 @@ def _find_files(path: Path) -> list[_File]:
     try:
         if path.is_dir():
             return _files_below(path)
+        check_regular(path)
         size = path.stat().st_size
     except FileNotFoundError:
         raise InputError(f"there is no file or folder {path}; check the path") from None
@@ -202,6 +204,11 @@ def _files_below(folder: Path) -> list[_File]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
         files += [_File(path, named=False) for path in visible if path.suffix.lower() in READERS]
+    for file in files:
+        try:
+            check_regular(file.path)
+        except OSError as error:
+            raise _unreadable(file.path, error) from None
     if not files:
         raise InputError(f"the folder {folder} has no file of a type that can be read: {TYPES}")
     return files

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.errors import InputError, first_line
+from knnlm.regular import check_regular
 from knnlm.text.textfiles import BLOCK_BYTES, no_field
 
 ROWS_AT_ONCE = 64
@@ -38,6 +39,7 @@ def _open(path: Path, name: str) -> Iterator[Any]:
     import pyarrow  # here, because it takes a third of a second
     import pyarrow.parquet
 
+    check_regular(path)
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
             if name not in file.schema_arrow.names:

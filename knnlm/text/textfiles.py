@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from knnlm.errors import InputError
+from knnlm.regular import open_regular
 
 BLOCK_BYTES = 1 << 20
 # A line is a document and has to be held; without a limit, a file that has no lines would fill the memory.
@@ -36,7 +37,7 @@ def decode_blocks(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     position = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK_BYTES):
             # Bytes of a character that the last block left unfinished are decoded with this one.
             begin = position - len(decoder.getstate()[0])
@@ -79,7 +80,7 @@ def text_share(path: Path, text_field: str, rows: int) -> float:
 def _rows_and_ends(path: Path) -> Iterator[tuple[Row, int]]:
     """Each row with the bytes of the file up to its end."""
     position = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         # readline with a limit gives longer lines in pieces.
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
             where = f"line {number} of {path}"

@@ -18,50 +18,12 @@ from pathlib import Path
 import pytest
 
 from knnlm.cli.screen import Screen
-from knnlm.errors import InputError, ModelError
+from knnlm.errors import InputError
 from knnlm.model.hardware import pick_device
 from knnlm.model.lm import LanguageModel
+from tests.cli.refusals import PLAN, RUN, check_complete, check_whole, tree
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import save_tiny, tiny_bert, tiny_model, tiny_tokenizer
-
-RUN = ("run", "--context", "32", "--stride", "16", "--eval-tokens", "600")
-# What comes before an error is what the user is told anyway.
-PLAN = "keys of "
-
-
-@pytest.fixture
-def check_refused(call, tmp_path: Path) -> Callable[..., None]:
-    """A command must end in status 2, with nothing on standard output, one line with these words, and no new file."""
-
-    def check(*arguments: object, words: tuple[str, ...]) -> None:
-        before = tree(tmp_path)
-        ended = call(*arguments)
-        assert (ended.status, ended.out) == (2, "")
-        *others, line = ended.errors
-        assert [other for other in others if not other.startswith(PLAN)] == []
-        assert line.startswith("knnlm: ")
-        assert [word for word in words if word not in line] == []
-        assert tree(tmp_path) == before
-
-    return check
-
-
-@pytest.fixture
-def run_refused(check_refused, gpt2_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
-    """`refused` for `knnlm run`, that would go well but for what is given."""
-
-    def check(*words: str, options: tuple[object, ...] = (), **changed: object) -> None:
-        given = {"model": gpt2_folder, "text": text_file, "out": tmp_path / "deep" / "out"} | changed
-        pairs = [part for name, value in given.items() for part in (f"--{name}", value)]
-        check_refused(*RUN, *pairs, *options, words=words)
-
-    return check
-
-
-def tree(folder: Path) -> dict[Path, bytes | None]:
-    """Every path below, hidden ones too, with the content of files."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
 
 # Text
 
@@ -275,16 +237,6 @@ def test_lm_that_is_not_finite_above_the_keys_names_layer_and_place(
 # Places for output
 
 
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a model would be work; what is refused before it is refused before any."""
-
-    def load(*_given: object, **_named: object) -> None:
-        raise ModelError("work began")
-
-    monkeypatch.setattr("knnlm.model.loading.load_model", load)
-
-
 ANY = ("--model", "any", "--text", "any")
 
 
@@ -294,8 +246,8 @@ def test_folder_that_holds_something(command: str, check_refused, tmp_path: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     options = (command, *ANY, "--out", tmp_path / "out")
-    check_refused(*options, words=("out exists and is not empty; choose another --out",))
-    check_refused(*options, "--overwrite", words=("out is not a knnlm folder and is kept", "choose another --out"))
+    check_refused(*options, words=("out exists and is not empty", "choose another --out"))
+    check_refused(*options, "--overwrite", words=("out is no datastore and is kept", "mine.txt; choose another --out"))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -315,6 +267,9 @@ def test_file_for_scores_that_is_there(check_refused, text_file: Path, tmp_path:
     )
     check_refused(*options, tmp_path, words=("is a folder", "name a file in it"))
     check_refused(*options, tmp_path, "--overwrite", words=("is a folder", "name a file in it"))
+    words = ("scores.json holds no scores of knnlm and is not replaced", "choose another --out")
+    check_refused(*options, tmp_path / "scores.json", "--overwrite", words=words)
+    (tmp_path / "scores.json").write_text('{"format": "knnlm-report", "kind": "score"}')
     check_refused(*options, tmp_path / "scores.json", "--overwrite", words=("work began",))
 
 
@@ -393,17 +348,27 @@ def test_full_disk_after_the_datastore_is_whole(
     assert ended.errors[-1].startswith("knnlm: ")
     assert "No space left on device" in ended.errors[-1]
     assert "free" in ended.errors[-1]
+    assert f"{tmp_path / 'out'} is a whole datastore" in ended.errors[-1] and ".partial" not in ended.errors[-1]
     # The report comes last: what it would say has been shown by then.
     assert ("Chosen: 2.ffn_input" in ended.out) == ("report" in place)
     check_whole(call, tmp_path)
+    monkeypatch.undo()
+    again = call(*RUN, *options)
+    assert again.status == 0, again.errors
+    check_complete(call, tmp_path)
 
 
-def check_whole(call, folder: Path) -> None:
-    """The datastore `out` is whole and works, and nothing else is in the folder."""
-    assert [path.name for path in folder.iterdir()] == ["out"]
-    out = folder / "out"
-    assert [path.name for path in out.rglob("*") if path.name.startswith(".")] == []
-    assert call("verify", out).status == 0
+def test_full_disk_while_a_report_is_written(
+    call, store_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("eval", store_folder, "--eval-text", text_file, "--eval-tokens", 300, "--report", tmp_path / "a" / "b")
+    with monkeypatch.context() as patched:
+        patched.setattr("knnlm.report.html.write_text", full_disk)
+        ended = call(*options)
+    assert ended.status == 2 and "No space left on device" in ended.errors[-1]
+    assert list(tmp_path.iterdir()) == []
+    assert call(*options).status == 0
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"report.html", "report.json"}
 
 
 @pytest.mark.parametrize("select", ["9.ffn_input", "*.ffn_input"])
@@ -549,7 +514,10 @@ def test_ctrl_c_in_each_phase(
     assert ended.status == 130
     *others, line = ended.errors
     assert [other for other in others if not other.startswith(PLAN)] == []
-    assert line == "knnlm: stopped by Ctrl-C; nothing half-written was left behind"
+    out = tmp_path / "deep" / "out"
+    kept = f"{out} is a whole datastore, though without all that was to come (index, fitted settings, report): "
+    left = f"{kept}use it as it is, or give the same command again" if whole else "nothing half-written was left behind"
+    assert line == f"knnlm: stopped by Ctrl-C; {left}"
     assert list(queries.iterdir()) == []
     if whole:
         check_whole(call, tmp_path / "deep")
@@ -571,14 +539,25 @@ def test_datastore_works_after_ctrl_c_while_it_was_indexed(
     assert evaluated.status == 0, evaluated.errors
 
 
+@pytest.mark.parametrize("phase", ["extracting", "evaluating", "noting the index", "writing the report"])
 def test_ctrl_c_keeps_what_would_have_been_overwritten(
-    call, store_folder: Path, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str,
+    call,
+    store_folder: Path,
+    gpt2_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(store_folder, tmp_path / "out")
     before = tree(tmp_path)
-    stop_in_stage(monkeypatch, "extracting keys")
-    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--overwrite")
-    assert call(*RUN, *options).status == 130
+    stop, place, _ = PHASES[phase]
+    stop(monkeypatch, place)
+    layers = ("--layers", "1.ffn_input,2.ffn_input")
+    options = ("--model", gpt2_folder, "--text", text_file, "--out", tmp_path / "out", "--overwrite", *layers)
+    ended = call(*RUN, *options)
+    assert ended.status == 130
+    assert f"{tmp_path / 'out'} is as it was, and nothing half-written was left behind" in ended.errors[-1]
     assert tree(tmp_path) == before
 
 

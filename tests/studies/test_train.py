@@ -24,6 +24,7 @@ import knnlm.studies.train.train
 from knnlm.cli.screen import Screen
 from knnlm.config import Settings, TextConfig
 from knnlm.errors import DatastoreExists, InputError, LayerError, ModelError
+from knnlm.files import new_folder
 from knnlm.model.loading import load_model
 from knnlm.pipeline import score
 from knnlm.report import numbers
@@ -234,6 +235,16 @@ def test_a_training_that_was_stopped_is_neither_lost_nor_taken_for_another(stopp
     assert [path.name for path in stopped.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
+def test_what_was_put_beside_checkpoints_is_kept(options, stopped, text_file):
+    notes = stopped.with_name("out.checkpoints") / "notes.txt"
+    notes.write_text("mine")
+    before = sorted(notes.parent.rglob("*"))
+    with pytest.raises(DatastoreExists, match=r"holds notes\.txt, which knnlm did not make; move that, or choose"):
+        train("not looked at", [text_file], stopped, config=CONFIG, **options)
+    assert sorted(notes.parent.rglob("*")) == before
+
+
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["mine.txt", "training.json"])
@@ -337,12 +348,26 @@ def test_place_that_is_taken_unless_it_is_ours(gpt2_folder, text_file, tmp_path)
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(DatastoreExists, match="exists and is not empty"):
         train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG)
-    with pytest.raises(DatastoreExists, match="is not a knnlm folder"):
+    with pytest.raises(DatastoreExists, match="is no model that knnlm trained"):
         train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG, overwrite=True)
     (tmp_path / "out" / "mine.txt").unlink()
     train(gpt2_folder, [text_file], tmp_path / "out", config=CONFIG)
     train(gpt2_folder, [text_file], tmp_path / "out", config=replace(CONFIG, steps=3), overwrite=True)
-    assert json.loads((tmp_path / "out" / "train.json").read_text())["settings"]["steps"] == 3
+    document = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert document["settings"]["steps"] == 3
+    assert document["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(DatastoreExists, match=r"holds mine\.txt, which knnlm did not make; move that, or choose"):
+        train("not looked at", [text_file], tmp_path / "out", config=CONFIG, overwrite=True)
+
+
+def test_second_training_in_one_place_learns_it_before_its_work(stopped, text_file):
+    """And leaves the checkpoints of the first alone."""
+    before = sorted(stopped.with_name("out.checkpoints").rglob("*"))
+    for options in ({"overwrite": True}, {"resume": True}):
+        with new_folder(stopped), pytest.raises(DatastoreExists, match="another run is writing"):
+            train("not looked at", [text_file], stopped, config=CONFIG, **options)
+    assert before and sorted(stopped.with_name("out.checkpoints").rglob("*")) == before
 
 
 @pytest.mark.parametrize(("missing", "lora"), [("accelerate", None), ("peft", 4)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +11,14 @@ from typing import Any
 
 from knnlm.errors import DatastoreExists, InputError
 from knnlm.files import make_parents, remove_empty, write_json
+from knnlm.places import read_object
 
 # What tells one training from another; without it, a folder is not ours.
 RECORD, FORMAT = "training.json", "knnlm-training"
 # What a checkpoint has last: without it, the checkpoint was being written when the process died.
 LAST_FILE = "trainer_state.json"
+# The names of all that a training writes here; of the record also as it is before its rename.
+OURS = re.compile(r"checkpoint-\d+|training\.json|\.training\.json\.partial-[0-9a-f]{8}")
 
 
 def checkpoints_of(out: str | Path) -> Path:
@@ -35,6 +38,10 @@ def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if _record(folder) is None:
         raise DatastoreExists(
             f"{folder} is where checkpoints would lie, but holds something else; choose another `out`, or move it"
+        )
+    if others := _others(folder):
+        raise DatastoreExists(
+            f"{folder} holds {', '.join(others[:3])}, which knnlm did not make; move that, or choose another `out`"
         )
     if not (resume or overwrite):
         raise InputError(
@@ -69,24 +76,37 @@ def keep_checkpoints(
                 "on with it, with `overwrite=True` in its place begins anew"
             )
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             remove_empty(parents)
         raise
-    shutil.rmtree(folder)
+    _remove(folder)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    record = read_object(folder / RECORD)
+    return record if record is not None and record.get("format") == FORMAT else None
+
+
+def _others(folder: Path) -> list[str]:
+    """What is neither a checkpoint nor the record."""
+    names = (path.name for path in sorted(folder.iterdir()))
+    return [name for name in names if not OURS.fullmatch(name)]
+
+
+def _remove(folder: Path) -> None:
+    """Remove checkpoints and record; the folder too, unless something has been put into it meanwhile."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and OURS.fullmatch(path.name):
+            shutil.rmtree(path)
+        elif OURS.fullmatch(path.name):
+            path.unlink()
+    remove_empty([folder])
 
 
 def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
     if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
+        _remove(folder)
+    folder.mkdir(exist_ok=True)
     write_json(folder / RECORD, {"format": FORMAT, **identity})
 
 

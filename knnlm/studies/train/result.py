@@ -56,6 +56,8 @@ class TrainResult(Shown):
     seconds: float
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    """In the folder, train.json too: what `overwrite` may remove."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{self.folder}: {self.trained_parameters:,} of {self.parameters:,} parameters trained"

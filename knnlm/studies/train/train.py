@@ -24,10 +24,12 @@ from torch import nn
 
 from knnlm.config import TextConfig
 from knnlm.errors import InputError
-from knnlm.files import check_new_folder, new_folder, write_json
+from knnlm.files import Allowed, claim_folder, put_in_place, write_json
+from knnlm.locks import LOCK
 from knnlm.model.hardware import trains_in_bfloat16
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model, random_model
+from knnlm.places import TRAINED, as_list, check_new_folder
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.scores.choose import one_layer
 from knnlm.studies.train.checkpoints import check_checkpoints, checkpoints_of, keep_checkpoints
@@ -89,24 +91,29 @@ def train(
     :raises DatastoreExists: `out` or the folder for checkpoints holds something already; nothing was done.
     """
     config, progress, begun = config or TrainConfig(), progress or Silent(), time.perf_counter()
-    check_new_folder(out, overwrite=overwrite)
+    inputs = (str(model), *as_list(text), *as_list(other_text))
+    check_new_folder(out, overwrite=overwrite, inputs=inputs, manifest=TRAINED)
     checkpoints = checkpoints_of(out)
     check_checkpoints(checkpoints, resume=resume, overwrite=overwrite)
     _check_libraries(config)
     if other_text:
         config = replace(config, push_away=replace(config.push_away, between_domains=True))
-    load = partial(random_model, seed=config.seed) if config.from_scratch else load_model
-    lm = load(model, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
-    config = _settle(config, lm)
-    texts = {"text": text} | ({"other_text": other_text} if other_text else {})
-    domains = [_read(lm, paths, config, field) for field, paths in texts.items()]
-    with keep_checkpoints(checkpoints, _identity(lm, domains, config), resume=resume, overwrite=overwrite) as last:
-        with progress.stage("training", "steps") as advance:
-            trainer = _make_trainer(lm, domains, config, str(checkpoints), advance)
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        result = _result(trainer, lm, domains, config, Path(out), time.perf_counter() - begun)
-        _save(trainer, lm, result, Path(out), overwrite=overwrite)
-    return result
+    allowed = Allowed(overwrite, TRAINED)
+    with claim_folder(out, allowed, inputs) as folder:
+        load = partial(random_model, seed=config.seed) if config.from_scratch else load_model
+        lm = load(model, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
+        config = _settle(config, lm)
+        texts = {"text": text} | ({"other_text": other_text} if other_text else {})
+        domains = [_read(lm, paths, config, option) for option, paths in texts.items()]
+        identity = _identity(lm, domains, config)
+        # The checkpoints go when the model is in its place.
+        with keep_checkpoints(checkpoints, identity, resume=resume, overwrite=overwrite) as last:
+            with put_in_place(folder, out, allowed):
+                with progress.stage("training", "steps") as advance:
+                    trainer = _make_trainer(lm, domains, config, str(checkpoints), advance)
+                    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+                result = _result(trainer, lm, domains, config, Path(out), time.perf_counter() - begun)
+                return _save(trainer, lm, result, folder)
 
 
 def _check_libraries(config: TrainConfig) -> None:
@@ -230,15 +237,18 @@ def _result(
     )
 
 
-def _save(trainer: PushAwayTrainer, lm: LanguageModel, result: TrainResult, out: Path, *, overwrite: bool) -> None:
+def _save(trainer: PushAwayTrainer, lm: LanguageModel, result: TrainResult, folder: Path) -> TrainResult:
+    """The model, the tokenizer and train.json into the folder; the result names all of them."""
     model: Any = trainer.model
     if result.settings["lora"]:
         model = model.merge_and_unload()
     model.config.use_cache = True  # the Trainer turns it off for itself
-    with new_folder(out, overwrite=overwrite) as folder:
-        model.save_pretrained(folder)
-        lm.tokenizer.save_pretrained(folder)
-        write_json(folder / "train.json", train_document(result))
+    model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    saved = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    result = replace(result, files=tuple(sorted({TRAINED, *saved} - {LOCK})))
+    write_json(folder / TRAINED, train_document(result))
+    return result
 
 
 def train_document(result: TrainResult) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""Where a verb may write: what knnlm made and may replace, and what is refused before any work.
+
+A folder is knnlm's as far as its manifest lists its files: `datastore.json` its arrays and layers, `train.json` all
+files of a model. Whatever else lies there was made by somebody else, and the folder is then kept as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from knnlm.errors import DatastoreExists, InputError
+from knnlm.locks import BEING_WRITTEN, LOCK, is_at_work
+from knnlm.regular import open_regular
+
+DATASTORE, TRAINED = "datastore.json", "train.json"
+FORMATS = {DATASTORE: "knnlm-datastore", TRAINED: "knnlm-train"}
+REPORTS = ("report.json", "report.html")
+REPORT_FORMAT = "knnlm-report"
+SCORES = ("score", "vectors")
+UNFINISHED = "unfinished.json"
+"""In a datastore that is whole, but has not all that was to come (an index, a report); says of which work it is."""
+UNFINISHED_FORMAT = "knnlm-unfinished"
+INDEX_FILES = ("index.json", "index.faiss", "centre.npy")
+# What a dead process left of a file or a folder that was being written under another name.
+BEFORE_ITS_RENAME = re.compile(r"(^|/)\.([^/]+)\.partial-[0-9a-f]{8}(?=/|$)")
+# A manifest is some kB; a larger file is no manifest.
+MANIFEST_BYTES = 1 << 28
+SHOWN = 3
+
+
+def refuse_existing(path: str | Path, *, overwrite: bool = False, manifest: str = DATASTORE, work: str = "") -> None:
+    """Refuse a place for output that holds something; with `overwrite` only what is not all of it knnlm's.
+
+    :param manifest: what a folder must have to be replaced: no model takes a datastore's place, nor a datastore its.
+    :param work: as `work_of`; what an earlier run of the same work left unfinished may be replaced in any case.
+    :raises DatastoreExists: names the path, what it holds, and what to do.
+    """
+    target = Path(path).resolve()
+    if is_free(target):
+        return
+    if not target.is_dir():
+        raise DatastoreExists(f"{path} is a file; choose another `out`")
+    if target.is_mount():
+        raise DatastoreExists(f"{path} is a mount point, which cannot be replaced; choose a folder inside it as `out`")
+    ours = files_of(target, manifest)
+    others = foreign(target, ours or ())
+    unfinished = bool(work) and read_work(target) == work
+    if not (overwrite or unfinished):
+        advice = ", or add `overwrite=True`" if ours is not None and not others else ""
+        raise DatastoreExists(f"{path} exists and is not empty; choose another `out`{advice}")
+    held = f"holds {', '.join(others[:SHOWN])}"
+    if ours is None:
+        kind = "datastore" if manifest == DATASTORE else "model that knnlm trained"
+        raise DatastoreExists(
+            f"{path} is no {kind} and is kept despite `overwrite=True`: it {held}; choose another `out`"
+        )
+    if others:
+        raise DatastoreExists(f"{path} {held}, which knnlm did not make; move that, or choose another `out`")
+
+
+def is_free(target: Path) -> bool:
+    """Is there nothing, or an empty folder?"""
+    return not target.exists() or (target.is_dir() and not target.is_mount() and not any(target.iterdir()))
+
+
+def is_ours(folder: Path, manifest: str = DATASTORE) -> bool:
+    """Was all that the folder holds made by this package? Only such a folder may be replaced."""
+    ours = files_of(folder, manifest)
+    return ours is not None and not foreign(folder, ours)
+
+
+def files_of(folder: Path, manifest: str) -> frozenset[str] | None:
+    """The files that a folder's manifest lists, with `/`; None where it has no such manifest, or a damaged one."""
+    document = read_object(folder / manifest)
+    if document is None or document.get("format") != FORMATS[manifest]:
+        return None
+    try:
+        names = set(_store_files(document) if manifest == DATASTORE else document["files"])
+    except (KeyError, TypeError, AttributeError):
+        return None
+    if (read_object(folder / REPORTS[0]) or {}).get("format") == REPORT_FORMAT and manifest == DATASTORE:
+        names |= {*REPORTS}
+    return frozenset({manifest, LOCK, BEING_WRITTEN, UNFINISHED} | {name for name in names if isinstance(name, str)})
+
+
+def foreign(folder: Path, ours: frozenset[str] | tuple[()]) -> list[str]:
+    """What a folder holds beside these files, hidden names last; of a folder with nothing of ours its own name."""
+    folders = {str(parent) for name in ours for parent in PurePosixPath(name).parents}
+    found: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda one: (one.name.startswith("."), one.name)):
+        name = BEFORE_ITS_RENAME.sub(r"\1\2", entry.name)
+        if entry.is_dir(follow_symlinks=False) and name in folders:
+            below = frozenset(one.removeprefix(f"{name}/") for one in ours if one.startswith(f"{name}/"))
+            found += [f"{entry.name}/{other}" for other in foreign(Path(entry), below)]
+        elif name not in ours or not entry.is_file(follow_symlinks=False):
+            found.append(entry.name)
+    return found
+
+
+def remove_ours(folder: Path, manifest: str) -> None:
+    """Remove the files that the manifest lists, itself last, and the folders that are empty then."""
+    ours = files_of(folder, manifest) or frozenset()
+    last = folder / manifest
+    for parent, _, names in os.walk(folder, topdown=False):
+        for path in (Path(parent, name) for name in names):
+            if path != last and BEFORE_ITS_RENAME.sub(r"\1\2", path.relative_to(folder).as_posix()) in ours:
+                path.unlink()
+        if Path(parent) == folder:
+            last.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds what is not ours
+            os.rmdir(parent)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > MANIFEST_BYTES:
+                return None
+            document = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def work_of(verb: str, model: str, *given: object) -> str:
+    """What tells one work from another: the same command has the same. Texts, settings are told by their repr."""
+    plain = [
+        [str(one) for one in as_list(each)] if isinstance(each, str | Path | list | tuple) else each for each in given
+    ]
+    return hashlib.sha256(repr((verb, model, plain)).encode()).hexdigest()
+
+
+def as_list(texts: Sequence[str | Path] | str | Path | None) -> list[str | Path]:
+    """Texts as all verbs take them: one path or several."""
+    return [] if texts is None else [texts] if isinstance(texts, str | Path) else list(texts)
+
+
+def mark_unfinished(folder: Path, work: str) -> None:
+    """From now on a folder that is being made holds a whole datastore, which is not to be lost."""
+    what = "keys and values are whole; an index, fitted settings or a report were to come"
+    document = {"format": UNFINISHED_FORMAT, "work": work, "what": what}
+    (folder / UNFINISHED).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def read_work(folder: Path) -> str | None:
+    """The work that an unfinished datastore is of; None for any other folder."""
+    document = read_object(folder / UNFINISHED) or {}
+    return str(document.get("work")) if document.get("format") == UNFINISHED_FORMAT else None
+
+
+def working_folder(target: Path) -> Path:
+    """Where a folder is made that is to lie at `target`: one name for all runs, which is given to one of them."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def at_work(target: Path) -> DatastoreExists:
+    """The error for the second run in one place."""
+    place = working_folder(target)
+    return DatastoreExists(f"another run is writing {target} (in {place}); wait for it, or choose another `out`")
+
+
+# Checks before any work
+
+
+def refuse_inputs(path: str | Path, inputs: Sequence[str | Path], field: str = "out") -> None:
+    """Refuse a place that is, holds or lies in what is read: the model, a text. Links are followed.
+
+    :param inputs: files and folders; what is neither, such as a name on the hub, is passed over.
+    :raises DatastoreExists: names both.
+    """
+    target = Path(path).resolve()
+    for given in inputs:
+        for read in _places(Path(given)):
+            relation = _relation(target, read)
+            if relation:
+                raise DatastoreExists(f"`{field}` {path} {relation} {given}, which is read; choose another `{field}`")
+
+
+def check_new_folder(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path] = (),
+    manifest: str = DATASTORE,
+    work: str = "",
+) -> None:
+    """Find out before any work whether a folder can be made here. Parameters as of `refuse_existing`, `refuse_inputs`.
+
+    :raises DatastoreExists: the folder holds something, or would destroy what is read.
+    :raises InputError: it lies where nothing can be written.
+    """
+    refuse_inputs(path, inputs)
+    target = Path(path).resolve()
+    if is_at_work(working_folder(target)):
+        raise at_work(target)
+    refuse_existing(path, overwrite=overwrite, manifest=manifest, work=work)
+    _check_writable(Path(path), "out")
+
+
+def check_new_file(
+    path: str | Path, *, field: str = "out", overwrite: bool = False, inputs: Sequence[str | Path] = ()
+) -> None:
+    """:raises InputError: before any work, that the file is there already or cannot be written; names the field."""
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"`{field}` {file} is a folder; name a file in it")
+    if file.exists() and not file.is_file():
+        raise InputError(f"`{field}` {file} is no regular file, and would be replaced by one; choose another `{field}`")
+    refuse_inputs(path, inputs, field)
+    if file.exists() and not overwrite:
+        raise InputError(f"`{field}` {file} exists; choose another `{field}`, or add `overwrite=True`")
+    _check_writable(file, field)
+
+
+def check_scores_file(path: str | Path, *, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """:raises InputError: as `check_new_file`, or that `overwrite` would replace what is no file of scores."""
+    check_new_file(path, overwrite=overwrite, inputs=inputs)
+    document = read_object(Path(path)) or {}
+    if Path(path).exists() and not (document.get("format") == REPORT_FORMAT and document.get("kind") in SCORES):
+        raise InputError(f"`out` {path} holds no scores of knnlm and is not replaced; choose another `out`")
+
+
+def check_report_folder(path: str | Path) -> None:
+    """:raises InputError: before any work, that the folder holds something already or cannot be written."""
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"`report` {folder} exists and is not an empty folder; choose another `report`")
+    _check_writable(folder, "report")
+
+
+def _check_writable(path: Path, field: str) -> None:
+    there = next(parent for parent in path.resolve().parents if parent.exists())
+    if not there.is_dir():
+        raise InputError(f"`{field}` {path} cannot be made: {there} is a file; choose another `{field}`")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"`{field}` {path} cannot be made: {there} cannot be written; choose another `{field}`")
+
+
+def _store_files(document: Mapping[str, Any]) -> Iterator[str]:
+    yield document["documents"]["file"]
+    yield from (one["file"] for one in document["values"])
+    for layer, entry in document["layers"].items():
+        yield entry["centre"]["file"]
+        yield from (one["file"] for one in entry["shards"])
+        yield from (f"index/{layer}/{name}" for name in INDEX_FILES)
+
+
+def _places(given: Path) -> Iterator[Path]:
+    """Where it lies, and where all links below it lead."""
+    try:
+        if not given.exists():
+            return
+    except OSError:  # no path at all, such as a name that is too long
+        return
+    yield given.resolve()
+    if given.is_dir():
+        for parent, folders, names in os.walk(given):
+            yield from (
+                Path(parent, name).resolve()
+                for name in (*folders, *names)
+                if os.path.islink(os.path.join(parent, name))
+            )
+
+
+def _relation(target: Path, read: Path) -> str:
+    if target == read or (target.exists() and read.exists() and target.samefile(read)):
+        return "is"
+    if target in read.parents:
+        return "holds"
+    return "lies in" if read in target.parents else ""
