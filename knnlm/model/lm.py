@@ -115,6 +115,15 @@ class LanguageModel:
         """Return the tokens of a text, int32 [n], with the BOS that the tokenizer itself puts in front, if it does."""
         return self._text(text)
 
+    def encode_with_ends(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the tokens, and where in the text's UTF-8 bytes each ends, int64 [n]; see `TextEncoder.with_ends`."""
+        return self._text.with_ends(text)
+
+    @property
+    def word(self) -> str:
+        """A text that the tokenizer knows, such as one letter of its alphabet."""
+        return self._text.word
+
     def decode(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Return the text of tokens as it stands: special tokens kept, spaces not tidied."""
         ids = [int(token) for token in tokens]

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 
 from knnlm.errors import InputError, ModelError
 from knnlm.model.decoder import find_decoder
+from knnlm.model.encoding import is_empty
 from knnlm.model.hardware import pick_device, pick_dtype_on_cpu
 from knnlm.model.lm import ADVICE, LanguageModel, context_limit_of
 
@@ -158,7 +159,7 @@ def _load_tokenizer(source: str, options: Mapping[str, Any]) -> PreTrainedTokeni
     except Exception as error:
         raise ModelError(f"{source} has no tokenizer that can be loaded: {_line(error)}") from error
     # Without files some tokenizer classes come up empty instead of failing.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if is_empty(tokenizer):
         raise ModelError(f"{source} has no tokenizer; save one into it with tokenizer.save_pretrained")
     return tokenizer
 
