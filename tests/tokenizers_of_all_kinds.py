@@ -37,7 +37,17 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 def wordpiece() -> PreTrainedTokenizerFast:
     """BERT's shape: lower case, accents and white space dropped, [UNK] for what is not in the vocabulary."""
-    pieces = ["[UNK]", "[BOS]", "the", "cat", "sat", "ete", "日", *"abcdefghij", *(f"##{one}" for one in "abcdefghijst")]
+    pieces = [
+        "[UNK]",
+        "[BOS]",
+        "the",
+        "cat",
+        "sat",
+        "ete",
+        "日",
+        *"abcdefghij",
+        *(f"##{one}" for one in "abcdefghijst"),
+    ]
     tokenizer = Tokenizer(models.WordPiece({piece: at for at, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -230,6 +230,8 @@ def _files_below(folder: Path) -> list[_File]:
         # Hidden: .git and the like, and the binary ._name.txt that macOS puts beside name.txt.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        # A pipe among them would be waited for, and an alias of nothing is told.
+        visible = [path for path in visible if path.is_file() or not path.exists()]
         files += [_File(path, named=False) for path in visible if path.suffix.lower() in READERS]
     if not files:
         raise InputError(f"the folder {folder} has no file of a type that can be read: {TYPES}")

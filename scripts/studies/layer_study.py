@@ -123,7 +123,9 @@ def main() -> None:
         store = build(lm, [training], Path(folder) / "store", settings=settings)
         print(f"{store.count:,} keys x {len(store.layers)} layers, {time.perf_counter() - start:.0f} s", flush=True)
         scored = score_from_document(store.manifest.scores)
-        documents = take_slices(tokenize_measured(read_documents([held_out]), lm.encode_with_ends), config.eval_tokens, seed=0)
+        documents = take_slices(
+            tokenize_measured(read_documents([held_out]), lm.encode_with_ends), config.eval_tokens, seed=0
+        )
         window = window_config(settings.text, lm.name, lm.context_limit)
         with open_queries(lm, documents, window, store.layers) as queries:
             outcomes = []

@@ -14,7 +14,9 @@ from tests.tiny_models import tiny_tokenizer
 from tests.tokenizers_of_all_kinds import KINDS, digits, letters, normalizing, sentencepiece, superwords, wordpiece
 
 ENCODERS = {kind: encoding.TextEncoder(make()) for kind, make in KINDS.items()}
-SYLLABLES = st.sampled_from(["the", " cat", " SAT", "\u00e9t\u00e9", "e\u0301", "日本", " ", "\n", "😀", "ACGT", "á́", "\u1100\u1161"])
+SYLLABLES = st.sampled_from(
+    ["the", " cat", " SAT", "\u00e9t\u00e9", "e\u0301", "日本", " ", "\n", "😀", "ACGT", "á́", "\u1100\u1161"]
+)
 TEXTS = st.one_of(st.text(max_size=30), st.lists(SYLLABLES, max_size=12).map("".join)).map(
     lambda text: text.encode("utf-8", "ignore").decode()
 )
@@ -46,7 +48,14 @@ def pieces(tokenizer, text):
 
 
 def test_ends_by_hand():
-    assert pieces(sentencepiece(), "the cat 日é") == [b"", b"the", b" cat", b" ", *([b"\xe6", b"\x97", b"\xa5"]), "é".encode()]
+    assert pieces(sentencepiece(), "the cat 日é") == [
+        b"",
+        b"the",
+        b" cat",
+        b" ",
+        *([b"\xe6", b"\x97", b"\xa5"]),
+        "é".encode(),
+    ]
     assert pieces(wordpiece(), " The  cats É ") == [b" The", b"  cat", b"s", " É ".encode()]
     # What NFC has made one character stays with it.
     decomposed = unicodedata.normalize("NFD", "é")
@@ -72,7 +81,10 @@ def test_special_token_in_front_is_found_without_a_latin_letter():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    assert encoding.TextEncoder(tokenizer)("GATTACA").tolist() == [1, *tokenizer("GATTACA", add_special_tokens=False)["input_ids"]]
+    assert encoding.TextEncoder(tokenizer)("GATTACA").tolist() == [
+        1,
+        *tokenizer("GATTACA", add_special_tokens=False)["input_ids"],
+    ]
 
 
 @pytest.mark.parametrize(
