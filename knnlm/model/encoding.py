@@ -86,7 +86,7 @@ class TextEncoder:
             ends = np.round(ends / max(1, ends[-1] if ids else 1) * len(text)).astype(np.int64)
             return ids, np.stack([np.concatenate([[0], ends[:-1]])[: len(ids)], ends], axis=1).astype(np.int64)
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        encoded = self._tokenizer(text, return_offsets_mapping=True, **options)  # type: ignore[call-arg, arg-type]
+        encoded = self._tokenizer(text, return_offsets_mapping=True, **options)  # type: ignore[call-arg]
         return list(encoded["input_ids"]), np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
 
     def _ends(
