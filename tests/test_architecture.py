@@ -66,7 +66,7 @@ ONLY_IN = {
     "faiss": {"index/faiss_index.py"},
     "transformers": {"knnlm/model/lm.py", "knnlm/model/loading.py", "knnlm/studies/train/trainer.py"},
     "datasets": {"knnlm/text/hub.py"},
-    "peft": {"knnlm/studies/train/train.py"},
+    "peft": {"knnlm/model/adapters.py"},
     "lm_eval": {"knnlm/inference/harness.py"},  # a subclass needs its base
     "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/server/explorer/routes.py"},
     "pydantic": {"knnlm/server/wire.py", "knnlm/server/chat_wire.py", "knnlm/server/explorer/wire.py"},

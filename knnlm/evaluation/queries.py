@@ -22,7 +22,8 @@ from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress, Silent
 from knnlm.store.datastore import Datastore
 from knnlm.store.writer import DatastoreWriter
-from knnlm.text.windows import TokenDocument, WindowConfig, count_targets
+from knnlm.text.sizes import Sizes
+from knnlm.text.windows import TokenDocument, WindowConfig, count_targets, target_sizes
 
 Floats = NDArray[np.float64]
 # Of each of the two parts: fewer say nothing of k, temperature and lambda.
@@ -41,6 +42,8 @@ class Queries:
     """The plain LM's log-probability of each target."""
     documents_Q: NDArray[np.int64]
     """The running number of each target's document."""
+    sizes: Sizes | None = None
+    """Of the targets, where the documents were measured."""
 
     def vectors(self, layer: str) -> NDArray[np.float32]:
         """The layer's raw vectors, [Q, D]."""
@@ -77,9 +80,11 @@ def open_queries(
                 advance=lambda done, _: advance(done, total),
             )
             writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
-        targets = scorer.targets()
+        targets, sizes = scorer.targets(), target_sizes(documents)
         parts = split_parts(targets.documents_N, fitted=fitted)
-        yield Queries(Datastore.open(folder), parts, targets.targets_N, targets.log_probs_N, targets.documents_N)
+        yield Queries(
+            Datastore.open(folder), parts, targets.targets_N, targets.log_probs_N, targets.documents_N, sizes
+        )
 
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:

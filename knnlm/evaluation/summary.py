@@ -14,7 +14,6 @@ import numpy as np
 from knnlm.evaluation.outcomes import LayerOutcome, exp_or_inf, perplexity
 from knnlm.evaluation.parts import Parts
 from knnlm.evaluation.queries import Floats, Queries
-from knnlm.model.lm import LanguageModel
 from knnlm.results import (
     SCORES,
     ByQuery,
@@ -32,7 +31,6 @@ from knnlm.statistics import relative_change, spearman
 
 
 def summarize(
-    lm: LanguageModel,
     queries: Queries,
     outcomes: Sequence[LayerOutcome],
     scored: ScoreResult | None,
@@ -42,7 +40,7 @@ def summarize(
     Without scores there is no choice: no layer is selected, and nothing has a regret or a correlation.
     """
     parts, choice = queries.parts, scored.choice if scored else None
-    measure = _Measure(lm, queries)
+    measure = _Measure(queries)
     by_name = {score.layer: score for score in scored.layers} if scored else {}
     best = min(outcomes, key=lambda one: one.tuning_loss)
     # With lam=0 every layer is the plain LM.
@@ -78,14 +76,13 @@ def _impossible_tokens(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome | 
 class _Measure:
     """Turns losses on the reporting part into perplexities; knows how many bytes and words its tokens are."""
 
-    def __init__(self, lm: LanguageModel, queries: Queries) -> None:
+    def __init__(self, queries: Queries) -> None:
         self.reporting_Q = reporting = queries.parts.reporting_Q
         self.lm_losses_Q = -queries.lm_Q[reporting]
         self._clusters_Q = clusters = queries.parts.clusters_Q[reporting]
-        targets = queries.targets_Q[reporting]
-        texts = [lm.decode(targets[clusters == cluster]) for cluster in np.unique(clusters)]
-        self._bytes = sum(len(text.encode()) for text in texts)
-        self._words = sum(len(text.split()) for text in texts)
+        assert queries.sizes is not None
+        sizes = queries.sizes[reporting]
+        self._bytes, self._words = int(sizes.bytes_N.sum()), sizes.words(clusters)
 
     def perplexity(self, losses_Q: Floats) -> Perplexity:
         total = float(losses_Q.sum())

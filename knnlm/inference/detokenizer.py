@@ -53,7 +53,7 @@ class TokenTexts:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
-        self._anchor = lm.encode("a").tolist()[-1:]
+        self._anchor = lm.encode(lm.word).tolist()[-1:]
         self._length = len(lm.decode(self._anchor))
         self._known: dict[int, str] = {}
 

@@ -19,9 +19,12 @@ def digest_config(config: Any) -> str:  # noqa: ANN401 - transformers stays in l
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def digest_weights(model: nn.Module) -> str:
-    """Hash a few elements of each parameter, rounded to bfloat16 so that the type of computation does not matter."""
-    digest = hashlib.sha256()
+def digest_weights(model: nn.Module, adapter: str = "") -> str:
+    """Hash a few elements of each parameter, rounded to bfloat16 so that the type of computation does not matter.
+
+    :param adapter: the digest of what was merged into them: its changes can be too small for that rounding.
+    """
+    digest = hashlib.sha256(adapter.encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         places = torch.arange(_SAMPLED_ELEMENTS, device=flat.device) * max(flat.numel() - 1, 0)

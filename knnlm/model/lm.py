@@ -41,7 +41,8 @@ class _Enough(Exception):
 class LanguageModel:
     """A causal LM whose layers can be read and whose head can be applied to vectors read before.
 
-    Made by `load_model`, or by `from_model` of a model in memory. Raises ModelError when the model is not a
+    Made by `load_model`, or by `from_model` of a model in memory; `adapter` is the digest of what was merged into its
+    weights. Raises ModelError when the model is not a
     decoder-only causal LM, or its head does more than multiply and scale, or it gives NaN.
     """
 
@@ -57,9 +58,15 @@ class LanguageModel:
     """Sentences for the user, such as why another type than the checkpoint's is computed in."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, notes: Sequence[str] = ()
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        notes: Sequence[str] = (),
+        adapter: str = "",
     ) -> None:
-        self.name = name
+        self.name, self._adapter = name, adapter
         self.model = model
         nn.Module.eval(model)
         self.tokenizer = tokenizer
@@ -107,13 +114,22 @@ class LanguageModel:
         return {
             "model": self.name,
             "config": digest_config(self.model.config),
-            "weights": digest_weights(self.model),
+            "weights": digest_weights(self.model, self._adapter),
             "tokenizer": digest_tokenizer(self.tokenizer),
         }
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Return the tokens of a text, int32 [n], with the BOS that the tokenizer itself puts in front, if it does."""
         return self._text(text)
+
+    def encode_with_ends(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the tokens, and where in the text's UTF-8 bytes each ends, int64 [n]; see `TextEncoder.with_ends`."""
+        return self._text.with_ends(text)
+
+    @property
+    def word(self) -> str:
+        """A text that the tokenizer knows, such as one letter of its alphabet."""
+        return self._text.word
 
     def decode(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """Return the text of tokens as it stands: special tokens kept, spaces not tidied."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,15 +23,20 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from knnlm.errors import InputError, ModelError
+from knnlm.model.adapters import digest_adapter, merge_adapter
 from knnlm.model.decoder import find_decoder
+from knnlm.model.encoding import is_empty
 from knnlm.model.hardware import pick_device, pick_dtype_on_cpu
 from knnlm.model.lm import ADVICE, LanguageModel, context_limit_of
+from knnlm.model.sources import Source, find_source
 
 
 def load_model(
     name_or_folder: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a causal LM and its tokenizer from a folder (the network is not touched) or from the hub.
+    """Load a causal LM and its tokenizer from a folder or a .gguf file (the network is not touched) or from the hub.
+
+    The folder of a LoRA adapter is its base with the changes merged in (extra `train`); GGUF needs the extra `gguf`.
 
     `dtype` is float32, bfloat16, float16 or auto: the checkpoint's own type, except on a CPU. There a bfloat16
     checkpoint is computed as such only if the CPU is measured to be fast at it, and else, like a float16 one, in
@@ -36,15 +44,16 @@ def load_model(
 
     Raises ModelError for what is not a decoder-only causal LM with a tokenizer, InputError for a wrong option.
     """
-    source = str(name_or_folder)
     target = pick_device(device)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)}
-    config = _load_config(source, options)
-    tokenizer = _load_tokenizer(source, options)
-    taken, note = _pick_dtype(dtype, source, config, target, options)
-    model = _load_weights(source, taken, options)
+    source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
+    config = _load_config(source)
+    tokenizer = _load_tokenizer(source)
+    taken, note = _pick_dtype(dtype, source, config, target)
+    model, adapter = _load_weights(source, taken), ""
+    if source.adapter is not None:
+        model, adapter = merge_adapter(model, source.adapter), digest_adapter(source.adapter)
     _place(model, target)
-    return LanguageModel(model, tokenizer, name=source, notes=[note] if note else [])
+    return LanguageModel(model, tokenizer, name=source.name, notes=[note] if note else [], adapter=adapter)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
@@ -52,8 +61,7 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
 
     Raises ModelError when there is none.
     """
-    source = str(name_or_folder)
-    return _load_tokenizer(source, {"local_files_only": _is_local(source)})
+    return _load_tokenizer(find_source(str(name_or_folder)))
 
 
 def model_file(name_or_folder: str | Path, name: str) -> Path | None:
@@ -61,13 +69,16 @@ def model_file(name_or_folder: str | Path, name: str) -> Path | None:
 
     Raises ModelError when there is no such model.
     """
-    source = str(name_or_folder)
-    if _is_local(source):
-        return path if (path := Path(source, name)).is_file() else None
+    if Path(name_or_folder).is_dir():
+        return path if (path := Path(name_or_folder, name)).is_file() else None
+    source = find_source(str(name_or_folder))
+    if source.options["local_files_only"]:
+        raise ModelError(f"{source.name} is a GGUF file; give the folder of a model, or a name on the hub")
     try:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        with _quiet():
+            found = cached_file(source.place, name, _raise_exceptions_for_missing_entries=False)
     except Exception as error:
-        raise ModelError(f"{source} could not be read as a model: {_line(error)}") from error
+        raise _unreadable(source, "could not be read as a model", error) from error
     return None if found is None else Path(found)
 
 
@@ -83,16 +94,15 @@ def random_model(
 
     Its name is the given one with ` (random)` behind it; `dtype` auto is float32. Raises as `load_model`.
     """
-    source = str(name_or_folder)
     target = pick_device(device)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)}
-    config, tokenizer = _load_config(source, options), _load_tokenizer(source, options)
-    taken, _ = _pick_dtype("float32" if dtype == "auto" else dtype, source, config, target, options)
+    source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
+    config, tokenizer = _load_config(source), _load_tokenizer(source)
+    taken, _ = _pick_dtype("float32" if dtype == "auto" else dtype, source, config, target)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _from_config(source, config, trust_remote_code).to(taken)
     _place(model, target)
-    return LanguageModel(model, tokenizer, name=f"{source} (random)")
+    return LanguageModel(model, tokenizer, name=f"{source.name} (random)")
 
 
 @dataclass(frozen=True)
@@ -106,18 +116,18 @@ class Outline:
 
 def read_outline(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
     """Tell a model's layers and context from its configuration alone. Raises ModelError, as `load_model`."""
-    source = str(name_or_folder)
-    config = _load_config(source, {"trust_remote_code": trust_remote_code, "local_files_only": _is_local(source)})
+    source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
+    config = _load_config(source)
     with torch.device("meta"):  # no memory is taken and no number is drawn
         model = _from_config(source, config, trust_remote_code)
     return Outline(find_decoder(model).names, context_limit_of(config))
 
 
-def _from_config(source: str, config: PretrainedConfig, trust_remote_code: bool) -> Any:  # noqa: ANN401
+def _from_config(source: Source, config: PretrainedConfig, trust_remote_code: bool) -> Any:  # noqa: ANN401
     try:
         return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{source} could not be built as a causal language model: {_line(error)}") from error
+        raise _unreadable(source, "could not be built as a causal language model", error) from error
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
@@ -127,65 +137,73 @@ def _place(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def _is_local(source: str) -> bool:
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{source} is not a model: it has no config.json; give a folder made by save_pretrained")
-        for one in path.iterdir():  # transformers would wait for ever for who writes into a FIFO
-            if one.exists() and not (one.is_file() or one.is_dir()):
-                raise ModelError(f"{one} is a FIFO or a device, and no regular file; remove it from the model")
-        return True
-    if path.exists():
-        raise ModelError(f"{source} is a file; give the folder of a model, or a name on the hub")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"there is no folder {source}; give the folder of a model, or a name on the hub")
-    return False
-
-
-def _load_config(source: str, options: Mapping[str, Any]) -> PretrainedConfig:
+def _load_config(source: Source) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
+        with _quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
     except Exception as error:
-        raise ModelError(f"{source} could not be read as a model: {_line(error)}") from error
+        raise _unreadable(source, "could not be read as a model", error) from error
     if config.is_encoder_decoder:
-        raise ModelError(f"{source} is an encoder-decoder model; {ADVICE}")
+        raise ModelError(f"{source.name} is an encoder-decoder model; {ADVICE}")
     if any("MaskedLM" in name for name in config.architectures or ()):
-        raise ModelError(f"{source} is an encoder-only model; {ADVICE}")
+        raise ModelError(f"{source.name} is an encoder-only model; {ADVICE}")
     return config
 
 
-def _load_tokenizer(source: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer, **source.options)
     except Exception as error:
-        raise ModelError(f"{source} has no tokenizer that can be loaded: {_line(error)}") from error
+        raise _unreadable(source, "has no tokenizer that can be loaded", error) from error
     # Without files some tokenizer classes come up empty instead of failing.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise ModelError(f"{source} has no tokenizer; save one into it with tokenizer.save_pretrained")
+    if is_empty(tokenizer):
+        raise ModelError(f"{source.name} has no tokenizer; save one into it with tokenizer.save_pretrained")
     return tokenizer
 
 
-def _load_weights(source: str, dtype: torch.dtype | str, options: Mapping[str, Any]) -> PreTrainedModel:
+def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
+    # Never a pickle, which could run any program. A GGUF file's progress bar cannot be turned off.
+    is_gguf = "gguf_file" in source.options
+    reader = {} if is_gguf else {"use_safetensors": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        with _quiet(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.place, dtype=dtype, output_loading_info=True, **reader, **source.options
+            )
     except Exception as error:
-        raise ModelError(f"{source} could not be loaded as a causal language model: {_line(error)}") from error
+        raise _unreadable(source, "could not be loaded as a causal language model", error) from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         # transformers fills them with random numbers.
-        raise ModelError(f"{source} lacks {len(missing)} weights of a causal language model, such as {missing[0]}")
+        raise ModelError(f"{source.name} lacks {len(missing)} weights of a causal language model, such as {missing[0]}")
     return model
 
 
-def _line(error: Exception) -> str:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what the hub's client says of every try; what came of them is told."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _unreadable(source: Source, fact: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:299] + "…"
+    if "couldn't connect to" in text:
+        return ModelError(
+            f"{source.name} {fact}: it is not on this machine, and the hub was not reached; connect, or give a folder"
+        )
+    return ModelError(f"{source.name} {fact}: {text if len(text) <= 300 else text[:299] + '…'}")
 
 
 def _pick_dtype(
-    dtype: str, source: str, config: PretrainedConfig, device: torch.device, options: Mapping[str, Any]
+    dtype: str, source: Source, config: PretrainedConfig, device: torch.device
 ) -> tuple[torch.dtype | str, str | None]:
     """Return the type to load in (`auto` leaves a quantised model as it is), and a note for the user."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -197,7 +215,9 @@ def _pick_dtype(
         return known[dtype], None
     if getattr(config, "quantization_config", None) is not None:
         return "auto", None
-    stated = config.get_text_config().dtype or _load_weights(source, "auto", options).dtype
+    if "gguf_file" in source.options:  # its numbers are unpacked, to any type
+        return torch.float32, None
+    stated = config.get_text_config().dtype or _load_weights(source, "auto").dtype
     stated = getattr(torch, stated) if isinstance(stated, str) else stated
     if device.type != "cpu":
         return stated, None

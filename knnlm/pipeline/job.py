@@ -12,7 +12,7 @@ from pathlib import Path
 from knnlm.config import Settings
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Progress
-from knnlm.text.corpus import read_documents, read_text_rows, thin, tokenize
+from knnlm.text.corpus import measured, read_documents, read_text_rows, thin, tokenize_measured
 from knnlm.text.held_out import take_slices
 from knnlm.text.windows import TokenDocument, WindowConfig, rows_to_groups, window_config
 
@@ -43,10 +43,9 @@ class Job:
         if config.protocol == "documents":
             documents = read_documents(text, text_field=config.text_field)
             wanted = documents if share >= 1 else thin(documents, share)
-            return tokenize(wanted, self.lm.encode, max_tokens=config.max_tokens)
+            return tokenize_measured(wanted, self.lm.encode_with_ends, max_tokens=config.max_tokens)
         rows = read_text_rows(text, text_field=config.text_field)
-        tokens = (TokenDocument(self.lm.encode(row.text), row.source, row.number) for row in rows)
-        return rows_to_groups(tokens, self.window)
+        return rows_to_groups((measured(row, self.lm.encode_with_ends) for row in rows), self.window)
 
     def evaluation_documents(self, text: Paths) -> list[TokenDocument]:
         """The evaluation text, cut to its budget; groups of rows are never cut, which would move their windows."""

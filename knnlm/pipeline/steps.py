@@ -202,7 +202,7 @@ def compare_layers(
         lm, documents, job.window, layers, batch_tokens=job.batch_tokens, fitted=knn.is_fitted, progress=progress
     ) as queries:
         outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
-        result = summarize(lm, queries, outcomes, scored)
+        result = summarize(queries, outcomes, scored)
         compared = Comparison(queries, outcomes, result)
         with progress.stage("finding examples", "tokens"):
             count = job.settings.evaluation.examples

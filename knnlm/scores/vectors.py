@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from knnlm.errors import InputError
+from knnlm.errors import InputError, first_line
 from knnlm.progress import Progress, Silent
 from knnlm.regular import check_regular
 from knnlm.results import Interval, LayerScore, VectorScores
@@ -125,11 +125,14 @@ def _read_labels(path: Path) -> NDArray[np.int64]:
 
 
 def _load(path: Path) -> NDArray[Any]:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; give a .npy file, as numpy.save writes it")
     try:
         check_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is no .npy file of numbers ({error}); save one with numpy.save") from None
+    except Exception as error:  # numpy parses the header as Python: a damaged one gives errors of many kinds
+        reason = first_line(error) or type(error).__name__
+        raise InputError(f"{path} is no .npy file of numbers ({reason}); save one with numpy.save") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path} is an archive of arrays; save one array with numpy.save")
     return array

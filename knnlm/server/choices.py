@@ -16,6 +16,7 @@ from torch import Tensor
 from knnlm.inference.detokenizer import INCOMPLETE, Detokenizer, TokenTexts
 from knnlm.inference.sampling import choose
 from knnlm.knn.mixing import Mix
+from knnlm.model.encoding import byte_places
 from knnlm.model.lm import LanguageModel
 
 Finish = Literal["stop", "length"]
@@ -51,6 +52,8 @@ class TokenScore:
     """None for a prompt's first token."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens, as many as are wanted, with their log-probabilities."""
+    name: str | None = None
+    """As it stands in the prompt, where that is another text than the token has by itself."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Words:
     def __init__(self, lm: LanguageModel, ends: frozenset[int]) -> None:
         self.lm, self.ends = lm, ends
         self._no_text = {*ends, lm.tokenizer.bos_token_id}
+        self._special = frozenset(lm.tokenizer.all_special_ids)
         self._texts = TokenTexts(lm)
 
     def name(self, token: int) -> str:
@@ -95,12 +99,34 @@ class Words:
         """What a prompt of tokens says; those that begin and end a text are none of it."""
         return self.lm.decode([token for token in tokens if token not in self._no_text])
 
-    def offsets(self, tokens: Sequence[int]) -> list[int]:
-        """Where in the text each token begins, and at the end its length."""
-        text, found = Detokenizer(self.lm, (), self._no_text), [0]
+    def places(self, tokens: Sequence[int], text: str) -> tuple[list[int], list[str]]:
+        """Where in their text each token begins, and its name: as it stands there, where it stands there otherwise.
+
+        So does a token that a tokenizer has normalised, or a first word with the space that it puts before it.
+        """
+        ends = self._ends(tokens, text)
+        starts, names = [0, *ends][: len(tokens)], []
+        for token, start, end in zip(tokens, starts, ends, strict=True):
+            name = self.name(token)
+            is_added = token in self._special and start == end
+            stands = text.startswith(name, start) or is_added or INCOMPLETE in self._texts(token)
+            names.append(name if stands else text[start:end])
+        return starts, names
+
+    def _ends(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Where in the text each token ends, in characters; one that ends inside of one ends before it."""
+        known, bytes_N = self.lm.encode_with_ends(text)
+        if known.tolist() == list(tokens):
+            ends: list[int] = (np.searchsorted(byte_places(text), bytes_N, side="right") - 1).tolist()
+            return ends
+        pieces, length, ends = Detokenizer(self.lm, (), self._no_text), 0, []
         for token in tokens:
-            found.append(found[-1] + len(text.put(token)))
-        return found
+            piece, name = pieces.put(token), self.name(token)
+            if ends and piece.endswith(name):  # what it begins with was left incomplete by tokens before
+                ends[-1] += len(piece) - len(name)
+            length += len(piece)
+            ends.append(min(length, len(text)))
+        return ends
 
     def likeliest(
         self, log_probs_TV: Tensor, tokens: Sequence[int], top: int
@@ -139,8 +165,9 @@ class AnswerChoice:
         """Choose the next token. `log_probs_V` is on the CPU."""
         self.token = choose(log_probs_V, self._wish.temperature, self._wish.top_p, self._random)
         self._count += 1
-        self._score(log_probs_V)
-        self._grow(self._pieces.put(self.token))
+        piece = self._pieces.put(self.token)
+        self._score(log_probs_V, piece)
+        self._grow(piece)
         ended = self.token in self._words.ends
         if self.finish is None and (ended or self._count == self._wish.max_tokens):
             self._grow(self._pieces.rest())
@@ -148,10 +175,13 @@ class AnswerChoice:
                 self.finish = "stop" if ended else "length"
         return self._show()
 
-    def _score(self, log_probs_V: Tensor) -> None:
+    def _score(self, log_probs_V: Tensor, piece: str) -> None:
         if self._wish.logprobs is not None:
             ((value, top),) = self._words.likeliest(log_probs_V[None], [self.token], self._wish.logprobs)
-            self._scores.append(TokenScore(self.token, self._base + len(self._text), value, top))
+            # The piece may begin with what earlier tokens left incomplete.
+            name = self._words.name(self.token)
+            late = len(piece) - len(name) if piece.endswith(name) else 0
+            self._scores.append(TokenScore(self.token, self._base + len(self._text) + late, value, top))
 
     def _grow(self, piece: str) -> None:
         """Add text, and cut it off where a stop begins."""
@@ -202,7 +232,7 @@ class Prompt:
     ) -> None:
         self.tokens, self.text, self.setting, self.wish, self._words = tokens, text, setting, wish, words
         self._first = first
-        self._offsets = words.offsets(tokens) if self.is_scored else []
+        self._offsets, self._names = words.places(tokens, text) if self.is_scored else ([], [])
         self._scores: list[TokenScore] = []
         self.choices = [AnswerChoice(words, self, first + each, _generator(seed, each)) for each in range(n)]
 
@@ -221,11 +251,12 @@ class Prompt:
         known = log_probs_TV[max(0, -position) :]
         position = max(0, position)
         if position == 0 and len(known):
-            self._scores.append(TokenScore(self.tokens[0], self._offsets[0]))
-        targets = self.tokens[position + 1 : position + 1 + len(known)]
+            self._scores.append(TokenScore(self.tokens[0], self._offsets[0], name=self._names[0]))
+        part = slice(position + 1, position + 1 + len(known))
+        targets = self.tokens[part]
         found = self._words.likeliest(known[: len(targets)], targets, self.wish.logprobs or 0)
-        places = zip(targets, self._offsets[position + 1 :], found, strict=False)
-        self._scores += [TokenScore(token, start, *one) for token, start, one in places]
+        places = zip(targets, self._offsets[part], self._names[part], found, strict=True)
+        self._scores += [TokenScore(token, start, *one, name=name) for token, start, name, one in places]
 
     def begin(self) -> None:
         """Emit what each choice begins with."""

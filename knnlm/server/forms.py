@@ -70,7 +70,7 @@ class CompletionForm:
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> wire.Logprobs:
         return wire.Logprobs(
-            tokens=[self._words.name(score.token) for score in scores],
+            tokens=[self._name(score) for score in scores],
             token_logprobs=[score.log_prob for score in scores],
             top_logprobs=[self._named(score) for score in scores],
             text_offset=[score.offset for score in scores],
@@ -80,10 +80,15 @@ class CompletionForm:
         """The likeliest tokens and the token itself; of two of one name, the likelier."""
         if score.log_prob is None:
             return None
-        named: dict[str, float] = {}
-        for token, log_prob in (*score.top, (score.token, score.log_prob)):
-            named.setdefault(self._words.name(token), log_prob)
+        named = {self._name(score): score.log_prob}
+        for token, log_prob in score.top:
+            if token != score.token:
+                name = self._words.name(token)
+                named[name] = max(log_prob, named.get(name, log_prob))
         return named
+
+    def _name(self, score: TokenScore) -> str:
+        return self._words.name(score.token) if score.name is None else score.name
 
 
 class ChatForm:

@@ -21,6 +21,7 @@ from knnlm.errors import InputError, first_line
 from knnlm.regular import check_regular
 from knnlm.text import parquet, textfiles
 from knnlm.text.hub import HUB_PREFIX, HubSet, hub_rows, parse_hub_set
+from knnlm.text.sizes import Sizes
 from knnlm.text.windows import TokenDocument
 
 # A document's tokens and text are held at once; longer ones are cut at the borders of paragraphs.
@@ -135,24 +136,52 @@ def _file_bytes(path: Path, text_field: str, sample: int) -> int:
         raise _unreadable(path, error) from None
 
 
+Encode = Callable[[str], NDArray[np.int32]]
+"""From a text to its tokens."""
+EncodeWithEnds = Callable[[str], tuple[NDArray[np.int32], NDArray[np.int64]]]
+"""From a text to its tokens, and where in its UTF-8 bytes each ends."""
+
+
+def measured(row: Document, encode: EncodeWithEnds) -> TokenDocument:
+    """A document's tokens with their sizes."""
+    tokens, ends = encode(row.text)
+    return TokenDocument(np.asarray(tokens, np.int32), row.source, row.number, Sizes.of(row.text, ends))
+
+
 def tokenize(
-    documents: Iterable[Document], encode: Callable[[str], NDArray[np.int32]], *, max_tokens: int | None = None
+    documents: Iterable[Document], encode: Encode, *, max_tokens: int | None = None
 ) -> Iterator[TokenDocument]:
     """Encode each document; documents with fewer than two tokens have no predecessor pairs and are skipped.
 
     :param max_tokens: where the stream ends, inside a document if need be.
     :raises InputError: `max_tokens` is below 2, or no document has two tokens.
     """
+    found = (TokenDocument(np.asarray(encode(one.text), np.int32), one.source, one.number) for one in documents)
+    return _limited(found, max_tokens)
+
+
+def tokenize_measured(
+    documents: Iterable[Document], encode: EncodeWithEnds, *, max_tokens: int | None = None
+) -> Iterator[TokenDocument]:
+    """The same with the sizes of the tokens, as an evaluation needs them. Raises as `tokenize`."""
+    return _limited((measured(one, encode) for one in documents), max_tokens)
+
+
+def _limited(documents: Iterable[TokenDocument], max_tokens: int | None) -> Iterator[TokenDocument]:
+    """Documents of at least two tokens, up to a number of tokens.
+
+    :raises InputError: `max_tokens` is below 2, or no document has two tokens.
+    """
     if max_tokens is not None and max_tokens < 2:
         raise InputError(f"`max_tokens` is {max_tokens}, but a token and its predecessor take at least 2")
     left, empty = max_tokens, True
     for document in documents:
-        tokens = np.asarray(encode(document.text), np.int32)[:left]
-        if len(tokens) < 2:
+        kept = document if left is None or len(document.tokens) <= left else document.part(0, left)
+        if len(kept.tokens) < 2:
             continue
         empty = False
-        yield TokenDocument(tokens, document.source, document.number)
-        left = None if left is None else left - len(tokens)
+        yield kept
+        left = None if left is None else left - len(kept.tokens)
         if left is not None and left < 2:
             return
     if empty:
@@ -203,6 +232,8 @@ def _files_below(folder: Path) -> list[_File]:
         # Hidden: .git and the like, and the binary ._name.txt that macOS puts beside name.txt.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        # A pipe among them would be waited for, and an alias of nothing is told.
+        visible = [path for path in visible if path.is_file() or not path.exists()]
         files += [_File(path, named=False) for path in visible if path.suffix.lower() in READERS]
     for file in files:
         try:

@@ -113,7 +113,7 @@ def _cut_sections(
         begin, end = end, end + len(list(run))
         first = begin * section + (gap if begin else 0)
         last = end * section - gap if end < len(held_out) else len(document.tokens)
-        yield is_evaluation, TokenDocument(document.tokens[first:last], document.source, document.number)
+        yield is_evaluation, document.part(first, last)
 
 
 def take_slices(documents: Iterable[TokenDocument], max_tokens: int | None, *, seed: int) -> list[TokenDocument]:
@@ -207,5 +207,4 @@ def _water_level(lengths: NDArray[np.int64], max_tokens: int) -> int:
 
 def _slice(document: TokenDocument, length: int, rng: np.random.Generator) -> TokenDocument:
     start = int(rng.integers(max(0, len(document.tokens) - length) + 1))
-    # A copy: a view would keep the whole document in memory.
-    return TokenDocument(document.tokens[start : start + length].copy(), document.source, document.number)
+    return document.part(start, start + length)

@@ -18,11 +18,24 @@ ROWS_AT_ONCE = 64
 def column_values(path: Path, name: str) -> Iterator[object]:
     """The values of a column, a few rows of the file in memory at a time.
 
-    :raises InputError: no readable Parquet, or no such column.
+    :raises InputError: no readable Parquet, no such column or two, or a value that is not what the column says.
     """
     with _open(path, name) as file:
         batches = file.iter_batches(ROWS_AT_ONCE, columns=[name])
-        yield from (value.as_py() for value in itertools.chain.from_iterable(batch.column(name) for batch in batches))
+        values = itertools.chain.from_iterable(batch.column(name) for batch in batches)
+        for row, value in enumerate(values, start=1):
+            yield _python_value(value, f"row {row} of {path}")
+
+
+def _python_value(value: Any, where: str) -> object:  # noqa: ANN401 - pyarrow has no types here
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        message = f"{where} is not UTF-8 text: byte {error.start} is 0x{byte:02x}; convert it, or leave it out"
+    except (ValueError, ArithmeticError) as error:  # dates that Python has not
+        message = f"{where} cannot be read: {first_line(error)}; mend or remove it"
+    raise InputError(message)
 
 
 def column_bytes(path: Path, name: str) -> int:
@@ -42,10 +55,16 @@ def _open(path: Path, name: str) -> Iterator[Any]:
     check_regular(path)
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
-            if name not in file.schema_arrow.names:
-                raise no_field(name, file.schema_arrow.names, str(path))
+            _check_column(file.schema_arrow.names, name, path)
             yield file
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is not readable Parquet: {first_line(error)}; write it again, or leave it out"
         ) from None
+
+
+def _check_column(names: list[str], name: str, path: Path) -> None:
+    if name not in names:
+        raise no_field(name, names, str(path))
+    if (count := names.count(name)) > 1:
+        raise InputError(f"{path} has {count} columns {name!r}; write it again with one, or name another: --text-field")

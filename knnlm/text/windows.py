@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from knnlm.config import TextConfig, check_stride
 from knnlm.errors import InputError
+from knnlm.text.sizes import Sizes
 
 PROTOCOLS = ("documents", "knn-transformers")
 
@@ -28,6 +29,20 @@ class TokenDocument:
     """The file's base name, or the hub set."""
     number: int
     """Line, row or part in the source, from 1."""
+    sizes: Sizes | None = None
+    """What each token stands for in the text, where it was measured."""
+
+    def part(self, first: int, last: int) -> TokenDocument:
+        """Some of its tokens, as a copy: a view would keep the whole document in memory."""
+        tokens, sizes = self.tokens[first:last].copy(), self.sizes and self.sizes[first:last]
+        return TokenDocument(tokens, self.source, self.number, sizes)
+
+
+def target_sizes(documents: Iterable[TokenDocument]) -> Sizes | None:
+    """Of all tokens that have a predecessor, in order; None where a document is not measured."""
+    found = [one.sizes and one.sizes[1:] for one in documents if len(one.tokens) >= 2]
+    measured = [one for one in found if one is not None]
+    return Sizes.joined(measured) if len(measured) == len(found) else None
 
 
 def count_targets(documents: Iterable[TokenDocument]) -> int:
@@ -154,10 +169,10 @@ def rows_to_groups(
         group = list(itertools.islice(rows, rows_per_group))
         if not group:
             return
-        tokens = np.concatenate([row.tokens for row in group])
-        if len(tokens) >= config.context:
-            tokens = tokens[: len(tokens) // config.context * config.context]
-        yield TokenDocument(tokens, group[0].source, number)
+        tokens, sizes = np.concatenate([row.tokens for row in group]), [row.sizes for row in group if row.sizes]
+        joined = Sizes.joined(sizes) if len(sizes) == len(group) else None
+        last = len(tokens) // config.context * config.context or len(tokens)
+        yield TokenDocument(tokens, group[0].source, number, joined).part(0, last)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from knnlm.layer_names import FINAL, select_layers
 from knnlm.model.loading import load_model
 from knnlm.pipeline import build
 from knnlm.results import SCORES, LayerScore
-from knnlm.text.corpus import read_documents, tokenize
+from knnlm.text.corpus import read_documents, tokenize_measured
 from knnlm.text.held_out import take_slices
 from knnlm.text.windows import window_config
 
@@ -123,14 +123,16 @@ def main() -> None:
         store = build(lm, [training], Path(folder) / "store", settings=settings)
         print(f"{store.count:,} keys x {len(store.layers)} layers, {time.perf_counter() - start:.0f} s", flush=True)
         scored = score_from_document(store.manifest.scores)
-        documents = take_slices(tokenize(read_documents([held_out]), lm.encode), config.eval_tokens, seed=0)
+        documents = take_slices(
+            tokenize_measured(read_documents([held_out]), lm.encode_with_ends), config.eval_tokens, seed=0
+        )
         window = window_config(settings.text, lm.name, lm.context_limit)
         with open_queries(lm, documents, window, store.layers) as queries:
             outcomes = []
             for one in evaluate_layers(store, queries, store.layers, settings.knn, exact=True):
                 outcomes.append(one)
                 print(f"{one.layer} {one.tuning_loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
-            result = summarize(lm, queries, outcomes, scored)
+            result = summarize(queries, outcomes, scored)
             found = list(choices(scored.layers, outcomes, queries))
         shared = overlap(documents, [store.values])
     document = to_document(result) | {"choices": found, "keys": store.count, "overlap": shared, "study": vars(args)}

@@ -17,6 +17,7 @@ from knnlm.evaluation.summary import regret, summarize
 from knnlm.knn.fitting import fit, fit_gate
 from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
 from knnlm.results import EvalResult
+from knnlm.text.sizes import Sizes
 from knnlm.text.windows import TokenDocument
 from tests.sample_results import sample_scores
 
@@ -118,13 +119,13 @@ def with_infinite_token(one: LayerOutcome, row: int) -> LayerOutcome:
 
 
 def summary(outcomes: list[LayerOutcome], chosen: str) -> EvalResult:
-    """`summarize` with a decoder that turns every token into a word."""
+    """`summarize` of a text in which every token is a word of four bytes."""
     scores = sample_scores(1)
     layers = tuple(replace(scores.layers[0], layer=one.layer, probe=float(i)) for i, one in enumerate(outcomes))
     choice = replace(scores.choice, layer=chosen, candidates=tuple(one.layer for one in outcomes))
-    queries = SimpleNamespace(parts=PARTS, lm_Q=np.full(TOKENS, -3.0), targets_Q=np.arange(TOKENS))
-    lm = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
-    return summarize(lm, queries, outcomes, replace(scores, layers=layers, choice=choice))  # type: ignore[arg-type]
+    sizes = Sizes.of("abc " * TOKENS, np.arange(4, 4 * TOKENS + 1, 4))
+    queries = SimpleNamespace(parts=PARTS, lm_Q=np.full(TOKENS, -3.0), sizes=sizes)
+    return summarize(queries, outcomes, replace(scores, layers=layers, choice=choice))  # type: ignore[arg-type]
 
 
 LAYERS = [hand_made(name, loss, loss, loss, loss) for name, loss in (("a", 2.0), ("b", 2.5), ("c", 2.2))]
@@ -174,11 +175,11 @@ def test_infinity_on_the_tuning_part_alone_is_warned_of_too() -> None:
 def test_word_perplexity_of_a_text_without_white_space_may_be_infinite() -> None:
     """exp of some thousand nats for the one word overflowed with a warning."""
     long = hand_made("a", 9.0, 9.0, 9.0, 9.0)
-    queries = SimpleNamespace(parts=PARTS, lm_Q=np.full(TOKENS, -9.0), targets_Q=np.arange(TOKENS))
-    lm = SimpleNamespace(decode=lambda tokens: "字" * len(tokens))
+    sizes = Sizes.of("字" * TOKENS, np.arange(3, 3 * TOKENS + 1, 3))
+    queries = SimpleNamespace(parts=PARTS, lm_Q=np.full(TOKENS, -9.0), sizes=sizes)
     wide = Parts(TUNING, ~TUNING, ~TUNING, np.zeros(TOKENS, np.int64), True)
     queries.parts = wide
-    result = summarize(lm, queries, [long], None)  # type: ignore[arg-type]
+    result = summarize(queries, [long], None)  # type: ignore[arg-type]
     assert result.lm.word_perplexity == np.inf
 
 

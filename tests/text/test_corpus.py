@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -312,6 +313,58 @@ def test_parquet_without_the_column(tmp_path):
 
 def test_parquet_column_that_holds_no_text(tmp_path):
     assert "row 1 of" in refusal(parquet(tmp_path / "a.parquet", text=[1, 2]))
+
+
+def invalid_utf8(*values):
+    """A column that says text and holds other bytes."""
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(values), pyarrow.array(values, pyarrow.binary()).buffers())
+
+
+def test_parquet_text_that_is_not_utf8_is_told_with_its_row(tmp_path):
+    path = parquet(tmp_path / "a.parquet", text=invalid_utf8(*[b"good"] * 70, b"caf\xe9", b"good"))
+    assert refusal(path) == f"row 71 of {path} is not UTF-8 text: byte 3 is 0xe9; convert it, or leave it out"
+
+
+def test_two_columns_of_one_name(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["text", "id", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet has 2 columns 'text'" in refusal(tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", text_field="id") == ["a"]
+    pyarrow.parquet.write_table(table.rename_columns(["id", "text", "id"]), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["a"]
+
+
+def test_parquet_columns_of_every_kind_of_text(tmp_path):
+    values = ["one", None, "two", "one"]
+    kinds = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    columns = [pyarrow.array(values, kind) for kind in kinds]
+    for column in (*columns, pyarrow.array(values).dictionary_encode()):
+        assert texts(parquet(tmp_path / "a.parquet", text=column)) == ["one", "two", "one"]
+    assert texts(parquet(tmp_path / "a.parquet", **{"a.b": values, "a": [{"b": 1}] * 4}), text_field="a.b")[0] == "one"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [{"text": "a"}],
+        [["a"]],
+        [b"a"],
+        pyarrow.array([2**62], pyarrow.timestamp("ms")),
+        pyarrow.array([2**30], pyarrow.date32()),
+        pyarrow.array([], pyarrow.string()),
+        pyarrow.nulls(3),
+    ],
+)
+def test_parquet_columns_of_anything_else_are_told_in_one_line(column, tmp_path):
+    assert "a.parquet" in refusal(parquet(tmp_path / "a.parquet", text=column))
+
+
+def test_pipe_in_a_folder_is_not_waited_for(write, tmp_path):
+    write("a.txt", "one")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.jsonl").mkdir()
+    write("c.jsonl/d.txt", "two")
+    assert texts(tmp_path) == ["one", "two"]
 
 
 def test_broken_parquet(write, tmp_path):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,13 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from knnlm.config import TextConfig
 from knnlm.errors import InputError
 from knnlm.files import Allowed, claim_folder, put_in_place, write_json
 from knnlm.locks import LOCK
+from knnlm.model.adapters import add_lora
 from knnlm.model.hardware import trains_in_bfloat16
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model, random_model
@@ -168,7 +167,7 @@ def _make_trainer(
     lm.model.loss_type = "ForCausalLM"
     model: nn.Module = lm.model.requires_grad_(not config.lora)
     if config.lora:
-        model = _add_lora(model, config.lora, config.seed)
+        model = add_lora(model, config.lora, config.seed)
     arguments = training_arguments(folder, config, config.learning_rate, use_bfloat16=config.dtype == "bfloat16")
     rows = [domain.training_N for domain in domains]
     held_out = [validation_windows(domain.validation_N, config.context) for domain in domains]
@@ -180,19 +179,6 @@ def _make_trainer(
         eval_dataset=dict(zip(("text", "other"), held_out, strict=False)),
         callbacks=[Watch(advance)],
     )
-
-
-def _add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """Low-rank changes to every linear layer of the blocks; the weights themselves stay (Hu et al. 2022)."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings(), torch.random.fork_rng():
-        # peft tells of an option that it sets right itself, and reads an attribute that transformers has renamed.
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        adapted: nn.Module = get_peft_model(model, config)
-    return adapted
 
 
 def _points(log: Sequence[Mapping[str, float]]) -> Iterator[TrainPoint]:

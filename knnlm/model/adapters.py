@@ -1,0 +1,55 @@
+"""LoRA: low-rank changes to a model's weights, made anew or read from a folder. The import of `peft`."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from knnlm.errors import ModelError, first_line
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
+    """Low-rank changes to every linear layer of the blocks; the weights themselves stay (Hu et al. 2022)."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        # peft tells of an option that it sets right itself, and reads an attribute that transformers has renamed.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+def merge_adapter(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a PreTrainedModel
+    """Return the model with an adapter's changes added to its weights.
+
+    :raises ModelError: the adapter is not of this model, or of a kind that is no change of weights.
+    """
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted: Any = PeftModel.from_pretrained(model, str(folder))
+            if not hasattr(adapted.base_model, "merge_and_unload"):
+                kind = adapted.peft_config["default"].peft_type
+                raise ModelError(f"{folder} is an adapter of the kind {kind}, which changes no weights; give a LoRA")
+            return adapted.merge_and_unload()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{folder} could not be loaded as an adapter of its base: {first_line(error)}") from error
+
+
+def digest_adapter(folder: Path) -> str:
+    """Hash the adapter's weights and how strongly they count."""
+    digest = hashlib.sha256()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        digest.update((folder / file).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""Where a model's files are: the hub, a folder made by save_pretrained, a LoRA adapter beside its base, a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from knnlm.errors import ModelError
+
+KNOWN = "a folder made by save_pretrained (config.json and .safetensors), a LoRA adapter's folder, or a .gguf file"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".pkl", ".tflite", ".gguf", ".ot")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What `from_pretrained` has to be given."""
+
+    name: str
+    """As the user named the model."""
+    place: str
+    """Folder or hub name of the configuration and the weights."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
+    """Folder of the changes that are added to the weights."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer."""
+
+
+def find_source(name: str, *, trust_remote_code: bool = False) -> Source:
+    """Find out what a name, a folder or a file is, without reading weights.
+
+    :raises ModelError: there is no such place, nothing in it that can be read, or a library for it is missing.
+    """
+    path = Path(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    if path.is_dir():
+        _check_regular(path)
+        if (path / ADAPTER).is_file():
+            return _adapter(path, trust_remote_code=trust_remote_code)
+        _check_folder(path)
+        return Source(name, name, options, tokenizer=name)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        _require("gguf", "gguf", f"{name} is a GGUF file, and reading one")
+        options["gguf_file"] = path.name
+        return Source(name, str(path.parent), options, tokenizer=str(path.parent))
+    if path.exists():
+        raise ModelError(f"{name} is a file; give the folder of a model, a .gguf file, or a name on the hub")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no folder {name}; give the folder of a model, or a name on the hub")
+    return Source(name, name, {**options, "local_files_only": False}, tokenizer=name)
+
+
+def _check_regular(path: Path) -> None:
+    for one in path.iterdir():  # transformers would wait for ever for who writes into a FIFO
+        if one.exists() and not (one.is_file() or one.is_dir()):
+            raise ModelError(f"{one} is a FIFO or a device, and no regular file; remove it from the model")
+
+
+def _check_folder(path: Path) -> None:
+    files = sorted(file.name for file in path.iterdir())
+    others = [name for name in files if Path(name).suffix.lower() in _OTHER_FORMATS]
+    if "config.json" not in files:
+        found = f", only {', '.join(others[:3])}" if others else ""
+        raise ModelError(f"{path} is not a model: it has no config.json{found}; give {KNOWN}")
+    if others and not any(name.endswith(".safetensors") for name in files):
+        # A pickle could run any program.
+        raise ModelError(f"{path} has no .safetensors, only {', '.join(others[:3])}; give {KNOWN}")
+
+
+def _adapter(path: Path, *, trust_remote_code: bool) -> Source:
+    try:
+        config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ModelError(f"{path / ADAPTER} names no base model ({error}); save the adapter again") from None
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{path / ADAPTER} names no base model; write its folder as base_model_name_or_path")
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{path} is an adapter without {ADAPTER_WEIGHTS}; save it with safe_serialization=True")
+    _require("peft", "train", f"{path} is an adapter, and loading one")
+    if (Path(base) / ADAPTER).is_file():
+        raise ModelError(f"{path} is an adapter of the adapter {base}; merge that one into its model first")
+    try:
+        found = find_source(base, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise ModelError(f"{path} is an adapter of {base}: {error}") from None
+    own = (path / "tokenizer_config.json").is_file() and "gguf_file" not in found.options
+    return Source(str(path), found.place, found.options, path, str(path) if own else found.tokenizer)
+
+
+def _require(library: str, extra: str, what: str) -> None:
+    if find_spec(library) is None:
+        raise ModelError(f"{what} needs {library}, which is not installed; pip install '.[{extra}]'")
