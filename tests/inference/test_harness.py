@@ -265,7 +265,7 @@ for _ in range(2):
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    line = "lm-eval needs lm_eval, which is not installed; pip install 'knnlm[eval]'"
+    line = "lm-eval needs lm_eval, which is not installed; pip install '.[eval]'"
     assert done.stdout.splitlines() == [line, line], done.stderr
 
 

@@ -73,7 +73,7 @@ def test_adapter_that_cannot_be_loaded_is_one_line(adapter, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(sources, "find_spec", lambda name: None)
-        assert "needs peft, which is not installed; pip install 'knnlm[train]'" in refusal()
+        assert "needs peft, which is not installed; pip install '.[train]'" in refusal()
     save_tiny("llama", tmp_path / "base", hidden_size=16)
     assert "could not be loaded as an adapter of its base" in refusal()
     (tmp_path / "base").rename(tmp_path / "gone")
