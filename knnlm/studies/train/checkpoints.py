@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from index.typed import Misfit, parse
 from knnlm.errors import DatastoreExists, InputError
 from knnlm.files import make_parents, remove_empty, write_json
 
@@ -77,8 +77,8 @@ def keep_checkpoints(
 
 def _record(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = parse((folder / RECORD).read_bytes())
+    except (OSError, Misfit):
         return None
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
