@@ -32,12 +32,13 @@ if TYPE_CHECKING:
         VectorIndexError,
     )
     from index.exact import ExactIndex, exact_distances
+    from index.manifest import IndexManifest, Recall
     from index.metric import Metric
     from index.neighbors import Neighbors, merge
-    from index.recall import Recall, measure_recall
+    from index.recall import measure_recall
     from index.source import ArraySource, VectorSource
     from index.spec import IndexSpec, choose_spec, parse_spec
-    from index.storage import IndexManifest, open_index, read_manifest, save_index, verify
+    from index.storage import open_index, read_manifest, save_index, verify
 
 _NAMES = {
     "approximate": ("ApproximateIndex",),
@@ -56,12 +57,13 @@ _NAMES = {
         "VectorIndexError",
     ),
     "exact": ("ExactIndex", "exact_distances"),
+    "manifest": ("IndexManifest", "Recall"),
     "metric": ("Metric",),
     "neighbors": ("Neighbors", "merge"),
-    "recall": ("Recall", "measure_recall"),
+    "recall": ("measure_recall",),
     "source": ("ArraySource", "VectorSource"),
     "spec": ("IndexSpec", "choose_spec", "parse_spec"),
-    "storage": ("IndexManifest", "open_index", "read_manifest", "save_index", "verify"),
+    "storage": ("open_index", "read_manifest", "save_index", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

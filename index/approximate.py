@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from index.base import VectorIndex
 from index.faiss_index import Effort, FaissIndex
+from index.manifest import CENTRE_FILE, INDEX_FILE
 from index.metric import Metric
 from index.source import VectorSource, centred_queries
-
-INDEX_FILE, CENTRE_FILE = "index.faiss", "centre.npy"
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]

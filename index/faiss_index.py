@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import CorruptIndex, FaissFailed, NotTrained, UnknownSpec
+from index.manifest import EFFORTS
 from index.metric import Metric
 
 # What SWIG makes at run time is not in FAISS's stubs.
@@ -28,8 +29,6 @@ VERSION: str = faiss.__version__
 
 # FAISS's own metric numbers; its inner product grows with nearness, our distance is its negative.
 _METRICS = {Metric.L2: faiss.METRIC_L2, Metric.IP: faiss.METRIC_INNER_PRODUCT}
-# What makes a search of an approximate index look further; each finds its way through PCA, OPQ, IDMap and refinement.
-_EFFORTS = ("nprobe", "efSearch")
 # A graph walk that is longer than this costs more than a scan.
 _LONGEST_WALK = 1 << 15
 _KMEANS_ROUNDS = 25
@@ -114,6 +113,17 @@ class FaissIndex:
         """Whether keys may be added."""
         return bool(self._native.is_trained)
 
+    @property
+    def kind(self) -> str:
+        """What FAISS built, without its keys: the classes inside one another, lists, bytes of a code."""
+        native, names = self._native, []
+        while native is not None:
+            native = faiss.downcast_index(native)
+            names.append(re.sub("(L2|IP)$", "", type(native).__name__))  # a file brings back the class of the metric
+            inner, native = native, getattr(native, "index", None) or getattr(native, "base_index", None)
+        size = f"{inner.sa_code_size()} bytes" if hasattr(inner, "code_size") else f"{inner.d} dimensions"
+        return f"{' of '.join(names)} with {getattr(inner, 'nlist', 0)} lists and {size}"
+
     def train(self, keys_ND: Floats, seed: int) -> None:
         """Learn lists, codes and projections from a sample.
 
@@ -160,8 +170,8 @@ class FaissIndex:
 
         :raises FaissFailed: the index has no such parameter.
         """
-        if name not in _EFFORTS:
-            raise FaissFailed(f"the search parameter is {name!r}, but must be one of {', '.join(_EFFORTS)}")
+        if name not in EFFORTS:
+            raise FaissFailed(f"the search parameter is {name!r}, but must be one of {', '.join(EFFORTS)}")
         with _faiss_errors():
             faiss.ParameterSpace().set_index_parameter(self._native, name, value)
 
@@ -212,10 +222,20 @@ def _misfit(native: Any) -> str:  # noqa: ANN401
     return ""
 
 
-def read_index(path: Path) -> FaissIndex:
-    """:raises CorruptIndex: FAISS cannot read the file."""
+def read_index(data: NDArray[np.uint8], path: Path) -> FaissIndex:
+    """An index from the bytes of its file; `path` is named in errors.
+
+    :raises CorruptIndex: FAISS cannot read them.
+    """
+    place = 0
+
+    def read(size: int) -> bytes:
+        nonlocal place
+        place += size
+        return data[place - size : place].tobytes()
+
     try:
-        return FaissIndex(faiss.read_index(str(path)))
+        return FaissIndex(faiss.read_index(_faiss.PyCallbackIOReader(read)))
     except (RuntimeError, MemoryError) as error:
         raise CorruptIndex(f"{path} is not a whole FAISS index: {_said(error)}; build it again") from None
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from index.base import VectorIndex
 from index.errors import TooFewKeys
 from index.exact import ExactIndex
+from index.manifest import Recall
 from index.metric import Metric
 from index.neighbors import Neighbors
 from index.source import VectorSource, spread_ids
@@ -21,20 +22,6 @@ from index.source import VectorSource, spread_ids
 QUERIES = 256
 # Distances so near to the k-th are ties: float32 rounds a sum of D terms to about this.
 TIE = 1e-6
-
-
-@dataclass(frozen=True)
-class Recall:
-    """What a measurement found."""
-
-    recall: float
-    """Share of the k nearest that were found, 0 to 1. A key as near as the k-th nearest counts, whichever it is."""
-    k: int
-    queries: int
-    max_distance_error: float
-    """The largest (distance found at a rank − exact one) / exact distance of the k-th; what is absent aside."""
-    milliseconds_per_query: float
-    """Of searching all queries together, on the machine that measured."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
+from index.typed import Misfit, build, shown
 from knnlm.errors import InputError
 from knnlm.files import strict_json, write_text
 from knnlm.layer_names import loosely_split
@@ -44,8 +44,9 @@ def from_document(document: Mapping[str, Any]) -> EvalResult:
     :raises InputError: the object is no evaluation of this format and version, or lacks a field
     """
     _check_head(document, "evaluation")
-    layers = [_layer_fields(row) for row in _get(document, "layers")]
-    return _build(EvalResult, {**document, "layers": layers})
+    rows = document.get("layers")
+    layers = [_layer_fields(row) for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else rows
+    return _built(EvalResult, {**document, "layers": layers})
 
 
 def score_document(result: ScoreResult | VectorScores) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def score_from_document(document: object) -> ScoreResult:
     if not isinstance(document, Mapping):
         raise InputError(f"not a score report: {type(document).__name__} instead of an object")
     _check_head(document, "score")
-    return _build(ScoreResult, document)
+    return _built(ScoreResult, document)
 
 
 def dumps(document: Mapping[str, Any]) -> str:
@@ -127,43 +128,26 @@ def _lowered(value: Any) -> Any:  # noqa: ANN401
     if value is None or isinstance(value, bool | float | Mapping | list | tuple):
         return value
     # str() also of what inherits from str or int (StrEnum), so that the document holds plain types only
-    return int(value) if isinstance(value, int) else str(value)
+    return int(value) if isinstance(value, int) else whole_text(str(value))
 
 
-def _get(data: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
-    if key not in data:
-        raise InputError(f"this report lacks the field {key!r}; it was written by another version or cut short")
-    return data[key]
+def whole_text(text: str) -> str:
+    """The text with halves of surrogate pairs written out: such has the name of a file that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _build(cls: type[Result], data: Mapping[str, Any]) -> Result:
-    hints = get_type_hints(cls)
-    values = {}
-    for field in fields(cls):  # type: ignore[arg-type]  # every caller passes a dataclass
-        optional = field.default is not MISSING or field.default_factory is not MISSING
-        if optional and field.name not in data:
-            continue
-        values[field.name] = _parse(hints[field.name], _get(data, field.name))
-    return cls(**values)
+def _built(kind: type[Result], data: Mapping[str, Any]) -> Result:
+    try:
+        return build(kind, data, {float: _number, Interval: _interval})
+    except Misfit as error:
+        raise InputError(f"this report is damaged, or was written by another version: {error}") from None
 
 
-def _parse(hint: Any, value: Any) -> Any:  # noqa: ANN401 - follows the annotations of knnlm.results
-    if get_origin(hint) in (Union, types.UnionType):
-        return None if value is None else _parse(get_args(hint)[0], value)
-    if hint is float:
-        return math.nan if value is None else float(value)
-    if hint is Interval:
-        return Interval(*(_parse(float, end) for end in value))
-    if get_origin(hint) is tuple:
-        return _parse_tuple(get_args(hint), value)
-    if is_dataclass(hint):
-        return _build(hint, value)  # type: ignore[arg-type]  # is_dataclass also admits instances
-    if get_origin(hint) is Mapping:
-        return {key: _parse(get_args(hint)[1], item) for key, item in value.items()}
-    return value
+def _number(value: Any) -> float:  # noqa: ANN401
+    return math.nan if value is None else build(float, value)
 
 
-def _parse_tuple(hints: tuple[Any, ...], value: list[Any]) -> tuple[Any, ...]:
-    if hints[-1] is Ellipsis:
-        return tuple(_parse(hints[0], item) for item in value)
-    return tuple(_parse(hint, item) for hint, item in zip(hints, value, strict=True))
+def _interval(value: Any) -> Interval:  # noqa: ANN401
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise Misfit(f"it is {shown(value)}, but must be an interval [low, high]")
+    return Interval(*map(_number, value))

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "text": {"root"},
     "model": {"root"},
     "scores": {"root"},
-    "store": {"root"},
+    "store": {"root", "index"},
     "knn": {"root", "store", "index"},
     "extraction": {"root", "text", "model", "scores", "store"},
     "evaluation": {"root", "text", "model", "store", "knn", "extraction"},
@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "report",
         "index",
     },
-    "root": set(),
+    "root": {"index"},
 }
 HEAVY = {"torch", "transformers", "datasets", "faiss", "lm_eval", "fastapi", "uvicorn"}
 ONLY_IN = {

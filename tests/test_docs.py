@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from index.recall import Recall
-from index.storage import FORMAT as INDEX_FORMAT
-from index.storage import IndexManifest, SavedFile
+from index.manifest import FORMAT as INDEX_FORMAT
+from index.manifest import IndexManifest, Recall, SavedFile
+from index.typed import CHECKSUM
 from knnlm.cli.entry import FOREIGN, app
 from knnlm.store.manifest import FORMAT, VERSION, LayerKeys, Manifest, Shard
 from tests.source_files import ROOT
@@ -180,14 +180,19 @@ def part_of_format(heading: str) -> str:
 
 
 def test_every_field_of_the_manifest_is_described():
-    names = {"format", "version", *(field.name for kind in (Manifest, LayerKeys, Shard) for field in fields(kind))}
+    names = {
+        "format",
+        "version",
+        CHECKSUM,
+        *(field.name for kind in (Manifest, LayerKeys, Shard) for field in fields(kind)),
+    }
     part = part_of_format("The manifest")
     assert {name for name in names if f"`{name}`" not in part} == set()
     assert f'`"{FORMAT}"`' in part and f"integer, {VERSION} |" in part
 
 
 def test_every_field_of_an_index_is_described():
-    names = {field.name for kind in (IndexManifest, SavedFile, Recall) for field in fields(kind)}
+    names = {CHECKSUM, *(field.name for kind in (IndexManifest, SavedFile, Recall) for field in fields(kind))}
     part = part_of_format("An index")
     assert {name for name in names if f"`{name}`" not in part} == set()
     assert f'`"{INDEX_FORMAT}"`' in part
@@ -196,7 +201,7 @@ def test_every_field_of_an_index_is_described():
 def test_manifest_table_has_no_field_that_is_gone():
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", part_of_format("The manifest"), re.MULTILINE)
     told = {name for row in rows for name in re.findall(r"\w+", row)}
-    assert told == {"format", "version", *(field.name for field in fields(Manifest))}
+    assert told == {"format", "version", CHECKSUM, *(field.name for field in fields(Manifest))}
 
 
 def test_rooms_are_told_in_the_order_of_the_data():

@@ -30,6 +30,7 @@ from knnlm.cli import (
 )
 from knnlm.cli.fields import in_options, options_of
 from knnlm.cli.groups import expanded
+from knnlm.cli.screen import visible
 from knnlm.version import __version__
 
 app = typer.Typer(
@@ -179,5 +180,5 @@ def _fail(message: str, status: int) -> NoReturn:
     """End with one line, whatever a file's name or a library's message holds, which names options and not fields."""
     verb = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
     told = in_options(message, options_of(verb) if verb else {})
-    sys.stderr.write(f"knnlm: {' '.join(told.split())}\n")
+    sys.stderr.write(f"knnlm: {visible(' '.join(told.split()))}\n")
     sys.exit(status)

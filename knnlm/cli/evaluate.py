@@ -51,6 +51,7 @@ def evaluate(
     eval_text: options.EvalText,
     model: options.OtherModel = None,
     given: EvalOptions,
+    verify: Annotated[bool, typer.Option("--verify", help="First compare what is read with its checksums.")] = False,
     report: Report = None,
     show: options.Show = None,
     output: options.Output,
@@ -61,7 +62,8 @@ def evaluate(
     Example: knnlm eval nursing.knn --eval-text held-out.jsonl
     """
     settings = given.settings()
-    from knnlm.knn.searcher import searched_layers
+    from knnlm.knn.indexing import check_before_use
+    from knnlm.knn.searcher import is_exact, searched_layers
     from knnlm.places import check_report_folder
     from knnlm.store.datastore import Datastore
 
@@ -69,9 +71,11 @@ def evaluate(
     if report is not None:
         check_report_folder(report)
     opened = Datastore.open(store)
-    searched_layers(opened, settings)
+    layers_read = searched_layers(opened, settings)
     check_texts(eval_text, text_field=given.rows.text_field)
     screen = output.screen()
+    if verify:
+        check_before_use(opened, layers_read, screen, exact=is_exact(settings.knn.index))
     lm = load(model or opened.manifest.model, given.passes.compute, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline
 

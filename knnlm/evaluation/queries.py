@@ -82,9 +82,7 @@ def open_queries(
             writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
         targets, sizes = scorer.targets(), target_sizes(documents)
         parts = split_parts(targets.documents_N, fitted=fitted)
-        yield Queries(
-            Datastore.open(folder), parts, targets.targets_N, targets.log_probs_N, targets.documents_N, sizes
-        )
+        yield Queries(Datastore.open(folder), parts, targets.targets_N, targets.log_probs_N, targets.documents_N, sizes)
 
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:

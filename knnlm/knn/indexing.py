@@ -6,6 +6,7 @@ Legend: Q queries, D dimension.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,15 @@ from numpy.typing import NDArray
 from index.base import VectorIndex
 from index.build import build_index, tune_index
 from index.errors import VectorIndexError
-from index.recall import Recall, measure_recall
+from index.manifest import Recall
+from index.recall import measure_recall
 from index.storage import save_index
-from index.storage import verify as verify_index
 from knnlm.config import KNNConfig, Settings
-from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
-from knnlm.knn.searcher import index_metric
+from knnlm.errors import DatastoreCorrupt, DatastoreError
+from knnlm.knn.searcher import checked_index, index_metric
 from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
 from knnlm.store.datastore import Datastore, as_datastore
-from knnlm.store.manifest import read_manifest
 
 RECALL_QUERIES = 256
 
@@ -102,7 +102,7 @@ def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
     :raises DatastoreError: the folder is no datastore.
     """
     try:
-        store = Datastore(Path(folder), read_manifest(Path(folder)))
+        store = Datastore.look(folder)
     except DatastoreCorrupt as error:
         return (str(error),)
     with progress.stage("verifying", "bytes") as advance:
@@ -113,9 +113,29 @@ def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
     return tuple(problems)
 
 
+def check_before_use(store: Datastore, layers: Sequence[str], progress: Progress, *, exact: bool = False) -> None:
+    """Verify all files of an opened datastore that an evaluation of the layers will read.
+
+    :param exact: no index will be.
+    :raises DatastoreCorrupt: something is not as it was written; names the first of all problems.
+    """
+    with progress.stage("verifying", "bytes") as advance:
+        problems = list(store.verify(advance, layers))
+    for layer in layers:
+        if layer in store.manifest.indexes and not exact:
+            problems += _index_problems(store, layer)
+    if problems:
+        more = f" (and {len(problems) - 1} more: knnlm verify names them)" if len(problems) > 1 else ""
+        raise DatastoreCorrupt(problems[0] + more)
+
+
 def _index_problems(store: Datastore, layer: str) -> list[str]:
+    """Of the index as it was when the datastore was opened."""
     try:
-        verify_index(store.index_folder(layer))
-    except (VectorIndexError, DatastoreMismatch) as error:
+        saved = checked_index(store, layer)
+        saved.check_files()
+        source = store.keys(layer).for_metric(store.manifest.index_metric(layer))
+        saved.check_source(source, index_metric(source.metric))
+    except (VectorIndexError, DatastoreError) as error:
         return [str(error)]
     return []

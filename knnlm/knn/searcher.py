@@ -17,6 +17,7 @@ from index.build import check_spec
 from index.exact import ExactIndex
 from index.metric import Metric
 from index.neighbors import Neighbors
+from index.saved import SavedIndex
 from index.spec import parse_spec
 from index.storage import open_index
 from knnlm.config import KNNConfig, Settings
@@ -75,7 +76,18 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
     if exact or layer not in store.manifest.indexes:
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
     _check_metric(store, layer, metric)
-    return LayerSearcher(store, layer, metric, open_index(store.index_folder(layer), source))
+    return LayerSearcher(store, layer, metric, open_index(checked_index(store, layer), source))
+
+
+def checked_index(store: Datastore, layer: str) -> SavedIndex:
+    """The layer's index, not yet loaded, if it is the one of which the datastore's manifest tells.
+
+    :raises index.errors.CorruptIndex: it is another, or its files are missing or short.
+    """
+    saved, entry = store.saved_index(layer), store.manifest.indexes[layer]
+    saved.compare(saved.folder, "spec", saved.manifest.spec, entry["spec"])
+    saved.compare(saved.folder, "metric", saved.manifest.metric, index_metric(entry["metric"]).value)
+    return saved
 
 
 def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:

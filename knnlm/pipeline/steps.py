@@ -207,6 +207,7 @@ def compare_layers(
         with progress.stage("finding examples", "tokens"):
             count = job.settings.evaluation.examples
             helped, hurt = find_examples(lm, store, queries, compared.shown, count, metric=knn.metric, exact=exact)
+        store.check_untouched()
         result = replace(
             result,
             helped=helped,

@@ -11,7 +11,7 @@
 
 Squared L2 does not change when a constant is subtracted from all vectors, float16 does: the centre, the mean of the
 layer's first few thousand vectors, is that constant. Sizes are never typed: the files' headers are checked against the
-manifest when a datastore is opened, the data themselves by `verify`.
+manifest when a datastore is opened, the data themselves by `verify`, and those of small files when they are used.
 
 Legend: N keys, D dimension.
 """
@@ -19,31 +19,37 @@ Legend: N keys, D dimension.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.errors import DatastoreCorrupt, DatastoreMismatch
+from index.errors import CorruptIndex
+from index.mapped import OpenFolder, Stamp, stamp_of
+from index.saved import SavedIndex
+from knnlm.errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch
 from knnlm.files import disk_error, write_json
 from knnlm.locks import locked
 from knnlm.progress import Advance
 from knnlm.shown import brief
 from knnlm.store.keys import Keys
-from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, read_manifest
-from knnlm.store.npy import npy_offset, open_npy
+from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, open_folder, read_manifest
+from knnlm.store.npy import map_npy
 
 # What two models must share for the one's vectors to be queries among the other's. The name may differ: folders move.
 MODEL_PARTS = ("config", "weights", "tokenizer")
 VERIFY_BYTES = 1 << 24
 # How the name of a file or an index ends that is being written.
 PARTIAL = "partial-" + 8 * "[0-9a-f]"
+# How often a datastore that is replaced while it is opened is opened anew.
+OPENINGS = 5
 
 
 def open_datastore(folder: str | Path) -> Datastore:
@@ -59,23 +65,45 @@ def as_datastore(store: str | Path | Datastore) -> Datastore:
 class Datastore:
     """A finished datastore, opened for reading; arrays are mapped, not loaded."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, opened: OpenFolder) -> None:
         self.folder = folder
         self._manifest = manifest
         self._keys: dict[str, Keys] = {}
         self._changing = False
+        # All that can be read later: a file's name may come to mean another file.
+        self._files = {one.shard.file: _map_file(opened, one) for one in _described(manifest)}
+        self._indexes = {layer: _open_index(self.index_folder(layer)) for layer in manifest.indexes}
 
     @classmethod
     def open(cls, folder: str | Path) -> Datastore:
-        """Read the manifest and check every file's presence, size, shape and type against it; the data are not read.
+        """Read the manifest, open every file, and check its size, shape and type; the data are not read.
 
+        The files stay open, so that the datastore is the same to its end, whatever happens to the folder: another one
+        may take its place. No descriptors are held.
         :raises DatastoreError: no datastore, or made by a newer knnlm.
         :raises DatastoreCorrupt: a file is missing, short or does not fit the manifest; names the file.
         """
-        store = cls(Path(folder), read_manifest(Path(folder)))
-        for shard, dtype, row_shape in store._files():
-            npy_offset(store.folder / shard.file, dtype, (shard.rows, *row_shape))
+        store = cls.look(folder)
+        for found in store._files.values():
+            if isinstance(found, DatastoreCorrupt):
+                raise found
         return store
+
+    @classmethod
+    def look(cls, folder: str | Path) -> Datastore:
+        """As `open`, but what is wrong with single files is for `verify` to tell."""
+        for _ in range(OPENINGS):
+            with open_folder(Path(folder)) as opened:
+                try:
+                    store = cls(Path(folder), read_manifest(opened), opened)
+                except DatastoreError:
+                    if not opened.is_replaced:
+                        raise
+                    continue
+                broken = any(isinstance(found, DatastoreCorrupt) for found in store._files.values())
+                if not (broken and opened.is_replaced):
+                    return store
+        raise DatastoreError(f"{folder} is replaced again and again while it is opened; try again when that is over")
 
     def __repr__(self) -> str:
         about = f"{self.count:,} keys, {len(self.layers)} layers of {self._manifest.model}: {brief(self.layers)}"
@@ -108,30 +136,47 @@ class Datastore:
     def values(self) -> NDArray[np.int32]:
         """The token that followed each key, int32 [N], read-only.
 
-        Mapped while it is one shard, which holds 536 million; of more, all 4 x N bytes are loaded.
+        Mapped while it is one shard, which holds 536 million; of more, all 4 x N bytes are loaded. They are compared
+        with their checksum, which takes a small part of the time that the keys take: a token outside the vocabulary
+        would end a process anywhere.
+        :raises DatastoreCorrupt: they are not as they were written.
         """
-        shards = [open_npy(self.folder / shard.file, np.int32, (shard.rows,)) for shard in self._manifest.values]
+        shards = [self._checked_array(shard) for shard in self._manifest.values]
         values: NDArray[np.int32] = shards[0] if len(shards) == 1 else np.concatenate(shards)
         values.flags.writeable = False
         return values
 
     @cached_property
     def documents(self) -> NDArray[np.int64]:
-        """int64 [documents, 4]: first row, first token, place in `manifest.sources`, number in the source."""
-        shard = self._manifest.documents
-        return open_npy(self.folder / shard.file, np.int64, (shard.rows, 4))
+        """int64 [documents, 4]: first row, first token, place in `manifest.sources`, number in the source.
+
+        :raises DatastoreCorrupt: they are not as they were written.
+        """
+        return self._checked_array(self._manifest.documents)
 
     def keys(self, layer: str) -> Keys:
         """The layer's keys: vector - centre, in float32.
 
         :raises DatastoreMismatch: the layer is not stored; lists those that are.
+        :raises DatastoreCorrupt: the centre is not as it was written.
         """
         if layer not in self._keys:
             entry = self._layer(layer)
-            centre = np.array(open_npy(self.folder / entry.centre.file, np.float32, (entry.dim,)))
-            shards = [open_npy(self.folder / one.file, entry.dtype, (one.rows, entry.dim)) for one in entry.shards]
-            self._keys[layer] = Keys(shards, centre, entry.scale)
+            centre = np.array(self._checked_array(entry.centre))
+            self._keys[layer] = Keys([self._array(one) for one in entry.shards], centre, entry.scale)
         return self._keys[layer]
+
+    def saved_index(self, layer: str) -> SavedIndex:
+        """The layer's index as it was when the datastore was opened, or was saved since; not yet loaded.
+
+        :raises index.errors.CorruptIndex: there is none, or one of its files is missing or short.
+        """
+        if layer not in self._indexes:
+            self._indexes[layer] = _open_index(self.index_folder(layer))
+        found = self._indexes[layer]
+        if isinstance(found, CorruptIndex):
+            raise found
+        return found
 
     def index_folder(self, layer: str) -> Path:
         """Where the layer's index lies, or will; nothing is made. Raises as `keys`."""
@@ -175,21 +220,37 @@ class Datastore:
                 f"{', '.join(different)}; take the model that it was made with, or build it again"
             )
 
-    def verify(self, advance: Advance = lambda done, total: None) -> tuple[str, ...]:
+    def verify(
+        self, advance: Advance = lambda done, total: None, layers: Collection[str] | None = None
+    ) -> tuple[str, ...]:
         """Read everything; gives a line for each problem, none where the datastore is whole.
 
         Checks sizes, every checksum, NaN and infinity in keys, and that documents lie inside values and sources.
         :param advance: told the bytes read and their total.
+        :param layers: look at the keys of these only.
         """
-        files = list(self._files())
-        total = sum(_data_bytes(*one) for one in files)
+        files = list(_described(self._manifest, layers))
+        total = sum(one.data_bytes for one in files)
         problems: list[str] = []
         done = 0
-        for shard, dtype, row_shape in files:
-            problems += self._verify_file(shard, dtype, row_shape)
-            done += _data_bytes(shard, dtype, row_shape)
+        for one in files:
+            problems += self._problems(one.shard)
+            done += one.data_bytes
             advance(done, total)
-        return tuple(problems or self._verify_documents())
+        return tuple(problems or self._document_problems())
+
+    def check_untouched(self) -> None:
+        """Whether the files that are open are what they were: another folder in their place is no matter.
+
+        :raises DatastoreCorrupt: one was written to; what was found meanwhile may be wrong.
+        """
+        for one in _described(self._manifest):
+            found = self._files[one.shard.file]
+            now = stamp_of(self.folder / one.shard.file)
+            if isinstance(found, DatastoreCorrupt) or now is None or now[:2] != found.stamp[:2] or now == found.stamp:
+                continue
+            for problem in self._problems(one.shard):
+                raise DatastoreCorrupt(f"{problem}; it was written to while it was read, so that no result is shown")
 
     def describe(self) -> dict[str, Any]:
         """What it is, for people and as JSON."""
@@ -277,6 +338,8 @@ class Datastore:
         except OSError as error:
             raise disk_error(error, self.folder / NAME) from error
         self._manifest = read_manifest(self.folder)
+        for layer in indexes or ():
+            self._indexes.pop(layer, None)
 
     def _layer(self, layer: str) -> LayerKeys:
         if layer not in self._manifest.layers:
@@ -289,20 +352,22 @@ class Datastore:
             raise IndexError(f"row {row} of {self.count} keys")
         return int(np.searchsorted(self.documents[:, 0], row, side="right")) - 1
 
-    def _files(self) -> Iterator[tuple[Shard, str, tuple[int, ...]]]:
-        """Every file with its type and the shape of a row."""
-        yield self._manifest.documents, "int64", (4,)
-        for shard in self._manifest.values:
-            yield shard, "int32", ()
-        for layer in self._manifest.layers.values():
-            yield replace(layer.centre, rows=layer.dim), "float32", ()
-            for shard in layer.shards:
-                yield shard, layer.dtype, (layer.dim,)
+    def _array(self, shard: Shard) -> NDArray[Any]:
+        found = self._files[shard.file]
+        if isinstance(found, DatastoreCorrupt):
+            raise found
+        return found.array
 
-    def _verify_file(self, shard: Shard, dtype: str, row_shape: tuple[int, ...]) -> Iterator[str]:
+    def _checked_array(self, shard: Shard) -> NDArray[Any]:
+        """Of a small file, which is read as a whole anyway."""
+        for problem in self._problems(shard):
+            raise DatastoreCorrupt(problem)
+        return self._array(shard)
+
+    def _problems(self, shard: Shard) -> Iterator[str]:
         path = self.folder / shard.file
         try:
-            data = open_npy(path, dtype, (shard.rows, *row_shape)).reshape(-1)
+            data = self._array(shard).reshape(-1)
         except DatastoreCorrupt as error:
             yield str(error)
             return
@@ -317,7 +382,7 @@ class Datastore:
         if not finite:
             yield f"{path} holds NaN or infinite values; build the datastore again"
 
-    def _verify_documents(self) -> Iterator[str]:
+    def _document_problems(self) -> Iterator[str]:
         first_rows, _, sources, _ = self.documents.T
         if (
             not len(first_rows)
@@ -329,5 +394,46 @@ class Datastore:
             yield f"{self.folder / self._manifest.documents.file} does not fit the values; build the datastore again"
 
 
-def _data_bytes(shard: Shard, dtype: str, row_shape: tuple[int, ...]) -> int:
-    return shard.rows * int(np.prod(row_shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+class _Described(NamedTuple):
+    """A file of the manifest, with the type of its numbers and the shape of a row."""
+
+    shard: Shard
+    dtype: str
+    row_shape: tuple[int, ...]
+
+    @property
+    def data_bytes(self) -> int:
+        return self.shard.rows * math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+
+class _File(NamedTuple):
+    """An opened one."""
+
+    array: NDArray[Any]
+    stamp: Stamp
+
+
+def _described(manifest: Manifest, layers: Collection[str] | None = None) -> Iterator[_Described]:
+    """Every file, or only the keys of some layers beside what all share."""
+    yield _Described(manifest.documents, "int64", (4,))
+    for shard in manifest.values:
+        yield _Described(shard, "int32", ())
+    for name, layer in manifest.layers.items():
+        if layers is None or name in layers:
+            yield _Described(layer.centre, "float32", ())
+            for shard in layer.shards:
+                yield _Described(shard, layer.dtype, (layer.dim,))
+
+
+def _map_file(opened: OpenFolder, one: _Described) -> _File | DatastoreCorrupt:
+    try:
+        return _File(*map_npy(opened, one.shard.file, one.dtype, (one.shard.rows, *one.row_shape)))
+    except DatastoreCorrupt as error:
+        return error
+
+
+def _open_index(folder: Path) -> SavedIndex | CorruptIndex:
+    try:
+        return SavedIndex.open(folder)
+    except CorruptIndex as error:
+        return error

@@ -1,14 +1,22 @@
-"""datastore.json as frozen values, and back: what a datastore holds, counted and checksummed."""
+"""datastore.json as frozen values, and back: what a datastore holds, counted and checksummed.
+
+The dataclasses are the model of the document, with the ranges of its fields: what is read, written and verified is
+checked by them, and by nothing else.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from knnlm.errors import DatastoreCorrupt, DatastoreError
+from index.mapped import OpenFolder
+from index.typed import Misfit, build, check_seal, demand, is_sha256, parse, sealed, shown
+from knnlm.config import METRICS
+from knnlm.documents import plain, score_from_document
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.files import old_folder
 
 NAME = "datastore.json"
@@ -25,6 +33,11 @@ class Shard:
     rows: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        demand(_is_inside(self.file), f"{shown(self.file)} is no name inside a datastore")
+        demand(self.rows >= 1, f"rows is {self.rows}, but must be at least 1")
+        demand(is_sha256(self.sha256), f"sha256 is {shown(self.sha256)}, which is no SHA-256")
+
 
 @dataclass(frozen=True)
 class LayerKeys:
@@ -35,6 +48,64 @@ class LayerKeys:
     scale: float
     centre: Shard
     shards: tuple[Shard, ...]
+
+    def __post_init__(self) -> None:
+        demand(self.dtype in KEY_DTYPES, f"dtype is {shown(self.dtype)}, but must be one of {', '.join(KEY_DTYPES)}")
+        demand(self.dim >= 1, f"dim is {self.dim}, but must be at least 1")
+        demand(self.centre.rows == self.dim, f"the centre has {self.centre.rows} numbers, but dim is {self.dim}")
+        demand(_is_scale(self.scale, self.dtype), f"scale is {self.scale}, but must be 1, or of float16 a power of two")
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """What is told of a layer's index; the index itself has a manifest of its own."""
+
+    metric: str
+    spec: str
+    recall: float
+    k: int
+
+    def __post_init__(self) -> None:
+        demand(self.metric in METRICS, f"metric is {shown(self.metric)}, but must be one of {', '.join(METRICS)}")
+        demand(bool(self.spec), "spec is empty")
+        demand(0 <= self.recall <= 1, f"recall is {self.recall}, but is a share from 0 to 1")
+        demand(self.k >= 1, f"k is {self.k}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class FittedGate:
+    """How lambda moves with the query (knnlm.knn.mixing.Gate)."""
+
+    offset: float
+    distance: float
+    different: float
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """What an evaluation fitted for a layer."""
+
+    k: int
+    temperature: float
+    lam: float = field(metadata={"name": "lambda"})
+    gate: FittedGate | None = None
+
+    def __post_init__(self) -> None:
+        demand(self.k >= 1, f"k is {self.k}, but must be at least 1")
+        demand(self.temperature > 0, f"temperature is {self.temperature}, but must be above 0")
+        demand(0 <= self.lam <= 1, f"lambda is {self.lam}, but is a weight from 0 to 1")
+
+
+@dataclass(frozen=True)
+class BuiltWith:
+    """What is read again of the settings beside the scores."""
+
+    layers: str | None = None
+    index: str = "auto"
+    metric: str = METRICS[0]
+
+    def __post_init__(self) -> None:
+        demand(self.metric in METRICS, f"metric is {shown(self.metric)}, but must be one of {', '.join(METRICS)}")
 
 
 @dataclass(frozen=True)
@@ -55,12 +126,24 @@ class Manifest:
     corpus: str
     """Fingerprint of the text as tokens."""
     scores: Any = None
-    """The layers' scores and the choice, as the builder gave them."""
+    """The layers' scores and the choice, as `knnlm.documents.score_document` tells them."""
     fitted: Any = None
-    """k, lambda and temperature, once an evaluation has fitted them."""
+    """Of each layer k, lambda and temperature, once an evaluation has fitted them: as `FittedLayer`, in JSON."""
     indexes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """For each indexed layer: metric, spec, measured recall."""
+    """For each indexed layer: metric, spec, measured recall at k: as `IndexEntry`, in JSON."""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """:raises InputError: a value that no datastore can have."""
+        for name in ("fingerprint", "sources", "scores", "fitted", "indexes", "versions"):
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, tuple(value) if name == "sources" else value)
+        try:
+            _check_counts(self)
+            _check_layers(self)
+            _check_scores(self.scores)
+        except Misfit as error:
+            raise InputError(str(error)) from None
 
     @property
     def model(self) -> str:
@@ -72,7 +155,7 @@ class Manifest:
 
         :raises DatastoreError: the layer has no finished index.
         """
-        if "metric" not in self.indexes.get(layer, {}):
+        if layer not in self.indexes:
             raise DatastoreError(
                 f"the datastore has no finished index of layer {layer}; build it again, or take `index='exact'`"
             )
@@ -84,24 +167,37 @@ class Manifest:
         return (*self.values, self.documents, *keys)
 
     def to_json(self) -> dict[str, Any]:
-        """As the object of datastore.json."""
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        """As the object of datastore.json, with its checksum of itself."""
+        return sealed({"format": FORMAT, "version": VERSION} | asdict(self))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path | OpenFolder) -> Manifest:
     """Read datastore.json.
 
     :raises DatastoreError: the folder is no datastore, or was made by a newer knnlm.
     :raises DatastoreCorrupt: the manifest is damaged; says where.
     """
-    path = folder / NAME
+    if not isinstance(folder, OpenFolder):
+        with open_folder(folder) as opened:
+            return read_manifest(opened)
+    path = folder.path / NAME
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DatastoreError(f"{folder} is not a datastore: it has no {NAME}; {_remedy(folder)}") from None
-    except (OSError, ValueError) as error:
+        document = parse(folder.map(NAME).data.tobytes())
+    except FileNotFoundError:
+        raise _no_datastore(folder.path) from None
+    except (OSError, Misfit) as error:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); build the datastore again") from None
     return from_json(document, path)
+
+
+def open_folder(folder: Path) -> OpenFolder:
+    """:raises DatastoreError: there is no such folder, or it may not be read."""
+    try:
+        return OpenFolder(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_datastore(folder) from None
+    except OSError as error:
+        raise DatastoreCorrupt(f"{folder} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _remedy(folder: Path) -> str:
@@ -116,68 +212,61 @@ def from_json(document: object, path: Path) -> Manifest:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DatastoreError(f"{path} is not the manifest of a datastore; choose another folder")
     version = document.get("version")
-    if version != VERSION:
+    if version != VERSION or isinstance(version, bool):
         newer = (
             "was made by a newer knnlm" if isinstance(version, int) and version > VERSION else "is of an unknown format"
         )
         raise DatastoreError(
-            f"{path} {newer} (format {version!r}, this one reads {VERSION}); upgrade knnlm, or build it again"
+            f"{path} {newer} (format {shown(version)}, this one reads {VERSION}); upgrade knnlm, or build it again"
         )
     try:
-        manifest = _build(document)
-        _check(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise DatastoreCorrupt(f"{path} is damaged ({problem}); build the datastore again") from None
-    return manifest
+        check_seal(document)
+        return build(Manifest, document)
+    except Misfit as error:
+        raise DatastoreCorrupt(f"{path} is damaged ({error}); build the datastore again") from None
 
 
-def _build(document: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        fingerprint={str(key): str(value) for key, value in document["fingerprint"].items()},
-        layers={str(name): _layer(layer) for name, layer in document["layers"].items()},
-        count=int(document["count"]),
-        values=_shards(document["values"]),
-        documents=_shard(document["documents"]),
-        sources=tuple(str(name) for name in document["sources"]),
-        context=int(document["context"]),
-        stride=int(document["stride"]),
-        corpus=str(document["corpus"]),
-        scores=document["scores"],
-        fitted=document["fitted"],
-        indexes=dict(document["indexes"]),
-        versions=dict(document["versions"]),
-    )
+def _no_datastore(folder: Path) -> DatastoreError:
+    return DatastoreError(f"{folder} is not a datastore: it has no {NAME}; make one with `knnlm.build`")
 
 
-def _layer(entry: Mapping[str, Any]) -> LayerKeys:
-    return LayerKeys(
-        int(entry["dim"]), str(entry["dtype"]), float(entry["scale"]), _shard(entry["centre"]), _shards(entry["shards"])
-    )
+def _is_inside(name: str) -> bool:
+    """A manifest may come from somebody else: no path may lead out of the folder."""
+    return bool(name) and name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
-def _shards(entries: Sequence[Mapping[str, Any]]) -> tuple[Shard, ...]:
-    return tuple(_shard(entry) for entry in entries)
+def _is_scale(scale: float, dtype: str) -> bool:
+    return scale == 1 or (dtype == "float16" and 2.0**-126 < scale < 2.0**127 and math.frexp(scale)[0] == 0.5)
 
 
-def _shard(entry: Mapping[str, Any]) -> Shard:
-    return Shard(str(entry["file"]), int(entry["rows"]), str(entry["sha256"]))
-
-
-def _check(manifest: Manifest) -> None:
-    """A manifest may come from somebody else: no path may lead out of the folder, and the counts must agree."""
-    names = [*manifest.layers, *(shard.file for shard in manifest.shards())]
-    for name in names:
-        if not name or PurePosixPath(name).is_absolute() or {"..", "."} & set(name.split("/")) or "\\" in name:
-            raise ValueError(f"{name!r} is no name inside a datastore")
-    for layer, keys in manifest.layers.items():
-        if "/" in layer or keys.dtype not in KEY_DTYPES or keys.dim < 1 or not 0 < keys.scale < float("inf"):
-            raise ValueError(f"layer {layer!r} of {keys.dtype} [{keys.dim}] with scale {keys.scale}")
-        _check_rows(f"the keys of {layer}", keys.shards, manifest.count)
+def _check_counts(manifest: Manifest) -> None:
+    demand(1 <= manifest.stride <= manifest.context, f"context is {manifest.context} and stride {manifest.stride}")
+    demand(bool(manifest.sources), "sources is empty")
+    demand(bool(manifest.layers), "layers is empty")
     _check_rows("the values", manifest.values, manifest.count)
+    for layer, keys in manifest.layers.items():
+        demand("/" not in layer and _is_inside(layer), f"{shown(layer)} is no name inside a datastore")
+        _check_rows(f"the keys of {layer}", keys.shards, manifest.count)
 
 
 def _check_rows(what: str, shards: Sequence[Shard], count: int) -> None:
     rows = sum(shard.rows for shard in shards)
-    if rows != count or any(shard.rows < 1 for shard in shards):
-        raise ValueError(f"{what} have {rows} rows, the datastore has {count}")
+    demand(rows == count and bool(shards), f"{what} have {rows} rows, the datastore has {count}")
+
+
+def _check_layers(manifest: Manifest) -> None:
+    """What is told of layers, and that they are there."""
+    fitted = {} if manifest.fitted is None else manifest.fitted
+    models: dict[str, Mapping[str, FittedLayer | IndexEntry]] = {
+        "fitted": build(dict[str, FittedLayer], fitted, place="fitted"),
+        "indexes": build(dict[str, IndexEntry], manifest.indexes, place="indexes"),
+    }
+    for name, told in models.items():
+        for layer, one in told.items():
+            demand(layer in manifest.layers, f"{name} names the layer {shown(layer)}, which is not stored")
+            demand(one.k <= manifest.count, f"k of {name}[{shown(layer)}] is {one.k} of {manifest.count} keys")
+
+
+def _check_scores(scores: object) -> None:
+    if scores is not None:
+        build(BuiltWith, score_from_document(scores).settings, place="scores.settings")

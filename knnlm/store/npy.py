@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +15,17 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike, NDArray
 
+from index.mapped import Bytes, OpenFolder, Stamp
 from knnlm.errors import DatastoreCorrupt
+
+# Of version 1.0.
+MAGIC = b"\x93NUMPY\x01\x00"
+# For messages only: what a whole header looks like.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(?P<descr>[<>|=][biufcO]\d{0,2})' *, "
+    rb"'fortran_order': (?:False|True), 'shape': \((?P<shape>[\d, ]*)\), \}",
+    re.DOTALL,
+)
 
 
 class NpyWriter:
@@ -82,13 +94,7 @@ class NpyWriter:
             self.abort()
 
     def _write_header(self) -> int:
-        # numpy pads the first axis to 21 digits, so that the header keeps its length however many rows come.
-        header = {
-            "descr": npy.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.rows, *self._row_shape),
-        }
-        npy.write_array_header_1_0(self._file, header)
+        self._write(memoryview(npy_header(self._dtype, (self.rows, *self._row_shape))))
         return self._file.tell()
 
     def _write(self, data: memoryview) -> None:
@@ -96,39 +102,63 @@ class NpyWriter:
             data = data[self._file.write(data) :]
 
 
-def npy_offset(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> int:
-    """Where the data of a .npy file begin, after its header and its size have been checked.
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What stands before the data, byte for byte as numpy writes it: version 1.0, little-endian, C order.
 
-    :raises DatastoreCorrupt: the file is missing, no .npy file, of another shape or type, short or long.
+    The first axis has room for 21 digits, so that the header keeps its length however many rows come.
     """
-    expected = (tuple(shape), False, np.dtype(dtype).newbyteorder("<"))
+    text = f"{{'descr': {npy.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (21 - len(str(shape[0])))
+    length = len(MAGIC) + 2 + len(text) + 1
+    text += " " * (-length % 64) + "\n"
+    return MAGIC + len(text).to_bytes(2, "little") + text.encode("ascii")
+
+
+def array_in(data: Bytes, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The array in the bytes of a .npy file: a view. Every byte before the data is compared, none is interpreted.
+
+    :param path: named in errors.
+    :raises DatastoreCorrupt: no .npy file, of another shape or type, short or long.
+    """
+    kind = np.dtype(dtype).newbyteorder("<")
+    header = npy_header(kind, shape)
+    if data[: len(header)].tobytes() != header:
+        raise DatastoreCorrupt(_difference(data[: 2 * len(header)].tobytes(), path, kind, shape))
+    needed = len(header) + math.prod(shape) * kind.itemsize
+    if len(data) != needed:
+        raise DatastoreCorrupt(f"{path} has {len(data)} bytes, but its rows need {needed}; build it again")
+    return data[len(header) :].view(kind).reshape(shape)
+
+
+def map_npy(folder: OpenFolder, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> tuple[NDArray[Any], Stamp]:
+    """The array in a .npy file of a folder, read-only, mapped and not loaded; and the file's stamp.
+
+    :raises DatastoreCorrupt: the file is missing, or as `array_in`.
+    """
+    path = folder.path / name
     try:
-        with path.open("rb") as file:
-            npy.read_magic(file)
-            found = npy.read_array_header_1_0(file)
-            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        found = folder.map(name)
     except FileNotFoundError:
         raise DatastoreCorrupt(f"{path} is missing; build the datastore again") from None
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
-        raise DatastoreCorrupt(f"{path} cannot be read as a .npy file ({_first_line(error)}); build it again") from None
-    if found != expected:
-        raise DatastoreCorrupt(
-            f"{path} holds {found[2]} {found[0]}, but the manifest says {expected[2]} {expected[0]}; build it again"
-        )
-    needed = offset + math.prod(shape) * expected[2].itemsize
-    if size != needed:
-        raise DatastoreCorrupt(f"{path} has {size} bytes, but its rows need {needed}; build it again")
-    return offset
+    except OSError as error:
+        raise DatastoreCorrupt(f"{path} cannot be read ({error.strerror}); build the datastore again") from None
+    return array_in(found.data, path, dtype, shape), found.stamp
 
 
 def open_npy(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-    """The array in a .npy file, read-only, mapped and not loaded. Raises as `npy_offset`."""
-    offset = npy_offset(path, dtype, shape)
-    kind = np.dtype(dtype).newbyteorder("<")
-    if not math.prod(shape):
-        return np.empty(shape, kind)
-    return np.asarray(np.memmap(path, kind, "r", offset, shape))
+    """The array in a .npy file, read-only, mapped and not loaded. Raises as `map_npy`."""
+    with OpenFolder(path.parent) as folder:
+        return map_npy(folder, path.name, dtype, shape)[0]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _difference(begin: bytes, path: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> str:
+    """In what a header is not the one that the manifest implies."""
+    found = _HEADER.match(begin)
+    if found is None:
+        return f"{path} cannot be read as a .npy file; build it again"
+    described, found_shape = found["descr"].decode(), f"({found['shape'].decode()})"
+    with suppress(TypeError, ValueError):
+        described = str(np.dtype(described))
+    if (described, found_shape) == (str(kind), str(shape)):
+        return f"{path} has a header that was changed after it was written; build it again"
+    return f"{path} holds {described} {found_shape}, but the manifest says {kind} {shape}; build it again"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from knnlm.cli.entry import _spread
 from knnlm.cli.screen import Screen
+from tests.damage import rewrite
 
 COMMANDS = ("run", "score", "build", "eval", "info", "verify", "correlate")
 WINDOWS = ("--context", "32", "--stride", "16")
@@ -164,9 +167,8 @@ def test_eval_as_json_and_its_report(call, store_folder: Path, text_file: Path, 
 
 def test_eval_of_a_store_without_scores(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
     """As Python code writes it through DatastoreWriter.finish: nothing was chosen, everything else is told."""
-    manifest = json.loads((store_folder / "datastore.json").read_text())
     shutil.copytree(store_folder, tmp_path / "copy")
-    (tmp_path / "copy" / "datastore.json").write_text(json.dumps(manifest | {"scores": None}))
+    rewrite(tmp_path / "copy" / "datastore.json", lambda one: one.update(scores=None))
     options = ("--eval-text", text_file, "--eval-tokens", 600, "--report", tmp_path / "report")
     done = call("eval", tmp_path / "copy", *options)
     assert (done.status, done.errors) == (0, ())
@@ -299,6 +301,45 @@ def test_every_phase_is_shown(
     assert tuple(stages) == STAGES[command]
     for name, totals in stages.items():
         assert all(total is None for total in totals) if name in WITHOUT_TOTAL else totals and all(totals), name
+
+
+def test_eval_verifies_first_where_it_is_asked_to(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    asked = ("--eval-text", text_file, "--eval-tokens", 600, "--verify")
+    assert call("eval", store_folder, *asked).status == 0
+    shutil.copytree(store_folder, tmp_path / "store")
+    keys = tmp_path / "store" / "keys" / "1.ffn_input" / "00000.npy"
+    keys.write_bytes(keys.read_bytes()[:-2] + b"\x01\x02")
+    assert call("eval", tmp_path / "store", *asked, "--layers", "2.ffn_input").status == 0
+    done = call("eval", tmp_path / "store", *asked)
+    assert (done.status, done.out) == (2, "")
+    (line,) = done.errors
+    assert line.startswith(f"knnlm: {keys} has changed")
+
+
+NASTY = "x\x1b]0;title\x07\x9b31m\x7f"
+
+
+def test_control_characters_of_a_manifest_reach_no_terminal(call, store_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(store_folder, tmp_path / "store")
+    path = tmp_path / "store" / "datastore.json"
+
+    def nasty(one: dict[str, Any]) -> None:
+        one["fingerprint"]["model"] = one["versions"]["torch"] = NASTY
+        one["scores"]["choice"]["reason"] = NASTY
+        one["indexes"]["2.ffn_input"]["spec"] = NASTY  # in a table
+
+    rewrite(path, nasty)
+    done = call("info", tmp_path / "store")
+    assert done.status == 0
+    assert re.findall(r"[^\n\x20-\x7e\xa0-\uffff]", done.out) == []
+    assert done.out.count(r"x\x1b]0;title") == 4
+    done = call("info", tmp_path / "store", "--json")
+    assert re.findall(r"[^\n\x20-\x7e\xa0-\uffff]", done.out) == []
+    assert json.loads(done.out)["model"] == NASTY
+    rewrite(path, lambda one: one["layers"].update({NASTY: None}))
+    done = call("info", tmp_path / "store")
+    assert (done.status, len(done.errors)) == (2, 1)
+    assert done.errors[0].isprintable()
 
 
 def test_verify_says_whole(call, store_folder: Path) -> None:

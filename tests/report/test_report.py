@@ -268,7 +268,7 @@ def test_other_documents_are_refused():
         score_from_document([document])
     with pytest.raises(InputError, match="version"):
         from_document({**document, "version": 99})
-    with pytest.raises(InputError, match="lacks the field 'best'"):
+    with pytest.raises(InputError, match="written by another version: no 'best'"):
         from_document({key: value for key, value in document.items() if key != "best"})
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +21,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from index.mapped import OpenFolder
+from knnlm.documents import score_document
 from knnlm.errors import (
     DatastoreCorrupt,
     DatastoreError,
@@ -29,11 +35,16 @@ from knnlm.store import writer as datastore_writer
 from knnlm.store.datastore import Datastore, open_datastore
 from knnlm.store.manifest import from_json
 from knnlm.store.writer import DatastoreWriter
+from tests.damage import TEXTS, damaged_documents, flip_bit, rewrite
+from tests.sample_results import sample_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"model": "tiny", "config": "c" * 64, "weights": "a" * 64, "tokenizer": "f" * 64}
 FINISH = {"fingerprint": MODEL, "context": 8, "stride": 4}
 LAYERS = {"0.ffn_input": 3, "final_norm": 5}
+FITTED = {"k": 8, "lambda": 0.25, "temperature": 2.0, "gate": None}
+ENTRY = {"metric": "cosine", "spec": "exact", "recall": 1.0, "k": 8}
+SCORES = score_document(sample_scores(1))
 # Three documents of 4, 0 and 6 values: 10 rows.
 DOCUMENTS = ((70, "a.txt", 1, (1, 2, 3, 4)), (80, "b.txt", 7, ()), (90, "a.txt", 2, (5, 6, 7, 8, 9, 10)))
 
@@ -56,7 +67,7 @@ def write_store(folder, *, layers=LAYERS, shard_rows=4, chunk=3, make=vectors, *
             rows = make(10, dim)
             for start in range(0, 10, chunk):
                 writer.append_keys(name, rows[start : start + chunk])
-        writer.finish(**FINISH, corpus="corpus", scores={"choice": {"layer": "final_norm"}}, versions={"torch": "2"})
+        writer.finish(**FINISH, corpus="corpus", scores=SCORES, versions={"torch": "2"})
     return Datastore.open(folder)
 
 
@@ -150,7 +161,7 @@ def test_values_stay_one_mapped_file_when_keys_fill_many(tmp_path, monkeypatch):
     monkeypatch.setattr("knnlm.store.writer.SHARD_BYTES", 10 * 4)
     store = write_store(tmp_path / "store", shard_rows=None)
     assert len(store.manifest.layers["0.ffn_input"].shards) > 1
-    assert len(store.manifest.values) == 1 and isinstance(store.values.base, np.memmap)
+    assert len(store.manifest.values) == 1 and store.values.base is not None
 
 
 def test_layers_may_come_before_their_values_and_in_any_order(tmp_path):
@@ -496,7 +507,7 @@ def test_missing_and_truncated_files_are_named_when_opened(store, name):
     with pytest.raises(DatastoreCorrupt, match="bytes") as caught:
         Datastore.open(store.folder)
     assert str(path) in str(caught.value)
-    assert any(str(path) in problem for problem in store.verify())
+    assert [str(path) in problem for problem in Datastore.look(store.folder).verify()] == [True]
     path.unlink()
     with pytest.raises(DatastoreCorrupt, match="is missing") as caught:
         Datastore.open(store.folder)
@@ -531,10 +542,7 @@ def test_changed_header_is_refused(store):
 
 
 def edit(store, change):
-    path = store.folder / "datastore.json"
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
+    rewrite(store.folder / "datastore.json", change)
 
 
 def test_nan_with_a_right_checksum_is_found_by_verify(store):
@@ -581,13 +589,34 @@ def test_verify_tells_its_progress(store):
         (lambda one: one["values"].pop(), "the values have 8 rows"),
         (lambda one: one["layers"]["final_norm"]["shards"].pop(), "the keys of final_norm have 8 rows"),
         (lambda one: one.pop("stride"), "no 'stride'"),
-        (lambda one: one.update(layers=[]), "damaged"),
-        (lambda one: one["layers"]["final_norm"].update(scale=0), "scale 0"),
-        (lambda one: one["layers"]["final_norm"].update(scale="nan"), "scale nan"),
-        (lambda one: one["layers"]["final_norm"].update(dtype="object"), "of object"),
+        (lambda one: one.update(layers=[]), "layers is a list of 0, but must be an object"),
+        (lambda one: one["layers"]["final_norm"].update(scale=0), "scale is 0"),
+        (lambda one: one["layers"]["final_norm"].update(scale=3.0), "scale is 3.0"),
+        (lambda one: one["layers"]["final_norm"].update(scale="nan"), "scale is 'nan', but must be a number"),
+        (lambda one: one["layers"]["final_norm"].update(dtype="object"), "dtype is 'object'"),
         (lambda one: one["values"][0].update(file="../secret.npy"), "no name inside"),
         (lambda one: one["values"][0].update(file="/secret.npy"), "no name inside"),
         (lambda one: one["layers"].update({"../x": one["layers"]["final_norm"]}), "no name inside"),
+        (lambda one: one["layers"].update({"\x1b[31m": one["layers"]["final_norm"]}), r"'.x1b.31m' is no name inside"),
+        (lambda one: one.update(context=0), "context is 0"),
+        (lambda one: one.update(stride=9), "context is 8 and stride 9"),
+        (lambda one: one.update(count=True), "count is True, but must be a whole number"),
+        (lambda one: one.update(sources=[]), "sources is empty"),
+        (lambda one: one.update(sources=[7]), r"sources.0. is 7, but must be a text"),
+        (lambda one: one["values"][0].update(sha256="x"), r"values.0.: sha256 is 'x', which is no SHA-256"),
+        (lambda one: one.update(fitted=[]), "fitted is a list"),
+        (lambda one: one.update(fitted={"final_norm": {}}), r"no 'k' in fitted.'final_norm'."),
+        (lambda one: one.update(fitted={"0.x": FITTED}), "fitted names the layer '0.x', which is not stored"),
+        (lambda one: one.update(fitted={"final_norm": FITTED | {"lambda": 1.5}}), "lambda is 1.5"),
+        (lambda one: one.update(fitted={"final_norm": FITTED | {"gate": []}}), "gate is a list"),
+        (lambda one: one.update(indexes={"0.x": ENTRY}), "indexes names the layer '0.x', which is not stored"),
+        (lambda one: one.update(indexes={"final_norm": None}), r"indexes.'final_norm'. is None"),
+        (lambda one: one.update(indexes={"final_norm": ENTRY | {"recall": None}}), "recall is None"),
+        (lambda one: one.update(indexes={"final_norm": ENTRY | {"k": 11}}), "is 11 of 10 keys"),
+        (lambda one: one["scores"].update(choice=[]), "choice is a list"),
+        (lambda one: one["scores"]["choice"].update(layer=3), "choice.layer is 3"),
+        (lambda one: one["scores"]["settings"].update(index=[]), "index is a list"),
+        (lambda one: one["scores"]["settings"].update(metric="x"), "metric is 'x'"),
     ],
 )
 def test_damaged_manifest_is_refused(store, change, message):
@@ -618,6 +647,127 @@ def test_folders_that_are_no_datastore_are_refused(tmp_path):
     (tmp_path / "datastore.json").write_text('{"format":')
     with pytest.raises(DatastoreCorrupt, match=r"datastore\.json cannot be read"):
         Datastore.open(tmp_path)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_is_hardly_json_is_one_line(store, text):
+    path = store.folder / "datastore.json"
+    whole = path.read_text()
+    for damaged in (text, whole.replace('"count": 10', f'"count": {text}'), whole.replace('"a.txt"', text)):
+        path.write_text(damaged)
+        with pytest.raises(DatastoreError) as caught:
+            Datastore.open(store.folder)
+        assert "datastore.json" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_manifest_has_a_checksum_of_itself(store):
+    # As docs/format.md tells it, to whoever reads a datastore without knnlm.
+    document = json.loads((store.folder / "datastore.json").read_text())
+    checksum = document.pop("checksum")
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    assert checksum == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_every_flipped_bit_of_the_manifest_is_refused_or_changes_nothing(store):
+    path = store.folder / "datastore.json"
+    data, rng = path.read_bytes(), random.Random(0)
+    for _ in range(400):
+        flip_bit(path, rng)
+        with contextlib.suppress(DatastoreError):
+            assert Datastore.open(store.folder).manifest == store.manifest
+        path.write_bytes(data)
+
+
+def test_manifest_without_a_checksum_is_refused(store):
+    rewrite(store.folder / "datastore.json", lambda one: one.pop("checksum"))
+    with pytest.raises(DatastoreCorrupt, match="no 'checksum' of itself"):
+        Datastore.open(store.folder)
+
+
+def test_damaged_documents_are_refused_or_whole(store):
+    path, rng = store.folder / "datastore.json", random.Random(0)
+    store.update_manifest(fitted={"final_norm": FITTED}, indexes={"final_norm": ENTRY})
+    document, refused = json.loads(path.read_text()), 0
+    for text in damaged_documents(document, rng, 400):
+        path.write_text(text)
+        try:
+            opened = Datastore.open(store.folder)
+        except DatastoreError as error:
+            assert str(error).isprintable()
+            refused += 1
+        else:
+            json.dumps(opened.describe())
+            opened.keys("final_norm").take(np.arange(3))
+    assert 300 < refused < 400  # what is optional may go
+
+
+# Opened once
+
+
+def test_a_datastore_that_is_replaced_stays_what_it_was(store, tmp_path):
+    shutil.copytree(store.folder, tmp_path / "kept")
+    kept = Datastore.open(tmp_path / "kept")
+    other = write_store(tmp_path / "other", make=lambda rows, dim: vectors(rows, dim, seed=9))
+    shutil.rmtree(store.folder)
+    other.folder.rename(store.folder)
+    for name in LAYERS:
+        assert np.array_equal(store.keys(name).read(0, 10), kept.keys(name).read(0, 10))
+        assert not np.array_equal(store.keys(name).read(0, 10), other.keys(name).read(0, 10))
+    assert np.array_equal(store.documents, kept.documents) and np.array_equal(store.values, kept.values)
+    assert store.verify() == ()
+    store.check_untouched()
+
+
+def test_an_open_datastore_holds_no_descriptors(store):
+    before = len(os.listdir("/proc/self/fd"))
+    opened = [Datastore.open(store.folder) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before and opened[7].keys("final_norm").read(0, 1).shape == (1, 5)
+
+
+def test_a_datastore_that_is_replaced_while_it_is_opened_is_the_new_one(store, tmp_path, monkeypatch):
+    other, real = write_store(tmp_path / "other", make=lambda rows, dim: vectors(rows, dim, seed=9)), OpenFolder.map
+
+    def replaced(self, name):
+        if name == "values-00000.npy" and other.folder.exists():
+            shutil.rmtree(store.folder)
+            other.folder.rename(store.folder)
+        return real(self, name)
+
+    monkeypatch.setattr(OpenFolder, "map", replaced)
+    opened = Datastore.open(store.folder)
+    assert opened.verify() == () and opened.manifest == other.manifest
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_told(store):
+    path = store.folder / "keys/final_norm/00001.npy"
+    data = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    store.check_untouched()  # of another time, and of the same bytes
+    with path.open("r+b") as file:
+        file.write(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DatastoreCorrupt, match=r"00001\.npy .* written to while it was read"):
+        store.check_untouched()
+
+
+def test_what_is_read_as_a_whole_is_checked_when_it_is_read(store):
+    for name, read in (
+        ("documents.npy", lambda one: one.documents),
+        ("keys/final_norm/centre.npy", lambda one: one.keys("final_norm")),
+    ):
+        path = store.folder / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(DatastoreCorrupt, match="checksum"):
+            read(Datastore.open(store.folder))
+        path.write_bytes(data)
+
+
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(store):
+    for name in ("datastore.json", "values-00000.npy"):
+        (store.folder / name).unlink()
+        os.mkfifo(store.folder / name)
+        with pytest.raises(DatastoreCorrupt, match="no regular file"):
+            Datastore.open(store.folder)
 
 
 # Models, layers, later additions
@@ -655,18 +805,18 @@ def test_index_folder_is_a_path_only(store):
 
 
 def test_manifest_is_updated_field_by_field(store):
-    store.update_manifest(indexes={"final_norm": {"metric": "cosine", "recall": np.float32(0.5)}})
-    store.update_manifest(fitted={"final_norm": {"k": 8}}, indexes={"0.ffn_input": {"metric": "l2"}})
+    store.update_manifest(indexes={"final_norm": ENTRY | {"recall": np.float32(0.5)}})
+    store.update_manifest(fitted={"final_norm": FITTED}, indexes={"0.ffn_input": ENTRY | {"metric": "l2"}})
     manifest = Datastore.open(store.folder).manifest
-    assert manifest == store.manifest and manifest.fitted == {"final_norm": {"k": 8}}
+    assert manifest == store.manifest and manifest.fitted == {"final_norm": FITTED}
     assert manifest.index_metric("final_norm") == "cosine" and manifest.index_metric("0.ffn_input") == "l2"
-    assert manifest.scores == {"choice": {"layer": "final_norm"}} and manifest.count == 10
+    assert manifest.scores == SCORES and manifest.count == 10
 
 
 def test_update_that_fails_leaves_the_manifest(store, monkeypatch):
     monkeypatch.setattr("knnlm.store.datastore.write_json", lambda *_: full_disk())
     with pytest.raises(DatastoreError, match="No space left"):
-        store.update_manifest(fitted={"k": 1})
+        store.update_manifest(fitted={"final_norm": FITTED})
     assert store.manifest.fitted is None and Datastore.open(store.folder).manifest.fitted is None
 
 
@@ -679,6 +829,4 @@ def test_description_is_plain_json(store, tmp_path):
     description = store.describe()
     write_json(tmp_path / "a.json", description)
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(description))
-    assert (
-        description["keys"] == 10 and description["choice"] == {"layer": "final_norm"} and description["documents"] == 3
-    )
+    assert description["keys"] == 10 and description["choice"] == SCORES["choice"] and description["documents"] == 3

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from knnlm.errors import DatastoreCorrupt
-from knnlm.store.npy import NpyWriter, npy_offset, open_npy
+from knnlm.store.npy import NpyWriter, npy_header, open_npy
 
 
 @hypothesis.given(
@@ -59,7 +59,7 @@ def test_a_file_that_was_not_closed_does_not_pass_for_a_whole_one(tmp_path):
         raise KeyboardInterrupt
     for rows in (0, 5):
         with pytest.raises(DatastoreCorrupt, match=r"a\.npy"):
-            npy_offset(tmp_path / "a.npy", np.int32, (rows,))
+            open_npy(tmp_path / "a.npy", np.int32, (rows,))
 
 
 def test_partial_writes_are_continued(tmp_path):
@@ -75,6 +75,26 @@ def test_partial_writes_are_continued(tmp_path):
     file._file = real
     file.close()
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.arange(100))
+
+
+@pytest.mark.parametrize("dtype", ["<i4", "<i8", "<f2", "<f4"])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 5), (123_456, 0)])
+def test_header_is_numpys_to_the_byte(tmp_path, dtype, shape):
+    np.save(tmp_path / "a.npy", np.zeros(shape, dtype))
+    assert (tmp_path / "a.npy").read_bytes().startswith(npy_header(np.dtype(dtype), shape))
+
+
+def test_every_flipped_bit_of_a_header_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(6, dtype=np.int32))
+    data = path.read_bytes()
+    for bit in range(8 * (len(data) - 24)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DatastoreCorrupt, match=r"a\.npy") as caught:
+            open_npy(path, np.int32, (6,))
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(

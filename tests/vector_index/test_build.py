@@ -12,8 +12,9 @@ from index.build import build_index, tune_index
 from index.errors import FaissFailed, InvalidKeys, InvalidQuery, NotTrained, TooFewKeys, UnknownSpec
 from index.exact import ExactIndex
 from index.faiss_index import create_index
+from index.manifest import Recall
 from index.metric import Metric
-from index.recall import Recall, make_trial, run_trial
+from index.recall import make_trial, run_trial
 from index.source import ArraySource, spread_ids
 from index.tune import tune
 from tests.vector_oracle import clustered, massive

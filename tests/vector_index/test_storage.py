@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
+from hashlib import sha256
 
 import numpy as np
 import pytest
 
 from index.build import build_index
-from index.errors import CorruptIndex, IndexExists
+from index.errors import CorruptIndex, IndexExists, VectorIndexError
 from index.exact import ExactIndex
+from index.manifest import Recall
 from index.metric import Metric
-from index.recall import Recall
+from index.saved import SavedIndex
 from index.source import ArraySource
 from index.storage import open_index, read_manifest, save_index, verify
+from tests.damage import TEXTS, damaged_documents, flip_bit, rewrite
 from tests.vector_oracle import clustered
 
 RECALL = Recall(recall=0.97, k=20, queries=50, max_distance_error=0.1, milliseconds_per_query=0.2)
@@ -41,8 +46,7 @@ def everything(folder):
 
 
 def edit(folder, **changes):
-    path = folder / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    rewrite(folder / "index.json", lambda document: document.update(changes))
 
 
 def test_manifest_tells_all_that_opening_needs(saved, built):
@@ -171,8 +175,8 @@ def test_unreadable_manifest(saved, source, text, message):
 
 
 def test_manifest_may_not_name_files_elsewhere(saved, source):
-    edit(saved, files={"../index.faiss": {"bytes": 1, "sha256": ""}})
-    with pytest.raises(CorruptIndex, match="outside its folder"):
+    edit(saved, files={"../index.faiss": {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(CorruptIndex, match="files are"):
         verify(saved)
 
 
@@ -199,14 +203,98 @@ def test_another_metric_is_refused(saved, source):
         open_index(saved, source, metric=Metric.IP)
 
 
-@pytest.mark.parametrize(("field", "value"), [("metric", "ip"), ("count", 400)])
-def test_manifest_and_faiss_file_must_agree(saved, source, tmp_path, field, value):
-    other = build_index(ArraySource(clustered(300, 8)), "IVF8,Flat", k=10)
-    if field == "count":
-        save_index(other, tmp_path / "other")
-        (tmp_path / "other" / "index.faiss").replace(saved / "index.faiss")
-        edit(saved, files={})
-    else:
-        edit(saved, metric=value)
-    with pytest.raises(CorruptIndex, match=r"index\.faiss: its (metric is l2, but ip|number of keys is 300, but 400)"):
+@pytest.mark.parametrize(
+    ("spec", "keys", "metric", "message"),
+    [
+        ("IVF8,Flat", 400, "ip", "metric is ip, but l2"),
+        ("IVF8,Flat", 300, "l2", "number of keys is 300, but 400"),
+        ("IVF4,Flat", 400, "l2", "kind is IndexIVFFlat with 4 lists .*, but IndexIVFFlat with 8 lists"),
+        ("IVF8,SQ8", 400, "l2", "kind is IndexIVFScalarQuantizer with"),
+        ("HNSW8,Flat", 400, "l2", "kind is IndexHNSWFlat with"),
+    ],
+)
+def test_manifest_and_faiss_file_must_agree(saved, source, tmp_path, spec, keys, metric, message):
+    other = build_index(ArraySource(clustered(keys, 8)), spec, k=10, metric=Metric(metric))
+    files = {name: vars(one) for name, one in save_index(other, tmp_path / "other").files.items()}
+    (tmp_path / "other" / "index.faiss").replace(saved / "index.faiss")
+    rewrite(saved / "index.json", lambda one: one["files"].update({"index.faiss": files["index.faiss"]}))
+    with pytest.raises(CorruptIndex, match=rf"index\.faiss: its {message}"):
         open_index(saved, source)
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "centre.npy", "index.json"])
+def test_a_flipped_bit_is_refused_when_the_index_is_opened(saved, source, name):
+    data, rng = (saved / name).read_bytes(), random.Random(0)
+    queries_QD = source.take(np.arange(5))
+    expected = open_index(saved, source).search(queries_QD, 3)
+    for _ in range(60):
+        flip_bit(saved / name, rng)
+        try:  # what JSON does not care for, such as white space, may differ
+            assert np.array_equal(open_index(saved, source).search(queries_QD, 3).ids_QK, expected.ids_QK)
+            assert name == "index.json"
+        except CorruptIndex as error:
+            assert str(error).isprintable()
+        (saved / name).write_bytes(data)
+
+
+def test_an_opened_index_outlives_its_folder(saved, source):
+    opened = SavedIndex.open(saved)
+    expected = open_index(opened, source).search(source.take(np.arange(5)), 3)
+    shutil.rmtree(saved)
+    assert np.array_equal(open_index(opened, source).search(source.take(np.arange(5)), 3).ids_QK, expected.ids_QK)
+
+
+def test_manifest_has_a_checksum_of_itself(saved):
+    document = json.loads((saved / "index.json").read_text())
+    checksum = document.pop("checksum")
+    assert checksum == sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    edit(saved, dim=9)
+    rewrite(saved / "index.json", lambda one: one.update(dim=8), seal=False)
+    with pytest.raises(CorruptIndex, match="changed after it was written"):
+        read_manifest(saved)
+    rewrite(saved / "index.json", lambda one: one.pop("checksum"))
+    with pytest.raises(CorruptIndex, match="no 'checksum' of itself"):
+        read_manifest(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": None}, "parameters is None, but must be an object"),
+        ({"parameters": {"nprobe": 8}}, "parameters are 'nprobe', but must be overfetch"),
+        ({"parameters": {"nprobe": "x", "overfetch": 1.0}}, "'nprobe'. is 'x', but must be a number"),
+        ({"parameters": {"nprobe": 1.5, "overfetch": 1.0}}, "nprobe is 1.5"),
+        ({"parameters": {"overfetch": -1}}, "overfetch is -1"),
+        ({"parameters": {"overfetch": 1, "x": 1}}, "'overfetch', 'x'"),
+        ({"files": {}}, "files are a list of 0"),
+        ({"files": {"index.faiss": {"bytes": 1, "sha256": "x"}, "centre.npy": None}}, "'x', which is no SHA-256"),
+        ({"recall": {"recall": 0.5}}, "no 'k' in recall"),
+        ({"recall": []}, "recall is a list"),
+        ({"metric": "cosine"}, "metric is 'cosine', but must be l2 or ip"),
+        ({"dim": 0}, "dim is 0"),
+        ({"spec": ""}, "index is ''"),
+        ({"spec": "\x1b[2J"}, "index is '.x1b.2J'"),
+        ({"spec": "IVF8,Falt"}, "index.json .*FAISS says"),
+        ({"spec": "IVF0,Flat"}, "index.json .*no size in it may be 0"),
+        ({"spec": "IVF99999999,Flat"}, "index.json .*needs at least 99999999 keys"),
+        ({"spec": "auto"}, "spec is 'auto'"),
+        ({"parameters": {"efSearch": 8, "overfetch": 1.0}}, "index.json .*FAISS says"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused(saved, source, changes, message):
+    edit(saved, **changes)
+    with pytest.raises(VectorIndexError, match=message) as caught:
+        open_index(saved, source)
+    assert str(caught.value).isprintable()
+
+
+def test_damaged_documents_are_refused_or_whole(saved, source):
+    document, path, refused = json.loads((saved / "index.json").read_text()), saved / "index.json", 0
+    for text in (*TEXTS, *damaged_documents(document, random.Random(0), 400)):
+        path.write_text(text)
+        try:
+            assert len(open_index(saved, source).search(source.take(np.arange(2)), 3).ids_QK) == 2
+        except VectorIndexError as error:
+            assert str(error).isprintable()
+            refused += 1
+    assert refused > 300
