@@ -227,7 +227,7 @@ def from_json(document: object, path: Path) -> Manifest:
 
 
 def _no_datastore(folder: Path) -> DatastoreError:
-    return DatastoreError(f"{folder} is not a datastore: it has no {NAME}; make one with `knnlm.build`")
+    return DatastoreError(f"{folder} is not a datastore: it has no {NAME}; {_remedy(folder)}")
 
 
 def _is_inside(name: str) -> bool:

@@ -1,0 +1,54 @@
+"""One flipped bit at a time in the files of a store: refused in one line, found by `verify`, or without effect."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from damages import Damage, report, try_all
+from forks import command, fork
+from kills import run_words, well
+from tally import Tally
+from workshop import Workshop
+
+# Flips that one fork tries: a fork that dies loses no more.
+BATCH = 25
+
+
+def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
+    """So many flips, spread over all files of a store with an index, a fit and a report."""
+    well(command(run_words(shop, "first", "--overwrite")))
+    rng = random.Random(seed)
+    files = sorted(path for path in shop.store.rglob("*") if path.is_file() and path.stat().st_size)
+    places = [(path := files[number % len(files)], rng.randrange(8 * path.stat().st_size)) for number in range(count)]
+    for start in range(0, count, BATCH):
+        batch = places[start : start + BATCH]
+        ended = fork(partial(_try, shop, batch))
+        report(ended, "flip in {}", [str(place) for place in batch], tally)
+
+
+def _try(shop: Workshop, batch: Sequence[tuple[Path, int]]) -> None:
+    try_all(shop, (Damage(_kind_of(path.name), _flipped(path, bit)) for path, bit in batch))
+
+
+@contextmanager
+def _flipped(path: Path, bit: int) -> Iterator[None]:
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+def _kind_of(name: str) -> str:
+    """Files of one kind as one row."""
+    for kind in ("report", "datastore.json", "index.json", "values", "documents", "centre", "mean"):
+        if kind in name:
+            return kind
+    return "keys" if name.endswith(".npy") else "the index"
