@@ -58,7 +58,7 @@ def new_folder(
     :raises DatastoreError: the disk is full, or the parent cannot be written.
     """
     allowed = Allowed(overwrite, manifest, work)
-    with claim_folder(path, allowed, inputs) as temporary, put_in_place(temporary, path, allowed):
+    with claim_folder(path, allowed, inputs) as temporary, put_in_place(temporary, path, allowed), disk_errors(path):
         yield temporary
 
 
@@ -80,7 +80,7 @@ def claim_folder(path: str | Path, allowed: Allowed, inputs: Sequence[str | Path
     """The first half of `new_folder`: the place is nobody else's while the block lasts. Nothing is put there."""
     target = Path(path).resolve()
     with ExitStack() as stack:
-        with _disk_errors(path, OSError):
+        with disk_errors(path, OSError):
             refuse_inputs(path, inputs)
             stack.callback(remove_empty, make_parents(target))
             temporary = stack.enter_context(_claimed(target))
@@ -94,9 +94,8 @@ def put_in_place(temporary: Path, path: str | Path, allowed: Allowed) -> Iterato
     """The second half of `new_folder`: when the block ends well, what was claimed takes its place."""
     target = Path(path).resolve()
     try:
-        with _disk_errors(path):
-            yield
-        with _disk_errors(path, OSError):
+        yield
+        with disk_errors(path, OSError):
             _sync_tree(temporary)
             allowed.check(path)
             (temporary / UNFINISHED).unlink(missing_ok=True)
@@ -114,7 +113,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     """
     parent = Path(tempfile.gettempdir())
     with ExitStack() as stack:
-        with _disk_errors(parent, OSError, "TMPDIR"):
+        with disk_errors(parent, OSError, "TMPDIR"):
             sweep(parent, prefix)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
             stack.callback(os.close, lock_folder(folder))
@@ -237,7 +236,7 @@ def strict_json(value: Any, lower: Callable[[Any], Any] = lambda value: value) -
 
 
 @contextmanager
-def _disk_errors(place: str | Path, kind: type[OSError] | None = None, named_by: str = "`out`") -> Iterator[None]:
+def disk_errors(place: str | Path, kind: type[OSError] | None = None, named_by: str = "`out`") -> Iterator[None]:
     """Turn errors of the disk into a line for the user; with `kind`, every OSError, for code that does files only."""
     try:
         yield
@@ -313,7 +312,7 @@ def _aside(place: Path) -> Path:
 
 def old_folder(target: Path) -> Path:
     """Where the old folder lies between two renames, on systems that cannot exchange two names."""
-    return target.with_name(f".{target.name}.old")
+    return target.parent / f".{target.name}.old"
 
 
 def _bring_back(target: Path) -> None:

@@ -158,7 +158,7 @@ def read_work(folder: Path) -> str | None:
 
 def working_folder(target: Path) -> Path:
     """Where a folder is made that is to lie at `target`: one name for all runs, which is given to one of them."""
-    return target.with_name(f".{target.name}.partial")
+    return target.parent / f".{target.name}.partial"  # `with_name` refuses the root
 
 
 def at_work(target: Path) -> DatastoreExists:
@@ -177,6 +177,8 @@ def refuse_inputs(path: str | Path, inputs: Sequence[str | Path], field: str = "
     :raises DatastoreExists: names both.
     """
     target = Path(path).resolve()
+    if target.is_mount():  # refused in any case
+        return
     for given in inputs:
         for read in _places(Path(given)):
             relation = _relation(target, read)

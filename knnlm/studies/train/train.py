@@ -22,7 +22,7 @@ from torch import nn
 
 from knnlm.config import TextConfig
 from knnlm.errors import InputError
-from knnlm.files import Allowed, claim_folder, put_in_place, write_json
+from knnlm.files import Allowed, claim_folder, disk_errors, put_in_place, write_json
 from knnlm.locks import LOCK
 from knnlm.model.adapters import add_lora
 from knnlm.model.hardware import trains_in_bfloat16
@@ -229,8 +229,9 @@ def _save(trainer: PushAwayTrainer, lm: LanguageModel, result: TrainResult, fold
     if result.settings["lora"]:
         model = model.merge_and_unload()
     model.config.use_cache = True  # the Trainer turns it off for itself
-    model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
+    with disk_errors(result.folder):
+        model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
     saved = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     result = replace(result, files=tuple(sorted({TRAINED, *saved} - {LOCK})))
     write_json(folder / TRAINED, train_document(result))
