@@ -155,7 +155,7 @@ print(*({{"transformers", "datasets", "faiss"}} & set(sys.modules)), "loaded")
         ((), "needs --model and --text, or --vectors alone"),
         (("--model", "m", "--text", "t", "--labels", "l.npy"), "--labels l.npy are of --vectors, which are missing"),
         (("--vectors", "a.npy", "--show", "rank"), "--show 'rank' is no score; there are all, dispersion, within,"),
-        (("--vectors", "a.npy"), "a.npy: No such file or directory"),
+        (("--vectors", "a.npy"), "there is no file a.npy; give a .npy file"),
     ],
 )
 def test_score_refuses_what_does_not_go_together(call, monkeypatch, tmp_path, arguments, words):
