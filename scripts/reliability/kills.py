@@ -29,8 +29,6 @@ class Verb:
     words: Callable[[Workshop], Sequence[object]]
     prepared: Callable[[Workshop], Sequence[object]] | None = None
     """The command that made what is there before."""
-    again: Sequence[object] = ()
-    """What the same command needs, when it is given again over what a killed one left."""
 
 
 def build_words(shop: Workshop, text: str, *more: object) -> list[object]:
@@ -61,8 +59,8 @@ def eval_words(shop: Workshop) -> list[object]:
 
 
 VERBS = (
-    Verb("build", lambda shop: build_words(shop, "first"), again=("--overwrite",)),
-    Verb("run", lambda shop: run_words(shop, "first"), again=("--overwrite",)),
+    Verb("build", lambda shop: build_words(shop, "first")),
+    Verb("run", lambda shop: run_words(shop, "first")),
     Verb(
         "build --overwrite",
         lambda shop: build_words(shop, "second", "--overwrite"),
@@ -129,8 +127,9 @@ def kill(scene: Scene, rng: random.Random, tally: Tally) -> None:
     if ended.traceback:
         tally.fault(verb.name, "tracebacks", ended.output)
     _look(scene, tally)
-    more = verb.again if shop.store.exists() else ()
-    again = command([*verb.words(shop), *more])
+    # A first build that was finished before the kill came is rightly refused when it is given again.
+    finished = scene.before is None and shop.store.exists() and digest(shop.store) in scene.outcomes
+    again = command([*verb.words(shop), *(["--overwrite"] if finished else [])])
     if again.status or again.hung:
         kind = "hangs" if again.hung else "tracebacks" if again.traceback else "same command fails"
         tally.fault(verb.name, kind, again.output)
@@ -163,10 +162,10 @@ def _look(scene: Scene, tally: Tally) -> None:
     verified = command(["verify", shop.store])
     if verified.status or verified.traceback:
         tally.fault(name, "opens damaged", verified.output)
-    elif scene.before is not None:
+    elif scene.before is not None or not (shop.store / "unfinished.json").is_file():
         tally.fault(name, "neither old nor new", _difference(scene))
     else:
-        tally.count(name, "whole, without index or report")
+        tally.count(name, "whole, marked unfinished")
 
 
 def _difference(scene: Scene) -> str:
