@@ -125,7 +125,7 @@ def _read_labels(path: Path) -> NDArray[np.int64]:
 
 
 def _load(path: Path) -> NDArray[Any]:
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}; give a .npy file, as numpy.save writes it")
     try:
         check_regular(path)

@@ -67,4 +67,6 @@ def _check_column(names: list[str], name: str, path: Path) -> None:
     if name not in names:
         raise no_field(name, names, str(path))
     if (count := names.count(name)) > 1:
-        raise InputError(f"{path} has {count} columns {name!r}; write it again with one, or name another: --text-field")
+        raise InputError(
+            f"{path} has {count} columns {name!r}; write it again with one, or name another as `text_field`"
+        )

@@ -259,7 +259,7 @@ def test_space_before_a_word_is_kept_where_a_tokenizer_drops_it() -> None:
     """As those of SentencePiece: a text's first word has no space, but its token has."""
     inner = Tokenizer(models.WordLevel({"▁the": 0, "▁nurse": 1, "s": 2}, unk_token="s"))
     inner.decoder = decoders.Metaspace()
-    token_text = TokenTexts(SimpleNamespace(decode=inner.decode, encode=lambda text: np.array([0])))
+    token_text = TokenTexts(SimpleNamespace(decode=inner.decode, encode=lambda text: np.array([0]), word="the"))
     assert inner.decode([1]) == "nurse"
     assert [token_text(token) for token in (1, 2)] == [" nurse", "s"]
 

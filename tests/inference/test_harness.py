@@ -325,7 +325,7 @@ def test_help_is_that_of_lm_eval(call) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/lm-eval.md"])
 def test_lines_in_the_documentation_run(page, stores, tasks, tmp_path, capsys) -> None:
     """As they stand but for the store and the task, which are ours."""
-    (block,) = re.findall(r"```python\n(import lm_eval\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(import knnlm\nimport lm_eval\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
     copy = shutil.copytree(stores / "gpt2", tmp_path / "book.knn")
     Datastore.open(copy).update_manifest(fitted={LAYER: {"k": K, "temperature": TEMPERATURE, "lambda": LAMBDA}})
     task = yaml.safe_load((tasks / "tiny_choice.yaml").read_text())

@@ -22,6 +22,7 @@ from knnlm.store.datastore import Datastore
 from knnlm.store.writer import DatastoreWriter
 
 LAYERS = ("0.ffn_input", "1.ffn_input", "final_norm")
+FITTED = {"k": 8, "lambda": 0.5, "temperature": 2.0, "gate": None}
 SETTINGS = Settings(knn=KNNConfig(k=4, index="exact"))
 
 
@@ -52,10 +53,10 @@ def test_indexes_from_stores_that_were_opened_before_join(folder: Path) -> None:
 
 def test_fitted_settings_and_indexes_from_stores_that_were_opened_before_join(folder: Path) -> None:
     one, other = Datastore.open(folder), Datastore.open(folder)
-    one.update_manifest(fitted={"final_norm": {"k": 8}})
-    other.update_manifest(indexes={"final_norm": {"metric": "l2"}})
+    index_layer(one, "final_norm", SETTINGS)
+    other.update_manifest(fitted={"final_norm": FITTED})
     now = Datastore.open(folder).manifest
-    assert (now.fitted, dict(now.indexes)) == ({"final_norm": {"k": 8}}, {"final_norm": {"metric": "l2"}})
+    assert (now.fitted, tuple(now.indexes)) == ({"final_norm": FITTED}, ("final_norm",))
 
 
 def test_indexes_that_are_made_at_once_join(folder: Path) -> None:
@@ -68,12 +69,12 @@ def test_indexes_that_are_made_at_once_join(folder: Path) -> None:
 def test_changes_wait_for_each_other(folder: Path) -> None:
     store = Datastore.open(folder)
     with locked(folder):
-        waiting = threading.Thread(target=store.update_manifest, kwargs={"fitted": {"a": 1}})
+        waiting = threading.Thread(target=store.update_manifest, kwargs={"fitted": {"final_norm": FITTED}})
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive() and Datastore.open(folder).manifest.fitted is None
     waiting.join(30)
-    assert Datastore.open(folder).manifest.fitted == {"a": 1}
+    assert Datastore.open(folder).manifest.fitted == {"final_norm": FITTED}
 
 
 def test_second_index_of_a_layer_leaves_the_first_as_it_is(folder: Path) -> None:

@@ -143,7 +143,7 @@ def test_gguf_file_is_the_model_that_it_was_made_of(tmp_path, capsys):
 def test_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"is a GGUF file, .* needs gguf, .* pip install 'knnlm\[gguf\]'"):
+    with pytest.raises(ModelError, match=r"is a GGUF file, .* needs gguf, .* pip install '\.\[gguf\]'"):
         load_model(tmp_path / "a.gguf")
 
 

@@ -463,7 +463,7 @@ def test_limits_are_those_of_the_command_line() -> None:
     defaults = {name: one.default for name, one in inspect.signature(serve).parameters.items()}
     for name in ("prompt_tokens", "completion_tokens", "batch", "queue", "seconds"):
         assert defaults[f"max_{name}"] == getattr(Limits(), name)
-    with pytest.raises(InputError, match="`max_queue` is 0"):
+    with pytest.raises(InputError, match="`queue` is 0"):
         Limits(queue=0)
 
 

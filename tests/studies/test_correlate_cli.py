@@ -53,7 +53,12 @@ def test_table_notes_and_report(call, gpt2_folder, corpus, tmp_path):
     for row in document["clusters"]:
         assert re.search(rf"{row['layer']} +{row['kind']} +{row['within']:.4f} +{row['between']:.4f}", done.out)
     # 100 in a group are too many for this text.
-    assert f"Note: {document['notes'][0]}" in done.out
+    note = (
+        document["notes"][0]
+        .replace("`group_size=16`", "--group-size 16")
+        .replace("`max_perplexity`", "--max-perplexity")
+    )
+    assert "`" not in note and f"Note: {note}" in done.out
     assert done.out.splitlines()[-1] == f"Report: {tmp_path / 'a' / 'b' / 'correlate.html'}"
     assert (tmp_path / "a" / "b" / "correlate.html").read_text().startswith("<!doctype html>")
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import tracemalloc
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -380,11 +379,11 @@ def test_broken_parquet(write, tmp_path):
 def test_a_file_without_permission(write, monkeypatch):
     path = write("a.txt", "text")
 
-    def refuse(self, mode):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path, flags):
+        raise PermissionError(13, "Permission denied", str(path))
 
     # The tests may run as root, who may read everything.
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("knnlm.regular.os.open", refuse)
     assert refusal(path).startswith(f"cannot read {path}: Permission denied")
 
 

@@ -122,7 +122,7 @@ def test_dials_are_turned_where_it_helps(monkeypatch, recall_of, effort, overfet
     assert index.effort.value == 1
 
     def pretended(index, trial):
-        return Recall(recall_of(index.effort.value, index.overfetch), 1, 1, 0.0, 0.0)
+        return Recall(min(1.0, recall_of(index.effort.value, index.overfetch)), 1, 1, 0.0, 0.0)
 
     monkeypatch.setattr("index.tune.run_trial", pretended)
     assert tune(index, trial, 0.88) >= 0.88
