@@ -200,11 +200,12 @@ def _index(store: Path) -> None:
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """So many kills, the verbs in turn."""
+    """So many kills, spread over the verbs; fewer than there are verbs fall on some of them."""
     rng = random.Random(seed)
-    for verb in VERBS:
+    each, rest = divmod(count, len(VERBS) + 1)
+    for verb in VERBS if each else rng.sample(VERBS, rest):
         scene = prepare(shop, verb)
-        for _ in range(count // (len(VERBS) + 1)):
+        for _ in range(each or 1):
             kill(scene, rng, tally)
-    for _ in range(count // (len(VERBS) + 1)):
+    for _ in range(each):
         index_twice(shop, rng, tally)

@@ -26,10 +26,10 @@ from tally import Tally
 from workshop import Workshop, make
 
 PARTS: dict[str, tuple[Callable[[Workshop, int, int, Tally], None], int, int]] = {
-    "kills": (kills.campaign, 200, 6),
-    "flips": (flips.campaign, 1000, 25),
-    "documents": (documents.campaign, 5000, 100),
-    "requests": (odd_requests.campaign, 3000, 60),
+    "kills": (kills.campaign, 200, 2),
+    "flips": (flips.campaign, 1000, 16),
+    "documents": (documents.campaign, 5000, 40),
+    "requests": (odd_requests.campaign, 3000, 100),
 }
 """Each part with its numbers: of the whole campaign, and of the quick one."""
 

@@ -12,7 +12,7 @@ from forks import fork
 
 BOOK = Path(__file__).parents[1] / "demo_data" / "rust-book.jsonl"
 # Characters of each of the three texts.
-TEXT_CHARACTERS = 60_000
+TEXT_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
