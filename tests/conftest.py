@@ -28,6 +28,10 @@ for _name in [name for name in os.environ if name.startswith("KNNLM_") and name 
 for _name in ("COLUMNS", "FORCE_COLOR", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
     os.environ.pop(_name, None)
 
+# Before anything loads OpenMP, here and in the processes that tests start: work this small gains nothing by threads,
+# which spin while they wait for one another. Tests of threads ask for a number of their own.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # A slow machine is no failure, and a failure is the same failure tomorrow.
 hypothesis.settings.register_profile("knnlm", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("knnlm")
