@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 # Before anything imports transformers or datasets, which read these once. The caches are of this run only.
 _CACHE = tempfile.TemporaryDirectory(prefix="knnlm-tests-", ignore_cleanup_errors=True)
@@ -124,3 +129,53 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path, te
     settings = Settings(text=TextConfig(context=32, stride=16), layers=LayerConfig(layers="1.ffn_input,2.ffn_input"))
     out = tmp_path_factory.mktemp("stores") / "store"
     return build(load_model(gpt2_folder), [text_file], out, settings=settings).folder
+
+
+# For the pages, which are looked at in one real browser.
+
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+def executable(*names: str) -> str:
+    """The path of the first that is installed. A missing browser is a failure: a skip would hide a broken page."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    pytest.fail(f"this test needs {names[0]} (Debian: chromium, chromium-driver); KNNLM_NO_BROWSER=1 leaves it out")
+
+
+@pytest.fixture(scope="session")
+def _chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = executable("chromium", "chromium-browser", "google-chrome")
+    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(_chromium: webdriver.Chrome) -> webdriver.Chrome:
+    """Chromium with one empty tab of a size of its own, and nothing that another module's pages left."""
+    used = _chromium.current_window_handle
+    _chromium.switch_to.new_window("tab")
+    fresh = _chromium.current_window_handle
+    _chromium.switch_to.window(used)
+    _chromium.close()
+    _chromium.switch_to.window(fresh)
+    _chromium.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": "*", "storageTypes": "all"})
+    _chromium.get_log("browser")
+    return _chromium
