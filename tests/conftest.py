@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -40,30 +39,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A slow machine is no failure, and a failure is the same failure tomorrow.
 hypothesis.settings.register_profile("knnlm", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("knnlm")
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--only-named`, leave out files that can have no test for -k: to import all takes longer than most tests."""
-    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
-    if not (is_test and config.getoption("--only-named")):
-        return None
-    return None if may_have(config.getoption("keyword"), collection_path, config.rootpath) else True
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--only-named", action="store_true", help="do not import files that have no word of -k in them")
-
-
-def may_have(expression: str, path: Path, root: Path) -> bool:
-    """Whether a test of a file may be named by -k: one of its words is in the file's path or text.
-
-    With `not` any file may. A name that only a computed parameter has is not seen.
-    """
-    words = set(re.findall(r"[^\s()]+", expression.lower())) - {"and", "or"}
-    if not words or "not" in words:
-        return True
-    text = f"{path.relative_to(root)}\n{path.read_text(encoding='utf-8')}".lower()
-    return any(word in text for word in words)
 
 
 @pytest.fixture(autouse=True)
