@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 # Before anything imports transformers or datasets, which read these once. The caches are of this run only.
 _CACHE = tempfile.TemporaryDirectory(prefix="knnlm-tests-", ignore_cleanup_errors=True)
@@ -28,33 +32,13 @@ for _name in [name for name in os.environ if name.startswith("KNNLM_") and name 
 for _name in ("COLUMNS", "FORCE_COLOR", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN"):
     os.environ.pop(_name, None)
 
+# Before anything loads OpenMP, here and in the processes that tests start: work this small gains nothing by threads,
+# which spin while they wait for one another. Tests of threads ask for a number of their own.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # A slow machine is no failure, and a failure is the same failure tomorrow.
 hypothesis.settings.register_profile("knnlm", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("knnlm")
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--only-named`, leave out files that can have no test for -k: to import all takes longer than most tests."""
-    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
-    if not (is_test and config.getoption("--only-named")):
-        return None
-    return None if may_have(config.getoption("keyword"), collection_path, config.rootpath) else True
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--only-named", action="store_true", help="do not import files that have no word of -k in them")
-
-
-def may_have(expression: str, path: Path, root: Path) -> bool:
-    """Whether a test of a file may be named by -k: one of its words is in the file's path or text.
-
-    With `not` any file may. A name that only a computed parameter has is not seen.
-    """
-    words = set(re.findall(r"[^\s()]+", expression.lower())) - {"and", "or"}
-    if not words or "not" in words:
-        return True
-    text = f"{path.relative_to(root)}\n{path.read_text(encoding='utf-8')}".lower()
-    return any(word in text for word in words)
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +104,53 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path, te
     settings = Settings(text=TextConfig(context=32, stride=16), layers=LayerConfig(layers="1.ffn_input,2.ffn_input"))
     out = tmp_path_factory.mktemp("stores") / "store"
     return build(load_model(gpt2_folder), [text_file], out, settings=settings).folder
+
+
+# For the pages, which are looked at in one real browser.
+
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+def executable(*names: str) -> str:
+    """The path of the first that is installed. A missing browser is a failure: a skip would hide a broken page."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    pytest.fail(f"this test needs {names[0]} (Debian: chromium, chromium-driver); KNNLM_NO_BROWSER=1 leaves it out")
+
+
+@pytest.fixture(scope="session")
+def _chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = executable("chromium", "chromium-browser", "google-chrome")
+    for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(_chromium: webdriver.Chrome) -> webdriver.Chrome:
+    """Chromium with one empty tab of a size of its own, and nothing that another module's pages left."""
+    used = _chromium.current_window_handle
+    _chromium.switch_to.new_window("tab")
+    fresh = _chromium.current_window_handle
+    _chromium.switch_to.window(used)
+    _chromium.close()
+    _chromium.switch_to.window(fresh)
+    _chromium.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": "*", "storageTypes": "all"})
+    _chromium.get_log("browser")
+    return _chromium

@@ -20,7 +20,6 @@ from tests import explorer_server
 from tests.explorer_server import FITTED, GATE, MARKUP, SOURCE, Running, running
 from tests.report import test_report_browser as report_browser
 
-browser = report_browser.browser
 explainer, server = explorer_server.explainer, explorer_server.server
 page_width = report_browser.page_width
 TEXT = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it"

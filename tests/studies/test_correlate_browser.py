@@ -13,7 +13,6 @@ from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.report import test_report_browser as report_browser
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
-browser = report_browser.browser
 CHARTS = ("scatter", "ungrouped", "grouped", "models", "contexts", "clusters-ngram", "clusters-kmeans")
 
 

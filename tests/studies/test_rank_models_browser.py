@@ -12,8 +12,6 @@ from knnlm.studies.rank_models.token_sets import TokenSource
 from tests.report import test_report_browser as report_browser
 from tests.tiny_models import save_tiny
 
-browser = report_browser.browser
-
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):

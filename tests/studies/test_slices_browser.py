@@ -11,7 +11,7 @@ from knnlm.studies.slices.page import write_slices
 from tests.report import test_report_browser as report_browser
 from tests.studies import test_slices
 
-browser, lm, question_file, text = report_browser.browser, test_slices.lm, test_slices.question_file, test_slices.text
+lm, question_file, text = test_slices.lm, test_slices.question_file, test_slices.text
 CHARTS = ("slices-questions-jsonl", "auc", "ranking")
 
 

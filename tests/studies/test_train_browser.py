@@ -10,8 +10,6 @@ from knnlm.studies.train.page import write_train
 from knnlm.studies.train.train import train, train_document
 from tests.report import test_report_browser as report_browser
 
-browser = report_browser.browser
-
 
 @pytest.fixture(scope="module")
 def page(gpt2_folder, text_file, tmp_path_factory):

@@ -107,7 +107,7 @@ def test_effort_is_not_raised_further_than_needed():
     ("recall_of", "effort", "overfetch"),
     [
         # 36 are needed; 64 reach it, and so do 48 and then 40.
-        (lambda effort, overfetch: effort / 40, 40, 1),
+        (lambda effort, overfetch: min(1, effort / 40), 40, 1),
         # Effort brings nothing: it is doubled once and taken back; candidates are doubled until they suffice.
         (lambda effort, overfetch: 0.5 + overfetch / 10, 1, 4),
         # Candidates are taken back too: of 4, 3 suffice.
