@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[Callable[[Workshop, int, int, Tally], None], int, int]] =
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few of each, under a minute")
+    parser.add_argument("--count", type=int, help="so many of each, in place of the whole campaign's numbers")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the counts here too")
@@ -48,7 +49,7 @@ def main() -> None:
         for name in args.only.split(","):
             campaign, whole, quick = PARTS[name]
             started = time.perf_counter()
-            campaign(shop, quick if args.quick else whole, args.seed, tally)
+            campaign(shop, args.count or (quick if args.quick else whole), args.seed, tally)
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     show(tally)
     if args.json:
