@@ -7,8 +7,7 @@
     result = knnlm.evaluate(lm, store, ["held-out.txt"])
     print(result.lm.perplexity, [(one.layer, one.perplexity) for one in result.layers])
 
-A name is loaded from its own module when it is first asked for: `import knnlm` costs nothing. `help(knnlm.NAME)` has
-the details of each.
+Names are loaded lazily, on first use, so that `import knnlm` is fast. `help(knnlm.NAME)` documents each.
 
 models    load_model, random_model, LanguageModel
 verbs     run, score, build, evaluate, rank_models, score_vectors
@@ -79,7 +78,7 @@ if TYPE_CHECKING:
     from knnlm.studies.train.train import train
     from knnlm.studies.train.trainer import PushAwayTrainer
 
-    # Not at run time: `help` would load all of them and print every class with all that it inherits.
+    # For type checkers only: at run time `help` would load every name and print all inherited members.
     __all__ = [  # noqa: RUF022 - in plain order, not with KNNLM first as if it were a constant
         "ByQuery",
         "Choice",
@@ -146,8 +145,8 @@ if TYPE_CHECKING:
         "uniformity",
     ]
 
-# The same names again for the running program; tests/test_public_names.py holds the two together.
-# A public name must not be a module's name too: importing the module would put it in the place of the function.
+# The same names for run time; tests/test_public_names.py keeps the two lists equal.
+# A public name must not also be a module's name: importing the module would replace the function.
 _NAMES = {
     "config": (
         "EvalConfig",
@@ -243,7 +242,7 @@ def __dir__() -> list[str]:
     return sorted((*_MODULE_OF, "__version__"))
 
 
-if not TYPE_CHECKING:  # a type checker that saw this would believe every misspelt name
+if not TYPE_CHECKING:  # a type checker would otherwise accept every misspelt name
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:

@@ -1,4 +1,4 @@
-"""Settings: small, keyword-only, checked when they are made. `None` means: fitted or found out."""
+"""Settings: frozen, keyword-only dataclasses that check their values. `None` means fitted or determined at run time."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ LARGEST_SEED = (1 << 31) - 1
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """:raises InputError: a value that is given is not a finite number above 0."""
+    """Raise InputError unless the value is None or a finite number above 0."""
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise InputError(f"`{name}` is {value}, but must be a finite number above 0")
 
 
 def check_whole(name: str, value: object, *, least: int) -> None:
-    """NumPy's integers are whole too; True is not."""
+    """Raise InputError unless the value is an integer of at least `least`: NumPy's count, booleans do not."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise InputError(f"`{name}` is {value}, but must be a whole number of at least {least}")
 
 
 def check_seed(seed: int) -> None:
-    """:raises InputError: NumPy and torch do not both take it."""
+    """Raise InputError unless the seed is one that NumPy, torch and FAISS all accept."""
     if not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"`seed` is {seed}, but must be from 0 to {LARGEST_SEED}")
 
 
 def check_stride(stride: int, context: int, source: str = "") -> None:
-    """:raises InputError: windows of `context` tokens that begin `stride` apart leave tokens out.
+    """Raise InputError if windows of `context` tokens that begin `stride` tokens apart leave tokens out.
 
     :param source: where the context comes from, if it is not a setting.
     """
@@ -52,16 +52,16 @@ class TextConfig:
     """How text becomes windows of tokens (design.md, section 6)."""
 
     context: int | None = None
-    """Tokens that the model sees at once; None: the model's limit, at most 1024."""
+    """Tokens of a window; None: the model's limit, at most 1024."""
     stride: int | None = None
-    """New tokens of each further window; None: half of the context."""
+    """New tokens in each window after the first; None: half of the context."""
     max_tokens: int | None = None
-    """Of the datastore's text; None: all of it."""
+    """Tokens of the datastore's text to use; None: all."""
     text_field: str = "text"
     protocol: str = "documents"
-    """`documents`, or `knn-transformers` to compare figures with that project's run_clm.py."""
+    """`documents`, or `knn-transformers` for figures comparable with that project's run_clm.py."""
     windows: int | None = None
-    """Windows in one forward pass; None: as many as `BATCH_TOKENS` hold."""
+    """Windows per forward pass; None: as many as fit into `BATCH_TOKENS`."""
 
     def __post_init__(self) -> None:
         for name, value in (("context", self.context), ("stride", self.stride), ("max_tokens", self.max_tokens)):
@@ -79,19 +79,23 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Which layers are looked at, which of them may be chosen, and what chooses."""
+    """Which layers are examined, which of them may be chosen, and how one is chosen."""
 
     layers: str | None = None
-    """Patterns of layers to look at; None: every block and part."""
+    """Patterns of layers to examine; None: every part of every block, and `final_norm`."""
     candidates: str = "candidates"
-    """Patterns of layers that may be chosen; the default is `ffn_input` of the upper half of the blocks."""
+    """Patterns of layers that may be chosen; by default `ffn_input` of the upper half of the blocks."""
     select: str = "dispersion"
-    """`dispersion`, `probe`, or the name of a layer."""
+    """`dispersion`, `probe` (how often nearest keys have the same next token), or the name of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KNNConfig:
-    """The kNN distribution and its weight; what is None is fitted on the tuning part of the evaluation text."""
+    """The kNN distribution and its weight in the mixture.
+
+    A `k`, `temperature` or `lam` of None is fitted on the tuning part: the half of the evaluation text on which nothing
+    is reported.
+    """
 
     k: int | None = None
     temperature: float | None = None
@@ -100,7 +104,7 @@ class KNNConfig:
     index: str = "auto"
     """`auto`, `exact`, or a FAISS factory string."""
     max_k: int = 1024
-    """The largest k that fitting tries."""
+    """The largest k tried in fitting."""
 
     def __post_init__(self) -> None:
         if self.k is not None:
@@ -114,23 +118,23 @@ class KNNConfig:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether anything is left to be fitted on the tuning part."""
+        """Whether k, temperature or lambda has to be fitted."""
         return None in (self.k, self.temperature, self.lam)
 
     @property
     def search_k(self) -> int:
-        """Neighbours that one search has to bring."""
+        """Neighbours to retrieve for each query."""
         return self.k or self.max_k
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How the evaluation text is cut, and what is reported of it."""
+    """How much of the evaluation text is used, and how many examples are reported."""
 
     eval_tokens: int | None = 20_000
-    """A budget, spread over the documents; None: all of the evaluation text."""
+    """Token budget, spread over the documents; None: the whole evaluation text."""
     examples: int = 12
-    """Tokens shown with their neighbours, of those helped most and of those hurt most."""
+    """Tokens shown with their neighbours: this many of those helped most, and of those hurt most."""
 
     def __post_init__(self) -> None:
         check_positive("eval_tokens", self.eval_tokens)
@@ -144,18 +148,18 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that the verbs of `knnlm.pipeline.verbs` can be told."""
+    """All settings of the functions in `knnlm.pipeline.verbs`."""
 
     text: TextConfig = TextConfig()
     layers: LayerConfig = LayerConfig()
     knn: KNNConfig = KNNConfig()
     evaluation: EvalConfig = EvalConfig()
     key_dtype: str = "float16"
-    """Of keys on disk: `float16`, or `float32` for layers whose values overflow or for exactness to the last digit."""
+    """Type of the keys on disk: `float16`, or `float32` for values that overflow float16 or must not be rounded."""
     disk_budget: float | None = None
-    """Bytes that keys may take; None: half of the free disk."""
+    """Bytes of disk for keys; None: half of the free space."""
     seed: int = 0
-    """Of everything drawn at random."""
+    """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         check_positive("disk_budget", self.disk_budget)

@@ -1,4 +1,4 @@
-"""report.json: results to plain values that strict JSON holds, and back. The schema is in docs/report-json.md."""
+"""report.json: conversion of results to strict JSON and back. The schema is in docs/report-json.md."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ SCORE_FIELDS = tuple(field.name for field in fields(LayerScore) if field.name !=
 
 
 def to_document(result: EvalResult) -> dict[str, Any]:
-    """An evaluation as report.json's object. NaN and infinity become null, intervals `[low, high]`, tuples lists."""
+    """Return an evaluation as report.json's object: NaN and infinity become null, intervals `[low, high]`."""
     document = _head("evaluation") | _plain_fields(result)
     document["layers"] = [_layer_row(layer) for layer in result.layers]
     return document
 
 
 def from_document(document: Mapping[str, Any]) -> EvalResult:
-    """The evaluation that `to_document` wrote; null becomes NaN where a number is due (also for an infinity).
+    """Return the evaluation that `to_document` wrote; null becomes NaN where a number is expected.
 
-    :raises InputError: the object is no evaluation of this format and version, or lacks a field
+    :raises InputError: the object is not an evaluation of this format and version, or lacks a field
     """
     _check_head(document, "evaluation")
     rows = document.get("layers")
@@ -50,7 +50,7 @@ def from_document(document: Mapping[str, Any]) -> EvalResult:
 
 
 def score_document(result: ScoreResult | VectorScores) -> dict[str, Any]:
-    """The document of `knnlm score`; as `to_document`."""
+    """Return the document of `knnlm score`, with values as in `to_document`."""
     document = _head("score" if isinstance(result, ScoreResult) else "vectors") | _plain_fields(result)
     document["layers"] = [_names(score.layer) | _plain_fields(score) for score in result.layers]
     if isinstance(result, ScoreResult):
@@ -59,7 +59,7 @@ def score_document(result: ScoreResult | VectorScores) -> dict[str, Any]:
 
 
 def score_from_document(document: object) -> ScoreResult:
-    """The scores that `score_document` wrote; as `from_document`."""
+    """Return the scores that `score_document` wrote. Raises as `from_document`."""
     if not isinstance(document, Mapping):
         raise InputError(f"not a score report: {type(document).__name__} instead of an object")
     _check_head(document, "score")
@@ -67,12 +67,12 @@ def score_from_document(document: object) -> ScoreResult:
 
 
 def dumps(document: Mapping[str, Any]) -> str:
-    """A document as strict JSON text: a NaN that slipped through is an error, never the token `NaN`."""
+    """Return a document as strict JSON text; a NaN or infinity left in it raises ValueError."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_document(document: Mapping[str, Any], path: str | Path) -> None:
-    """Write a document to a file, whole or not at all.
+    """Write a document to a file atomically.
 
     :raises OSError: the file cannot be written
     """
@@ -114,7 +114,7 @@ def _plain_fields(value: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - anything that a result or a setting holds
-    """Values of strict JSON: NaN and infinity become null, an interval `[low, high]`, dataclasses objects."""
+    """Return strict JSON values: NaN and infinity become null, an interval `[low, high]`, dataclasses objects."""
     return strict_json(value, _lowered)
 
 
@@ -127,12 +127,12 @@ def _lowered(value: Any) -> Any:  # noqa: ANN401
         return list(value)
     if value is None or isinstance(value, bool | float | Mapping | list | tuple):
         return value
-    # str() also of what inherits from str or int (StrEnum), so that the document holds plain types only
+    # str() and int() also for subclasses (StrEnum), so that the document holds plain types only
     return int(value) if isinstance(value, int) else whole_text(str(value))
 
 
 def whole_text(text: str) -> str:
-    """The text with halves of surrogate pairs written out: such has the name of a file that is not UTF-8."""
+    """Return the text with lone surrogates escaped: the name of a file that is not UTF-8 contains them."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

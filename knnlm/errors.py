@@ -1,11 +1,11 @@
-"""Every error that a user can mend, each one line: the fact, the value received, what to do.
+"""All errors that a user can fix. Each message is one line: the fact, the value received, what to do.
 
 KNNLMError
 ├── InputError            an option or a text that cannot be used (also a ValueError)
-├── ModelError            a model that cannot serve: no tokenizer, not a causal LM, NaN in a layer
+├── ModelError            a model that cannot be used: no tokenizer, not a causal LM, NaN in a layer
 │   └── LayerError        a layer that this model does not have; the message lists the names
 └── DatastoreError        a datastore on disk
-    ├── DatastoreExists   the output folder holds something already
+    ├── DatastoreExists   the output path is occupied
     ├── DatastoreMismatch made with another model, tokenizer or layer
     └── DatastoreCorrupt  a file is missing, short or changed
 """
@@ -20,11 +20,11 @@ class InputError(KNNLMError, ValueError):
 
 
 class ModelError(KNNLMError):
-    """A model that cannot serve as the language model."""
+    """A model that cannot be used as the language model."""
 
 
 class LayerError(ModelError):
-    """A layer name or pattern that fits no layer of the model."""
+    """A layer name or pattern that matches no layer of the model."""
 
 
 class DatastoreError(KNNLMError):
@@ -32,11 +32,11 @@ class DatastoreError(KNNLMError):
 
 
 class DatastoreExists(DatastoreError):
-    """The output folder holds something already."""
+    """The output path is occupied: by other files, by an input, or by another run."""
 
 
 class DatastoreMismatch(DatastoreError):
-    """The datastore was made with something other than what it is opened with."""
+    """The datastore was made with another model or tokenizer, or lacks the layer."""
 
 
 class DatastoreCorrupt(DatastoreError):
@@ -44,5 +44,5 @@ class DatastoreCorrupt(DatastoreError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what another library said, or the kind of its error where it said nothing."""
+    """Return the first line of another library's error message, or the error's type if there is none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: folders that appear at once, text and JSON that are renamed into place.
+"""Atomic output: folders and files that are either complete or absent, renamed into place.
 
 A folder is built under a hidden name beside its place (`.NAME.partial`), with a lock file in it (`knnlm.locks`), and
-renamed when it is complete. The name is the same for all runs: of two that want one place, one learns it at once.
+renamed when it is complete. The hidden name is the same for all runs, so that a second run for a place fails at once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from knnlm.places import (
     working_folder,
 )
 
-# Errors of the disk and not of the code or the input.
+# Errors of the disk, not of the code or the input.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -47,13 +47,13 @@ def new_folder(
     manifest: str = DATASTORE,
     work: str = "",
 ) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `path` when the block ends well, and vanishes when it does not.
+    """Yield a temporary folder that replaces `path` if the block succeeds, and is removed if it fails.
 
-    What dead runs left behind is removed first. Missing parents are made. An empty folder at `path` is replaced; one
-    with content only with `overwrite`, only if all of it is knnlm's, and only after the new one is complete. A block
-    that ends badly after `places.mark_unfinished` is kept at `path`, if nothing was there; a note of the error says so.
+    Leftovers of dead runs are removed first, and missing parents made. An empty folder at `path` is replaced; a
+    non-empty one only with `overwrite`, if all its content is knnlm's, and after the new one is complete. If the block
+    fails after `places.mark_unfinished` and `path` is free, the folder is kept there; a note on the error says so.
 
-    :param inputs, manifest, work: as of `places.refuse_inputs` and `places.refuse_existing`.
+    :param inputs, manifest, work: as in `places.refuse_inputs` and `places.refuse_existing`.
     :raises DatastoreExists: `path` holds something already (before the block runs), or another run is writing it.
     :raises DatastoreError: the disk is full, or the parent cannot be written.
     """
@@ -64,7 +64,7 @@ def new_folder(
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a new folder may replace: as of `places.refuse_existing`."""
+    """What a new folder may replace; fields as in `places.refuse_existing`."""
 
     overwrite: bool = False
     manifest: str = DATASTORE
@@ -77,7 +77,7 @@ class Allowed:
 
 @contextmanager
 def claim_folder(path: str | Path, allowed: Allowed, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """The first half of `new_folder`: the place is nobody else's while the block lasts. Nothing is put there."""
+    """The first half of `new_folder`: reserve the place for the duration of the block. Nothing is put there."""
     target = Path(path).resolve()
     with ExitStack() as stack:
         with disk_errors(path, OSError):
@@ -91,7 +91,7 @@ def claim_folder(path: str | Path, allowed: Allowed, inputs: Sequence[str | Path
 
 @contextmanager
 def put_in_place(temporary: Path, path: str | Path, allowed: Allowed) -> Iterator[None]:
-    """The second half of `new_folder`: when the block ends well, what was claimed takes its place."""
+    """The second half of `new_folder`: move the claimed folder into place if the block succeeds."""
     target = Path(path).resolve()
     try:
         yield
@@ -107,9 +107,9 @@ def put_in_place(temporary: Path, path: str | Path, allowed: Allowed) -> Iterato
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder among the temporary files while the block lasts; those that dead runs left are removed first.
+    """Yield a temporary folder, removed after the block; leftovers of dead runs are removed first.
 
-    :raises DatastoreError: there is no room for it; names TMPDIR.
+    :raises DatastoreError: it cannot be made; names TMPDIR.
     """
     parent = Path(tempfile.gettempdir())
     with ExitStack() as stack:
@@ -121,14 +121,14 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, document: Mapping[str, Any]) -> None:
-    """Write strict JSON; NaN and infinity become null, numpy's numbers plain ones. Raises as `write_text`."""
+    """Write strict JSON; NaN and infinity become null, NumPy numbers plain ones. Raises as `write_text`."""
     write_text(path, json.dumps(strict_json(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all.
+    """Write a text as UTF-8, atomically.
 
-    :raises OSError: the folder is missing or read-only, or the disk is full; names `path`, which is as it was.
+    :raises OSError: the folder is missing or read-only, or the disk is full; names `path`, which is unchanged.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
@@ -148,9 +148,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def all_or_none(*paths: Path) -> Iterator[None]:
-    """Files that the block writes, in folders that are made where they are missing; none is left if it ends badly.
+    """Make the parents of files that the block writes; if it fails, remove the new files and folders.
 
-    So that the same command can be given again. A file that was there before stays.
+    The same command can then be run again. A file that was there before stays.
     """
     with ExitStack() as stack:
         for path in paths:
@@ -162,7 +162,7 @@ def all_or_none(*paths: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: str | Path) -> None:
-    """Make the names in a folder durable, where the file system can."""
+    """Make the names in a folder durable, if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -174,28 +174,28 @@ def fsync_folder(folder: str | Path) -> None:
 
 
 def disk_error(error: OSError, place: str | Path, named_by: str = "`out`") -> DatastoreError:
-    """The system's refusal to write as one line for the user; `named_by`, a field or a variable, named the place."""
+    """Return a failed write as one line for the user; `named_by` is the field or variable that named the place."""
     remedy = "free some space or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose"
     return DatastoreError(f"cannot write {place}: {error.strerror or error}; {remedy} another {named_by}")
 
 
 def path_tails(name: str) -> list[str]:
-    """The ends of a path at its slashes, the whole first: `runs/a/final` -> `runs/a/final`, `a/final`, `final`."""
+    """Return the suffixes of a path, longest first: `runs/a/final` -> `runs/a/final`, `a/final`, `final`."""
     parts = name.rstrip("/").split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Of each name the shortest end that no other has: `a/x`, `b/x` and `b/y` -> `a/x`, `b/x`, `y`.
+    """Return each name's shortest suffix that no other has: `a/x`, `b/x` and `b/y` -> `a/x`, `b/x`, `y`.
 
-    A name that is the end of another stays whole.
+    A name that is a suffix of another stays whole.
     """
     owners = Counter(tail for name in dict.fromkeys(names) for tail in path_tails(name))
     return [next((tail for tail in reversed(path_tails(name)) if owners[tail] == 1), name) for name in names]
 
 
 def make_parents(target: Path) -> list[Path]:
-    """Make the missing parents; gives those made, deepest first."""
+    """Make the missing parents and return them, deepest first."""
     missing = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -205,9 +205,9 @@ def make_parents(target: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove those of the folders that hold nothing, in this order."""
+    """Remove the empty ones among the folders, in this order."""
     for folder in folders:
-        with suppress(OSError):  # not empty: it holds what was made
+        with suppress(OSError):  # not empty: it holds the output
             folder.rmdir()
 
 
@@ -223,11 +223,11 @@ def _sync_tree(folder: Path) -> None:
 
 
 def strict_json(value: Any, lower: Callable[[Any], Any] = lambda value: value) -> Any:  # noqa: ANN401  (any JSON)
-    """Values of strict JSON: NaN and infinity become null, numpy's numbers plain ones.
+    """Return strict JSON values: NaN and infinity become null, NumPy numbers plain ones.
 
-    :param lower: is shown every value first, and gives what stands for one that JSON has no kind for.
+    :param lower: applied to every value first; replaces values of types that JSON lacks.
     """
-    value = lower(value.item() if hasattr(value, "item") else value)  # a NumPy number, told without NumPy
+    value = lower(value.item() if hasattr(value, "item") else value)  # a NumPy number, recognised without NumPy
     if isinstance(value, Mapping):
         return {str(key): strict_json(item, lower) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -237,7 +237,7 @@ def strict_json(value: Any, lower: Callable[[Any], Any] = lambda value: value) -
 
 @contextmanager
 def disk_errors(place: str | Path, kind: type[OSError] | None = None, named_by: str = "`out`") -> Iterator[None]:
-    """Turn errors of the disk into a line for the user; with `kind`, every OSError, for code that does files only."""
+    """Turn errors of the disk into DatastoreError; with `kind` every OSError, for code that only handles files."""
     try:
         yield
     except OSError as error:
@@ -254,7 +254,7 @@ def disk_errors(place: str | Path, kind: type[OSError] | None = None, named_by: 
 
 @contextmanager
 def _claimed(target: Path) -> Iterator[Path]:
-    """The hidden folder in which the target is made, ours alone while the block lasts."""
+    """The hidden folder in which the target is built, reserved for the duration of the block."""
     place = working_folder(target)
     ready = _aside(place)
     ready.mkdir()
@@ -275,7 +275,7 @@ def _claimed(target: Path) -> Iterator[Path]:
 
 
 def _take_name(ready: Path, place: Path, target: Path) -> None:
-    """The system gives the name to one of those that ask for it."""
+    """Rename to the hidden name, which the system gives to one run only."""
     try:
         ready.rename(place)
     except OSError as error:
@@ -285,7 +285,7 @@ def _take_name(ready: Path, place: Path, target: Path) -> None:
 
 
 def _clear(place: Path, target: Path) -> None:
-    """Remove what a dead run left where the target is to be made; what it had made whole goes to a free target."""
+    """Remove the leftovers of a dead run; a complete datastore among them moves to the target, if that is free."""
     sweep(target.parent, f"{place.name}-")
     if not os.path.lexists(place):
         return
@@ -311,12 +311,12 @@ def _aside(place: Path) -> Path:
 
 
 def old_folder(target: Path) -> Path:
-    """Where the old folder lies between two renames, on systems that cannot exchange two names."""
+    """Return where the old folder is kept between two renames, on systems that cannot exchange two names."""
     return target.parent / f".{target.name}.old"
 
 
 def _bring_back(target: Path) -> None:
-    """What a run that died between its two renames had in place; once the new one is there, the old one goes."""
+    """Restore the old folder of a run that died between its two renames; delete it if the new one is in place."""
     old = old_folder(target)
     handle = take_lock(old)
     if handle is None:
@@ -337,7 +337,7 @@ def _publish(folder: Path, target: Path) -> None:
 
 
 def _end_badly(error: BaseException, temporary: Path, target: Path, path: str | Path) -> None:
-    """Keep what is whole where nothing else is, and have the error say so, in names that last."""
+    """After an error, keep a complete datastore if the target is free, and say so in a note with the final path."""
     _rename_in(error, str(temporary), str(path))
     if (temporary / UNFINISHED).exists() and is_free(target):
         with suppress(OSError):  # a full disk may refuse to sync
@@ -359,11 +359,11 @@ def _rename_in(error: BaseException, temporary: str, path: str) -> None:
 
 
 def _swap(temporary: Path, target: Path, manifest: str) -> None:
-    """Put the new folder in place; an old one is deleted only after that, and comes back if it fails."""
+    """Put the new folder in place; an old one is deleted only afterwards, and restored on failure."""
     if is_free(target):
         _publish(temporary, target)
         return
-    handle = lock_folder(target)  # so that it is known as a leftover wherever it lies
+    handle = lock_folder(target)  # marks it as a leftover, whatever its name
     try:
         old = temporary if _exchange(temporary, target) else _two_renames(temporary, target)
         fsync_folder(target.parent)
@@ -388,7 +388,7 @@ def _two_renames(temporary: Path, target: Path) -> Path:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names, so that neither is missing at any moment; False where the system cannot."""
+    """Exchange two names atomically; False if the system cannot."""
     system = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(one), os.fsencode(other)
     if hasattr(system, "renameat2"):  # Linux; -100: the paths are absolute

@@ -1,4 +1,4 @@
-"""Names of layers and patterns of them, as strings.
+"""Layer names, and patterns that select layers.
 
 A layer is `BLOCK.PART`, or `final_norm` for the vector that enters the LM head. Parts, in the order of the network:
 `attn_input` (the normed input of attention), `attn_output` (what attention returns, before any norm behind it and the
@@ -22,7 +22,7 @@ _PATTERN = re.compile(r"(?P<block>\*|-?\d+)(?:-(?P<last>\d+))?\.(?P<part>[a-z_*?
 
 
 def split(name: str) -> tuple[int | None, str]:
-    """Split a layer's name into block and part; the block of `final_norm` is None. LayerError for another form."""
+    """Split a layer's name into block and part; the block of `final_norm` is None. Raises LayerError."""
     block, part = loosely_split(name)
     if part in PARTS if block is not None else name == FINAL:
         return block, part
@@ -30,21 +30,21 @@ def split(name: str) -> tuple[int | None, str]:
 
 
 def loosely_split(name: str) -> tuple[int | None, str]:
-    """As `split`, for a report of names that no model stands behind: another form is a part without a block."""
+    """As `split`, but a name of another form, which a report may hold, is a part without a block."""
     block, dot, part = name.partition(".")
     return (int(block), part) if dot and block.isdecimal() else (None, name)
 
 
 def depth(name: str, num_blocks: int) -> float:
-    """Return where a layer lies, from 0 (the first block's input) to 1 (the last block's output), for pictures."""
+    """Return a layer's relative depth, from 0 (the first block's input) to 1 (the last block's output), for charts."""
     block, part = split(name)
     return 1.0 if block is None else (block + _OFFSETS[part]) / num_blocks
 
 
 def default_candidates(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the layers among which dispersion chooses: `ffn_input` of the upper half of the blocks.
+    """Return the default candidates: `ffn_input` of the upper half of the blocks.
 
-    Of a model without a feed-forward that can be read: `block_output` of the same blocks.
+    If the model has no readable feed-forward: `block_output` of the same blocks.
     """
     first = _num_blocks(names) // 2
     for wanted in ("ffn_input", "block_output"):
@@ -61,12 +61,12 @@ def residual_layers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def select_layers(patterns: str | Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the layers that any of the patterns (a list, or one string with commas) fits, in the order of the network.
+    """Return the layers that match any of the patterns (a list, or one string with commas), in network order.
 
     A pattern is a layer's name, `BLOCK.PART` with a block such as `5`, `-1` (the last), `4-7` or `*` and a part such as
     `ffn_input`, `ffn_*` or `*`, or a word: `all`, `residual`, `candidates` (`default_candidates`).
 
-    Raises LayerError, which lists the names, for a pattern that fits nothing.
+    Raises LayerError, which lists the names, for a pattern that matches nothing.
     """
     texts = [patterns] if isinstance(patterns, str) else list(patterns)
     pieces = [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
@@ -84,7 +84,7 @@ def check_names(wanted: Sequence[str], names: Sequence[str]) -> None:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Return the names in one line, runs of blocks folded (`0-7.ffn_input`), in the form that `select_layers` takes."""
+    """Return the names in one line, runs of blocks folded (`0-7.ffn_input`), as `select_layers` accepts them."""
     folded: list[str] = []
     for wanted in (*PARTS, FINAL):
         blocks = [block for _, block, part in _parsed(names) if part == wanted]
@@ -121,7 +121,7 @@ def _match(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _parsed(names: Sequence[str]) -> list[tuple[str, int, str]]:
-    """Return (name, block, part); the block of `final_norm` is -1, which no pattern asks for."""
+    """Return (name, block, part); the block of `final_norm` is -1, which no pattern matches."""
     return [(name, -1 if block is None else block, part) for name, (block, part) in ((n, split(n)) for n in names)]
 
 
@@ -130,7 +130,7 @@ def _num_blocks(names: Sequence[str]) -> int:
 
 
 def network_order(name: str) -> tuple[float, int, str]:
-    """A sort key for layers in the order in which the network computes them; unknown parts come last in their block."""
+    """Return a sort key for layers in network order; unknown parts come last in their block."""
     block, part = loosely_split(name)
     position = PARTS.index(part) if part in PARTS else len(PARTS)
     return (float("inf") if block is None else block, position, name)

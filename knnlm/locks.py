@@ -1,7 +1,7 @@
-"""Whose a folder is: a lock file in it, which only knnlm writes and the system unlocks when its process dies.
+"""Ownership of folders: a lock file that only knnlm writes, and that the system unlocks when the process dies.
 
-That, and neither a name nor a PID, tells what a dead run left from a run at work, in another container too, and from
-a folder that is not knnlm's at all. Where a file system has no locks, nothing counts as left by the dead.
+The lock, not a name or a PID, distinguishes the leftovers of a dead run from a running one, in another container too,
+and from a folder that is not knnlm's. On a file system without locks nothing counts as a leftover.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ WORDS = b"knnlm works in this folder, or was stopped in it\n"
 
 
 def lock_folder(folder: Path) -> int:
-    """Put our lock file into a folder; it is locked from the moment on at which it has its name.
+    """Put a lock file into a folder; it is locked before it gets its name.
 
-    Gives the handle that holds the lock: it is let go with `os.close`, or when the process ends.
+    Return the handle that holds the lock, which `os.close` or the end of the process releases.
     """
     new = folder / BEING_WRITTEN
     handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         os.write(handle, WORDS)
-        with suppress(OSError):  # no locks here
+        with suppress(OSError):  # the file system has no locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         new.rename(folder / LOCK)
     except BaseException:
@@ -39,7 +39,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def holds_lock(folder: Path) -> bool:
-    """Is this a folder, no link to one, with a lock file that we wrote?"""
+    """Return whether this is a folder, not a link to one, with a lock file of knnlm's."""
     handle = _open_lock(folder)
     if handle is not None:
         os.close(handle)
@@ -47,13 +47,13 @@ def holds_lock(folder: Path) -> bool:
 
 
 def take_lock(folder: Path) -> int | None:
-    """The lock of a folder that a dead run left; None where it is no such folder, or its run is at work."""
+    """Lock a folder that a dead run left, and return the handle; None for any other folder."""
     handle = _open_lock(folder)
     if handle is None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or no locks here: then nobody is known to be dead
+    except OSError:  # held, or the file system has no locks: then no run is known to be dead
         os.close(handle)
         return None
     if not is_locked_by(handle, folder):  # removed between opening and locking
@@ -63,7 +63,7 @@ def take_lock(folder: Path) -> int | None:
 
 
 def is_at_work(folder: Path) -> bool:
-    """Does a run work in this folder? Also where nothing tells whether it is dead."""
+    """Return whether a run works in this folder; True also if it cannot be known to be dead."""
     handle = take_lock(folder)
     if handle is None:
         return holds_lock(folder)
@@ -72,7 +72,7 @@ def is_at_work(folder: Path) -> bool:
 
 
 def is_locked_by(handle: int, folder: Path) -> bool:
-    """Is it this handle's file that lies in the folder?"""
+    """Return whether the folder's lock file is the one that this handle has open."""
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(folder / LOCK))
     except OSError:
@@ -80,7 +80,7 @@ def is_locked_by(handle: int, folder: Path) -> bool:
 
 
 def sweep(parent: Path, prefix: str) -> None:
-    """Remove the folders with such a name that dead runs left; what has no lock file of ours is never touched."""
+    """Remove the folders `parent/prefix*` that dead runs left; one without a lock file of knnlm's is never touched."""
     for path in [path for path in parent.iterdir() if path.name.startswith(prefix)] if parent.is_dir() else []:
         handle = take_lock(path)
         if handle is not None:
@@ -90,10 +90,10 @@ def sweep(parent: Path, prefix: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Keep others from changing a folder while the block lasts; waits for its turn.
+    """Lock a folder for the duration of the block, waiting until it is free.
 
-    The lock is on the folder itself, so that nothing is written into it. Where there are no locks, nobody waits, and
-    what is given is False.
+    The lock is on the folder itself, so that nothing is written into it. Yields True, or False, without waiting, if the
+    file system has no locks.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -108,7 +108,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def _open_lock(folder: Path) -> int | None:
-    """The lock file, if the folder is one and the file ours."""
+    """The handle of the folder's lock file; None if it is no folder, or has no lock file of knnlm's."""
     try:
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
             return None

@@ -1,7 +1,7 @@
-"""Where a verb may write: what knnlm made and may replace, and what is refused before any work.
+"""Output paths: what knnlm made and may replace, and what is refused before any work.
 
-A folder is knnlm's as far as its manifest lists its files: `datastore.json` its arrays and layers, `train.json` all
-files of a model. Whatever else lies there was made by somebody else, and the folder is then kept as it is.
+A folder's files are knnlm's if its manifest lists them: `datastore.json` lists arrays and layers, `train.json` all
+files of a model. A folder with any other file is kept as it is.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ REPORTS = ("report.json", "report.html")
 REPORT_FORMAT = "knnlm-report"
 SCORES = ("score", "vectors")
 UNFINISHED = "unfinished.json"
-"""In a datastore that is whole, but has not all that was to come (an index, a report); says of which work it is."""
+"""Marks a datastore with all keys and values whose index or report is still to come; names the work it is part of."""
 UNFINISHED_FORMAT = "knnlm-unfinished"
 INDEX_FILES = ("index.json", "index.faiss", "centre.npy")
-# What a dead process left of a file or a folder that was being written under another name.
+# The temporary name of a file or folder that a dead process was writing.
 BEFORE_ITS_RENAME = re.compile(r"(^|/)\.([^/]+)\.partial-[0-9a-f]{8}(?=/|$)")
-# A manifest is some kB; a larger file is no manifest.
+# A manifest takes some kB; a larger file is no manifest.
 MANIFEST_BYTES = 1 << 28
 SHOWN = 3
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool = False, manifest: str = DATASTORE, work: str = "") -> None:
-    """Refuse a place for output that holds something; with `overwrite` only what is not all of it knnlm's.
+    """Refuse an output path that is not free; with `overwrite`, only one with content that is not knnlm's.
 
-    :param manifest: what a folder must have to be replaced: no model takes a datastore's place, nor a datastore its.
-    :param work: as `work_of`; what an earlier run of the same work left unfinished may be replaced in any case.
+    :param manifest: the manifest a folder must have to be replaced: a model never replaces a datastore, nor a datastore
+        a model.
+    :param work: as from `work_of`; an unfinished folder of the same work may always be replaced.
     :raises DatastoreExists: names the path, what it holds, and what to do.
     """
     target = Path(path).resolve()
@@ -66,18 +67,18 @@ def refuse_existing(path: str | Path, *, overwrite: bool = False, manifest: str 
 
 
 def is_free(target: Path) -> bool:
-    """Is there nothing, or an empty folder?"""
+    """Return whether there is nothing, or an empty folder."""
     return not target.exists() or (target.is_dir() and not target.is_mount() and not any(target.iterdir()))
 
 
 def is_ours(folder: Path, manifest: str = DATASTORE) -> bool:
-    """Was all that the folder holds made by this package? Only such a folder may be replaced."""
+    """Return whether knnlm made all the content of the folder; only then may it be replaced."""
     ours = files_of(folder, manifest)
     return ours is not None and not foreign(folder, ours)
 
 
 def files_of(folder: Path, manifest: str) -> frozenset[str] | None:
-    """The files that a folder's manifest lists, with `/`; None where it has no such manifest, or a damaged one."""
+    """Return the files that a folder's manifest lists, with `/`; None if it has no such manifest or a damaged one."""
     document = read_object(folder / manifest)
     if document is None or document.get("format") != FORMATS[manifest]:
         return None
@@ -91,7 +92,7 @@ def files_of(folder: Path, manifest: str) -> frozenset[str] | None:
 
 
 def foreign(folder: Path, ours: frozenset[str] | tuple[()]) -> list[str]:
-    """What a folder holds beside these files, hidden names last; of a folder with nothing of ours its own name."""
+    """Return what a folder holds besides these files, hidden names last; a subfolder without any as one entry."""
     folders = {str(parent) for name in ours for parent in PurePosixPath(name).parents}
     found: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda one: (one.name.startswith("."), one.name)):
@@ -105,7 +106,7 @@ def foreign(folder: Path, ours: frozenset[str] | tuple[()]) -> list[str]:
 
 
 def remove_ours(folder: Path, manifest: str) -> None:
-    """Remove the files that the manifest lists, itself last, and the folders that are empty then."""
+    """Remove the files that the manifest lists, the manifest last, and the folders left empty."""
     ours = files_of(folder, manifest) or frozenset()
     last = folder / manifest
     for parent, _, names in os.walk(folder, topdown=False):
@@ -114,12 +115,12 @@ def remove_ours(folder: Path, manifest: str) -> None:
                 path.unlink()
         if Path(parent) == folder:
             last.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds what is not ours
+        with suppress(OSError):  # not empty: it holds files of others
             os.rmdir(parent)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is none."""
+    """Return the JSON object in a file; None if there is none."""
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MANIFEST_BYTES:
@@ -131,7 +132,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def work_of(verb: str, model: str, *given: object) -> str:
-    """What tells one work from another: the same command has the same. Texts, settings are told by their repr."""
+    """Return a hash that identifies a piece of work: the same command gives the same. Arguments are compared by repr."""
     plain = [
         [str(one) for one in as_list(each)] if isinstance(each, str | Path | list | tuple) else each for each in given
     ]
@@ -139,30 +140,30 @@ def work_of(verb: str, model: str, *given: object) -> str:
 
 
 def as_list(texts: Sequence[str | Path] | str | Path | None) -> list[str | Path]:
-    """Texts as all verbs take them: one path or several."""
+    """Return texts, one path or several, as a list."""
     return [] if texts is None else [texts] if isinstance(texts, str | Path) else list(texts)
 
 
 def mark_unfinished(folder: Path, work: str) -> None:
-    """From now on a folder that is being made holds a whole datastore, which is not to be lost."""
+    """Mark a folder under construction as a complete datastore, to be kept if later steps fail."""
     what = "keys and values are whole; an index, fitted settings or a report were to come"
     document = {"format": UNFINISHED_FORMAT, "work": work, "what": what}
     (folder / UNFINISHED).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def read_work(folder: Path) -> str | None:
-    """The work that an unfinished datastore is of; None for any other folder."""
+    """Return the work that an unfinished datastore is part of; None for any other folder."""
     document = read_object(folder / UNFINISHED) or {}
     return str(document.get("work")) if document.get("format") == UNFINISHED_FORMAT else None
 
 
 def working_folder(target: Path) -> Path:
-    """Where a folder is made that is to lie at `target`: one name for all runs, which is given to one of them."""
+    """Return where the folder for `target` is built: one name for all runs, which only one of them can have."""
     return target.parent / f".{target.name}.partial"  # `with_name` refuses the root
 
 
 def at_work(target: Path) -> DatastoreExists:
-    """The error for the second run in one place."""
+    """Return the error of a second run for the same place."""
     place = working_folder(target)
     return DatastoreExists(f"another run is writing {target} (in {place}); wait for it, or choose another `out`")
 
@@ -171,9 +172,9 @@ def at_work(target: Path) -> DatastoreExists:
 
 
 def refuse_inputs(path: str | Path, inputs: Sequence[str | Path], field: str = "out") -> None:
-    """Refuse a place that is, holds or lies in what is read: the model, a text. Links are followed.
+    """Refuse an output path that is, holds or lies in an input: the model, a text. Links are followed.
 
-    :param inputs: files and folders; what is neither, such as a name on the hub, is passed over.
+    :param inputs: files and folders; others, such as names on the hub, are ignored.
     :raises DatastoreExists: names both.
     """
     target = Path(path).resolve()
@@ -194,10 +195,10 @@ def check_new_folder(
     manifest: str = DATASTORE,
     work: str = "",
 ) -> None:
-    """Find out before any work whether a folder can be made here. Parameters as of `refuse_existing`, `refuse_inputs`.
+    """Check before any work that a folder can be made here. Parameters as in `refuse_existing`, `refuse_inputs`.
 
-    :raises DatastoreExists: the folder holds something, or would destroy what is read.
-    :raises InputError: it lies where nothing can be written.
+    :raises DatastoreExists: the path is not free, or writing there would destroy an input.
+    :raises InputError: the place cannot be written.
     """
     refuse_inputs(path, inputs)
     target = Path(path).resolve()
@@ -210,7 +211,11 @@ def check_new_folder(
 def check_new_file(
     path: str | Path, *, field: str = "out", overwrite: bool = False, inputs: Sequence[str | Path] = ()
 ) -> None:
-    """:raises InputError: before any work, that the file is there already or cannot be written; names the field."""
+    """Check before any work that a file can be written.
+
+    :raises InputError: it exists already or cannot be written; names the field.
+    :raises DatastoreExists: as `refuse_inputs`.
+    """
     file = Path(path)
     if file.is_dir():
         raise InputError(f"`{field}` {file} is a folder; name a file in it")
@@ -223,7 +228,10 @@ def check_new_file(
 
 
 def check_scores_file(path: str | Path, *, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
-    """:raises InputError: as `check_new_file`, or that `overwrite` would replace what is no file of scores."""
+    """Check a file for scores as `check_new_file` does.
+
+    :raises InputError: as there, or `overwrite` would replace a file that holds no scores.
+    """
     check_new_file(path, overwrite=overwrite, inputs=inputs)
     document = read_object(Path(path)) or {}
     if Path(path).exists() and not (document.get("format") == REPORT_FORMAT and document.get("kind") in SCORES):
@@ -231,7 +239,7 @@ def check_scores_file(path: str | Path, *, overwrite: bool, inputs: Sequence[str
 
 
 def check_report_folder(path: str | Path) -> None:
-    """:raises InputError: before any work, that the folder holds something already or cannot be written."""
+    """Raise InputError, before any work, if the folder is not empty or cannot be written."""
     folder = Path(path)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"`report` {folder} exists and is not an empty folder; choose another `report`")
@@ -256,11 +264,11 @@ def _store_files(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _places(given: Path) -> Iterator[Path]:
-    """Where it lies, and where all links below it lead."""
+    """The resolved path, and the targets of all links below it."""
     try:
         if not given.exists():
             return
-    except OSError:  # no path at all, such as a name that is too long
+    except OSError:  # not a path, such as a name that is too long
         return
     yield given.resolve()
     if given.is_dir():

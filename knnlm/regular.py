@@ -1,4 +1,4 @@
-"""Opening regular files only: a FIFO in the place of a file would be waited for, for ever."""
+"""Opening regular files only: a plain open of a FIFO would block forever."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
 
 
 def check_regular(path: str | Path) -> None:
-    """For libraries that open files by their name. Raises as `open_regular`."""
+    """Check a path before a library opens it by name. Raises as `open_regular`."""
     _check(os.stat(path).st_mode, path)
 
 

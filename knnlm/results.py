@@ -1,7 +1,8 @@
-"""What a run found, as frozen values; nothing here computes, loads or prints.
+"""Results of runs, as frozen dataclasses; nothing here computes, loads or prints.
 
-Perplexities are per token (base e inside, as usual), intervals are 95 %, relative changes are fractions (-0.25 is
-25 % lower).
+Perplexities are per token, intervals are 95 %, relative changes are fractions (-0.25 is 25 % lower). The evaluation
+text has two halves: the tuning part, on which k, temperature and lambda are fitted, and the reporting part, on which
+perplexity is measured (the whole text if nothing is fitted).
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ class Interval:
 
 @dataclass(frozen=True)
 class ScoreKind:
-    """What people are told of a label-free score, wherever it is shown."""
+    """How a label-free score is named and described wherever it is shown."""
 
     name: str
     """Its field of `LayerScore`."""
     title: str
-    """At the head of a column."""
+    """Heading of its column."""
     digits: int
-    """Decimals that are worth showing."""
+    """Decimals shown."""
     meaning: str
     """One sentence, with its source."""
 
     @property
     def short(self) -> str:
-        """What people may call it too: `within` for `dispersion_within`."""
+        """The name without its prefix: `within` for `dispersion_within`."""
         return self.name.removeprefix("dispersion_")
 
 
 def _score(title: str, digits: int, meaning: str) -> Mapping[str, object]:
-    """Makes a field of `LayerScore` one of `SCORES`."""
+    """Metadata that makes a field of `LayerScore` one of `SCORES`."""
     return {"title": title, "digits": digits, "meaning": meaning}
 
 
 @dataclass(frozen=True, repr=False)
 class LayerScore(Shown):
-    """The label-free scores of one layer; an interval is that of the score before it.
+    """The label-free scores of one layer; each interval belongs to the score before it.
 
-    A new score is a field here and the function of its name in `knnlm/scores/NAME.py`. It is NaN where an older version
-    wrote the file.
+    A new score is a field here, with NaN as its default for files of older versions, and a function of the same name in
+    `knnlm/scores/NAME.py`.
     """
 
     layer: str
@@ -89,7 +90,7 @@ class LayerScore(Shown):
 
 
 SCORES = tuple(ScoreKind(one.name, **one.metadata) for one in fields(LayerScore) if one.metadata)
-"""All label-free scores, in the order in which they are shown."""
+"""All label-free scores, in display order."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,12 +99,12 @@ class Choice(Shown):
 
     layer: str
     select: str
-    """What chose: `dispersion`, `probe`, or `named`."""
+    """How the layer was chosen: `dispersion`, `probe`, or `named`."""
     candidates: tuple[str, ...]
     reason: str
-    """One sentence for people."""
+    """One sentence."""
     disagreement: str | None = None
-    """One sentence where the probe puts another layer above the chosen one by more than their difference's interval."""
+    """One sentence, if the retrieval probe ranks another layer higher and the difference's interval is above 0."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{self.layer}, by {self.select}, of {len(self.candidates)}: {brief(self.candidates)}"
@@ -114,7 +115,7 @@ class Choice(Shown):
 
 @dataclass(frozen=True, repr=False)
 class ScoreResult(Shown):
-    """All layers' scores on a sample of text, and the choice."""
+    """Scores of all layers on a sample of text, and the choice."""
 
     layers: tuple[LayerScore, ...]
     choice: Choice
@@ -139,12 +140,12 @@ class ScoreResult(Shown):
 
 @dataclass(frozen=True, repr=False)
 class VectorScores(Shown):
-    """Scores of files of vectors that come from elsewhere; nothing is chosen among them."""
+    """Scores of vectors from files; nothing is chosen among them."""
 
     layers: tuple[LayerScore, ...]
-    """One for each file, which it is named after."""
+    """One for each file, named after it."""
     rows: int
-    """Of all files."""
+    """Rows of all files together."""
     vectors: int
     settings: Mapping[str, object]
     versions: Mapping[str, str]
@@ -179,14 +180,14 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class ByQuery:
-    """The kNN-LM of a layer with a lambda of its own for each query, beside the fixed lambda."""
+    """The kNN-LM of a layer with a lambda for each query, compared with the fixed lambda."""
 
     perplexity: float
     change: float
-    """Perplexity relative to that with the fixed lambda, minus 1; NaN, as its interval, where one is infinite."""
+    """Perplexity relative to that with the fixed lambda, minus 1; NaN, like its interval, if one is infinite."""
     interval: Interval
     offset: float
-    """With `distance` and `different`: what `knnlm.knn.mixing.Gate` adds to the logit of the fixed lambda."""
+    """Offset of the gate, like its slopes `distance` and `different`: see `knnlm.knn.mixing.Gate`."""
     distance: float
     different: float
 
@@ -198,23 +199,23 @@ class LayerResult(Shown):
     layer: str
     perplexity: float
     interval: Interval
-    """Of `change`, by a paired jackknife over documents or runs of tokens."""
+    """Interval of `change`, by a paired jackknife over documents or runs of tokens."""
     change: float
-    """Perplexity relative to the plain LM's, minus 1; NaN, as its interval, where one of the two is infinite."""
+    """Perplexity relative to the plain LM's, minus 1; NaN, like its interval, if one of the two is infinite."""
     versus_best: float
-    """Perplexity relative to the best layer's, minus 1; 0 for the best; NaN, as its interval, as for `change`."""
+    """Perplexity relative to the best layer's, minus 1; 0 for the best layer; NaN as for `change`."""
     versus_best_interval: Interval
     k: int
     lam: float
     temperature: float
-    """Absolute, in the layer's distances (squared for l2)."""
+    """In units of the layer's distances (squared for l2)."""
     bits_per_byte: float
     word_perplexity: float
     lambda_curve: tuple[tuple[float, float], ...]
     """(lambda, perplexity on the reporting part) at the fitted k and temperature."""
     score: LayerScore | None = None
     by_query: ByQuery | None = None
-    """None where lambda was given, or an older version wrote the file."""
+    """None if lambda was given, or in files of older versions."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{self.layer}: perplexity {figure(self.perplexity)}, {change(self.change)} against the LM"
@@ -225,30 +226,33 @@ class LayerResult(Shown):
 
 @dataclass(frozen=True)
 class Regret:
-    """Perplexity of the selected layer over that of the best layer, minus 1: between two ends."""
+    """Regret of the choice: the selected layer's perplexity relative to the best layer's, minus 1.
+
+    Two estimates bracket it, as which layer is best is itself estimated.
+    """
 
     value: float
-    """Against the layer best on one part, on the other part, then with swapped roles: the lower end, as noise picks."""
+    """Lower estimate, cross-fitted: the best layer is picked on one part and compared on the other, both ways."""
     interval: Interval
-    """Of `value`."""
+    """Interval of `value`."""
     against_hindsight: float
-    """Against the layer best on those very tokens, which flatters it: the upper end, never below 0."""
+    """Upper estimate, never below 0: the best layer is picked in hindsight, on the tokens that are compared."""
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation of a score with perplexity over layers; below 0, a high score goes with a low one."""
+    """Spearman's rank correlation of a score with perplexity over layers; negative: high scores, low perplexity."""
 
     score: str
     spearman: float
     layers: int
     among: str = "all"
-    """`all` layers looked at, or the `candidates`."""
+    """`all` layers examined, or the `candidates`."""
 
 
 @dataclass(frozen=True)
 class NeighborText:
-    """A neighbour with the text that it came from."""
+    """A neighbour with its text."""
 
     before: str
     token: str
@@ -261,7 +265,7 @@ class NeighborText:
 
 @dataclass(frozen=True, repr=False)
 class TokenExample(Shown):
-    """A token of the evaluation text that retrieval helped or hurt much."""
+    """A token of the evaluation text whose probability retrieval raised or lowered most."""
 
     before: str
     token: str
@@ -279,7 +283,7 @@ class TokenExample(Shown):
 
 @dataclass(frozen=True)
 class IndexReport:
-    """The index of one layer, measured against exact search after it was built."""
+    """The index of one layer, with its recall measured against exact search."""
 
     layer: str
     spec: str
@@ -288,7 +292,7 @@ class IndexReport:
     recall_k: int
     size_bytes: int
     perplexity: float | None = None
-    """With the index instead of exact search, same k, lambda and temperature."""
+    """Perplexity with the index in place of exact search, at the same k, lambda and temperature."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -298,11 +302,11 @@ class EvalResult(Shown):
     lm: Perplexity
     layers: tuple[LayerResult, ...]
     best: str
-    """Lowest perplexity on the tuning part; empty where all layers' are infinite."""
+    """The layer with the lowest perplexity on the tuning part; empty if all are infinite."""
     selected: str | None = None
     choice: Choice | None = None
     regret: Regret | None = None
-    """None without a choice, without another layer to compare it with, or with infinite perplexity."""
+    """None if no layer was chosen, there is no other to compare it with, or perplexity is infinite."""
     correlations: tuple[Correlation, ...] = ()
     helped: tuple[TokenExample, ...] = ()
     hurt: tuple[TokenExample, ...] = ()

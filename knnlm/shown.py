@@ -1,4 +1,4 @@
-"""How a result shows itself: a few lines in a console, a table in a notebook. What is unknown is a dash."""
+"""Display of results: a few lines in a console, a table in a notebook. Unknown values are a dash."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ MOST_LINES, MOST_CHARACTERS = 12, 160
 
 
 def figure(value: float | None, form: str = ".4g") -> str:
-    """A number in a format of Python's; a dash for None, NaN and infinity."""
+    """Return a number in a Python format; a dash for None, NaN and infinity."""
     return UNKNOWN if value is None or not math.isfinite(value) else format(value, form)
 
 
 def change(value: float | None) -> str:
-    """A fraction as a signed percentage: `-12.3 %`."""
+    """Return a fraction as a signed percentage: `-12.3 %`."""
     shown = figure(None if value is None else 100 * value, "+.1f")
     return shown if shown == UNKNOWN else f"{shown} %"
 
 
 def brief(names: Sequence[str]) -> str:
-    """The names, or the first two and the last of many."""
+    """Return the names, or the first two and the last of more than four."""
     return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, …, {names[-1]}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text under their heads."""
+    """A table of text with column headings."""
 
     title: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def html(self) -> str:
-        """As a table of HTML, everything escaped."""
+        """Return an HTML table, all text escaped."""
         heads = "".join(f"<th>{escape(one)}</th>" for one in self.heads)
         rows = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
         title = f"<caption>{escape(self.title)}</caption>"
@@ -53,10 +53,10 @@ class Shown(ABC):
 
     @abstractmethod
     def _facts(self) -> Iterator[str]:
-        """The main figures, a line each."""
+        """The main figures, one per line."""
 
     def _table(self) -> Table | None:
-        """What the command line's table shows, if it shows one."""
+        """The table that the command line shows; None if it shows none."""
         return None
 
     def __repr__(self) -> str:

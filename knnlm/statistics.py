@@ -1,4 +1,4 @@
-"""Rank correlation and the jackknife's intervals: what the result tables are judged with.
+"""Correlations and perplexity changes, with jackknife confidence intervals.
 
 Legend: Q tokens, C clusters (documents or runs of tokens), G groups of clusters, N pairs.
 """
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 def ranks(values: ArrayLike) -> Floats:
-    """Ranks from 1, ties sharing their mean rank."""
+    """Return ranks from 1, ties sharing their mean rank."""
     array = np.asarray(values, np.float64)
     _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
     last = counts.cumsum()
@@ -39,13 +39,13 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def _centred(values_N: Floats) -> Floats:
-    """Less their mean, and divided by the largest, so that no square is lost."""
+    """The values minus their mean, divided by the largest absolute value so that no square underflows."""
     values_N = values_N - values_N.mean()
     return np.asarray(values_N / np.abs(values_N).max())
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rank correlation; NaN as `pearson`."""
+    """Spearman's rank correlation; NaN as for `pearson`."""
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return math.nan
     return pearson(ranks(x), ranks(y))
@@ -54,9 +54,9 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 def relative_change(losses_Q: Floats, base_Q: Floats, clusters_Q: NDArray[np.int64]) -> tuple[float, Interval]:
     """exp(mean loss - mean base loss) - 1, the relative change of perplexity, with its interval; NaN for infinite ones.
 
-    Losses are paired token by token, and tokens of a cluster depend on one another: the interval is the jackknife of
-    the mean difference that leaves out one cluster each. Clusters of unequal sizes count as the `effective_number` of
-    equal ones; in simulations with 4 to 24 clusters it covered 93 to 97 % (docs/log.md).
+    Losses are paired token by token, and tokens of a cluster are dependent, so the interval is a delete-one-cluster
+    jackknife of the mean difference. Clusters of unequal sizes count as the `effective_number` of equal ones; in
+    simulations with 4 to 24 clusters the interval covered 93 to 97 % (docs/log.md).
     """
     if not (np.isfinite(losses_Q).all() and np.isfinite(base_Q).all()):
         return math.nan, Interval(math.nan, math.nan)
@@ -72,7 +72,7 @@ def relative_change(losses_Q: Floats, base_Q: Floats, clusters_Q: NDArray[np.int
 
 
 def effective_number(sizes_C: NDArray[np.int64]) -> float:
-    """How many clusters of one size tell as much as these: (sum n)² / sum n² (Kish 1965, section 8.2)."""
+    """Effective number of clusters, (sum n)² / sum n²: as many of equal size tell as much (Kish 1965, section 8.2)."""
     return float(sizes_C.sum() ** 2 / (sizes_C**2).sum())
 
 
@@ -90,11 +90,11 @@ def jackknife_interval(
     2007, chapter 4), with Student's t at G - 1 degrees of freedom, or where `sizes_G` are given, at the
     `effective_number` of groups - 1: without them 12 groups of which one held half covered 84 %. It is centred on the
     bias-corrected estimate: pairs inside a cluster are nearer than others, which biases a pooled mean by about 1/G. It
-    always holds `value` and stays within `bounds`, the range that the value can take; fewer than two groups, or NaN
-    among the estimates, say nothing and give the whole range.
+    always contains `value` and stays within `bounds`, the range of possible values; fewer than two groups, or NaN among
+    the estimates, give that whole range.
 
     :param sizes_G: tokens of each group.
-    :param comparisons: how many intervals are to hold together at 95 % (`t_quantile`).
+    :param comparisons: number of intervals that hold simultaneously at 95 % (`t_quantile`).
     """
     low, high = bounds
     groups = len(without_G)
@@ -108,11 +108,11 @@ def jackknife_interval(
 
 
 def t_quantile(freedom: float, *, comparisons: int = 1) -> float:
-    """The quantile of Student's t that an interval of 95 % reaches to on either side, 97.5 % for one comparison.
+    """Two-sided 95 % quantile of Student's t, that is t such that P(|t'| < t) = 0.95 for one comparison.
 
-    Between whole degrees of freedom, linear in their inverse; below 1, that of 1.
+    Interpolated linearly in the inverse of the degrees of freedom; below 1, that of 1.
 
-    :param comparisons: how many intervals are to hold together at 95 % (Bonferroni).
+    :param comparisons: number of intervals that hold simultaneously at 95 % (Bonferroni).
     """
     low = max(1, math.floor(freedom))
     share = max(0.0, (1 / low - 1 / max(freedom, 1)) * low * (low + 1))
@@ -121,7 +121,7 @@ def t_quantile(freedom: float, *, comparisons: int = 1) -> float:
 
 
 def _whole_t_quantile(freedom: int, inside: float) -> float:
-    """The t that |t| stays below with a probability of `inside`, by bisection."""
+    """The x with P(|t| < x) = `inside`, by bisection."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -142,7 +142,7 @@ def _t_inside(angle: float, freedom: int) -> float:
 
 
 GROUPS = 128
-"""Clusters are folded into this many groups by number, which bounds memory and makes merging free of order."""
+"""Clusters are folded into this many groups by number: bounds memory, and merging does not depend on order."""
 _Z_975 = 1.959964
 # Fisher's z is infinite at 1; this is 10.7.
 _ALMOST_ONE = 1 - 1e-9
@@ -150,7 +150,10 @@ _ALMOST_ONE = 1 - 1e-9
 
 @dataclass(frozen=True)
 class CorrelationEstimate:
-    """Both correlations of the same pairs; NaN and -1 to 1 where a side is constant or there are fewer than three."""
+    """Pearson's and Spearman's correlation of the same pairs.
+
+    NaN with the interval -1 to 1 if a side is constant or there are fewer than three pairs.
+    """
 
     pearson: float
     spearman: float
@@ -161,7 +164,7 @@ class CorrelationEstimate:
 
 
 def correlation_fields(estimate: CorrelationEstimate) -> dict[str, Any]:
-    """As the documents of all verbs write it; `interval` is Pearson's."""
+    """Return an estimate as the documents of all verbs hold it; `interval` is Pearson's."""
     return {
         "pearson": estimate.pearson,
         "spearman": estimate.spearman,
@@ -172,13 +175,13 @@ def correlation_fields(estimate: CorrelationEstimate) -> dict[str, Any]:
 
 
 def correlate(x: ArrayLike, y: ArrayLike, *, clusters: Sequence[int] | None = None) -> CorrelationEstimate:
-    """Correlate `x` with `y`; `clusters` numbers what each pair belongs to where pairs depend on one another.
+    """Correlate `x` with `y`; `clusters` is the number of each pair's cluster, if pairs are dependent.
 
     The intervals are a jackknife over clusters (over pairs without them) on Fisher's z scale with Student's t, never
     narrower than that of as many independent normal pairs (for Spearman: Bonett & Wright 2000). In simulations with 8
     to 64 pairs, light and heavy tails, they covered 92 to 99 %; a bootstrap's percentiles covered 66 to 94 % of
-    Pearson's at 8. Pearson's alone is not to be trusted near 1 with skewed figures (79 % with exponentials of normals
-    correlated at 0.95): Spearman's is.
+    Pearson's at 8. Near 1 and with skewed figures Pearson's covers too little (79 % with exponentials of normals
+    correlated at 0.95); Spearman's does not.
     :raises InputError: lists of different lengths, or NaN or infinity among them.
     """
     x_N, y_N = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -188,7 +191,7 @@ def correlate(x: ArrayLike, y: ArrayLike, *, clusters: Sequence[int] | None = No
     group_N = np.unique(group_N, return_inverse=True)[1] % GROUPS
     count = len(x_N)
     linear, by_rank = pearson(x_N, y_N), spearman(x_N, y_N)
-    # The next that ranks can give below 1, by one swap of neighbours: what a perfect order may be by luck.
+    # The largest rank correlation below 1, by one swap of neighbours: a perfect order may be luck.
     one_swap = 1 - 12 / (count**3 - count) if count > 2 else 0.0
     return CorrelationEstimate(
         pearson=linear,
@@ -219,7 +222,7 @@ def _without(
 
 
 def _interval(value: float, without_G: Floats, count: int, variance: float, limit: float) -> Interval:
-    """95 %, from leave-out estimates on the scale of z = atanh, where |values| above `limit` count as `limit`.
+    """95 % interval from leave-one-group-out estimates on Fisher's z scale; |values| above `limit` count as `limit`.
 
     `variance` is that of z of `count` independent normal pairs, times (count - 3).
     """
