@@ -1,1 +1,1 @@
-"""From files to windows of tokens; knows no model."""
+"""Text: from files to windows of tokens. Knows no model."""

@@ -1,4 +1,4 @@
-"""Pieces of a text that tell on their own: its documents, or runs of tokens where documents are few."""
+"""Clusters of a text, taken as independent: its documents, or runs of tokens where documents are few."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from numpy.typing import NDArray
 from knnlm.statistics import effective_number
 from knnlm.text.segments import Segment
 
-# Tokens of one document depend on one another; runs of this many are taken as independent of the next run.
+# Tokens of one document are dependent; runs of this many are taken as independent of one another.
 CLUSTER_TOKENS = 8192
-# Documents are tuning or reporting as a whole where they tell as much as this many of one size. None then has over
-# 1 / sqrt(8) = 35 % of the tokens, so that the lighter part has 32 % at least.
+# From this effective number of documents on, whole documents are clusters, and go to the tuning or the reporting part
+# (half of an evaluation text each). None then has over 1 / sqrt(8) = 35 % of the tokens, so that the lighter part has
+# at least 32 %.
 ENOUGH_CLUSTERS = 8
 
 
 def text_clusters(segments: Sequence[Segment]) -> NDArray[np.int64]:
-    """Of each segment, [S], the piece of text that it depends on: its document, or its run where documents are few.
+    """Return the cluster of each segment, [S]: its document, or its run of tokens where documents are few.
 
-    Few as in `split_parts`: they tell less than 8 of one size.
+    Few, as in `split_parts`, is an effective number below 8.
     """
     documents_S = np.array([segment.document for segment in segments])
     if effective_number(np.unique(documents_S, return_counts=True)[1]) >= ENOUGH_CLUSTERS:

@@ -1,8 +1,8 @@
-"""From files, folders and hub sets to documents and their tokens; knows nothing of windows or models.
+"""Documents and their tokens, read from files, folders and hub sets; knows nothing of windows or models.
 
-Everything is an iterator: memory holds one document (at most 16 million characters) and one block of a file.
+Everything is streamed: memory holds one document (at most 16 million characters) and one block of a file.
 
-`knnlm.text.hub` says how a hub set is named.
+`knnlm.text.hub` describes the names of hub sets.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from knnlm.text.hub import HUB_PREFIX, HubSet, hub_rows, parse_hub_set
 from knnlm.text.sizes import Sizes
 from knnlm.text.windows import TokenDocument
 
-# A document's tokens and text are held at once; longer ones are cut at the borders of paragraphs.
+# A document's text and tokens are in memory together; longer documents are cut between paragraphs.
 DOCUMENT_CHARACTERS = 16_000_000
-# Rows of JSON Lines, over all files, from which the share of text in them is estimated.
+# Rows of JSON Lines, over all files, from which the share of text is estimated.
 SAMPLE_ROWS = 200
-# What each type of file is read with: (number, text) of each document, of any length.
+# A reader for each type of file: yields (number, text) of each document, of any length.
 Readers = Mapping[str, Callable[[Path, str], Iterator[tuple[int, str]]]]
 
 
@@ -38,7 +38,7 @@ class Document:
 
     text: str
     source: str
-    """The file's base name, or the hub set as it was named."""
+    """The file's base name, or the hub set's name as given."""
     number: int
     """Line of a .jsonl, row of a .parquet or hub set, part of a .txt, from 1."""
 
@@ -48,16 +48,16 @@ def read_documents(paths: Sequence[str | Path], *, text_field: str = "text") -> 
 
     A .txt file is one document; .jsonl has one on each line and .parquet one in each row, under `text_field`.
     Text is UTF-8. Empty documents are skipped, documents over 16 million characters are cut into several, and a
-    file reached twice is read once. In folders, files of other types and hidden ones are left alone.
+    file reached twice is read once. In folders, files of other types and hidden ones are skipped.
 
-    :raises InputError: at once for paths that are missing, empty or of an unknown type; while reading for text that
-        cannot be read, and at the end when there was no text at all.
+    :raises InputError: at once for paths that are missing, empty or of an unknown type; during reading for text that
+        cannot be read, and at the end if there was no text at all.
     """
     return (document for document in _read(_find(paths), text_field, READERS) if not _is_blank(document))
 
 
 def read_text_rows(paths: Sequence[str | Path], *, text_field: str = "text") -> Iterator[Document]:
-    """The same text in the rows that `datasets` makes of it, empty ones too: each line of a .txt, with its line end.
+    """Read the same text in the rows that `datasets` makes of it, empty ones too: a .txt by lines, with line ends.
 
     Raises as `read_documents`.
     """
@@ -65,7 +65,7 @@ def read_text_rows(paths: Sequence[str | Path], *, text_field: str = "text") -> 
 
 
 def check_paths(paths: Sequence[str | Path]) -> None:
-    """Find out before anything heavy is loaded whether there is text to read.
+    """Check that there is text to read, before anything heavy is loaded.
 
     :raises InputError: a path is missing, empty or of an unknown type.
     """
@@ -73,9 +73,9 @@ def check_paths(paths: Sequence[str | Path]) -> None:
 
 
 def thin(documents: Iterable[Document], share: float, *, section: int = 16_384) -> Iterator[Document]:
-    """About a share (0 to 1) of the text, taken evenly from all of it: whole sections of `section` characters.
+    """Yield about a share (0 to 1) of the text, in sections of `section` characters spread evenly over it.
 
-    A share of the documents would be another thing: one of them can be half of the text.
+    Sections, not documents, because one document can be half of the text.
     """
     due = 0.0
     for document in documents:
@@ -90,7 +90,7 @@ def thin(documents: Iterable[Document], share: float, *, section: int = 16_384) 
 def read_rows(path: str | Path) -> Iterator[textfiles.Row]:
     """Read the rows of a .jsonl file or a hub set with all their fields, as a stream.
 
-    :raises InputError: at once for a path that is missing, empty or no .jsonl file; while reading as `read_documents`.
+    :raises InputError: at once for a path that is missing, empty or no .jsonl file; later as `read_documents`.
     """
     if str(path).startswith(HUB_PREFIX):
         return _hub_set_rows(parse_hub_set(str(path)))
@@ -114,9 +114,9 @@ def _hub_set_rows(hub_set: HubSet) -> Iterator[textfiles.Row]:
 
 
 def text_bytes(paths: Sequence[str | Path], *, text_field: str = "text") -> int | None:
-    """About how many bytes of text the paths hold, other columns apart; None where a hub set is among them.
+    """Estimate the bytes of text in the paths, without other columns; None if a hub set is among them.
 
-    The sizes of the files; of a .parquet the column's, of a .jsonl the share that is text in the first rows.
+    The sum of file sizes; for a .parquet the column's size, for a .jsonl scaled by the text's share of its first rows.
 
     :raises InputError: a path is missing, empty or of an unknown type, or the first rows cannot be read.
     """
@@ -137,13 +137,13 @@ def _file_bytes(path: Path, text_field: str, sample: int) -> int:
 
 
 Encode = Callable[[str], NDArray[np.int32]]
-"""From a text to its tokens."""
+"""Maps a text to its tokens."""
 EncodeWithEnds = Callable[[str], tuple[NDArray[np.int32], NDArray[np.int64]]]
-"""From a text to its tokens, and where in its UTF-8 bytes each ends."""
+"""Maps a text to its tokens, and where each ends in the text's UTF-8 bytes."""
 
 
 def measured(row: Document, encode: EncodeWithEnds) -> TokenDocument:
-    """A document's tokens with their sizes."""
+    """Return a document's tokens with their sizes."""
     tokens, ends = encode(row.text)
     return TokenDocument(np.asarray(tokens, np.int32), row.source, row.number, Sizes.of(row.text, ends))
 
@@ -151,9 +151,9 @@ def measured(row: Document, encode: EncodeWithEnds) -> TokenDocument:
 def tokenize(
     documents: Iterable[Document], encode: Encode, *, max_tokens: int | None = None
 ) -> Iterator[TokenDocument]:
-    """Encode each document; documents with fewer than two tokens have no predecessor pairs and are skipped.
+    """Encode each document; documents with fewer than two tokens have nothing to predict and are skipped.
 
-    :param max_tokens: where the stream ends, inside a document if need be.
+    :param max_tokens: end of the stream, possibly inside a document.
     :raises InputError: `max_tokens` is below 2, or no document has two tokens.
     """
     found = (TokenDocument(np.asarray(encode(one.text), np.int32), one.source, one.number) for one in documents)
@@ -163,7 +163,7 @@ def tokenize(
 def tokenize_measured(
     documents: Iterable[Document], encode: EncodeWithEnds, *, max_tokens: int | None = None
 ) -> Iterator[TokenDocument]:
-    """The same with the sizes of the tokens, as an evaluation needs them. Raises as `tokenize`."""
+    """As `tokenize`, with the sizes of the tokens, which an evaluation needs."""
     return _limited((measured(one, encode) for one in documents), max_tokens)
 
 
@@ -192,11 +192,11 @@ def _limited(documents: Iterable[TokenDocument], max_tokens: int | None) -> Iter
 class _File:
     path: Path
     named: bool
-    """By the user, and not found in a folder: an empty one is an error then."""
+    """Named by the user, not found in a folder: then an empty file is an error."""
 
 
 def _find(paths: Sequence[str | Path]) -> list[_File | HubSet]:
-    """Everything that is wrong with a path is said here, before any work."""
+    """Find all files and hub sets; every error in a path is raised here, before any work."""
     if isinstance(paths, str | Path):
         paths = [paths]
     if not paths:
@@ -229,10 +229,10 @@ def _find_files(path: Path) -> list[_File]:
 def _files_below(folder: Path) -> list[_File]:
     files: list[_File] = []
     for parent, folders, names in os.walk(folder, onerror=_stop):
-        # Hidden: .git and the like, and the binary ._name.txt that macOS puts beside name.txt.
+        # Hidden: .git and the like, and the binary ._name.txt that macOS writes beside name.txt.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         visible = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        # A pipe among them would be waited for, and an alias of nothing is told.
+        # Skip pipes, which would block; keep broken links, which are reported.
         visible = [path for path in visible if path.is_file() or not path.exists()]
         files += [_File(path, named=False) for path in visible if path.suffix.lower() in READERS]
     for file in files:
@@ -254,7 +254,7 @@ def _unreadable(path: object, error: OSError) -> InputError:
 
 
 def _read(found: Iterable[_File | HubSet], text_field: str, readers: Readers) -> Iterator[Document]:
-    """Every document, blank ones too, but not if there are no others."""
+    """Every document, blank ones too; InputError if all are blank."""
     blank = True
     for one in found:
         stream = _read_file(one, text_field, readers) if isinstance(one, _File) else _read_hub_set(one, text_field)
@@ -306,7 +306,7 @@ def _cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _border(text: str, limit: int) -> int:
-    """The last end of a paragraph, line or word in the upper half of the limit; the limit if there is none."""
+    """The last end of a paragraph, else of a line, else of a word, from half of the limit on; else the limit."""
     for mark in ("\n\n", "\n", " "):
         place = text.rfind(mark, limit // 2, limit)
         if place >= 0:

@@ -1,4 +1,4 @@
-"""Held-out parts and slices of documents' tokens; a stream that is longer than the memory is cut as it passes."""
+"""Held-out parts and slices of documents' tokens, from a stream that may be larger than memory."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from knnlm.text.windows import TokenDocument
 ENOUGH_DOCUMENTS = 20
 # Where a text is too short for sections of full length, they shrink down to this many tokens.
 MIN_SECTION = 64
-# Shorter slices leave too many tokens without the context that they would have in their document.
+# In shorter slices too many tokens lack the context that they have in their document.
 MIN_SLICE = 512
-# Tokens that are kept of a stream to take slices from, in budgets; without a budget, more than any text has.
+# Tokens of a stream kept to take slices from, in multiples of the budget; without a budget, more than any text has.
 KEPT_BUDGETS = 4
 NO_LIMIT = 1 << 60
 
 
 class HeldOut:
-    """Training documents as a stream, and of the documents that the stream came past as many as are evaluated."""
+    """A stream of training documents; collects the evaluation documents that it passes, up to the budget."""
 
     def __init__(self, parts: Iterable[tuple[bool, TokenDocument]], max_tokens: int | None, seed: int) -> None:
         self._kept = _Kept(max_tokens, seed)
@@ -32,7 +32,7 @@ class HeldOut:
 
     @property
     def evaluation(self) -> list[TokenDocument]:
-        """The evaluation documents, as `take_slices` takes them; complete once `training` has run dry."""
+        """The evaluation documents, cut as by `take_slices`; complete once `training` is exhausted."""
         return self._kept.slices()
 
     def _pass_on(self, parts: Iterable[tuple[bool, TokenDocument]]) -> Iterator[TokenDocument]:
@@ -44,9 +44,10 @@ class HeldOut:
 
 
 def hold_out(documents: Iterable[TokenDocument], *, max_tokens: int | None = None, seed: int = 0) -> HeldOut:
-    """`split_documents` as a stream of training documents, with `max_tokens` of the evaluation documents beside it.
+    """Split as `split_documents` does: a stream of training documents, and `max_tokens` of the evaluation documents.
 
-    Memory holds a few times `max_tokens`, however long the text is; None keeps all. Raises as both functions.
+    Memory holds a few times `max_tokens`, however long the text is; None keeps all. Raises as `split_documents` and
+    `take_slices`.
     """
     return HeldOut(split_documents(documents, seed=seed), max_tokens, seed)
 
@@ -54,13 +55,13 @@ def hold_out(documents: Iterable[TokenDocument], *, max_tokens: int | None = Non
 def split_documents(
     documents: Iterable[TokenDocument], *, share: float = 0.1, seed: int = 0, section: int = 4096, gap: int = 256
 ) -> Iterator[tuple[bool, TokenDocument]]:
-    """Mark a share of the text as evaluation text, in one pass over it: (True, document) is to be held out.
+    """Mark a share of the text as evaluation text, in one pass: (True, document) is held out.
 
     With at least 20 documents, every round(1 / share)-th is held out whole. With fewer, all are cut into sections of
     `section` to twice as many tokens (fewer where the text is short), every round(1 / share)-th section is held out,
     and up to `gap` tokens are dropped on each side of a border between the two kinds. The seed picks the first.
 
-    :raises InputError: `share`, `section` or `gap` cannot be, or (when iterated) the text is too short.
+    :raises InputError: `share`, `section` or `gap` is out of range, or (when iterated) the text is too short.
     """
     if not 0 < share <= 0.5:
         raise InputError(f"the share to hold out is {share}, but must be over 0 and at most 0.5")
@@ -76,7 +77,7 @@ def _split_documents(
     if len(peeked) < ENOUGH_DOCUMENTS:
         yield from _split_sections(peeked, period, seed, section, gap)
         return
-    # Within the documents that surely exist, so that one is held out however small the share.
+    # Among the documents known to exist, so that at least one is held out however small the share.
     offset = _offset(period, ENOUGH_DOCUMENTS, seed)
     for number, document in enumerate(itertools.chain(peeked, documents)):
         yield number % period == offset, document
@@ -107,7 +108,7 @@ def _split_sections(
 def _cut_sections(
     document: TokenDocument, held_out: Sequence[bool], section: int, gap: int
 ) -> Iterator[tuple[bool, TokenDocument]]:
-    """Runs of sections of one kind as documents of their own, less the gaps at inner borders; the last has the rest."""
+    """Runs of sections of one kind as separate documents, without the gaps at inner borders; the last has the rest."""
     end = 0
     for is_evaluation, run in itertools.groupby(held_out):
         begin, end = end, end + len(list(run))
@@ -117,10 +118,10 @@ def _cut_sections(
 
 
 def take_slices(documents: Iterable[TokenDocument], max_tokens: int | None, *, seed: int) -> list[TokenDocument]:
-    """Spread a budget of tokens over documents; all of them, whole, where they fit or `max_tokens` is None.
+    """Spread a budget of tokens over documents; all of them, whole, if they fit or `max_tokens` is None.
 
-    Each document gives the same number of consecutive tokens from a random start, or all that it has. Where that
-    would be fewer than 512, only documents evenly spread over the text give any. Memory holds a few times the budget.
+    Each document gives the same number of consecutive tokens from a random start, or all that it has. If that were
+    fewer than 512, a subset of documents, spread evenly over the text, is used. Memory holds a few times the budget.
 
     :raises InputError: `max_tokens` is below 2.
     """
@@ -131,10 +132,10 @@ def take_slices(documents: Iterable[TokenDocument], max_tokens: int | None, *, s
 
 
 class _Kept:
-    """Documents of a stream, enough of them to take slices from: all, up to `KEPT_BUDGETS` times the budget of tokens.
+    """The part of a stream that slices are taken from: all documents, up to `KEPT_BUDGETS` times the token budget.
 
-    Beyond that, all are cut to a common length, half of what it was, as long as that leaves more than a slice takes of
-    a document; then documents are dropped, so that those kept stay evenly spread over the stream.
+    Beyond that, the length to which all are cut is halved while it stays above that of a slice; then documents are
+    dropped, such that those kept stay evenly spread over the stream.
     """
 
     def __init__(self, max_tokens: int | None, seed: int) -> None:
@@ -150,7 +151,7 @@ class _Kept:
         self._heap: list[tuple[float, int, TokenDocument]] = []
 
     def add(self, document: TokenDocument) -> None:
-        """Take in the stream's next document."""
+        """Add the stream's next document."""
         place = float(_golden_places(self._seen, self._offset))
         self._seen += 1
         if place >= self._border:
@@ -172,7 +173,7 @@ class _Kept:
         self._tokens -= len(dropped.tokens)
 
     def slices(self) -> list[TokenDocument]:
-        """What `take_slices` gives of the documents so far, in their order."""
+        """Return the slices of the documents so far, in their order, as `take_slices` does."""
         documents = [document for _, _, document in sorted(self._heap, key=lambda entry: entry[1])]
         if self._tokens <= self._budget:
             return documents

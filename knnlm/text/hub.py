@@ -1,13 +1,13 @@
-"""Text sets of the Hugging Face hub, as a stream of rows. The import of `datasets`.
+"""Data sets of the Hugging Face hub, as a stream of rows. The only module that imports `datasets`.
 
-A hub set is written `hf:REPO[/CONFIG][:SPLIT]`, for instance
+A hub set is named `hf:REPO[/CONFIG][:SPLIT]`, for instance
 
     hf:stas/openwebtext-10k
     hf:wikitext/wikitext-103-raw-v1:train
     hf:Salesforce/wikitext/wikitext-103-raw-v1:test
 
-Three parts are organisation, name and configuration. Two parts are organisation and name, or, where the hub has no such
-set, name and configuration. Without a split, `train` is taken, or the only one that there is.
+Three parts are organisation, name and configuration. Two parts are organisation and name, or, if the hub has no such
+set, name and configuration. Without a split, `train` is used, or the only split.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HubSet:
 
 
 def parse_hub_set(name: str) -> HubSet:
-    """Return the parts of `hf:REPO[/CONFIG][:SPLIT]`. InputError for another form."""
+    """Return the parts of `hf:REPO[/CONFIG][:SPLIT]`. Raises InputError for another form."""
     match = HUB_SET.fullmatch(name)
     if match is None:
         raise InputError(f"{name!r} is not a hub set; write hf:REPO, hf:REPO/CONFIG or hf:REPO/CONFIG:SPLIT")
@@ -44,9 +44,10 @@ def parse_hub_set(name: str) -> HubSet:
 
 
 def hub_rows(hub_set: HubSet, text_field: str | None) -> Iterator[Mapping[str, object]]:
-    """The split's rows, with one error for whatever the library, the network or a remote file throws.
+    """Yield the split's rows.
 
-    :param text_field: the only field wanted; None: all.
+    :param text_field: the only field to read; None: all.
+    :raises InputError: for any error of the library, the network or a remote file.
     """
     try:
         dataset = _split(_load(hub_set), hub_set)
@@ -55,7 +56,7 @@ def hub_rows(hub_set: HubSet, text_field: str | None) -> Iterator[Mapping[str, o
             return
         if text_field not in dataset.column_names:
             raise textfiles.no_field(text_field, dataset.column_names, hub_set.name)
-        # Other columns (pictures, sound) are not even fetched where the format can skip them.
+        # Other columns (images, audio) are not fetched if the format can skip them.
         yield from dataset.select_columns([text_field])
     except InputError:
         raise
@@ -64,7 +65,7 @@ def hub_rows(hub_set: HubSet, text_field: str | None) -> Iterator[Mapping[str, o
 
 
 def _load(hub_set: HubSet) -> Mapping[str, Any]:
-    """All splits as streams; two parts that are no repository are tried as name and configuration."""
+    """All splits as streams; a two-part name that is no repository is tried as name and configuration."""
     import datasets  # here, because it takes a second or two and most corpora are files
 
     not_found = datasets.exceptions.DatasetNotFoundError
@@ -76,7 +77,7 @@ def _load(hub_set: HubSet) -> Mapping[str, Any]:
             raise
         with contextlib.suppress(not_found):
             return datasets.load_dataset(name, config, streaming=True)  # type: ignore[no-any-return]
-        raise error  # and not the second, which does not say that a set is gated
+        raise error  # not the second, which does not say that a set is gated
 
 
 def _split(splits: Mapping[str, Any], hub_set: HubSet) -> Any:  # noqa: ANN401 - datasets has no types here

@@ -16,9 +16,9 @@ ROWS_AT_ONCE = 64
 
 
 def column_values(path: Path, name: str) -> Iterator[object]:
-    """The values of a column, a few rows of the file in memory at a time.
+    """Yield the values of a column, with a few rows of the file in memory at a time.
 
-    :raises InputError: no readable Parquet, no such column or two, or a value that is not what the column says.
+    :raises InputError: no readable Parquet file, no such column or several, or a value that cannot be read.
     """
     with _open(path, name) as file:
         batches = file.iter_batches(ROWS_AT_ONCE, columns=[name])
@@ -33,13 +33,16 @@ def _python_value(value: Any, where: str) -> object:  # noqa: ANN401 - pyarrow h
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         message = f"{where} is not UTF-8 text: byte {error.start} is 0x{byte:02x}; convert it, or leave it out"
-    except (ValueError, ArithmeticError) as error:  # dates that Python has not
+    except (ValueError, ArithmeticError) as error:  # dates out of Python's range
         message = f"{where} cannot be read: {first_line(error)}; mend or remove it"
     raise InputError(message)
 
 
 def column_bytes(path: Path, name: str) -> int:
-    """What a column takes unpacked; values that are repeated in a part of the file count once. Raises as above."""
+    """Return the uncompressed bytes of a column, dictionary-encoded values counted once per row group.
+
+    Raises as `column_values`.
+    """
     with _open(path, name) as file:
         groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
         chunks = (group.column(number) for group in groups for number in range(group.num_columns))
@@ -48,7 +51,7 @@ def column_bytes(path: Path, name: str) -> int:
 
 @contextmanager
 def _open(path: Path, name: str) -> Iterator[Any]:
-    """The file, if it has the column; with one error for what is wrong in it."""
+    """The opened file, checked for the column; errors in it become InputError."""
     import pyarrow  # here, because it takes a third of a second
     import pyarrow.parquet
 

@@ -1,7 +1,6 @@
-"""Segments of a text: stretches of one length that do not overlap, each inside a document.
+"""Segments of a text: stretches of equal length that do not overlap, each inside one document.
 
-A rest that is shorter is left out: fewer tokens would change perplexity and dispersion at once, and the two would seem
-to go together.
+A shorter rest is left out: length affects both perplexity and dispersion, and would correlate the two.
 
 Legend: S segments, T tokens of a segment.
 """
@@ -32,15 +31,15 @@ class Segment:
 
 
 def check_context(context: int, model: str, limit: int | None, *, field: str = "context") -> None:
-    """:raises InputError: the model cannot read a segment at once; to be found out before it is loaded."""
+    """Raise InputError, before the model is loaded, if a segment exceeds its context."""
     if limit is not None and context > limit:
         raise InputError(f"`{field}` is {context}, but {model} sees at most {limit} tokens; take that or less")
 
 
 def cut_segments(documents: Iterable[TokenDocument], context: int) -> Iterator[Segment]:
-    """All segments of `context` tokens, in the order of the text.
+    """Yield all segments of `context` tokens, in the order of the text.
 
-    :raises InputError: fewer than two tokens, of which none could be predicted.
+    :raises InputError: `context` is below 2, which leaves no token to predict.
     """
     if context < 2:
         raise InputError(f"`context` is {context}, but a segment needs at least 2 tokens, one to predict the other")
@@ -54,10 +53,10 @@ def cut_segments(documents: Iterable[TokenDocument], context: int) -> Iterator[S
 def sample_segments(
     segments: Iterable[Segment], limit: int, *, seed: int, remedy: str = "longer documents"
 ) -> list[Segment]:
-    """At most `limit` segments, each with the same probability (Vitter 1985, algorithm R), in the order of the text.
+    """Sample at most `limit` segments uniformly (Vitter 1985, algorithm R), in the order of the text.
 
-    :param remedy: what else the message for none advises.
-    :raises InputError: there are none.
+    :param remedy: further advice in the error message.
+    :raises InputError: there are no segments.
     """
     rng = np.random.default_rng(seed)
     kept: list[Segment] = []

@@ -1,7 +1,7 @@
-"""What each token of a document stands for in its text: bytes and words, for bits per byte and word perplexity.
+"""Bytes and words that each token covers in its document's text, for bits per byte and word perplexity.
 
-Not from the text that tokens decode to: a character of several tokens is no text in any of them, and a tokenizer may
-drop, lower or normalise characters.
+They are counted in the original text, not in decoded tokens: a character may be split over several tokens, and a
+tokenizer may drop, lower-case or normalise characters.
 
 Legend: N tokens.
 """
@@ -20,10 +20,10 @@ _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.u
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
-    """Of each token of a stretch of text."""
+    """Bytes and words of each token of a stretch of text."""
 
     bytes_N: NDArray[np.int32]
-    """Of the text in UTF-8."""
+    """Bytes of the text in UTF-8."""
     words_N: NDArray[np.int32]
     """Words that begin in the token; a word is what stands between white space."""
     inside_N: NDArray[np.bool_]
@@ -31,7 +31,7 @@ class Sizes:
 
     @classmethod
     def of(cls, text: str, ends_N: NDArray[np.int64]) -> Self:
-        """The sizes of a text's tokens, whose last bytes are followed by those at `ends_N`."""
+        """Return the sizes of a text's tokens; `ends_N` is the end of each in the text's UTF-8 bytes, exclusive."""
         data = text.encode("utf-8", "replace")
         starts_N = np.concatenate([[0], ends_N[:-1]])[: len(ends_N)].astype(np.int64)
         first_W, last_W = _words(text)
@@ -42,7 +42,7 @@ class Sizes:
 
     @classmethod
     def joined(cls, parts: Sequence[Sizes]) -> Self:
-        """One stretch after the other."""
+        """Concatenate the sizes of several stretches."""
         return cls(
             np.concatenate([np.empty(0, np.int32), *(one.bytes_N for one in parts)]),
             np.concatenate([np.empty(0, np.int32), *(one.words_N for one in parts)]),
@@ -50,17 +50,17 @@ class Sizes:
         )
 
     def __getitem__(self, part: slice | NDArray[np.bool_]) -> Sizes:
-        """Of some tokens, as a copy: a view would keep the whole document in memory."""
+        """Return the sizes of some tokens, as a copy: a view would keep the whole document in memory."""
         return Sizes(self.bytes_N[part].copy(), self.words_N[part].copy(), self.inside_N[part].copy())
 
     def words(self, clusters_N: NDArray[np.int64]) -> int:
-        """All words, in whole or in part; tokens of one cluster that follow one another are a stretch of text."""
+        """Count words, whole or partial; consecutive tokens of one cluster are a stretch of text."""
         begins_N = np.diff(clusters_N, prepend=-1 if not len(clusters_N) else clusters_N[0] - 1) != 0
         return int(self.words_N.sum() + (begins_N & self.inside_N).sum())
 
 
 def _words(text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and last place of each word, in bytes."""
+    """Start and end of each word, in bytes."""
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     inside = np.concatenate([[False], ~np.isin(codes, _SPACES, kind="table"), [False]])
     borders = np.flatnonzero(inside[1:] != inside[:-1])

@@ -1,4 +1,4 @@
-"""Files of UTF-8 text and of JSON Lines, read strictly: what is not text is refused with its place."""
+"""Files of UTF-8 text and of JSON Lines, read strictly: errors name the place of what is not text."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from knnlm.errors import InputError
 from knnlm.regular import open_regular
 
 BLOCK_BYTES = 1 << 20
-# A line is a document and has to be held; without a limit, a file that has no lines would fill the memory.
+# A line is a document and held in memory; without a limit, a file without line ends would fill it.
 LINE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Row:
-    """One object of JSON Lines or row of a hub set with all its fields, and where it came from."""
+    """An object of JSON Lines or a row of a hub set with all its fields, and its origin."""
 
     fields: Mapping[str, object]
     source: str
     number: int
     where: str
-    """For messages: `line 3 of questions.jsonl`."""
+    """Place for messages: `line 3 of questions.jsonl`."""
 
 
 def decode_blocks(path: Path) -> Iterator[str]:
-    """The file's text in bounded pieces, with line ends of one character and without a byte-order mark.
+    """Yield the file's text in bounded pieces, with line ends as `\\n` and without a byte-order mark.
 
     :raises InputError: bytes that are not UTF-8, or NUL.
     """
@@ -39,7 +39,7 @@ def decode_blocks(path: Path) -> Iterator[str]:
     position = 0
     with open_regular(path) as file:
         while block := file.read(BLOCK_BYTES):
-            # Bytes of a character that the last block left unfinished are decoded with this one.
+            # Bytes of a character that is cut by the end of the last block are decoded with this one.
             begin = position - len(decoder.getstate()[0])
             text = _decode(block, decoder.decode, begin, path)
             yield lines.decode(text.removeprefix("\ufeff") if not position else text)
@@ -49,7 +49,7 @@ def decode_blocks(path: Path) -> Iterator[str]:
 
 
 def _decode(data: bytes, decoder: Callable[[bytes], str], begin: int, path: Path) -> str:
-    """The text of bytes that stand at byte `begin` of a file."""
+    """The text of bytes that begin at byte `begin` of a file."""
     try:
         text = decoder(data)
     except UnicodeDecodeError as error:
@@ -64,24 +64,24 @@ def _decode(data: bytes, decoder: Callable[[bytes], str], begin: int, path: Path
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """The objects of a file of JSON Lines; blank lines are skipped.
+    """Yield the objects of a JSON Lines file; blank lines are skipped.
 
-    :raises InputError: a line that is not UTF-8, no JSON object, or too long.
+    :raises InputError: a line that is not UTF-8, not a JSON object, or too long.
     """
     return (row for row, _ in _rows_and_ends(path))
 
 
 def text_share(path: Path, text_field: str, rows: int) -> float:
-    """How much of a JSON Lines file is the text of one field, by the bytes of its first rows. Raises as `json_rows`."""
+    """Estimate a field's share of a JSON Lines file, in bytes, from its first rows. Raises as `json_rows`."""
     sample = [(text_of(row.fields, text_field, row.where), end) for row, end in islice(_rows_and_ends(path), rows)]
     return sum(len(text.encode()) for text, _ in sample) / sample[-1][1] if sample else 0.0
 
 
 def _rows_and_ends(path: Path) -> Iterator[tuple[Row, int]]:
-    """Each row with the bytes of the file up to its end."""
+    """Each row with its end's position in the file, in bytes."""
     position = 0
     with open_regular(path) as file:
-        # readline with a limit gives longer lines in pieces.
+        # readline with a limit returns longer lines in pieces.
         for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), start=1):
             where = f"line {number} of {path}"
             if len(line) > LINE_BYTES:
@@ -106,9 +106,9 @@ def _parse(line: str, where: str) -> Mapping[str, object]:
 
 
 def text_of(row: Mapping[str, object], text_field: str, where: str) -> str:
-    """The row's text; null counts as empty.
+    """Return the row's text; null counts as empty.
 
-    :raises InputError: the row has no such field, or it is no string.
+    :raises InputError: the row lacks the field, or it is not a string.
     """
     if text_field not in row:
         raise no_field(text_field, row, where)
@@ -121,12 +121,12 @@ def text_of(row: Mapping[str, object], text_field: str, where: str) -> str:
 
 
 def no_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
-    """The error for text that lacks the field, with those that it has."""
+    """Return the error for a missing field; it lists those present."""
     return InputError(
         f"{where} has no field {text_field!r}, only {', '.join(fields) or 'none'}; name it with `text_field`"
     )
 
 
 def whole_characters(text: str) -> str:
-    """Replace half of a pair, as JSON can hold it in U+D800 to U+DFFF: it is no character and cannot be tokenised."""
+    """Replace lone surrogates (U+D800 to U+DFFF), which JSON can hold but which cannot be tokenised."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""From documents' tokens to windows, batches, held-out parts and slices: arrays only, no files and no models.
+"""Windows over the tokens of documents, and batches of windows: arrays only, no files and no models.
 
 Legend: B windows of a batch, T positions of the longest of them.
 """
@@ -22,7 +22,7 @@ PROTOCOLS = ("documents", "knn-transformers")
 
 @dataclass(frozen=True, eq=False)
 class TokenDocument:
-    """One document's tokens, and where its text came from."""
+    """A document's tokens, and the origin of its text."""
 
     tokens: NDArray[np.int32]
     source: str
@@ -30,50 +30,50 @@ class TokenDocument:
     number: int
     """Line, row or part in the source, from 1."""
     sizes: Sizes | None = None
-    """What each token stands for in the text, where it was measured."""
+    """Bytes and words that each token covers, if measured."""
 
     def part(self, first: int, last: int) -> TokenDocument:
-        """Some of its tokens, as a copy: a view would keep the whole document in memory."""
+        """Return tokens `first` to `last`, as a copy: a view would keep the whole document in memory."""
         tokens, sizes = self.tokens[first:last].copy(), self.sizes and self.sizes[first:last]
         return TokenDocument(tokens, self.source, self.number, sizes)
 
 
 def target_sizes(documents: Iterable[TokenDocument]) -> Sizes | None:
-    """Of all tokens that have a predecessor, in order; None where a document is not measured."""
+    """Return the sizes of all tokens with a predecessor, in order; None if a document is not measured."""
     found = [one.sizes and one.sizes[1:] for one in documents if len(one.tokens) >= 2]
     measured = [one for one in found if one is not None]
     return Sizes.joined(measured) if len(measured) == len(found) else None
 
 
 def count_targets(documents: Iterable[TokenDocument]) -> int:
-    """How many tokens have a predecessor in their document: keys of a datastore, predictions of an evaluation."""
+    """Count tokens with a predecessor in their document: keys of a datastore, predictions of an evaluation."""
     return sum(max(len(document.tokens) - 1, 0) for document in documents)
 
 
 class Fingerprint:
-    """A running SHA-256 over the tokens of documents and the borders between them."""
+    """A running SHA-256 of documents' tokens and borders."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
     def update(self, document: TokenDocument) -> None:
-        """Add one document; the order of documents counts, their sources do not."""
+        """Add a document; the order of documents matters, their sources do not."""
         self._hash.update(len(document.tokens).to_bytes(8, "little"))
         self._hash.update(np.ascontiguousarray(document.tokens, "<i4").data)
 
     def hexdigest(self) -> str:
-        """Of all documents so far."""
+        """Return the hash of all documents so far."""
         return self._hash.hexdigest()
 
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """Sliding windows: `context` tokens that the model sees at once, `stride` new ones in each further window."""
+    """Sliding windows of `context` tokens, with `stride` new ones in each after the first."""
 
     context: int
     stride: int
     protocol: str = "documents"
-    """`documents`, or `knn-transformers`: that project's windows, for figures that can be compared."""
+    """`documents`, or `knn-transformers`: that project's windows, for comparable figures."""
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -92,7 +92,7 @@ class Window:
     targets: NDArray[np.int32]
     """The token after each input."""
     first: int
-    """`targets[first:]` count here; those before it counted in an earlier window."""
+    """`targets[first:]` count here; those before counted in an earlier window."""
     document: int
     """Running number of the document, from 0, over documents that have windows."""
     start: int
@@ -102,14 +102,14 @@ class Window:
 
 
 def unscored_window(tokens_T: NDArray[np.int32], *, start: int, source: str, number: int) -> Window:
-    """An input of which nothing is predicted."""
+    """Return an input without targets."""
     return Window(tokens_T, tokens_T[:0], 0, 0, start, source, number)
 
 
 def windows(documents: Iterable[TokenDocument], config: WindowConfig) -> Iterator[Window]:
-    """Slide over each document, so that each token with a predecessor in it counts exactly once, in order.
+    """Slide over each document such that each token with a predecessor in it counts exactly once, in order.
 
-    The first window counts all its targets, each further one starts `stride` later and counts what is new: a counted
+    The first window counts all its targets; each further one starts `stride` later and counts the new ones: a counted
     token at position p has at least min(p, context - stride) tokens before it. Documents with fewer than two tokens
     have no windows.
 
@@ -143,9 +143,9 @@ def _sliding(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
 
 
 def _growing(targets: int, config: WindowConfig) -> Iterator[tuple[int, int]]:
-    """The same for neulab/knn-transformers, run_clm.py, group_texts: windows end at multiples of the stride.
+    """As `_sliding`, for neulab/knn-transformers (run_clm.py, group_texts): windows end at multiples of the stride.
 
-    Its windows hold `context` tokens, of which the last is a target only.
+    A window there holds `context` tokens, of which the last is only a target.
     """
     for end in itertools.count(config.stride, config.stride):
         stop = min(end, targets + 1) - 1
@@ -161,7 +161,7 @@ def rows_to_groups(
 ) -> Iterator[TokenDocument]:
     """Concatenate every 1,000 rows of text, empty ones too, and drop the tail that fills no block of `context` tokens.
 
-    A group with fewer tokens than one block is kept whole. So neulab/knn-transformers does (run_clm.py, group_texts,
+    A group with fewer tokens than one block is kept whole. Follows neulab/knn-transformers (run_clm.py, group_texts,
     under `datasets.map(batched=True)`).
     """
     rows = iter(rows)
@@ -185,7 +185,7 @@ class Batch:
 
 
 def batches(windows: Iterable[Window], max_tokens: int) -> Iterator[Batch]:
-    """Group consecutive windows while rows x longest row stays within `max_tokens`; a longer window goes alone.
+    """Group consecutive windows while rows x longest row stays within `max_tokens`; a longer window is alone.
 
     :raises InputError: `max_tokens` is below 1.
     """
@@ -220,11 +220,11 @@ DEFAULT_CONTEXT = 1024
 
 
 def window_config(text: TextConfig, model: str, limit: int | None) -> WindowConfig:
-    """The windows: by default the model's context, at most 1024 tokens, half of it new in each further window.
+    """Return the settings of windows: by default the model's context, at most 1024 tokens, and half of it as stride.
 
-    :param model: its name, for the error.
-    :param limit: the most tokens that the model sees at once; None: no limit.
-    :raises InputError: the context is over the model's limit, or the stride over the context.
+    :param model: the model's name, for the error.
+    :param limit: the model's context in tokens; None: no limit.
+    :raises InputError: the context exceeds the model's limit, or the stride the context.
     """
     context = text.context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if limit is not None and context > limit:
