@@ -1,1 +1,1 @@
-"""The language model: the vectors of its layers, and log-probabilities; knows no text."""
+"""The language model: vectors of its layers, and log-probabilities. Knows no text."""

@@ -1,4 +1,4 @@
-"""LoRA: low-rank changes to a model's weights, made anew or read from a folder. The import of `peft`."""
+"""LoRA adapters: added to a model, or read from a folder and merged. The only module that imports `peft`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from knnlm.errors import ModelError, first_line
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
-    """Low-rank changes to every linear layer of the blocks; the weights themselves stay (Hu et al. 2022)."""
+    """Return the model with LoRA on every linear layer of the blocks; the base weights stay (Hu et al. 2022)."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings(), torch.random.fork_rng():
-        # peft tells of an option that it sets right itself, and reads an attribute that transformers has renamed.
+        # peft warns of an option that it corrects itself, and of an attribute that transformers has renamed.
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(model, config)
@@ -27,9 +27,9 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a PreTrainedModel
-    """Return the model with an adapter's changes added to its weights.
+    """Return the model with an adapter merged into its weights.
 
-    :raises ModelError: the adapter is not of this model, or of a kind that is no change of weights.
+    :raises ModelError: the adapter does not fit this model, or is of a kind that cannot be merged.
     """
     from peft import PeftModel
 
@@ -48,7 +48,7 @@ def merge_adapter(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a PreTrain
 
 
 def digest_adapter(folder: Path) -> str:
-    """Hash the adapter's weights and how strongly they count."""
+    """Return the SHA-256 of an adapter's weights and configuration (which holds their scale)."""
     digest = hashlib.sha256()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         digest.update((folder / file).read_bytes())

@@ -1,6 +1,6 @@
-"""Layers of a decoder: finding them in any Hugging Face decoder by structure, and hooks that read them.
+"""Layers of a decoder: found in any Hugging Face decoder by its structure, and read by hooks.
 
-`knnlm.layer_names` says what a layer is.
+`knnlm.layer_names` defines what a layer is.
 
 Shapes: B batch, T time, D dimension.
 """
@@ -28,7 +28,7 @@ _OTHER_SENSE = re.compile(r"vision|visual|audio", re.IGNORECASE)  # towers of a 
 
 @dataclass(frozen=True)
 class _Tap:
-    """One place of the network: what enters a module, or what it returns."""
+    """A point of the network: a module's input or output."""
 
     module: nn.Module
     side: Literal["input", "output"]
@@ -51,11 +51,11 @@ class Decoder:
     def attach(self, names: Sequence[str], receive: Receive, *, detach: bool = True) -> Iterator[None]:
         """Call `receive(name, vectors)` for each layer in `names` whenever the model computes it, inside the `with`.
 
-        The vectors are [B, T, D], in the model's type, and the model's own memory: a later module may write to them
-        (Falcon adds in place), so use or copy them before `receive` returns. Layers come as they are computed. With
-        `detach=False` a loss of them has gradients.
+        The vectors are [B, T, D], in the model's type and memory: a later module may overwrite them (Falcon adds in
+        place), so use or copy them before `receive` returns. Layers come in the order of computation. With
+        `detach=False` gradients flow through them.
 
-        Raises LayerError for a name that the model does not have.
+        Raises LayerError for a layer that the model does not have.
         """
         check_names(names, self.names)
         shape = _StreamShape(detach)
@@ -94,7 +94,7 @@ def _register(tap: _Tap, name: str, shape: _StreamShape, receive: Receive) -> Ca
 
 
 def _entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states among the arguments of a module."""
+    """The hidden states among a module's arguments."""
     values = [*args[:1], kwargs.get("hidden_states"), *args, *kwargs.values()]
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -103,7 +103,7 @@ def _entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _returned(output: object) -> Tensor:
-    """Return the hidden states in what a module returned: a tensor, or the first of a tuple or of a mapping."""
+    """The hidden states in a module's output: the tensor itself, or the first of a tuple or mapping."""
     if isinstance(output, Mapping):
         output = next(iter(output.values()))
     if isinstance(output, tuple | list):
@@ -119,9 +119,8 @@ def _returned(output: object) -> Tensor:
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the layers of a decoder-only causal LM by its structure.
 
-    Blocks are the longest list of modules that hold attention and a feed-forward; their children are told apart by what
-    they are and are called. A block may lack a part (a state-space block has no attention): then its name
-    is not among `names`.
+    Blocks are the longest list of modules that hold attention and a feed-forward; their children are recognised by
+    class and attribute names. A block may lack a part (a state-space block has no attention): then `names` lacks it.
 
     Raises ModelError for an encoder-only or encoder-decoder model, and for one without an LM head or such blocks.
     """
@@ -135,7 +134,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """Return the LM head, which turns `final_norm` vectors into scores of the vocabulary; ModelError if absent."""
+    """Return the LM head, which maps `final_norm` vectors to logits. Raises ModelError if there is none."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if isinstance(head, nn.Module):
@@ -179,12 +178,12 @@ def _is_decoder(blocks: tuple[nn.Module, ...], depth: int | None) -> bool:
 
 
 def _is_stack(blocks: tuple[nn.Module, ...], depth: int | None) -> bool:
-    """State-space models: as many modules as the configuration says, none with attention."""
+    """Whether these are the blocks of a state-space model: as many as configured, none with attention."""
     return len(blocks) == depth and all(_attention(block) is None for block in blocks)
 
 
 def _block_taps(block: nn.Module) -> dict[str, _Tap]:
-    """Return the taps of the parts that this block has, in the order of PARTS."""
+    """The taps of the parts that this block has, in the order of PARTS."""
     taps: dict[str, _Tap] = {}
     attention, feed_forward = _attention(block), _feed_forward(block)
     if attention is not None:
@@ -201,13 +200,13 @@ def _attention(block: nn.Module) -> nn.Module | None:
     found = _children(block, _ATTENTION)
     if not found:
         return None
-    # A wrapper that holds norms beside the attention (DBRX): its input is not normed and its output holds the residual.
+    # A wrapper around norms and attention (DBRX): its input is not normed and its output contains the residual.
     inner = _attention(found[0])
     return inner if inner is not None and _has_norm(found[0]) else found[0]
 
 
 def _feed_forward(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None:
-    """Return the modules that the feed-forward's input enters and its output leaves (None: several are added up)."""
+    """The first and last module of the feed-forward; the last is None if several outputs are summed."""
     found = _children(block, _FEED_FORWARD)
     if found:
         return found[0], found[0] if len(found) == 1 else None
@@ -219,7 +218,7 @@ def _feed_forward(block: nn.Module) -> tuple[nn.Module, nn.Module | None] | None
 
 
 def _children(block: nn.Module, role: re.Pattern[str]) -> list[nn.Module]:
-    """Return the children that play a role, by the name of attribute or class; norms and dropouts hold no matrix."""
+    """The children with a role, by attribute or class name; norms and dropouts, without a matrix, are left out."""
     return [
         child
         for name, child in block.named_children()
@@ -236,7 +235,7 @@ def _has_norm(module: nn.Module) -> bool:
 
 
 def _own_output(module: nn.Module) -> nn.Module:
-    """Return what to tap for a sublayer's output: its last linear layer where it adds the residual itself (BLOOM)."""
+    """The module whose output to read: the sublayer's last linear layer if it adds the residual itself (BLOOM)."""
     if "residual" not in inspect.signature(module.forward).parameters:
         return module
     # A child, not any module below: under LoRA, the linear layer is a wrapper that holds several.

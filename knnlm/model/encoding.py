@@ -1,6 +1,6 @@
-"""Text to tokens as the model's own tokenizer does it, with memory that does not grow with the text.
+"""Tokenisation of long text with a model's tokenizer, in pieces that give the tokens of the whole.
 
-What the probes need to know of a tokenizer comes from its vocabulary: it may have no letter of any one alphabet.
+Test words come from the tokenizer's own vocabulary, which may lack any given alphabet.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 # Long text is tokenised in pieces of about this many characters.
 PIECE = 1 << 18
-# A space between two letters: `_never_joins` proves that no token stands on both sides of such a place.
+# A space between two letters: `_never_joins` proves that no token spans it.
 _CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _JOINED = re.compile(r"\S ")
-# SentencePiece's space, and how it writes a byte.
+# SentencePiece's space, and its names of single bytes.
 _MARK = "▁"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer(Protocol):
-    """What is needed of a `transformers` tokenizer."""
+    """The part of a `transformers` tokenizer that is needed here."""
 
     def __call__(
         self, text: str, *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
@@ -36,9 +36,9 @@ class Tokenizer(Protocol):
 
 
 class TextEncoder:
-    """Call it with a text to get its tokens, int32 [n]: what the tokenizer puts in front (BOS) once, nothing behind.
+    """Maps a text to its tokens, int32 [n]: with the tokenizer's prefix (BOS) once, and no suffix.
 
-    Long text is cut into pieces between words, such that the tokens are those of the whole.
+    Long text is cut between words, into pieces whose tokens are those of the whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -48,7 +48,7 @@ class TextEncoder:
 
     @property
     def word(self) -> str:
-        """A text that the tokenizer knows, such as one letter of its alphabet; empty if it knows none."""
+        """A short text that the tokenizer can encode, such as a letter; empty if there is none."""
         return self._words[0] if self._words else ""
 
     def __call__(self, text: str) -> NDArray[np.int32]:
@@ -59,8 +59,9 @@ class TextEncoder:
     def with_ends(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return the tokens, and where in the text's UTF-8 bytes each one ends, int64 [n]: ascending up to its size.
 
-        The text is as it was given, whatever the tokenizer makes of it: what it drops or normalises away counts for
-        the token before, white space for the token behind. A character of several tokens is shared by their bytes.
+        Ends refer to the text as given: characters that the tokenizer drops or normalises away count for the token
+        before, white space for the token after. The bytes of a character that spans several tokens are divided among
+        them.
         """
         bytes_before = byte_places(text)
         tokens, ends = [np.asarray(self._prefix, np.int32)], [np.zeros(len(self._prefix), np.int64)]
@@ -78,10 +79,10 @@ class TextEncoder:
         return list(encoded["input_ids"])
 
     def _spans(self, text: str) -> tuple[list[int], NDArray[np.int64]]:
-        """The tokens of a piece, and the characters that each comes from, [n, 2]."""
+        """The tokens of a piece, and each one's first and last character (exclusive), [n, 2]."""
         if not getattr(self._tokenizer, "is_fast", False):
             ids = self._ids(text)
-            # Without offsets: by the sizes of the tokens' own texts.
+            # A slow tokenizer gives no offsets: estimated from the sizes of the tokens' texts.
             ends = np.cumsum([self._size(token) for token in ids]) if ids else np.empty(0)
             ends = np.round(ends / max(1, ends[-1] if ids else 1) * len(text)).astype(np.int64)
             return ids, np.stack([np.concatenate([[0], ends[:-1]])[: len(ids)], ends], axis=1).astype(np.int64)
@@ -103,13 +104,13 @@ class TextEncoder:
             ends[at] += len(dropped.rstrip())
         found: NDArray[np.int64] = bytes_before[ends]
         for at in np.flatnonzero(starts[1:] < ends[:-1])[::-1]:
-            # Two tokens share a character: the second one's own bytes are its last.
+            # Two tokens share a character: the second has the character's last bytes.
             floor = bytes_before[starts[at + 1]]
             found[at] = max(floor, min(found[at], found[at + 1] - self._size(ids[at + 1])))
         return found
 
     def _size(self, token: int) -> int:
-        """The bytes that a token stands for, by its name."""
+        """The number of bytes that a token stands for, from its name."""
         name = str(self._tokenizer.convert_ids_to_tokens(int(token)))  # type: ignore[attr-defined]
         if self._is_byte_level:
             return len(name)
@@ -126,9 +127,9 @@ class TextEncoder:
 
     @cached_property
     def _gap(self) -> int | None:
-        """How many characters of the space at a cut to leave out so that pieces give the tokens of the whole.
+        """Characters to skip at a cut so that the pieces give the tokens of the whole.
 
-        0 for byte-level BPE; 1 where the tokenizer puts a space before every text (SentencePiece); None: never cut.
+        0 for byte-level BPE; 1 if the tokenizer puts a space before every text (SentencePiece); None: never cut.
         """
         if not self._words or not _never_joins(self._tokenizer, self._words):
             return None
@@ -149,7 +150,7 @@ class TextEncoder:
 
 
 def byte_places(text: str) -> NDArray[np.int64]:
-    """Where in the text's UTF-8 each character begins, and at the end its size: int64 [characters + 1]."""
+    """Return each character's first byte in the text's UTF-8, and finally the text's size: int64 [characters + 1]."""
     if text.isascii():
         return np.arange(len(text) + 1)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -158,7 +159,7 @@ def byte_places(text: str) -> NDArray[np.int64]:
 
 
 def own_words(tokenizer: Any) -> Iterator[str]:  # noqa: ANN401 - a transformers tokenizer, or what acts as one
-    """Letters and words of a tokenizer's own vocabulary that it turns into tokens, different ones."""
+    """Yield distinct letters and words of a tokenizer's vocabulary that it can encode without special tokens."""
     get_vocab = getattr(tokenizer, "get_vocab", None)
     vocabulary: Mapping[str, int] = get_vocab() if get_vocab is not None else {}
     special, seen = {*getattr(tokenizer, "all_special_ids", ())}, set()
@@ -173,7 +174,7 @@ def own_words(tokenizer: Any) -> Iterator[str]:  # noqa: ANN401 - a transformers
 
 
 def is_empty(tokenizer: Any) -> bool:  # noqa: ANN401
-    """Whether a tokenizer turns nothing of its own vocabulary into tokens, as one that was made without files."""
+    """Return whether a tokenizer can encode nothing of its own vocabulary, as one made without files."""
     special = {*tokenizer.all_special_ids}
     texts = (tokenizer.decode([token]) for token in sorted(set(tokenizer.get_vocab().values()) - special))
     return not any(tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text)
@@ -189,17 +190,17 @@ def _backend(tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def is_byte_level(tokenizer: Any) -> bool:  # noqa: ANN401
-    """Whether each character of a token's name is a byte, as in GPT-2."""
+    """Return whether each character of a token's name is a byte, as in GPT-2."""
     rules = _backend(tokenizer)
     return '"ByteLevel"' in json.dumps([rules.get("decoder"), rules.get("pre_tokenizer")])
 
 
 def _never_joins(tokenizer: Any, words: Sequence[str]) -> bool:  # noqa: ANN401
-    """Whether it is sure that no token holds the end of a word and the space behind it.
+    """Whether it is certain that no token spans the end of a word and the space after it.
 
-    A token that does would be in the vocabulary. Without a space in it, or words kept apart before tokens are made,
-    the space itself would be dropped, and a token could hold the ends of both words. Added tokens that swallow the
-    space beside them do so beside letters only if they end in one.
+    Such a token would be in the vocabulary. If the vocabulary has no space, and words are not split before tokens are
+    made, the space is dropped and a token could span two words. Added tokens that absorb a neighbouring space do so
+    next to a letter only if they end in one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -219,7 +220,7 @@ def _never_joins(tokenizer: Any, words: Sequence[str]) -> bool:  # noqa: ANN401
 
 
 def _text_of(name: str, bytes_of: Mapping[str, int] | None) -> str:
-    """What a token of this name stands for."""
+    """The text of a token with this name."""
     if bytes_of is None:
         return name.replace(_MARK, " ")
     if not all(map(bytes_of.__contains__, name)):
@@ -228,7 +229,7 @@ def _text_of(name: str, bytes_of: Mapping[str, int] | None) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: those that can be seen stand for themselves, the others follow from U+0100 on."""
+    """GPT-2's characters for bytes: printable ones stand for themselves, the others are U+0100 and following."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + at): byte for at, byte in enumerate(hidden)}

@@ -1,4 +1,4 @@
-"""What tells one model from another: sha256 of its configuration, of a sample of its weights, and of its tokenizer."""
+"""Fingerprint of a model: SHA-256 of its configuration, of a sample of its weights, and of its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SAMPLED_ELEMENTS = 16
 
 
 def digest_config(config: Any) -> str:  # noqa: ANN401 - transformers stays in lm.py
-    """Hash a `transformers` configuration, without the fields that loading adds or that change no vector."""
+    """Hash a `transformers` configuration, without fields that loading adds or that do not affect vectors."""
     ignored = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
     fields = {key: value for key, value in config.to_diff_dict().items() if key not in ignored}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digest_weights(model: nn.Module, adapter: str = "") -> str:
-    """Hash a few elements of each parameter, rounded to bfloat16 so that the type of computation does not matter.
+    """Hash a few elements of each parameter, rounded to bfloat16 so that the computation's type does not matter.
 
-    :param adapter: the digest of what was merged into them: its changes can be too small for that rounding.
+    :param adapter: digest of an adapter merged into the weights, whose changes the rounding may hide.
     """
     digest = hashlib.sha256(adapter.encode())
     for name, parameter in sorted(model.named_parameters()):
@@ -40,6 +40,6 @@ def digest_tokenizer(tokenizer: Any) -> str:  # noqa: ANN401
         state: dict[str, Any] = tokenizer.get_vocab()
     else:
         state = json.loads(backend.to_str())
-        # Set by calls, not by the tokenizer's maker.
+        # Set by calls, not part of the tokenizer.
         state = {key: value for key, value in state.items() if key not in {"truncation", "padding"}}
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What this machine computes on, and fast: the device, and whether its CPU gains by bfloat16 (design.md, section 5)."""
+"""The device to compute on, and whether its CPU is faster in bfloat16 (design.md, section 5)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from knnlm.errors import InputError
 
-# bfloat16 is taken on a CPU where its products are at least so many times as fast as float32's.
+# bfloat16 is used on a CPU if its products are at least this many times as fast as float32's.
 _WORTHWHILE = 1.3
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the device named cpu, cuda, cuda:1 or mps, or for auto the fastest here; InputError if it is absent."""
+    """Return the device named cpu, cuda, cuda:1 or mps, or for auto the fastest. Raises InputError if absent."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return torch.device(next(kind for kind, there in present.items() if there))
@@ -37,8 +37,8 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:
     """Return the type in which this CPU computes a checkpoint of the stated type, and a note if they differ.
 
-    bfloat16 is computed in bfloat16 where that pays, else in float32. float16 is computed in float32, which holds its
-    weights exactly: bfloat16 would round them, and a CPU multiplies float16 slowly.
+    bfloat16 is computed in bfloat16 if that is faster, else in float32. float16 is computed in float32, which holds its
+    weights exactly: bfloat16 would round them, and CPUs multiply float16 slowly.
     """
     if stated == torch.float16:
         return torch.float32, "the checkpoint is float16 and computed in float32, which holds its weights exactly"
@@ -52,7 +52,7 @@ def pick_dtype_on_cpu(stated: torch.dtype) -> tuple[torch.dtype, str | None]:
 
 
 def trains_in_bfloat16() -> bool:
-    """Return whether the device that a Trainer takes here multiplies bfloat16 faster than float32."""
+    """Return whether the device that a Trainer uses here multiplies bfloat16 faster than float32."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return pick_device("auto").type == "cpu" and bfloat16_speed() >= _WORTHWHILE
@@ -60,7 +60,7 @@ def trains_in_bfloat16() -> bool:
 
 @cache
 def bfloat16_speed() -> float:
-    """Return how many times as fast as float32 this CPU multiplies bfloat16 matrices, measured once per process."""
+    """Return the speed of bfloat16 matrix products relative to float32 on this CPU, measured once per process."""
     small = _seconds(torch.float32, 64) / _seconds(torch.bfloat16, 64)
     # Where bfloat16 is emulated, a large product would take a second.
     return small if small < 0.1 else _seconds(torch.float32, 512) / _seconds(torch.bfloat16, 512)

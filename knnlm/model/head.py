@@ -1,4 +1,4 @@
-"""The LM head on vectors that were read before: what a model does to turn `final_norm` vectors into logits.
+"""The LM head applied to stored vectors: from `final_norm` vectors to the model's logits.
 
 Shapes: B batch, T time, D dimension, N rows, V vocabulary.
 """
@@ -18,7 +18,7 @@ Scores = Callable[[Tensor], Tensor]
 
 
 def find_scores(model: nn.Module, final_BTD: Tensor, logits_BTV: Tensor) -> Scores:
-    """Return the function from `final_norm` vectors to the model's logits, proven on vectors whose logits are known.
+    """Return the function from `final_norm` vectors to logits, verified on vectors whose logits are known.
 
     Raises ModelError for a head that does more than multiply, scale and cap.
     """
@@ -45,7 +45,7 @@ def _unscaled(logits: Tensor) -> Tensor:
 
 
 def _scale_of(config: Any) -> Scores:  # noqa: ANN401
-    """Return what a configuration says happens to the head's output, as in Cohere, Falcon-H1, Granite, Gemma-2."""
+    """The configured scaling and capping of the head's output, as in Cohere, Falcon-H1, Granite, Gemma-2."""
     text = config.get_text_config()
     factor = _number(text, "logit_scale", 1.0) * _number(text, "lm_head_multiplier", 1.0)
     factor /= _number(text, "logits_scaling", 1.0)
@@ -64,13 +64,13 @@ def _number(config: object, field: str, default: float) -> float:
 
 
 def near(first: Tensor, second: Tensor) -> bool:
-    """Say whether two computations of the same values agree to what their type can hold."""
+    """Return whether two computations of the same values agree within the rounding of their type."""
     tolerance = 1e-4 if second.dtype == torch.float32 else 3e-2
     return not second.numel() or bool((first - second).abs().max() <= tolerance * second.abs().max())
 
 
 def log_prob(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Return log-softmax at the targets, float64 [N]; differences to the largest score lose little in float32."""
+    """Return log-softmax at the targets, float64 [N]; float32 suffices for differences from the largest logit."""
     largest_N1 = logits_NV.max(dim=-1, keepdim=True).values
     shifted_NV = logits_NV.float() - largest_N1.float()
     target_N = shifted_NV.gather(1, targets_N.to(shifted_NV.device)[:, None])[:, 0]

@@ -1,7 +1,7 @@
 """The language model: a Hugging Face causal LM with its tokenizer.
 
-A model is probed once when it is loaded: two short sequences run through all of it, which gives the size of each
-layer's vectors and proves that the head is understood, that no layer holds NaN, and that no position sees later tokens.
+A model is tested once when it is loaded: a forward pass over two short sequences gives the size of each layer's vectors
+and verifies that the head is understood, that no layer holds NaN, and that no position sees later tokens.
 
 Shapes: B batch, T time, D dimension, N rows, V vocabulary.
 """
@@ -28,34 +28,34 @@ from knnlm.model.fingerprint import digest_config, digest_tokenizer, digest_weig
 from knnlm.model.head import find_scores, log_prob, near
 from knnlm.shown import brief
 
-# Rows of the head's table made at once: at most this many scores (64 MB in float32).
+# Logits computed at a time (64 MB in float32).
 _HEAD_SCORES = 1 << 24
 _PROBE_TOKENS = 6
 ADVICE = "give a decoder-only causal language model such as GPT-2 or Llama"
 
 
 class _Enough(Exception):
-    """All wanted layers have been received; leaves the model's forward pass."""
+    """Leaves the model's forward pass once all wanted layers have been received."""
 
 
 class LanguageModel:
-    """A causal LM whose layers can be read and whose head can be applied to vectors read before.
+    """A causal LM whose layers can be read and whose head can be applied to stored vectors.
 
-    Made by `load_model`, or by `from_model` of a model in memory; `adapter` is the digest of what was merged into its
-    weights. Raises ModelError when the model is not a
-    decoder-only causal LM, or its head does more than multiply and scale, or it gives NaN.
+    Made by `load_model`, or by `from_model` from a model in memory; `adapter` is the digest of an adapter merged into
+    its weights. Raises ModelError if the model is not a decoder-only causal LM, its head does more than multiply, scale
+    and cap, or it gives NaN.
     """
 
     layer_names: tuple[str, ...]
-    """In the order of the network."""
+    """All readable layers, in network order."""
     dims: Mapping[str, int]
     """The size of each layer's vectors."""
     context_limit: int | None
-    """The longest input in tokens; None where the architecture sets no limit (BLOOM)."""
+    """The longest input in tokens; None if the architecture sets no limit (BLOOM)."""
     vocabulary: int
     """The number of tokens that the head scores."""
     notes: tuple[str, ...]
-    """Sentences for the user, such as why another type than the checkpoint's is computed in."""
+    """Sentences for the user, such as why the model is not computed in the checkpoint's type."""
 
     def __init__(
         self,
@@ -92,24 +92,24 @@ class LanguageModel:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str) -> Self:
-        """Wrap a model that is in memory already; it is put into evaluation mode and otherwise left as it is."""
+        """Wrap a model in memory; it is put into evaluation mode and otherwise left as it is."""
         return cls(model, tokenizer, name=name)
 
     @property
     def device(self) -> torch.device:
-        """Where the input goes."""
+        """The device of the input."""
         return self._embeddings.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that is computed in."""
+        """The type of computation."""
         return self.model.dtype
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
-        """What tells this model from others: `model`, and sha256 of `config`, `weights` (sampled) and `tokenizer`.
+        """Identity of the model: its name as `model`, and SHA-256 of `config`, `weights` (sampled) and `tokenizer`.
 
-        The same for every type of computation and every device.
+        Independent of the type of computation and of the device.
         """
         return {
             "model": self.name,
@@ -119,7 +119,7 @@ class LanguageModel:
         }
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Return the tokens of a text, int32 [n], with the BOS that the tokenizer itself puts in front, if it does."""
+        """Return the tokens of a text, int32 [n], with BOS if the tokenizer itself adds one."""
         return self._text(text)
 
     def encode_with_ends(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -128,11 +128,11 @@ class LanguageModel:
 
     @property
     def word(self) -> str:
-        """A text that the tokenizer knows, such as one letter of its alphabet."""
+        """A short text that the tokenizer can encode, such as a letter."""
         return self._text.word
 
     def decode(self, tokens: Sequence[int] | NDArray[np.integer[Any]]) -> str:
-        """Return the text of tokens as it stands: special tokens kept, spaces not tidied."""
+        """Return the text of tokens unchanged: special tokens kept, spaces not cleaned up."""
         ids = [int(token) for token in tokens]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -147,8 +147,8 @@ class LanguageModel:
     ) -> None:
         """Run the model on right-padded tokens (int64) and call `receive(layer, vectors_BTD)` once for each layer.
 
-        The head is not run, nor, with `stop_early`, anything above the deepest wanted layer. Vectors of padding may
-        hold anything. See `Decoder.attach` for how long the vectors are valid.
+        The head is not run, nor, with `stop_early`, anything above the deepest wanted layer. Vectors at padding are
+        undefined. See `Decoder.attach` for how long the vectors are valid.
 
         Raises LayerError for an unknown layer, InputError for tokens outside the vocabulary or more than
         `context_limit`.
@@ -170,14 +170,14 @@ class LanguageModel:
             self._run(tokens_BT, lengths_B)
 
     def log_probs(self, final_ND: Tensor) -> Tensor:
-        """Return the log-probabilities of all tokens, float32 [N, V], of vectors of the layer `final_norm`."""
+        """Return the log-probabilities of all tokens, float32 [N, V], from `final_norm` vectors."""
         with torch.inference_mode():
             return torch.log_softmax(self._head(final_ND).float(), dim=-1)
 
     def target_log_probs(self, final_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Return the log-probability of each target, float64 [N] on the CPU, of vectors of the layer `final_norm`.
+        """Return the log-probability of each target, float64 [N] on the CPU, from `final_norm` vectors.
 
-        The head is applied to some rows at a time: memory does not grow with N × V.
+        The head is applied to blocks of rows: memory does not grow with N × V.
         """
         rows = max(1, _HEAD_SCORES // self.vocabulary)
         with torch.inference_mode():
@@ -208,7 +208,7 @@ class LanguageModel:
             raise InputError(f"{length} tokens, but {self.name} takes at most {self.context_limit} at once; use fewer")
 
     def _probe(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Run two sequences that differ in the last token; return all layers' vectors and the model's own logits."""
+        """Run two sequences that differ in the last token: all layers' vectors, and the model's own logits."""
         length = min(_PROBE_TOKENS, self.context_limit or _PROBE_TOKENS)
         tokens_BT = torch.arange(length).remainder(self._embeddings.num_embeddings).repeat(2, 1)
         tokens_BT[1, -1] = 0
@@ -219,7 +219,7 @@ class LanguageModel:
 
         with torch.inference_mode(), self._decoder.attach(self._decoder.names, keep):
             logits: Tensor = self._run(tokens_BT, None).logits
-        # Not readable: a module computed several times (looped blocks), and several streams (hyper-connections).
+        # Not readable: modules run several times (looped blocks), and several streams (hyper-connections).
         single = {layer: tensors[0] for layer, tensors in received.items() if len(tensors) == 1}
         vectors = {layer: v for layer, v in single.items() if v.ndim == 3 and v.shape[:2] == tokens_BT.shape}
         if FINAL not in vectors:
@@ -237,7 +237,7 @@ class LanguageModel:
 
 
 def context_limit_of(config: PretrainedConfig) -> int | None:
-    """The longest input in tokens that a configuration states; None where it states none."""
+    """Return the longest input in tokens that a configuration states; None if it states none."""
     text = config.get_text_config()
     fields = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
     values = (getattr(text, field, None) for field in fields)

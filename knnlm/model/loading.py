@@ -1,4 +1,4 @@
-"""Loading a causal LM with its tokenizer: weights, configuration alone, or new random weights."""
+"""Loading a causal LM with its tokenizer: with its weights, as a configuration only, or with random weights."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ from knnlm.model.sources import Source, find_source
 def load_model(
     name_or_folder: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> LanguageModel:
-    """Load a causal LM and its tokenizer from a folder or a .gguf file (the network is not touched) or from the hub.
+    """Load a causal LM and its tokenizer from a folder or .gguf file (without network access), or from the hub.
 
-    The folder of a LoRA adapter is its base with the changes merged in (extra `train`); GGUF needs the extra `gguf`.
+    A LoRA adapter's folder gives its base model with the adapter merged in (extra `train`); GGUF needs the extra
+    `gguf`.
 
     `dtype` is float32, bfloat16, float16 or auto: the checkpoint's own type, except on a CPU. There a bfloat16
-    checkpoint is computed as such only if the CPU is measured to be fast at it, and else, like a float16 one, in
+    checkpoint is computed in bfloat16 only if the CPU is measured to be fast at it; otherwise, like float16, in
     float32. `device` is cpu, cuda, mps or auto.
 
-    Raises ModelError for what is not a decoder-only causal LM with a tokenizer, InputError for a wrong option.
+    Raises ModelError for anything but a decoder-only causal LM with a tokenizer, InputError for a wrong option.
     """
     target = pick_device(device)
     source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
@@ -59,15 +60,15 @@ def load_model(
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model without its weights.
 
-    Raises ModelError when there is none.
+    Raises ModelError if there is none.
     """
     return _load_tokenizer(find_source(str(name_or_folder)))
 
 
 def model_file(name_or_folder: str | Path, name: str) -> Path | None:
-    """Return where a file of a model is on this machine, fetched from the hub if need be; None if it has no such file.
+    """Return the local path of a model's file, fetched from the hub if needed; None if the model lacks it.
 
-    Raises ModelError when there is no such model.
+    Raises ModelError if there is no such model.
     """
     if Path(name_or_folder).is_dir():
         return path if (path := Path(name_or_folder, name)).is_file() else None
@@ -90,9 +91,9 @@ def random_model(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Build the model that a configuration describes with the weights that its training began from, not the trained.
+    """Build the model of a configuration with random initial weights instead of trained ones.
 
-    Its name is the given one with ` (random)` behind it; `dtype` auto is float32. Raises as `load_model`.
+    Its name is the given one followed by ` (random)`; `dtype` auto is float32. Raises as `load_model`.
     """
     target = pick_device(device)
     source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
@@ -107,18 +108,18 @@ def random_model(
 
 @dataclass(frozen=True)
 class Outline:
-    """What a model is before its weights are read."""
+    """A model's layers and context, known without its weights."""
 
     layer_names: tuple[str, ...]
-    """In the order of the network; a few may turn out not to be readable."""
+    """In network order; some may turn out not to be readable."""
     context_limit: int | None
 
 
 def read_outline(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
-    """Tell a model's layers and context from its configuration alone. Raises ModelError, as `load_model`."""
+    """Return a model's layers and context from its configuration alone. Raises ModelError as `load_model`."""
     source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
     config = _load_config(source)
-    with torch.device("meta"):  # no memory is taken and no number is drawn
+    with torch.device("meta"):  # takes no memory and draws no random numbers
         model = _from_config(source, config, trust_remote_code)
     return Outline(find_decoder(model).names, context_limit_of(config))
 
@@ -132,7 +133,7 @@ def _from_config(source: Source, config: PretrainedConfig, trust_remote_code: bo
 
 def _place(model: nn.Module, device: torch.device) -> None:
     model.requires_grad_(False)
-    # A quantised model, or one spread over devices, has its place already.
+    # A quantised model, or one spread over devices, is already placed.
     if not getattr(model, "is_quantized", False) and getattr(model, "hf_device_map", None) is None:
         model.to(device)
 
@@ -156,14 +157,14 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer, **source.options)
     except Exception as error:
         raise _unreadable(source, "has no tokenizer that can be loaded", error) from error
-    # Without files some tokenizer classes come up empty instead of failing.
+    # Without files some tokenizer classes are empty instead of failing.
     if is_empty(tokenizer):
         raise ModelError(f"{source.name} has no tokenizer; save one into it with tokenizer.save_pretrained")
     return tokenizer
 
 
 def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
-    # Never a pickle, which could run any program. A GGUF file's progress bar cannot be turned off.
+    # Never a pickle, which could run arbitrary code. A GGUF file's progress bar cannot be turned off.
     is_gguf = "gguf_file" in source.options
     reader = {} if is_gguf else {"use_safetensors": True}
     try:
@@ -183,7 +184,7 @@ def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to ourselves what the hub's client says of every try; what came of them is told."""
+    """Suppress the hub client's log of every attempt; the final error is reported."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -205,7 +206,7 @@ def _unreadable(source: Source, fact: str, error: Exception) -> ModelError:
 def _pick_dtype(
     dtype: str, source: Source, config: PretrainedConfig, device: torch.device
 ) -> tuple[torch.dtype | str, str | None]:
-    """Return the type to load in (`auto` leaves a quantised model as it is), and a note for the user."""
+    """The type to load in (`auto` leaves a quantised model as it is), and a note for the user."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto" and dtype not in known:
         raise InputError(f"`dtype` is {dtype!r}; take auto, {', '.join(known)}")
@@ -215,7 +216,7 @@ def _pick_dtype(
         return known[dtype], None
     if getattr(config, "quantization_config", None) is not None:
         return "auto", None
-    if "gguf_file" in source.options:  # its numbers are unpacked, to any type
+    if "gguf_file" in source.options:  # its weights are dequantised, to any type
         return torch.float32, None
     stated = config.get_text_config().dtype or _load_weights(source, "auto").dtype
     stated = getattr(torch, stated) if isinstance(stated, str) else stated

@@ -1,4 +1,4 @@
-"""Where a model's files are: the hub, a folder made by save_pretrained, a LoRA adapter beside its base, a GGUF file."""
+"""Sources of a model: the hub, a folder made by save_pretrained, a LoRA adapter and its base, a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".
 
 @dataclass(frozen=True)
 class Source:
-    """What `from_pretrained` has to be given."""
+    """The arguments of `from_pretrained`."""
 
     name: str
-    """As the user named the model."""
+    """The model's name as given by the user."""
     place: str
     """Folder or hub name of the configuration and the weights."""
     options: Mapping[str, Any] = field(default_factory=dict)
     adapter: Path | None = None
-    """Folder of the changes that are added to the weights."""
+    """Folder of an adapter to merge into the weights."""
     tokenizer: str = ""
     """Folder or hub name of the tokenizer."""
 
 
 def find_source(name: str, *, trust_remote_code: bool = False) -> Source:
-    """Find out what a name, a folder or a file is, without reading weights.
+    """Determine what a name, a folder or a file is, without reading weights.
 
-    :raises ModelError: there is no such place, nothing in it that can be read, or a library for it is missing.
+    :raises ModelError: it does not exist, holds no readable model, or needs a library that is not installed.
     """
     path = Path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
@@ -57,7 +57,7 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def _check_regular(path: Path) -> None:
-    for one in path.iterdir():  # transformers would wait for ever for who writes into a FIFO
+    for one in path.iterdir():  # transformers would block forever on a FIFO
         if one.exists() and not (one.is_file() or one.is_dir()):
             raise ModelError(f"{one} is a FIFO or a device, and no regular file; remove it from the model")
 
@@ -69,7 +69,7 @@ def _check_folder(path: Path) -> None:
         found = f", only {', '.join(others[:3])}" if others else ""
         raise ModelError(f"{path} is not a model: it has no config.json{found}; give {KNOWN}")
     if others and not any(name.endswith(".safetensors") for name in files):
-        # A pickle could run any program.
+        # A pickle could run arbitrary code.
         raise ModelError(f"{path} has no .safetensors, only {', '.join(others[:3])}; give {KNOWN}")
 
 
