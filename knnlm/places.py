@@ -132,7 +132,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def work_of(verb: str, model: str, *given: object) -> str:
-    """Return a hash that identifies a piece of work: the same command gives the same. Arguments are compared by repr."""
+    """Return a hash that identifies a piece of work, the same for the same command. Arguments count by their repr."""
     plain = [
         [str(one) for one in as_list(each)] if isinstance(each, str | Path | list | tuple) else each for each in given
     ]

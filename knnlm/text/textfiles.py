@@ -30,7 +30,7 @@ class Row:
 
 
 def decode_blocks(path: Path) -> Iterator[str]:
-    """Yield the file's text in bounded pieces, with line ends as `\\n` and without a byte-order mark.
+    """Yield the file's text in bounded pieces, with LF line ends and without a byte-order mark.
 
     :raises InputError: bytes that are not UTF-8, or NUL.
     """
