@@ -1,1 +1,1 @@
-"""What vectors tell without labels, and the choice of a layer; knows no model."""
+"""Label-free scores of vectors, and the choice of a layer. Knows no model."""

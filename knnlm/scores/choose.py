@@ -1,4 +1,4 @@
-"""From scores to the layer that is indexed, with the reason in words."""
+"""The choice of the layer to index from its scores, with the reason in words."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from knnlm.layer_names import select_layers
 from knnlm.results import Choice, Interval, LayerScore
 
 SCORES_THAT_CHOOSE = ("dispersion", "probe")
-# Candidates within this share of the most dispersed count as equally dispersed, and depth decides (docs/layers.md).
+# Candidates with at least this share of the largest dispersion count as equal, and depth decides (docs/layers.md).
 NEAR = 0.95
 
 
 def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: Sequence[str]) -> tuple[str, ...]:
-    """The layers that may be chosen: those of the candidate set that were looked at.
+    """Return the layers that may be chosen: the examined ones of the candidate set.
 
-    Where none of the set was looked at (`layers='2.attn_output'`), every layer looked at may be.
+    If none of the set was examined (`layers='2.attn_output'`), every examined layer is a candidate.
     """
     wanted = select_layers(config.candidates, all_layers)
     return tuple(name for name in looked_at if name in wanted) or tuple(looked_at)
@@ -30,12 +30,14 @@ def choose(
     all_layers: Sequence[str],
     probe_difference: Callable[[str, str], Interval],
 ) -> Choice:
-    """Take the named layer, the candidate with the highest probe, or by dispersion (`by_dispersion`).
+    """Choose the named layer, the candidate with the highest probe, or by dispersion (`by_dispersion`).
 
-    :param all_layers: the names of the model, of which the scores may be of a part.
-    :param probe_difference: the interval of one layer's probe minus another's, paired (`LayerScorer.probe_difference`).
-    :raises LayerError: a named layer or pattern that was not looked at.
-    :raises InputError: the probe is to choose, and the text was too short for one.
+    The retrieval probe is the share of a key's nearest keys from other documents that have the same next token.
+
+    :param all_layers: all layers of the model; `scores` may cover only some.
+    :param probe_difference: paired interval of one layer's probe minus another's (`LayerScorer.probe_difference`).
+    :raises LayerError: a named layer or pattern was not examined.
+    :raises InputError: the probe is to choose, but the text is too short for it.
     """
     names = [score.layer for score in scores]
     candidates = candidate_layers(config, names, all_layers)
@@ -57,26 +59,27 @@ def choose(
 
 
 def by_dispersion(candidates: Sequence[LayerScore]) -> LayerScore:
-    """The deepest candidate whose dispersion comes within 5 % of the largest; candidates in the order of the network.
+    """Return the deepest candidate whose dispersion is within 5 % of the largest; candidates in network order.
 
-    Dispersion tells layers that have collapsed from those that have not. Between layers that are about equally
-    dispersed it does not order perplexity, and depth does (docs/layers.md, with the cases that the 5 % were tried on).
+    Dispersion separates collapsed layers from others. Among about equally dispersed layers it does not predict
+    perplexity, and depth does (docs/layers.md, with the cases on which the 5 % were tested).
     """
     enough = NEAR * max(score.dispersion for score in candidates)
     return [score for score in candidates if score.dispersion >= enough][-1]
 
 
 def by_probe(candidates: Sequence[LayerScore]) -> LayerScore | None:
-    """The candidate with the highest retrieval probe; None where the text gave no probe (NaN)."""
+    """Return the candidate with the highest retrieval probe; None if all probes are NaN."""
     probed = [score for score in candidates if not math.isnan(score.probe)]
     return max(probed, key=lambda score: score.probe, default=None)
 
 
 def one_layer(name: str, names: Sequence[str], *, field: str = "select") -> str:
-    """The one layer that a name or pattern, given as a field, fits.
+    """Return the one layer that a name or pattern matches.
 
-    :raises LayerError: it fits none.
-    :raises InputError: it fits several.
+    :param field: the setting that holds the name, for errors.
+    :raises LayerError: it matches none.
+    :raises InputError: it matches several.
     """
     found = select_layers(name, names)
     if len(found) != 1:
@@ -103,7 +106,7 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
 def _disagreement(
     chosen: LayerScore, looked_at: Sequence[LayerScore], probe_difference: Callable[[str, str], Interval]
 ) -> str | None:
-    """A sentence where the probe puts another layer that was looked at, candidate or not, above the chosen one."""
+    """A sentence if the probe ranks any other examined layer, candidate or not, above the chosen one."""
     probed = by_probe(looked_at)
     if probed is None or probed is chosen:
         return None

@@ -4,13 +4,12 @@ With unit vectors u_i = x_i / |x_i| and their mean m, the mean over all pairs of
 
     D = N / (N - 1) * (1 - |m|^2)
 
-so N and one float64 sum of unit vectors are all that has to be kept. Three estimators, never under one name: `pooled`
-over all vectors, `within` each segment and then averaged (the released code of arXiv 2506.24106), `segments` between
-one vector of each segment (the text of that paper). This file knows vectors, segments and clusters, nothing of language
-models.
+so N and one float64 sum of unit vectors suffice. Three estimators, with separate names: `pooled` over all vectors,
+`within` each segment and then averaged (the released code of arXiv 2506.24106), `segments` between one vector of each
+segment (the text of that paper). This module knows vectors, segments and clusters, but no language models.
 
 Legend: B batch rows, T positions of a row or segment, D dimension, N vectors, S segments, G groups of clusters, R rows
-of a block, E = 2D the sums kept of one segment: its unit vectors and its last unit vector.
+of a block, E = 2D sums kept for one segment: of its unit vectors, and its last unit vector.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from knnlm.results import Interval
 from knnlm.statistics import GROUPS, jackknife_interval
 
 Float64 = NDArray[np.float64]
-# Elements of a float64 block on the host: 1 MB stays in the second-level cache, and OpenBLAS starts threads above
-# 460,800 elements, which on shared cores cost up to 20 times the product itself.
+# Elements of a float64 block on the host: 1 MB fits the second-level cache, and above 460,800 elements OpenBLAS starts
+# threads, which on shared cores cost up to 20 times the product itself.
 _HOST_BLOCK = 1 << 17
 # Elements of a float64 block on an accelerator: 256 MB.
 _DEVICE_BLOCK = 1 << 25
@@ -42,8 +41,8 @@ _DEVICE_BLOCK = 1 << 25
 class Span:
     """One segment in a batch: positions `first` up to, not including, `last` of batch row `row`.
 
-    `cluster` numbers the piece of text that the segment belongs to: a document, or a run of a long one. Vectors of one
-    cluster may depend on one another, clusters should not.
+    `cluster` is the number of the segment's cluster of text: a document, or a run of a long one. Vectors within a
+    cluster may be dependent, clusters should not be.
 
     :raises InputError: an empty span or a negative number.
     """
@@ -63,19 +62,19 @@ class DispersionResult:
     """The dispersion of one layer; all distances are 1 - cos, between 0 and N / (N - 1)."""
 
     pooled: float
-    """Between all vectors."""
+    """Dispersion between all vectors."""
     interval: Interval
-    """95 %, of `pooled`, by a delete-a-group jackknife over clusters; all possible values where there is one group."""
+    """95 % interval of `pooled`, by a delete-a-group jackknife over clusters; the full range if there is one group."""
     within: float
-    """Mean over segments of at least two vectors of the dispersion inside the segment; NaN without such a segment."""
+    """Mean dispersion inside segments of at least two vectors; NaN without such a segment."""
     segments: float
-    """Between the last vectors of segments; NaN with fewer than two segments."""
+    """Dispersion between the last vectors of segments; NaN with fewer than two segments."""
     tokens: int
     num_segments: int
 
 
 class BadVector(ModelError):
-    """A vector without a direction, at `row` and `position` of the batch; the caller knows its layer and document."""
+    """A vector without a direction, at `row` and `position` of the batch; the caller adds layer and document."""
 
     fault = "has no direction"
 
@@ -86,19 +85,19 @@ class BadVector(ModelError):
 
 
 class NonFinite(BadVector):
-    """A vector with NaN or infinity in it, or too long for float64."""
+    """A vector with NaN or infinity, or whose norm overflows float64."""
 
     fault = "is not finite"
 
 
 class ZeroVector(BadVector):
-    """A vector of length zero, whose cosine with anything is undefined."""
+    """A zero vector, whose cosine with any other is undefined."""
 
     fault = "is zero, its cosine with others is undefined"
 
 
 def dispersion(vectors_ND: Tensor | NDArray[np.floating]) -> float:
-    """Mean of 1 - cos over all pairs of N vectors, in float64.
+    """Return the mean of 1 - cos over all pairs of N vectors, in float64.
 
     :raises InputError: fewer than two vectors, or a row that is zero or not finite.
     """
@@ -113,7 +112,7 @@ def dispersion(vectors_ND: Tensor | NDArray[np.floating]) -> float:
 
 
 def span_dispersions(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
-    """The dispersion inside each span, float64 [S]; NaN for a span of one vector.
+    """Return the dispersion inside each span, float64 [S]; NaN for a span of one vector.
 
     :raises NonFinite, ZeroVector: a vector of a span has no direction.
     """
@@ -123,7 +122,7 @@ def span_dispersions(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
 
 
 def from_sum(sum_D: Float64, count: int | NDArray[np.int64]) -> Float64:
-    """Dispersion from the sum of `count` unit vectors, along the last axis; NaN for fewer than two."""
+    """Return the dispersion from the sum of `count` unit vectors, along the last axis; NaN for fewer than two."""
     count = np.asarray(count, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = count / (count - 1) * (1 - np.vecdot(sum_D, sum_D) / count**2)
@@ -133,16 +132,16 @@ def from_sum(sum_D: Float64, count: int | NDArray[np.int64]) -> Float64:
 
 
 def unit_rows(rows_ND: Tensor | NDArray[np.floating]) -> Float64:
-    """Vectors of any float type and any size, none of them zero, at length 1, float64 [N, D]."""
+    """Return vectors, of any float type and non-zero, normalised to length 1, float64 [N, D]."""
     rows = widened(host_array(rows_ND)) if isinstance(rows_ND, Tensor) else rows_ND
-    # Divided by the largest first: squares of small float64 would vanish.
+    # Divided by the largest first: squares of small float64 would underflow.
     rows = rows.astype(np.float64) / np.abs(rows).max(axis=-1, keepdims=True)
     units_ND: Float64 = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
     return units_ND
 
 
 def first_nonfinite(vectors_BTD: Tensor) -> tuple[int, int] | None:
-    """Row and position of the first vector with NaN or infinity in it; it reads everything, so call it on suspicion."""
+    """Return row and position of the first vector with NaN or infinity. Reads everything: call only on suspicion."""
     bad_BT = ~torch.isfinite(vectors_BTD).all(dim=-1)
     if not bad_BT.any():
         return None
@@ -151,10 +150,10 @@ def first_nonfinite(vectors_BTD: Tensor) -> tuple[int, int] | None:
 
 
 class DispersionScorer:
-    """The dispersion of one layer, from batches in any order; keeps float64 sums only, at most GROUPS * dim of them.
+    """Dispersion of one layer, from batches in any order; keeps only float64 sums, at most GROUPS * dim of them.
 
     All methods that take vectors raise InputError on a wrong shape, NonFinite or ZeroVector on a vector without a
-    direction; nothing of that batch has been counted then.
+    direction; the batch is then not counted at all.
     """
 
     def __init__(self, dim: int) -> None:
@@ -172,13 +171,13 @@ class DispersionScorer:
         return sum(self._group_counts.values())
 
     def add_segment(self, vectors_TD: Tensor, cluster: int) -> None:
-        """Add one segment: the counting positions of one window, of any float type, on any device."""
+        """Add one segment: the counted positions of one window, of any float type, on any device."""
         if vectors_TD.ndim != 2:
             raise InputError(f"a segment needs vectors as [T, D], got shape {list(vectors_TD.shape)}")
         self.add_batch(vectors_TD[None], [Span(0, 0, len(vectors_TD), cluster)])
 
     def add_batch(self, vectors_BTD: Tensor, spans: Sequence[Span]) -> None:
-        """Add the segments `spans` of a batch; positions outside of them are never read. The tensor is not kept."""
+        """Add the segments `spans` of a batch; other positions are never read. The tensor is not kept."""
         self._check_shape(vectors_BTD, spans)
         if not spans:
             return
@@ -189,7 +188,7 @@ class DispersionScorer:
         self._add_segments(sums_SE, counts_S)
 
     def merge(self, other: DispersionScorer) -> None:
-        """Add what another scorer of the same layer has seen; any order of merging gives the same result."""
+        """Add the sums of another scorer of the same layer; the order of merging does not matter."""
         if other.dim != self.dim:
             raise InputError(f"a scorer of {self.dim} dimensions cannot take in one of {other.dim}")
         for group, sum_D in other._group_sums.items():
@@ -218,9 +217,9 @@ class DispersionScorer:
         )
 
     def margin(self, other: DispersionScorer, share: float) -> Interval:
-        """95 % interval of this layer's dispersion minus `share` times that of another layer of the same text, paired.
+        """Return the paired 95 % interval of this layer's dispersion minus `share` times another layer's.
 
-        Both scorers have seen the same spans, so that a group is left out of both.
+        Both scorers must have seen the same spans: the jackknife leaves a group out of both.
         """
         (ours, ours_G, counts_G), (theirs, theirs_G, _) = self._estimates(), other._estimates()
         value, without_G = ours - share * theirs, ours_G - share * theirs_G
@@ -250,7 +249,7 @@ class DispersionScorer:
         self._num_segments += len(counts_S)
 
     def _estimates(self) -> tuple[float, Float64, NDArray[np.int64]]:
-        """The pooled dispersion, that without each group [G], and the vectors of each group [G]."""
+        """The pooled dispersion, that without each group [G], and each group's number of vectors [G]."""
         order = sorted(self._group_sums)
         sums_GD = np.stack([self._group_sums[group] for group in order])
         counts_G = np.array([self._group_counts[group] for group in order])
@@ -260,12 +259,12 @@ class DispersionScorer:
 
 
 def on_host(vectors: Tensor) -> bool:
-    """Whether to compute with NumPy: on the CPU, and for MPS, which has no float64."""
+    """Return whether to compute with NumPy: on the CPU, and for MPS, which lacks float64."""
     return vectors.device.type in ("cpu", "mps")
 
 
 def host_array(vectors: Tensor) -> NDArray[Any]:
-    """A host tensor as NumPy sees it, without a copy; bfloat16, which NumPy lacks, as its bits in uint16."""
+    """Return a host tensor as a NumPy array without a copy; bfloat16, which NumPy lacks, as its bits in uint16."""
     vectors = vectors.detach().cpu()
     if vectors.dtype == torch.bfloat16:
         return vectors.view(torch.int16).numpy().view(np.uint16)
@@ -273,7 +272,7 @@ def host_array(vectors: Tensor) -> NDArray[Any]:
 
 
 def widened(array: NDArray[Any]) -> NDArray[np.floating]:
-    """A part of `host_array` as numbers: bfloat16 is the upper half of float32."""
+    """Return a part of `host_array` as floats: bfloat16 is the upper half of float32."""
     if array.dtype == np.uint16:
         bits: NDArray[np.uint32] = np.left_shift(array, 16, dtype=np.uint32)
         return bits.view(np.float32)
@@ -283,7 +282,7 @@ def widened(array: NDArray[Any]) -> NDArray[np.floating]:
 def _span_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
     """The sums [S, E] of each span, in float64.
 
-    :raises BadVector: through a sum that is not finite, so that good vectors cost no second look.
+    :raises BadVector: a vector has no direction; detected by a non-finite sum, at no cost for good vectors.
     """
     vectors_BTD = vectors_BTD.detach()
     sums_SE = _host_sums(vectors_BTD, spans) if on_host(vectors_BTD) else _device_sums(vectors_BTD, spans)
@@ -293,8 +292,8 @@ def _span_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
 
 
 def _host_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
-    """NumPy rather than torch: torch starts its threads for each of these small steps and waits for the slowest, which
-    on shared cores took 400 ms instead of 20 for 41 layers.
+    """By NumPy: torch starts threads for each of these small steps and waits for the slowest, which on shared cores
+    took 400 ms instead of 20 for 41 layers.
     """
     array_BTD = host_array(vectors_BTD)
     dim = array_BTD.shape[2]
@@ -308,7 +307,7 @@ def _host_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
 
 
 def _sum_rows(vectors_TD: NDArray[Any], block_RD: Float64, sums_E: Float64) -> None:
-    """Add the sums of one segment to `sums_E`, through the float64 block; the unit vectors are never written out."""
+    """Add the sums of one segment to `sums_E`, by float64 blocks; unit vectors are never materialised."""
     size, dim = block_RD.shape
     for start in range(0, len(vectors_TD), size):
         piece = vectors_TD[start : start + size]
@@ -320,7 +319,7 @@ def _sum_rows(vectors_TD: NDArray[Any], block_RD: Float64, sums_E: Float64) -> N
 
 
 def _device_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
-    """Few large steps on the accelerator, one transfer of the small sums."""
+    """By a few large steps on the accelerator, and one transfer of the small sums."""
     parts = []
     for rows, positions in _rectangles(spans, vectors_BTD.shape[2]):
         block_RTD = vectors_BTD[rows, positions].double()
@@ -332,7 +331,7 @@ def _device_sums(vectors_BTD: Tensor, spans: Sequence[Span]) -> Float64:
 
 
 def _rectangles(spans: Sequence[Span], dim: int) -> Iterator[tuple[slice, slice]]:
-    """Runs of spans, in order, that cover the same positions of consecutive rows: most batches are one rectangle."""
+    """Runs of spans, in order, over the same positions of consecutive rows: most batches are one rectangle."""
     keys = [(span.first, span.last, span.row - number) for number, span in enumerate(spans)]
     for (first, last, _), run in itertools.groupby(zip(keys, spans, strict=True), lambda pair: pair[0]):
         rows = [span.row for _, span in run]

@@ -1,4 +1,4 @@
-"""The label-free scores of many layers in one streaming pass over the model's own tensors.
+"""Label-free scores of many layers in one streaming pass over the model's tensors.
 
 Legend: B windows of a batch, T positions, D dimension.
 """
@@ -31,14 +31,14 @@ from knnlm.scores.sample_scores import (
     standardized_dispersion,
 )
 
-# Sampled vectors are kept for all layers at once: 8,192 are enough for the probe, and this many bytes are the limit.
+# Sampled vectors are kept for all layers at once: 8,192 per layer are enough for the probe, within this many bytes.
 SAMPLE_CAPACITY = 8192
 SAMPLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass saw of a layer: the dispersion of all its keys, and a sample of them."""
+    """The data of one layer from a pass: the dispersion of all its keys, and a sample of them."""
 
     dispersion: DispersionResult
     sample: Sample
@@ -46,17 +46,17 @@ class Seen:
 
     @cached_property
     def spectrum(self) -> Float64:
-        """Of the sample."""
+        """Squared singular values of the centred sample."""
         return spectrum(self.sample.vectors_MD)
 
     @cached_property
     def probe(self) -> Probe:
-        """Of the sample, with its interval."""
+        """Retrieval probe of the sample, with its interval."""
         sample = self.sample
         return retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self.seed)
 
 
-# Scores and intervals that share steps; knnlm.results says what each means. A score that is not here has a file.
+# Scores and intervals that share steps; knnlm.results defines them. A score that is not here has its own file.
 FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
     "dispersion": lambda seen: seen.dispersion.pooled,
     "interval": lambda seen: seen.dispersion.interval,
@@ -72,15 +72,15 @@ FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
 
 
 def functions() -> Mapping[str, Callable[[Seen], Any]]:
-    """What computes each field of `LayerScore` but the layer's name.
+    """Return the function of each field of `LayerScore` except `layer`.
 
-    A score that `FUNCTIONS` lacks is the function of its name in the file of its name, `knnlm/scores/NAME.py`.
+    A score that `FUNCTIONS` lacks is the function NAME in `knnlm/scores/NAME.py`.
     """
     own = [kind.name for kind in SCORES if kind.name not in FUNCTIONS]
     return {**FUNCTIONS, **{name: getattr(import_module(f"{__package__}.{name}"), name) for name in own}}
 
 
-# Those that make sense of one segment, of its vectors [T, D] alone; T of at most 1,024 is searched whole.
+# Scores that are defined for the vectors [T, D] of one segment; with T up to 1,024 every vector is a query.
 SEGMENT_FUNCTIONS: Mapping[str, Callable[[NDArray[np.floating]], float]] = {
     "dispersion_within": dispersion,
     "dispersion_standardized": standardized_dispersion,
@@ -91,7 +91,7 @@ SEGMENT_FUNCTIONS: Mapping[str, Callable[[NDArray[np.floating]], float]] = {
 
 
 class LayerScorer:
-    """Dispersion of every key, and a bounded sample of keys for the other scores; the same positions for all layers."""
+    """Scores layers by the dispersion of all keys and by a bounded sample, at the same positions in all layers."""
 
     def __init__(self, dims: Mapping[str, int], *, seed: int = 0) -> None:
         affordable = SAMPLE_BYTES // (4 * sum(dims.values()))
@@ -106,31 +106,31 @@ class LayerScorer:
         self.segments = 0
 
     def begin_batch(self, spans: Sequence[Span], next_tokens: Sequence[ArrayLike]) -> None:
-        """Say which positions count in the tensors that come next, and which token follows each of them."""
+        """Set which positions of the next tensors count, and the next token of each."""
         self._spans = spans
         self._update = self._plan.add_batch(spans, next_tokens)
         self.tokens += sum(span.last - span.first for span in spans)
         self.segments += len(spans)
 
     def receive(self, name: str, vectors_BTD: Tensor) -> None:
-        """Take one layer's vectors of the batch; nothing of the tensor is kept.
+        """Add one layer's vectors of the batch; the tensor is not kept.
 
-        :raises knnlm.scores.dispersion.BadVector: a vector with NaN, infinite values or nothing but zeros.
+        :raises knnlm.scores.dispersion.BadVector: a vector has NaN or infinite values, or is zero.
         """
         assert self._update is not None
         self._dispersion[name].add_batch(vectors_BTD, self._spans)
         self._samples[name].write(vectors_BTD, self._update)
 
     def dispersion(self, name: str) -> float:
-        """The layer's pooled dispersion so far."""
+        """Return the layer's pooled dispersion so far."""
         return self._dispersion[name].result().pooled
 
     def margin(self, name: str, leader: str, share: float) -> Interval:
-        """The interval of a layer's dispersion minus `share` times the leader's: which side of it the layer is on."""
+        """Return the interval of a layer's dispersion minus `share` times the leader's."""
         return self._dispersion[name].margin(self._dispersion[leader], share)
 
     def scores(self, advance: Advance = ignore) -> tuple[LayerScore, ...]:
-        """All scores of every layer, in the order in which the layers were given."""
+        """Return all scores of every layer, in the order in which the layers were given."""
         scores = []
         for name in self._dispersion:
             scores.append(self._score(name))
@@ -138,9 +138,9 @@ class LayerScorer:
         return tuple(scores)
 
     def probe_difference(self, one: str, other: str) -> Interval:
-        """How much higher one layer's probe is than another's, with the interval widened for all layers looked at.
+        """Return the interval of one layer's probe minus another's, widened for the comparisons of all layers.
 
-        For after `scores`.
+        Call after `scores`.
         """
         comparisons = max(1, len(self._probes) - 1)
         return probe_difference(self._probes[one], self._probes[other], comparisons=comparisons)
@@ -152,9 +152,9 @@ class LayerScorer:
 
 
 class Settled:
-    """Asked after each batch: is it settled which candidate `choose.by_dispersion` takes?"""
+    """Stopping rule, called after each batch: whether the choice of `choose.by_dispersion` is certain."""
 
-    # The jackknife needs a fair number of tokens before its interval can be believed.
+    # The jackknife interval is not reliable on fewer tokens.
     MINIMUM_TOKENS = 50_000
     EVERY_BATCHES = 4
 
@@ -164,7 +164,7 @@ class Settled:
         self.met = False
 
     def __call__(self, scorer: LayerScorer) -> bool:
-        """Look, every few batches, at the dispersions so far."""
+        """Test the dispersions so far, every few batches."""
         self._batches += 1
         if scorer.tokens < self.MINIMUM_TOKENS or self._batches % self.EVERY_BATCHES or len(self._candidates) < 2:
             return False
@@ -173,7 +173,7 @@ class Settled:
         return self.met
 
     def _settled(self, scorer: LayerScorer, leader: str) -> bool:
-        """From the deepest up: those surely too far below the leader, then one that surely is not."""
+        """Whether, from the deepest layer up, some are certainly too far below the leader and the next is not."""
         for name in reversed(self._candidates):
             if name == leader:
                 return True

@@ -1,7 +1,7 @@
 """A bounded uniform sample of a layer's vectors, the same tokens for all layers.
 
-`SamplePlan` decides once per batch which new tokens enter the sample and which slot each takes; every layer's
-`LayerSample` follows it.
+`SamplePlan` decides once per batch which new tokens enter the sample and which slot each takes; the `LayerSample` of
+every layer follows it.
 
 Legend: B batch rows, T positions of a row, D dimension, M sampled tokens, N new tokens, U tokens that enter.
 """
@@ -27,7 +27,7 @@ _EMPTY: Int64 = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Sample:
-    """One layer's sampled vectors, float32 [M, D], the token that followed each, and the cluster of text of each."""
+    """One layer's sampled vectors, float32 [M, D], with each one's next token and cluster of text."""
 
     vectors_MD: Float32
     next_token_M: Int64
@@ -44,9 +44,9 @@ class SampleUpdate:
 
 
 class SamplePlan:
-    """Reservoir sampling (Vitter 1985, algorithm R): each token seen so far is in the sample with the same probability.
+    """Reservoir sampling (Vitter 1985, algorithm R): all tokens so far are in the sample with equal probability.
 
-    The sample depends on the seed and the order of tokens only, not on how they are cut into batches.
+    The sample depends only on the seed and the order of tokens, not on the batches.
     """
 
     def __init__(self, capacity: int, seed: int) -> None:
@@ -65,7 +65,7 @@ class SamplePlan:
 
     @property
     def next_token_M(self) -> Int64:
-        """The token that followed each sampled one."""
+        """The next token of each sampled one."""
         return self._next_token_M[: self.size]
 
     @property
@@ -74,18 +74,18 @@ class SamplePlan:
         return self._cluster_M[: self.size]
 
     def rows(self, num_new: int) -> tuple[Int64, Int64]:
-        """Of `num_new` further tokens, the indices [U] that enter and the slots [U] that they take, each slot once."""
+        """Return which of `num_new` further tokens enter, indices [U], and their slots [U], each slot once."""
         number_N = np.arange(self.seen, self.seen + num_new)
         slot_N = self._random.integers(0, number_N + 1)
         slot_N = np.where(number_N < self.capacity, number_N, slot_N)
         self.seen += num_new
         enters_U = np.flatnonzero(slot_N < self.capacity)
-        # Of two new tokens for one slot, the later one stays.
+        # Of two new tokens for one slot, the later one wins.
         slot_U, from_end_U = np.unique(slot_N[enters_U][::-1], return_index=True)
         return enters_U[::-1][from_end_U], slot_U
 
     def add_batch(self, spans: Sequence[Span], next_tokens: Sequence[ArrayLike]) -> SampleUpdate:
-        """Decide for the counting positions of a batch; `next_tokens` holds those of each span, one per position.
+        """Decide for the counted positions of a batch; `next_tokens` has an array for each span, one per position.
 
         :raises InputError: a span and its next tokens differ in number.
         """
@@ -102,14 +102,14 @@ class SamplePlan:
 
 
 class LayerSample:
-    """One layer's part of the sample: capacity x dim float32, whose memory is touched only as far as it is filled."""
+    """One layer's sampled vectors: capacity x dim float32, of which memory is used only as far as it is filled."""
 
     def __init__(self, plan: SamplePlan, dim: int) -> None:
         self._plan = plan
         self._vectors_MD = np.empty((plan.capacity, dim), dtype=np.float32)
 
     def write(self, vectors_BTD: Tensor, update: SampleUpdate) -> None:
-        """Take this layer's vectors of a batch as the plan decided; every update, in order. The tensor is not kept."""
+        """Store this layer's vectors of a batch; call for every update, in order. The tensor is not kept."""
         if not len(update.slot_U):
             return
         if on_host(vectors_BTD):
@@ -121,12 +121,12 @@ class LayerSample:
         self._vectors_MD[update.slot_U] = vectors_BTD.detach()[row_U, position_U].float().cpu().numpy()
 
     def sample(self) -> Sample:
-        """What has been sampled so far; a view, valid until the next write."""
+        """Return the sample so far, as a view that is valid until the next write."""
         return Sample(self._vectors_MD[: self._plan.size], self._plan.next_token_M, self._plan.cluster_M)
 
 
 def _positions(spans: Sequence[Span]) -> tuple[Int64, Int64, Int64]:
-    """Row, position and cluster of each counting position, span by span."""
+    """Row, position and cluster of each counted position, span by span."""
     counts_S = [span.last - span.first for span in spans]
     row_N = np.repeat(np.array([span.row for span in spans], dtype=np.int64), counts_S)
     cluster_N = np.repeat(np.array([span.cluster for span in spans], dtype=np.int64), counts_S)

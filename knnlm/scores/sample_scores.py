@@ -1,4 +1,4 @@
-"""Label-free scores of a layer that need some of its vectors: functions of (a part of) a `Sample`.
+"""Label-free scores of a layer from a sample of its vectors.
 
 Legend: D dimension, M sampled vectors, Q queries, K neighbours, C clusters.
 """
@@ -22,28 +22,28 @@ from knnlm.statistics import jackknife_interval
 
 # Queries scanned at a time: 256 x 8192 float64 distances are 16 MB.
 _QUERY_BLOCK = 256
-# Up to this many eigenvalues, threads gain less on idle cores than they lose on busy ones.
+# Up to this many eigenvalues, threads gain less on idle cores than they cost on busy ones.
 _ONE_THREAD_SIZE = 1024
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The retrieval probe: the share of neighbours that have the query's next token, with its 95 % interval."""
+    """The retrieval probe: share of neighbours with the query's next token, with its 95 % interval."""
 
     value: float
     interval: Interval
     rate_Q: Float64 = field(compare=False, repr=False)
-    """The share of each query that had a key in another cluster."""
+    """The share for each query that has keys in another cluster."""
     cluster_Q: Int64 = field(compare=False, repr=False)
     """Those queries' clusters; the same for all layers of a sample."""
 
 
 def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
-    """Dispersion with each dimension divided by its standard deviation first, so that no rogue dimension decides.
+    """Return the dispersion after dividing each dimension by its standard deviation, so that none dominates.
 
-    Rogue dimensions: Timkey & van Schijndel 2021. The mean stays: without it every cloud has a dispersion of about 1.
-    Dimensions that are constant to float32 precision are left out; if all are, the vectors are identical and the
-    dispersion is 0.
+    On such rogue dimensions: Timkey & van Schijndel 2021. The mean is kept: centred vectors always have a dispersion of
+    about 1. Dimensions that are constant to float32 precision are left out; if all are, the vectors are identical and
+    the dispersion is 0.
 
     :raises InputError: fewer than two vectors, or a row that is zero or not finite.
     """
@@ -55,9 +55,9 @@ def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
 
 
 def spectrum(sample_MD: NDArray[np.floating]) -> Float64:
-    """The squared singular values of the centred sample that are above 0, ascending; none if all vectors are identical.
+    """Return the non-zero squared singular values of the centred sample, ascending; none if all vectors are identical.
 
-    From the smaller Gram matrix in float64: min(M, D)^3 operations.
+    Eigenvalues of the smaller Gram matrix in float64: min(M, D)^3 operations.
 
     :raises InputError: fewer than two vectors, or a row that is not finite.
     """
@@ -68,15 +68,15 @@ def spectrum(sample_MD: NDArray[np.floating]) -> Float64:
     matrix = torch.from_numpy(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
     with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
         power = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
-    # Below this an eigenvalue is what rounding left of a zero.
+    # Smaller eigenvalues are zeros with rounding errors.
     positive: Float64 = power[power > len(power) * np.finfo(np.float64).eps * power[-1]]
     return positive
 
 
 def effective_rank(power: Float64) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to min(M, D).
+    """Return exp of the entropy of the normalised singular values (Roy & Vetterli 2007): 1 to min(M, D).
 
-    Of the centred sample, whose squares `spectrum` gives. Identical vectors span nothing and give 0.
+    :param power: squared singular values from `spectrum`; none (identical vectors) give 0.
     """
     if not len(power):
         return 0.0
@@ -85,20 +85,23 @@ def effective_rank(power: Float64) -> float:
 
 
 def participation_ratio(power: Float64) -> float:
-    """(sum of the covariance's eigenvalues)^2 / sum of their squares: 1 to min(M, D); identical vectors give 0.
+    """Return (sum of the covariance's eigenvalues)^2 / sum of their squares: 1 to min(M, D); identical vectors give 0.
 
-    How many directions carry the variance (Gao et al. 2017); one rogue dimension pulls it to 1 sooner than it does the
-    effective rank. From what `spectrum` gives.
+    The effective number of directions of variance (Gao et al. 2017); a single dominant dimension lowers it more than
+    the effective rank.
+
+    :param power: squared singular values from `spectrum`.
     """
     return float(power.sum() ** 2 / (power**2).sum()) if len(power) else 0.0
 
 
 def intrinsic_dimension(sample_MD: NDArray[np.floating], *, queries: int = 1024, seed: int) -> float:
-    """TwoNN (Facco et al. 2017): from the ratio of each vector's second nearest distance to its nearest.
+    """Return the TwoNN estimate (Facco et al. 2017), from the ratio of the second nearest distance to the nearest.
 
-    Where the density is locally constant, log(second / nearest) is exponential with the dimension as its rate; it is
-    fitted through the origin to the lower 90 % of the ratios, as there. `queries` vectors are drawn at random and all
-    others searched. Copies of a vector (nearest at distance 0) say nothing and are left out; NaN where nothing is left.
+    If the density is locally constant, log(second / nearest) is exponential with the dimension as its rate; the rate is
+    fitted through the origin to the lower 90 % of the ratios, as there. `queries` vectors are drawn at random, and
+    their neighbours searched among all vectors. Vectors with an identical copy (nearest distance 0) are left out; NaN
+    if none remains.
 
     :raises InputError: fewer than two vectors, or a row that is not finite.
     """
@@ -107,7 +110,7 @@ def intrinsic_dimension(sample_MD: NDArray[np.floating], *, queries: int = 1024,
     if len(keys_MD) < 3:
         return math.nan
     squared_Q2 = np.concatenate(list(_two_nearest(keys_MD, min(queries, len(keys_MD)))))
-    # Below float64's rounding of the norms, a distance is that of a copy.
+    # Distances below float64's rounding of the norms are those of copies.
     apart_Q2 = squared_Q2[squared_Q2[:, 0] > 1e-12 * np.vecdot(keys_MD, keys_MD).mean()]
     ratio = np.sort(np.log(apart_Q2[:, 1] / apart_Q2[:, 0]) / 2)[: int(0.9 * len(apart_Q2))]
     if not ratio.any():
@@ -125,7 +128,7 @@ def retrieval_probe(
     queries: int = 1024,
     seed: int,
 ) -> Probe:
-    """Share of a sampled key's nearest keys (squared L2) from other clusters that have the same next token.
+    """Return the share of nearest keys (squared L2) from other clusters that have the query's next token.
 
     `queries` keys are drawn at random; all keys of other clusters are searched exactly, in float64. The interval is a
     jackknife over the queries' clusters, given the keys. A query without a key in another cluster does not count;
@@ -135,7 +138,7 @@ def retrieval_probe(
     """
     if neighbors < 1 or queries < 1:
         raise InputError(f"the probe needs at least 1 neighbor and 1 query, got {neighbors} and {queries}")
-    # Keys in random order: a layer near the embedding has many identical keys, whose ties must not favour early text.
+    # Random order: layers near the embedding have many identical keys, and ties must not favour early text.
     order_M = np.random.default_rng(seed).permutation(len(sample_MD))
     keys_MD, token_M, group_M = _centred(_checked(sample_MD))[order_M], next_token_M[order_M], cluster_M[order_M]
     rate_Q = np.concatenate(list(_agreement(keys_MD, token_M, group_M, neighbors, min(queries, len(keys_MD)))))
@@ -146,8 +149,8 @@ def retrieval_probe(
 
 
 def _half_distances(keys_MD: Float64, queries: int) -> Iterator[tuple[slice, Float64]]:
-    """By blocks of the first `queries` keys: half the squared distance to every key, less the query's own half norm,
-    which orders nothing. The array [Q, M] is written anew for the next block.
+    """By blocks of the first `queries` keys: half the squared distance to every key, minus half the query's squared
+    norm, which does not affect the order. The array [Q, M] is overwritten by the next block.
     """
     half_norm_M = np.vecdot(keys_MD, keys_MD) / 2
     buffer_QM = np.empty((min(_QUERY_BLOCK, queries), len(keys_MD)))
@@ -159,7 +162,7 @@ def _half_distances(keys_MD: Float64, queries: int) -> Iterator[tuple[slice, Flo
 
 
 def _nearest(distance_QM: Float64, count: int) -> Int64:
-    """Indices of the `count` smallest of each row, in no order; three to five times as fast as np.argpartition."""
+    """Indices of the `count` smallest of each row, unordered; three to five times as fast as np.argpartition."""
     found = torch.topk(torch.from_numpy(distance_QM), count, dim=1, largest=False, sorted=False).indices
     indices: Int64 = found.numpy()
     return indices
@@ -178,7 +181,7 @@ def _agreement(keys_MD: Float64, token_M: Int64, cluster_M: Int64, neighbors: in
 
 
 def _two_nearest(keys_MD: Float64, queries: int) -> Iterator[Float64]:
-    """By blocks of queries, the squared distances [Q, 2] of the two nearest others, ascending, taken directly."""
+    """By blocks of queries, squared distances [Q, 2] to the two nearest others, ascending, by direct differences."""
     for block, distance_QM in _half_distances(keys_MD, queries):
         distance_QM[np.arange(len(distance_QM)), np.arange(block.start, block.stop)] = np.inf
         difference_Q2D = keys_MD[_nearest(distance_QM, 2)] - keys_MD[block, None]
@@ -186,11 +189,11 @@ def _two_nearest(keys_MD: Float64, queries: int) -> Iterator[Float64]:
 
 
 def probe_difference(a: Probe, b: Probe, *, comparisons: int = 1) -> Interval:
-    """95 % interval of a.value - b.value for two layers of one sample: paired, as both have the same queries.
+    """Return the 95 % interval of a.value - b.value for two layers of one sample, paired by query.
 
-    Far narrower than the two intervals of their own, which mostly tell how texts differ.
+    Far narrower than the layers' own intervals, which mostly reflect differences between texts.
 
-    :param comparisons: from how many differences this one is picked; their intervals then hold together (Bonferroni).
+    :param comparisons: number of differences whose intervals hold simultaneously (Bonferroni).
     """
     return _mean_over_clusters(a.rate_Q - b.rate_Q, a.cluster_Q, bounds=(-1.0, 1.0), comparisons=comparisons)[1]
 
@@ -198,7 +201,7 @@ def probe_difference(a: Probe, b: Probe, *, comparisons: int = 1) -> Interval:
 def _mean_over_clusters(
     value_Q: Float64, cluster_Q: Int64, *, bounds: tuple[float, float], comparisons: int = 1
 ) -> tuple[float, Interval]:
-    """Mean with its interval by a jackknife over clusters; NaN and all that is possible without values."""
+    """Mean with its interval by a jackknife over clusters; NaN and the interval `bounds` without values."""
     if not len(value_Q):
         return math.nan, Interval(*bounds)
     _, cluster_Q = np.unique(cluster_Q, return_inverse=True)
@@ -212,7 +215,7 @@ def _mean_over_clusters(
 
 
 def _checked(sample_MD: NDArray[np.floating]) -> Float64:
-    """The sample in float64; a caller may not write to it, it can be the very array that was given."""
+    """The sample in float64; not to be written to, as it may be the given array itself."""
     if np.ndim(sample_MD) != 2 or len(sample_MD) < 2:
         raise InputError(f"a score needs at least 2 vectors as [M, D], got shape {list(np.shape(sample_MD))}")
     finite_M = np.isfinite(sample_MD).all(axis=1)
@@ -222,21 +225,21 @@ def _checked(sample_MD: NDArray[np.floating]) -> Float64:
 
 
 def _centred(vectors_MD: Float64) -> Float64:
-    """The sample minus its mean: distances stay, the rounding of large norms goes."""
+    """The sample minus its mean: the same distances, without the rounding errors of large norms."""
     centred_MD: Float64 = vectors_MD - vectors_MD.mean(axis=0)
     return centred_MD
 
 
 def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
-    """Each dimension's standard deviation, and whether it varies at all beyond float32 rounding."""
+    """Each dimension's standard deviation, and whether it exceeds float32 rounding."""
     deviation_D: Float64 = vectors_MD.std(axis=0)
     return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: on shared cores the threads of a small step wait for one another, 5 s instead of 0.1."""
-    # index/int8.py has the same, as index knows no knnlm, and scores no index.
+    """Torch on one thread: on shared cores, threads wait for one another in small steps, 5 s instead of 0.1."""
+    # index/int8.py has the same: index must not import knnlm, nor scores index.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

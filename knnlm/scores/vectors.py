@@ -1,4 +1,4 @@
-"""Label-free scores of vectors that come from elsewhere: images, audio, any encoder.
+"""Label-free scores of vectors from files: of images, audio, any encoder.
 
 Legend: N rows, T vectors of a row, D dimension.
 """
@@ -34,11 +34,12 @@ def score_vectors(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VectorScores:
-    """Score each .npy file of vectors, float [N, D], or [N, T, D] for N segments of T vectors; named after the file.
+    """Score each .npy file of vectors, float [N, D], or [N, T, D] for N segments of T vectors.
 
-    :param labels: .npy of N integers, one for each row: what the retrieval probe compares in place of the next token.
-        Without it the probe is NaN.
-    :raises InputError: a file that is no such array, holds NaN, infinite or zero vectors, or does not fit the labels.
+    :param labels: .npy of N integers, one for each row, which the retrieval probe (how often nearest vectors agree)
+        compares in place of next tokens. Without it the probe is NaN.
+    :returns: scores named after the files.
+    :raises InputError: a file is no such array, holds NaN, infinite or zero vectors, or does not fit the labels.
     """
     names = [Path(file).stem for file in files]
     if len(set(names)) < len(names):
@@ -74,7 +75,7 @@ def _score(
             block = torch.from_numpy(rows_NTD.astype(np.float32))
             numbers = range(start, start + len(block))
             known = np.zeros(len(block), np.int64) if label_N is None else label_N[start : start + size]
-            # Every row is a unit of its own: the jackknife leaves rows out, and the probe looks at other rows.
+            # Every row is a cluster: the jackknife leaves rows out, and the probe searches other rows.
             scorer.begin_batch(
                 [Span(row, 0, length, number) for row, number in enumerate(numbers)],
                 [np.full(length, label) for label in known],
@@ -89,7 +90,7 @@ def _score(
 
 
 def _check_size(name: str, start: int, rows_NTD: NDArray[np.floating]) -> None:
-    """float64 and wider have vectors that float32 would make zero or infinite; no score depends on their unit."""
+    """Raise InputError for vectors, float64 or wider, that float32 would turn to zero or infinity."""
     if rows_NTD.dtype.itemsize <= 4:
         return
     largest_NT = np.abs(rows_NTD).max(axis=2)
@@ -105,7 +106,7 @@ def _check_size(name: str, start: int, rows_NTD: NDArray[np.floating]) -> None:
 
 
 def _open(path: Path, label_N: NDArray[np.int64] | None) -> NDArray[np.floating]:
-    """The array [N, T, D], mapped and not loaded."""
+    """The array [N, T, D], memory-mapped."""
     vectors = _load(path)
     if vectors.ndim not in (2, 3) or vectors.dtype.kind != "f" or len(vectors) < 2 or not vectors.size:
         raise InputError(
