@@ -1,1 +1,1 @@
-"""Keys and values on disk."""
+"""Datastores: keys and values on disk."""

@@ -3,15 +3,15 @@
     nursing.knn/
       datastore.json                 the manifest, written last: counts, checksums, the model's fingerprint, scores
       values-00000.npy ...           int32 next tokens in the text's order, shared by all layers
-      documents.npy                  int64 [documents, 4]: first row among the values, first token (it has no
-                                     predecessor, so it is no value), number of its source, number inside the source
+      documents.npy                  int64 [documents, 4]: first row among the values, first token (no value, as it
+                                     has no predecessor), number of its source, number inside the source
       keys/11.ffn_input/00000.npy    float16 or float32 [n, D]: (vector - centre) / scale
       keys/11.ffn_input/centre.npy   float32 [D]
       index/11.ffn_input/...         written by the index package
 
-Squared L2 does not change when a constant is subtracted from all vectors, float16 does: the centre, the mean of the
-layer's first few thousand vectors, is that constant. Sizes are never typed: the files' headers are checked against the
-manifest when a datastore is opened, the data themselves by `verify`, and those of small files when they are used.
+Subtracting a constant from all vectors does not change squared L2, but reduces rounding in float16: the constant is the
+centre, the mean of the layer's first few thousand vectors. File headers are checked against the manifest when a
+datastore is opened, the data by `verify`, and those of small files also when they are used.
 
 Legend: N keys, D dimension.
 """
@@ -43,44 +43,44 @@ from knnlm.store.keys import Keys
 from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, open_folder, read_manifest
 from knnlm.store.npy import map_npy
 
-# What two models must share for the one's vectors to be queries among the other's. The name may differ: folders move.
+# Two models with these hashes in common give the same vectors. The name may differ: folders move.
 MODEL_PARTS = ("config", "weights", "tokenizer")
 VERIFY_BYTES = 1 << 24
-# How the name of a file or an index ends that is being written.
+# The end of the name of a file or an index that is being written.
 PARTIAL = "partial-" + 8 * "[0-9a-f]"
-# How often a datastore that is replaced while it is opened is opened anew.
+# Attempts to open a datastore that is replaced meanwhile.
 OPENINGS = 5
 
 
 def open_datastore(folder: str | Path) -> Datastore:
-    """Open a datastore; as `Datastore.open`."""
+    """Open a datastore, as `Datastore.open`."""
     return Datastore.open(folder)
 
 
 def as_datastore(store: str | Path | Datastore) -> Datastore:
-    """An opened datastore as it is, or the one that lies in a folder; raises as `Datastore.open`."""
+    """Return an opened datastore as it is, or open the one in a folder. Raises as `Datastore.open`."""
     return store if isinstance(store, Datastore) else Datastore.open(store)
 
 
 class Datastore:
-    """A finished datastore, opened for reading; arrays are mapped, not loaded."""
+    """A finished datastore, opened for reading; arrays are memory-mapped."""
 
     def __init__(self, folder: Path, manifest: Manifest, opened: OpenFolder) -> None:
         self.folder = folder
         self._manifest = manifest
         self._keys: dict[str, Keys] = {}
         self._changing = False
-        # All that can be read later: a file's name may come to mean another file.
+        # Opens every file now: later its name may refer to another file.
         self._files = {one.shard.file: _map_file(opened, one) for one in _described(manifest)}
         self._indexes = {layer: _open_index(self.index_folder(layer)) for layer in manifest.indexes}
 
     @classmethod
     def open(cls, folder: str | Path) -> Datastore:
-        """Read the manifest, open every file, and check its size, shape and type; the data are not read.
+        """Read the manifest, map every file, and check its size, shape and type; the data are not read.
 
-        The files stay open, so that the datastore is the same to its end, whatever happens to the folder: another one
-        may take its place. No descriptors are held.
-        :raises DatastoreError: no datastore, or made by a newer knnlm.
+        The files stay mapped, so that the datastore stays the same even if the folder is replaced. No file descriptors
+        are held.
+        :raises DatastoreError: the folder is no datastore, or made by a newer knnlm.
         :raises DatastoreCorrupt: a file is missing, short or does not fit the manifest; names the file.
         """
         store = cls.look(folder)
@@ -91,7 +91,7 @@ class Datastore:
 
     @classmethod
     def look(cls, folder: str | Path) -> Datastore:
-        """As `open`, but what is wrong with single files is for `verify` to tell."""
+        """As `open`, but errors of single files are left to `verify`."""
         for _ in range(OPENINGS):
             with open_folder(Path(folder)) as opened:
                 try:
@@ -111,7 +111,7 @@ class Datastore:
 
     @property
     def manifest(self) -> Manifest:
-        """What datastore.json says."""
+        """The content of datastore.json."""
         return self._manifest
 
     @property
@@ -121,7 +121,7 @@ class Datastore:
 
     @property
     def count(self) -> int:
-        """N: keys of each layer, and values."""
+        """N, the number of keys of each layer and of values."""
         return self._manifest.count
 
     def __len__(self) -> int:
@@ -129,17 +129,16 @@ class Datastore:
 
     @property
     def size_bytes(self) -> int:
-        """Of all its files, indexes too."""
+        """Bytes of all its files, with indexes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     @cached_property
     def values(self) -> NDArray[np.int32]:
-        """The token that followed each key, int32 [N], read-only.
+        """The next token of each key, int32 [N], read-only.
 
-        Mapped while it is one shard, which holds 536 million; of more, all 4 x N bytes are loaded. They are compared
-        with their checksum, which takes a small part of the time that the keys take: a token outside the vocabulary
-        would end a process anywhere.
-        :raises DatastoreCorrupt: they are not as they were written.
+        Memory-mapped if it is one shard (up to 536 million tokens), else loaded (4 x N bytes). The checksum is checked,
+        which is quick compared with reading keys: a token outside the vocabulary could crash the process anywhere.
+        :raises DatastoreCorrupt: the values have changed since they were written.
         """
         shards = [self._checked_array(shard) for shard in self._manifest.values]
         values: NDArray[np.int32] = shards[0] if len(shards) == 1 else np.concatenate(shards)
@@ -150,15 +149,15 @@ class Datastore:
     def documents(self) -> NDArray[np.int64]:
         """int64 [documents, 4]: first row, first token, place in `manifest.sources`, number in the source.
 
-        :raises DatastoreCorrupt: they are not as they were written.
+        :raises DatastoreCorrupt: the file has changed since it was written.
         """
         return self._checked_array(self._manifest.documents)
 
     def keys(self, layer: str) -> Keys:
-        """The layer's keys: vector - centre, in float32.
+        """Return the layer's keys: vector - centre, in float32.
 
-        :raises DatastoreMismatch: the layer is not stored; lists those that are.
-        :raises DatastoreCorrupt: the centre is not as it was written.
+        :raises DatastoreMismatch: the layer is not stored; lists the stored ones.
+        :raises DatastoreCorrupt: the centre has changed since it was written.
         """
         if layer not in self._keys:
             entry = self._layer(layer)
@@ -167,9 +166,9 @@ class Datastore:
         return self._keys[layer]
 
     def saved_index(self, layer: str) -> SavedIndex:
-        """The layer's index as it was when the datastore was opened, or was saved since; not yet loaded.
+        """Return the layer's index as it was when the datastore was opened, or saved since; not yet loaded.
 
-        :raises index.errors.CorruptIndex: there is none, or one of its files is missing or short.
+        :raises index.errors.CorruptIndex: there is no index, or one of its files is missing or short.
         """
         if layer not in self._indexes:
             self._indexes[layer] = _open_index(self.index_folder(layer))
@@ -179,17 +178,17 @@ class Datastore:
         return found
 
     def index_folder(self, layer: str) -> Path:
-        """Where the layer's index lies, or will; nothing is made. Raises as `keys`."""
+        """Return the path of the layer's index, which need not exist. Raises as `keys`."""
         self._layer(layer)
         return self.folder / "index" / layer
 
     def document_of(self, row: int) -> tuple[str, int]:
-        """The source's name of a row's document, and the document's number in that source."""
+        """Return the name of the source of a row's document, and the document's number in it."""
         _, _, source, number = self.documents[self._document(row)].tolist()
         return self._manifest.sources[source], number
 
     def context(self, row: int, width: int) -> NDArray[np.int32]:
-        """The last `width` tokens before the value of a row, in its document; fewer where it begins later."""
+        """Return the `width` tokens before the value of a row, or all that its document has."""
         first, first_token = self.documents[self._document(row), :2].tolist()
         start = max(first, row - width)
         tokens = self.values[start:row]
@@ -198,15 +197,16 @@ class Datastore:
         return tokens
 
     def continuation(self, row: int, width: int) -> NDArray[np.int32]:
-        """The next `width` tokens after the value of a row, in its document; fewer where it ends earlier."""
+        """Return the `width` tokens after the value of a row, or all that its document has."""
         next_document = self._document(row) + 1
         ends = self.documents[next_document : next_document + 1, 0].tolist() or [self.count]
         return self.values[row + 1 : min(row + 1 + width, ends[0])]
 
     def check_model(self, fingerprint: Mapping[str, str]) -> None:
-        """Refuse a model whose vectors or tokens are not those of the datastore.
+        """Check that a model's vectors and tokens are those of the datastore.
 
-        :raises DatastoreMismatch: says which of config, weights and tokenizer differ, with both hashes' beginnings.
+        :raises DatastoreMismatch: they differ; names which of config, weights and tokenizer, with the first 8 digits of
+            both hashes.
         """
         ours = self._manifest.fingerprint
         different = [
@@ -223,11 +223,11 @@ class Datastore:
     def verify(
         self, advance: Advance = lambda done, total: None, layers: Collection[str] | None = None
     ) -> tuple[str, ...]:
-        """Read everything; gives a line for each problem, none where the datastore is whole.
+        """Read all files and return one line for each problem, none if the datastore is intact.
 
         Checks sizes, every checksum, NaN and infinity in keys, and that documents lie inside values and sources.
-        :param advance: told the bytes read and their total.
-        :param layers: look at the keys of these only.
+        :param advance: called with the bytes read and their total.
+        :param layers: check only the keys of these layers; None: all.
         """
         files = list(_described(self._manifest, layers))
         total = sum(one.data_bytes for one in files)
@@ -240,9 +240,9 @@ class Datastore:
         return tuple(problems or self._document_problems())
 
     def check_untouched(self) -> None:
-        """Whether the files that are open are what they were: another folder in their place is no matter.
+        """Check that the opened files have not been written to; a replaced folder does not matter.
 
-        :raises DatastoreCorrupt: one was written to; what was found meanwhile may be wrong.
+        :raises DatastoreCorrupt: a file was written to and has changed; results obtained meanwhile may be wrong.
         """
         for one in _described(self._manifest):
             found = self._files[one.shard.file]
@@ -253,7 +253,7 @@ class Datastore:
                 raise DatastoreCorrupt(f"{problem}; it was written to while it was read, so that no result is shown")
 
     def describe(self) -> dict[str, Any]:
-        """What it is, for people and as JSON."""
+        """Return a summary as plain values, for `knnlm info`."""
         manifest = self._manifest
         return {
             "folder": str(self.folder),
@@ -282,22 +282,22 @@ class Datastore:
         fitted: object = None,
         indexes: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Replace what is given, atomically; `indexes` joins the entries of other layers. None leaves a field.
+        """Replace the given fields atomically; None keeps a field, and `indexes` is merged with other layers' entries.
 
-        What others have changed since the datastore was opened stays.
+        Changes made by other processes since the datastore was opened are kept.
 
         :raises DatastoreError: the folder cannot be written.
-        :raises DatastoreMismatch: another datastore has taken its place since.
+        :raises DatastoreMismatch: another datastore is in its place by now.
         """
         with self.changing():
             self._write(scores, fitted, indexes or {})
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Keep other processes from changing the datastore while the block lasts, after the manifest is read again.
+        """Lock the datastore against changes by other processes for the block, and read the manifest again.
 
-        What died in the middle of a change has left files that nobody reads; they are removed. Where the file system
-        has no locks, nobody is kept from changes, and nothing is removed. Raises as `update_manifest`.
+        Leftovers of processes that died during a change are removed. If the file system has no locks, nothing is locked
+        or removed. Raises as `update_manifest`.
         """
         if self._changing:
             yield
@@ -347,7 +347,7 @@ class Datastore:
         return self._manifest.layers[layer]
 
     def _document(self, row: int) -> int:
-        """The running number of the row's document; one without values is before the one that has the row."""
+        """The number of the row's document, from 0; documents without values do not own a row."""
         if not 0 <= row < self.count:
             raise IndexError(f"row {row} of {self.count} keys")
         return int(np.searchsorted(self.documents[:, 0], row, side="right")) - 1
@@ -359,7 +359,7 @@ class Datastore:
         return found.array
 
     def _checked_array(self, shard: Shard) -> NDArray[Any]:
-        """Of a small file, which is read as a whole anyway."""
+        """The array of a small file, verified: it is read as a whole anyway."""
         for problem in self._problems(shard):
             raise DatastoreCorrupt(problem)
         return self._array(shard)
@@ -407,14 +407,14 @@ class _Described(NamedTuple):
 
 
 class _File(NamedTuple):
-    """An opened one."""
+    """A mapped file."""
 
     array: NDArray[Any]
     stamp: Stamp
 
 
 def _described(manifest: Manifest, layers: Collection[str] | None = None) -> Iterator[_Described]:
-    """Every file, or only the keys of some layers beside what all share."""
+    """All files of the manifest; with `layers`, the shared files and the keys of these layers."""
     yield _Described(manifest.documents, "int64", (4,))
     for shard in manifest.values:
         yield _Described(shard, "int32", ())

@@ -1,4 +1,4 @@
-"""The keys of one layer as an index sees them: any rows, in float32, as the metric wants them.
+"""The keys of one layer as an index reads them: any rows, in float32, transformed for the metric.
 
 Legend: N keys, Q queries, D dimension.
 """
@@ -15,9 +15,9 @@ from knnlm.config import METRICS
 from knnlm.errors import InputError
 from knnlm.store.half import to_float32
 
-# Rows that `take` gathers at a time: the half-precision copy between the file and the float32 result stays in cache.
+# Rows that `take` gathers at a time: the float16 copy between the file and the float32 result stays in cache.
 TAKE_ROWS = 1 << 10
-# Elements that are turned into float32 at a time: 512 kB stay in the second-level cache.
+# Elements converted to float32 at a time: 512 kB stay in the second-level cache.
 BLOCK = 1 << 17
 
 Floats = NDArray[np.float32]
@@ -26,8 +26,8 @@ Floats = NDArray[np.float32]
 class Keys:
     """A layer's keys over all shards: an `index.source.VectorSource`.
 
-    As `Datastore.keys` gives them they are vector - centre. Squared L2 between two vectors is unchanged by subtracting
-    one constant from both; float16 and BLAS lose far less of a small number than of a large one.
+    From `Datastore.keys` they are vector - centre: subtracting a constant does not change squared L2, and rounding in
+    float16 and BLAS is much smaller for small numbers.
     """
 
     def __init__(self, shards: Sequence[NDArray[Any]], centre: Floats, scale: float = 1.0, metric: str = "l2") -> None:
@@ -46,16 +46,16 @@ class Keys:
         return int(self._ends[-1])
 
     def for_metric(self, metric: str) -> Keys:
-        """The keys between which an index's distance is the metric's, up to a constant per query.
+        """Return the keys transformed such that an index's distance is the metric's, up to a constant per query.
 
-        l2: vector - centre. cosine: the vector at unit length, so that squared L2 is 2 - 2 cos. ip: vector - centre; it
-        changes all of a query's inner products by one number, which p_kNN does not see.
+        l2: vector - centre. cosine: the vector at unit length, so that squared L2 is 2 - 2 cos. ip: vector - centre,
+        which shifts all of a query's inner products by one number and leaves p_kNN unchanged.
         :raises InputError: an unknown metric.
         """
         return Keys(self._shards, self.centre, float(self._scale), metric)
 
     def prepare_queries(self, vectors_QD: NDArray[Any], metric: str | None = None) -> Floats:
-        """Raw vectors of the layer as queries for the keys under a metric (by default this view's); a new array."""
+        """Return raw vectors of the layer as queries under a metric (by default this view's), a new array [Q, D]."""
         metric = _checked(metric or self.metric)
         queries_QD = np.array(vectors_QD, np.float32, order="C")
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
@@ -67,7 +67,7 @@ class Keys:
         return queries_QD
 
     def read(self, start: int, stop: int) -> Floats:
-        """Rows start to stop (at most the last), float32 [stop - start, D], C-contiguous.
+        """Return rows start to stop (clipped to N), float32 [stop - start, D], C-contiguous.
 
         :raises IndexError: a negative start, or a stop before it.
         """
@@ -83,7 +83,7 @@ class Keys:
         return self._finish(rows_ND)
 
     def take(self, ids_N: NDArray[np.int64]) -> Floats:
-        """The rows of any ids, in the order of the ids, float32 [N, D].
+        """Return the rows of any ids, in the order of the ids, float32 [N, D].
 
         :raises IndexError: an id below 0 (a search's "absent" is -1) or beyond the last.
         """
@@ -96,7 +96,7 @@ class Keys:
         return self._finish(rows_ND)
 
     def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows as they are stored: moved about in half precision, turned into float32 once and in order."""
+        """The rows as stored: gathered in half precision, so that conversion to float32 runs once and in order."""
         if len(self._shards) == 1:
             return np.take(self._shards[0], ids_N, axis=0)
         rows_ND = np.empty((len(ids_N), self.dim), self._shards[0].dtype)
@@ -105,8 +105,8 @@ class Keys:
         return rows_ND
 
     def _by_shard(self, ids_N: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """For each shard: the places among the ids that lie in it, and their rows in it."""
-        # A stable argsort of 16-bit numbers is numpy's radix sort: few passes over the ids, however many the shards.
+        """For each shard: which of the ids lie in it, and their rows there."""
+        # A stable argsort of 16-bit numbers is NumPy's radix sort: few passes over the ids, however many shards.
         shard_N = np.searchsorted(self._ends, ids_N, side="right").astype(np.uint16)
         order = np.argsort(shard_N, kind="stable")
         borders = np.cumsum(np.bincount(shard_N, minlength=len(self._shards)))[:-1]
@@ -124,7 +124,7 @@ class Keys:
 
 
 def _copy(stored_ND: NDArray[Any], rows_ND: Floats) -> None:
-    """Stored rows into float32 ones, in blocks that stay in cache."""
+    """Convert stored rows to float32, in blocks that stay in cache."""
     if stored_ND.dtype != np.float16:
         rows_ND[:] = stored_ND
         return
@@ -140,6 +140,6 @@ def _checked(metric: str) -> str:
 
 
 def _normalise(rows_ND: Floats) -> None:
-    """To unit length, in place; a row of zeros stays."""
+    """Scale rows to unit length, in place; zero rows stay."""
     norms_N = np.sqrt(np.einsum("nd,nd->n", rows_ND, rows_ND))
     rows_ND /= np.maximum(norms_N, np.finfo(np.float32).tiny)[:, None]

@@ -1,7 +1,6 @@
-"""datastore.json as frozen values, and back: what a datastore holds, counted and checksummed.
+"""datastore.json as frozen dataclasses: the content of a datastore, with counts and checksums.
 
-The dataclasses are the model of the document, with the ranges of its fields: what is read, written and verified is
-checked by them, and by nothing else.
+The dataclasses define the document and the ranges of its fields; reading, writing and verifying all use these checks.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ KEY_DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True)
 class Shard:
-    """One .npy file: its place in the datastore (with `/`), its rows, the SHA-256 of its data without the header."""
+    """One .npy file: its path in the datastore (with `/`), its rows, the SHA-256 of its data without the header."""
 
     file: str
     rows: int
@@ -58,7 +57,7 @@ class LayerKeys:
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """What is told of a layer's index; the index itself has a manifest of its own."""
+    """Summary of a layer's index, which has a manifest of its own."""
 
     metric: str
     spec: str
@@ -74,7 +73,7 @@ class IndexEntry:
 
 @dataclass(frozen=True)
 class FittedGate:
-    """How lambda moves with the query (knnlm.knn.mixing.Gate)."""
+    """How lambda depends on the query (knnlm.knn.mixing.Gate)."""
 
     offset: float
     distance: float
@@ -83,7 +82,7 @@ class FittedGate:
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """What an evaluation fitted for a layer."""
+    """Settings that an evaluation fitted for a layer."""
 
     k: int
     temperature: float
@@ -98,7 +97,7 @@ class FittedLayer:
 
 @dataclass(frozen=True)
 class BuiltWith:
-    """What is read again of the settings beside the scores."""
+    """The settings stored with the scores that are read again."""
 
     layers: str | None = None
     index: str = "auto"
@@ -110,27 +109,28 @@ class BuiltWith:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a datastore holds. `values` and every layer's shards have `count` rows each."""
+    """The content of a datastore. `values` and the shards of every layer have `count` rows each."""
 
     fingerprint: Mapping[str, str]
-    """Of the model: its name, and hashes of its config, weights and tokenizer."""
+    """The model's name, and hashes of its config, weights and tokenizer."""
     layers: Mapping[str, LayerKeys]
     count: int
     values: tuple[Shard, ...]
     documents: Shard
     sources: tuple[str, ...]
-    """Names of the texts; the third column of documents.npy counts in here."""
+    """Names of the texts; the third column of documents.npy indexes them."""
     context: int
-    """Tokens of the windows through which the model saw the text, and the new ones of each further window."""
+    """Tokens of a window."""
     stride: int
+    """New tokens in each window after the first."""
     corpus: str
-    """Fingerprint of the text as tokens."""
+    """Fingerprint of the text's tokens."""
     scores: Any = None
-    """The layers' scores and the choice, as `knnlm.documents.score_document` tells them."""
+    """The layers' scores and the choice, as `knnlm.documents.score_document` returns them."""
     fitted: Any = None
-    """Of each layer k, lambda and temperature, once an evaluation has fitted them: as `FittedLayer`, in JSON."""
+    """For each layer, k, lambda and temperature once an evaluation has fitted them: `FittedLayer` in JSON."""
     indexes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """For each indexed layer: metric, spec, measured recall at k: as `IndexEntry`, in JSON."""
+    """For each indexed layer, metric, spec and measured recall at k: `IndexEntry` in JSON."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class Manifest:
         return self.fingerprint.get("model", "")
 
     def index_metric(self, layer: str) -> str:
-        """The metric, `l2`, `cosine` or `ip`, for which the layer's index was built.
+        """Return the metric, `l2`, `cosine` or `ip`, for which the layer's index was built.
 
         :raises DatastoreError: the layer has no finished index.
         """
@@ -162,12 +162,12 @@ class Manifest:
         return str(self.indexes[layer]["metric"])
 
     def shards(self) -> tuple[Shard, ...]:
-        """Every file of the datastore but the manifest and the indexes."""
+        """Return every file of the datastore except the manifest and the indexes."""
         keys = [shard for layer in self.layers.values() for shard in (layer.centre, *layer.shards)]
         return (*self.values, self.documents, *keys)
 
     def to_json(self) -> dict[str, Any]:
-        """As the object of datastore.json, with its checksum of itself."""
+        """Return the object of datastore.json, with a checksum of itself."""
         return sealed({"format": FORMAT, "version": VERSION} | asdict(self))
 
 
@@ -175,7 +175,7 @@ def read_manifest(folder: Path | OpenFolder) -> Manifest:
     """Read datastore.json.
 
     :raises DatastoreError: the folder is no datastore, or was made by a newer knnlm.
-    :raises DatastoreCorrupt: the manifest is damaged; says where.
+    :raises DatastoreCorrupt: the manifest is damaged; names the place.
     """
     if not isinstance(folder, OpenFolder):
         with open_folder(folder) as opened:
@@ -191,7 +191,10 @@ def read_manifest(folder: Path | OpenFolder) -> Manifest:
 
 
 def open_folder(folder: Path) -> OpenFolder:
-    """:raises DatastoreError: there is no such folder, or it may not be read."""
+    """Open a datastore's folder.
+
+    :raises DatastoreError: there is no such folder, or it may not be read.
+    """
     try:
         return OpenFolder(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -208,7 +211,7 @@ def _remedy(folder: Path) -> str:
 
 
 def from_json(document: object, path: Path) -> Manifest:
-    """The manifest that `Manifest.to_json` wrote; `path` is named in errors. Raises as `read_manifest`."""
+    """Return the manifest that `Manifest.to_json` wrote; errors name `path`. Raises as `read_manifest`."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DatastoreError(f"{path} is not the manifest of a datastore; choose another folder")
     version = document.get("version")
@@ -231,7 +234,7 @@ def _no_datastore(folder: Path) -> DatastoreError:
 
 
 def _is_inside(name: str) -> bool:
-    """A manifest may come from somebody else: no path may lead out of the folder."""
+    """Whether a path stays inside the folder: a manifest may come from an untrusted source."""
     return bool(name) and name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
@@ -255,7 +258,7 @@ def _check_rows(what: str, shards: Sequence[Shard], count: int) -> None:
 
 
 def _check_layers(manifest: Manifest) -> None:
-    """What is told of layers, and that they are there."""
+    """Check the entries of `fitted` and `indexes`, and that their layers are stored."""
     fitted = {} if manifest.fitted is None else manifest.fitted
     models: dict[str, Mapping[str, FittedLayer | IndexEntry]] = {
         "fitted": build(dict[str, FittedLayer], fitted, place="fitted"),

@@ -1,4 +1,4 @@
-"""Files of arrays: .npy, written before it is known how many rows come, and opened after a look at header and size."""
+"""Arrays in .npy files: written without knowing the number of rows, and opened after checks of header and size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from numpy.typing import DTypeLike, NDArray
 from index.mapped import Bytes, OpenFolder, Stamp
 from knnlm.errors import DatastoreCorrupt
 
-# Of version 1.0.
+# Magic string of version 1.0.
 MAGIC = b"\x93NUMPY\x01\x00"
-# For messages only: what a whole header looks like.
+# A whole header, for messages only.
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(?P<descr>[<>|=][biufcO]\d{0,2})' *, "
     rb"'fortran_order': (?:False|True), 'shape': \((?P<shape>[\d, ]*)\), \}",
@@ -31,8 +31,7 @@ _HEADER = re.compile(
 class NpyWriter:
     """Appends rows to a .npy file whose number of rows is not known beforehand.
 
-    The header stands for no rows until `close`, then for the rows that came: a file's size is counted, never typed.
-    `sha256` is of the data, without the header.
+    The header says 0 rows until `close`, then the number of rows appended. `sha256` is of the data, without the header.
     """
 
     def __init__(self, path: str | Path, dtype: DTypeLike, columns: int | None = None) -> None:
@@ -51,11 +50,11 @@ class NpyWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the data so far."""
+        """SHA-256 of the data so far."""
         return self._digest.hexdigest()
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Add rows, [n] or [n, columns], of exactly the file's type: nothing is cast here.
+        """Append rows, [n] or [n, columns], of exactly the file's type: nothing is cast.
 
         :raises ValueError: another shape or type.
         """
@@ -69,7 +68,7 @@ class NpyWriter:
         self.rows += len(rows)
 
     def close(self) -> None:
-        """Write the true header and make the file durable. Closing twice does nothing."""
+        """Write the final header and make the file durable. Closing again does nothing."""
         if self._file.closed:
             return
         with self._file:
@@ -79,7 +78,7 @@ class NpyWriter:
             os.fsync(self._file.fileno())
 
     def abort(self) -> None:
-        """Close the file as it is; it stands for no rows."""
+        """Close the file as it is; its header says 0 rows."""
         self._file.close()
 
     def __enter__(self) -> NpyWriter:
@@ -98,14 +97,14 @@ class NpyWriter:
         return self._file.tell()
 
     def _write(self, data: memoryview) -> None:
-        while data:  # one unbuffered write may take a part only, on Linux at most 2 GiB
+        while data:  # an unbuffered write may be partial, on Linux at most 2 GiB
             data = data[self._file.write(data) :]
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """What stands before the data, byte for byte as numpy writes it: version 1.0, little-endian, C order.
+    """Return the header, byte for byte as NumPy writes it: version 1.0, little-endian, C order.
 
-    The first axis has room for 21 digits, so that the header keeps its length however many rows come.
+    The first axis has room for 21 digits, so that the header's length does not depend on the number of rows.
     """
     text = f"{{'descr': {npy.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {shape}, }}"
     text += " " * (21 - len(str(shape[0])))
@@ -115,10 +114,10 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 def array_in(data: Bytes, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-    """The array in the bytes of a .npy file: a view. Every byte before the data is compared, none is interpreted.
+    """Return the array in the bytes of a .npy file, as a view. The header is compared, not parsed.
 
-    :param path: named in errors.
-    :raises DatastoreCorrupt: no .npy file, of another shape or type, short or long.
+    :param path: the file's path, for errors.
+    :raises DatastoreCorrupt: no .npy file, another shape or type, or too short or long.
     """
     kind = np.dtype(dtype).newbyteorder("<")
     header = npy_header(kind, shape)
@@ -131,7 +130,7 @@ def array_in(data: Bytes, path: Path, dtype: DTypeLike, shape: tuple[int, ...]) 
 
 
 def map_npy(folder: OpenFolder, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> tuple[NDArray[Any], Stamp]:
-    """The array in a .npy file of a folder, read-only, mapped and not loaded; and the file's stamp.
+    """Return the array in a .npy file of a folder, read-only and memory-mapped, and the file's stamp.
 
     :raises DatastoreCorrupt: the file is missing, or as `array_in`.
     """
@@ -146,13 +145,13 @@ def map_npy(folder: OpenFolder, name: str, dtype: DTypeLike, shape: tuple[int, .
 
 
 def open_npy(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-    """The array in a .npy file, read-only, mapped and not loaded. Raises as `map_npy`."""
+    """Return the array in a .npy file, read-only and memory-mapped. Raises as `map_npy`."""
     with OpenFolder(path.parent) as folder:
         return map_npy(folder, path.name, dtype, shape)[0]
 
 
 def _difference(begin: bytes, path: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> str:
-    """In what a header is not the one that the manifest implies."""
+    """The error for a header other than the manifest implies."""
     found = _HEADER.match(begin)
     if found is None:
         return f"{path} cannot be read as a .npy file; build it again"

@@ -1,4 +1,4 @@
-"""Writing a datastore: values and keys as they come, counted and checksummed; the manifest last.
+"""Writing a datastore: values and keys as they arrive, with counts and checksums; the manifest last.
 
 Legend: N keys, D dimension.
 """
@@ -26,34 +26,35 @@ from knnlm.store.manifest import KEY_DTYPES, NAME, LayerKeys, Manifest, Shard
 from knnlm.store.npy import NpyWriter
 from knnlm.version import __version__
 
-# A shard is at most this large, so that a copy or a checksum of one is a matter of seconds.
+# A shard's maximum size, so that copying or checking one takes seconds.
 SHARD_BYTES = 1 << 31
-# Keys that wait for the writing thread; beyond it, extraction waits.
+# Bytes of keys queued for the writing thread; beyond this, extraction waits.
 PENDING_BYTES = 256 << 20
-# Files whose fsync the disk is asked for at once.
+# Files synced to disk at once.
 CLOSING_THREADS = 8
-# Numbers that are converted, checksummed and written at a time: they stay in cache, and torch converts no more than so
-# many in the thread that asks, where of more it waits for threads on the cores that the model computes on.
+# Numbers converted, checksummed and written at a time: they stay in cache, and up to this many torch converts in the
+# calling thread; for more it waits for threads on the cores that the model computes on.
 BLOCK = 1 << 15
-# A layer is scaled so that its first keys stay this far below the largest number of float16.
+# A layer is scaled so that its first keys stay below the largest float16 by this factor.
 HEADROOM = 64
-# Where all is smaller, float16 loses bits of the lesser components (subnormals begin at 6e-5): scaled up to about 1.
+# If all components are smaller, float16 loses bits of the small ones (subnormals begin at 6e-5): scaled up to about 1.
 FLOAT16_SMALL = 2.0**-4
 INT32 = np.dtype(np.int32)
 INT32_MAX = np.iinfo(INT32).max
 
 
 class DatastoreWriter:
-    """Writes one datastore into an existing empty folder, best one of `storage.new_folder`; a context manager.
+    """Writes one datastore into an existing empty folder, best one of `files.new_folder`; a context manager.
 
-    Keys are stored as (vector - centre) / scale. The centre is the mean of a layer's first append and stays: distances
-    do not depend on it, so a constant near the mean is all that float16 needs. float32 keys are centred, never scaled.
+    Keys are stored as (vector - centre) / scale. The centre is the mean of a layer's first append and then fixed:
+    distances do not depend on it, and for float16 any constant near the mean will do. float32 keys are centred, never
+    scaled.
 
-    Conversion, checksums and writing run in one thread beside the caller's; its errors come with the next call.
+    Conversion, checksums and writing run in a separate thread, whose errors are raised by the next call.
 
     :param layers: name and vector size of each layer.
-    :param shard_rows: rows of every shard; by default as many as 2 GiB hold, of the widest layer and of the values.
-    :param named_by: what named the folder, for errors of the disk: the field `out`, or the variable TMPDIR.
+    :param shard_rows: rows of every shard; by default as many as fit into 2 GiB, for the widest layer and for values.
+    :param named_by: the field or variable that named the folder, for errors of the disk: `out` or TMPDIR.
     :raises InputError: no layers, or an unknown `key_dtype`.
     """
 
@@ -73,7 +74,7 @@ class DatastoreWriter:
         self._folder, self._named_by = Path(folder), named_by
         dtype = np.dtype(key_dtype)
         rows = shard_rows or max(1, SHARD_BYTES // (max(layers.values()) * dtype.itemsize))
-        # As long as the values are one file, they are looked up in it and never loaded: up to 536 million.
+        # Values in a single file, up to 536 million, are memory-mapped and never loaded.
         values_rows = shard_rows or SHARD_BYTES // INT32.itemsize
         self._values = _ShardWriter(self._folder, "values-{:05d}.npy", INT32, None, values_rows)
         self._layers = {name: _LayerWriter(self._folder, name, dim, dtype, rows) for name, dim in layers.items()}
@@ -86,17 +87,18 @@ class DatastoreWriter:
         self._closed = False
 
     def begin_document(self, first_token: int, source: str, number: int) -> None:
-        """Start a document: its first token, which has no predecessor, and where it comes from.
+        """Start a document with its first token, which has no predecessor, and its origin.
 
-        :param source: a text's name; `number`: the document's number inside that text.
+        :param source: name of the text.
+        :param number: the document's number in that text.
         """
         source_number = self._sources.setdefault(source, len(self._sources))
         self._documents.extend((self._values.rows, int(first_token), source_number, int(number)))
 
     def append_values(self, next_tokens_N: NDArray[np.integer[Any]]) -> None:
-        """Add the next tokens of the document's further positions, [N].
+        """Append the next tokens of N further positions of the document, [N].
 
-        :raises DatastoreError: a token that int32 does not hold, no document, or what `append_keys` raises.
+        :raises DatastoreError: a token does not fit into int32, there is no document, or as `append_keys`.
         """
         with self._guard():
             if not self._documents:
@@ -109,10 +111,10 @@ class DatastoreWriter:
             self._values.append(tokens.astype(INT32, copy=False))
 
     def append_keys(self, layer: str, vectors_ND: NDArray[np.floating[Any]]) -> None:
-        """Add the layer's vectors of the next N positions, [N, D], raw: not centred.
+        """Append the layer's raw (not centred) vectors of the next N positions, [N, D].
 
-        Layers may come in any order, before or after their values. The array is read later, by the writing thread:
-        leave it as it is.
+        Layers may come in any order, before or after their values. The writing thread reads the array later: do not
+        change it.
 
         :raises DatastoreError: the disk is full, or a key overflows float16; the message names the layer.
         :raises ModelError: an earlier vector has NaN or infinite values.
@@ -141,8 +143,8 @@ class DatastoreWriter:
     ) -> None:
         """Wait for the thread, close all files, and write documents.npy and, last, the manifest.
 
-        The parameters are the manifest's fields. A number in `scores` that is not finite becomes null.
-        :raises DatastoreError: nothing was written, or a layer has not as many keys as there are values.
+        The parameters are the manifest's fields. Numbers in `scores` that are not finite become null.
+        :raises DatastoreError: nothing was written, or a layer's number of keys differs from that of values.
         """
         with self._guard():
             self._check_counts()
@@ -166,7 +168,7 @@ class DatastoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and close the files; without `finish` no datastore is left. Twice does nothing."""
+        """Stop the thread and close the files; without `finish` there is no datastore. Closing again does nothing."""
         self._closed = True
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
@@ -183,7 +185,7 @@ class DatastoreWriter:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Refuse a closed writer; close it on any error; say errors of the disk in the user's words."""
+        """Refuse a closed writer, close it on any error, and turn errors of the disk into DatastoreError."""
         if self._closed:
             raise DatastoreError("the datastore writer is closed; begin a new datastore")
         try:
@@ -197,7 +199,7 @@ class DatastoreWriter:
             raise
 
     def _wait(self, most_bytes: int) -> None:
-        """Let the thread work until at most so many bytes wait (-1: until nothing does); raises its errors."""
+        """Wait until at most `most_bytes` are queued (-1: nothing is); raises the thread's errors."""
         while self._pending and (self._pending_bytes > most_bytes or self._pending[0][0].done()):
             future, size = self._pending.popleft()
             self._pending_bytes -= size
@@ -214,7 +216,7 @@ class DatastoreWriter:
                 )
 
     def _close_layers(self) -> dict[str, LayerKeys]:
-        """Side by side: the disk makes forty files durable in half of the time of one after the other."""
+        """Close layers concurrently: syncing forty files at once takes half the time of one after another."""
         with ThreadPoolExecutor(CLOSING_THREADS, thread_name_prefix="knnlm-close") as threads:
             closed = threads.map(_LayerWriter.close, self._layers.values())
             return dict(zip(self._layers, closed, strict=True))
@@ -226,7 +228,7 @@ class DatastoreWriter:
         return Shard("documents.npy", file.rows, file.sha256)
 
     def _where(self, row: int) -> str:
-        """Names the document of a key, when its values have come already."""
+        """Name the document of a key, or only the key if no document was begun."""
         documents = np.array(self._documents, np.int64).reshape(-1, 4)
         at = int(np.searchsorted(documents[:, 0], row, side="right")) - 1
         if at < 0:
@@ -236,7 +238,7 @@ class DatastoreWriter:
 
 
 class _BadKey(Exception):
-    """A key that cannot be stored, known by its row; the writer knows the document."""
+    """A key that cannot be stored, identified by its row; the writer adds the document."""
 
     def __init__(self, row: int, kind: type[DatastoreError] | type[ModelError], message: str) -> None:
         super().__init__(message)
@@ -288,7 +290,7 @@ class _ShardWriter:
 
 
 class _LayerWriter:
-    """One layer's keys; all but the constructor runs in the writing thread."""
+    """One layer's keys; everything except the constructor runs in the writing thread."""
 
     def __init__(self, folder: Path, name: str, dim: int, dtype: np.dtype[Any], shard_rows: int) -> None:
         self.dim = dim
@@ -330,7 +332,7 @@ class _LayerWriter:
         return LayerKeys(self.dim, self._dtype.name, self._scale, centre, self.shards.close())
 
     def _frozen(self, vectors_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
-        """The centre and the scale for all keys, from the first of them."""
+        """The centre and the scale of all keys, from the first ones."""
         centre = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
         if self._dtype == np.float32:
             return centre, 1.0
@@ -351,19 +353,19 @@ class _LayerWriter:
 
 
 def _peak(rows_ND: NDArray[np.float32]) -> float:
-    """The largest absolute component; NaN where there is one."""
+    """The largest absolute component; NaN if there is one."""
     return float(np.maximum(rows_ND.max(), -rows_ND.min()))
 
 
 def _scale(raw_peak: float, centred_peak: float) -> float:
-    """1 where float16 holds keys well, else a power of two; from the largest components of a layer's first vectors."""
+    """1 if float16 represents keys well, else a power of two; from the largest components of the first vectors."""
     if 0 < raw_peak < FLOAT16_SMALL:
         return _power_of_two(raw_peak)
-    # The raw peak counts too: where the first append is a single vector, the centred one is zero.
+    # The raw peak counts too: if the first append is a single vector, the centred peak is zero.
     needed = max(centred_peak, raw_peak / HEADROOM) * HEADROOM / FLOAT16_MAX
     return _power_of_two(needed) if needed > 1 else 1.0
 
 
 def _power_of_two(number: float) -> float:
-    """The next one at or above a number, kept far inside float32's exponents so that its inverse is exact too."""
+    """The smallest one at or above a number, clipped so that its inverse is exact in float32 too."""
     return 2.0 ** min(max(math.ceil(math.log2(number)), -100), 100)
