@@ -1,1 +1,1 @@
-"""From a query to its neighbours, to p_kNN, to the mixture."""
+"""Retrieval: from a query to its neighbours, p_kNN and the mixture with the LM."""

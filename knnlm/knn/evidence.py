@@ -1,6 +1,6 @@
-"""What one search and one forward pass tell of a next token, whatever k, temperature and λ will be.
+"""Evidence about a next token: its neighbours and the LM's probabilities, independent of k, temperature and λ.
 
-A search is made once for each position; every setting is then arithmetic, that of `knnlm.knn.mixing`.
+Each position is searched once; any setting is then evaluated by the arithmetic of `knnlm.knn.mixing`.
 Shapes: T positions, D dimension, K neighbours, V vocabulary, M tokens that a neighbour has or the LM finds likely.
 """
 
@@ -22,7 +22,7 @@ from knnlm.knn.searcher import LayerSearcher
 from knnlm.store.datastore import Datastore
 
 LIKELIEST = 10
-"""So many first tokens of any mixture are among the evidence."""
+"""The evidence holds this many most likely tokens of any mixture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,24 +34,24 @@ class Prediction:
     knn_M: Floats
     mixed_M: Floats
     lam: float
-    """Of this position: a gate moves λ, and without any neighbour it is 0."""
+    """λ at this position, which a gate may vary; 0 without any neighbour."""
     weights_K: Floats
-    """Of the nearest k; their sum is 1, or 0 where there are none."""
+    """Weights of the nearest k; their sum is 1, or 0 if there are none."""
 
 
 @dataclass(frozen=True, eq=False)
 class Neighborhood:
-    """The neighbours of one position that a search found: fewer than it was asked for, where an index finds no more."""
+    """The neighbours found for one position, possibly fewer than requested."""
 
     distances_K: NDArray[np.float32]
     """Ascending."""
     rows_K: NDArray[np.int64]
-    """Their places in the datastore."""
+    """Their rows in the datastore."""
     values_K: NDArray[np.int32]
     """The token that followed each."""
 
     def weights(self, setting: Mix) -> Floats:
-        """Each one's share of p_kNN among the nearest k; their sum is 1, or 0 where there are none."""
+        """Return the share of p_kNN of each of the nearest k; their sum is 1, or 0 if there are none."""
         nearest_1K = self.distances_K[None, : setting.k]
         weights_K: Floats = neighbor_weights(nearest_1K, setting.temperature)[0].astype(np.float64)
         weights_K /= weights_K.sum() or 1
@@ -60,7 +60,7 @@ class Neighborhood:
     def nearest(
         self, weights_K: Floats, count: int, source: Callable[[int], NeighborSource]
     ) -> tuple[SourcedNeighbor, ...]:
-        """The `count` nearest of those that have a weight, which are the heaviest, with their text."""
+        """Return the `count` nearest, hence heaviest, neighbours that have a weight, with their text."""
         places = zip(self.rows_K, self.distances_K, weights_K, strict=False)
         return tuple(
             SourcedNeighbor(source(int(row)), float(distance), float(weight))
@@ -70,11 +70,11 @@ class Neighborhood:
 
 @dataclass(frozen=True)
 class NeighborSource:
-    """The text around a neighbour's token, and where it stands."""
+    """The text around a neighbour's token, and its origin."""
 
     before: str
     token: str
-    """What followed the neighbour's context: its vote."""
+    """The token that followed the neighbour's context."""
     after: str
     document: str
     """The file's name, or the hub set."""
@@ -94,18 +94,17 @@ class SourcedNeighbor:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A position's neighbours, and what the plain LM says of all tokens that can matter."""
+    """A position's neighbours, and the plain LM's log-probabilities of all tokens that can matter."""
 
     found: Neighborhood
     tokens_M: NDArray[np.int64]
-    """Ascending: the neighbours' tokens, the LM's `LIKELIEST`, and the one that came, once known. A token that is not
-    among them is in no mixture among the first `LIKELIEST`: no neighbour has it, and as many others are likelier for
-    the LM."""
+    """Ascending: the neighbours' tokens, the LM's `LIKELIEST`, and the actual token once known. No other token is among
+    the `LIKELIEST` of any mixture: no neighbour has it, and that many others are likelier for the LM."""
     lm_M: Floats
     """log p_LM of these."""
 
     def under(self, setting: Mix) -> Prediction:
-        """The distributions with at most k neighbours, mixed as `KNNLM` does."""
+        """Return the distributions with at most k neighbours, mixed as in `KNNLM`."""
         distances_1K, values_1K = self.found.distances_K[None, : setting.k], self.found.values_K[None, : setting.k]
         shares = token_shares(distances_1K, values_1K, setting.temperature)
         knn_M = np.full(len(self.tokens_M), -math.inf)
@@ -116,7 +115,7 @@ class Evidence:
         return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, weights_K)
 
     def including(self, token: int, log_probs_V: Tensor) -> Evidence:
-        """With the token that came among the M."""
+        """Return the evidence with the actual token among the M."""
         at = self.place(token)
         if at < len(self.tokens_M) and self.tokens_M[at] == token:
             return self
@@ -124,12 +123,12 @@ class Evidence:
         return Evidence(self.found, np.insert(self.tokens_M, at, token), lm_M)
 
     def place(self, token: int) -> int:
-        """Where one of the M tokens stands among them."""
+        """Return the place of a token among the M."""
         return int(np.searchsorted(self.tokens_M, token))
 
 
 def find_neighbors(searcher: LayerSearcher, vectors_TD: NDArray[np.float32], k: int) -> Iterator[Neighborhood]:
-    """The k nearest of each raw vector of the layer: one search for all, as an exact one reads every key."""
+    """Yield the k nearest of each raw vector of the layer, from one search: an exact one reads every key."""
     found = searcher.neighbors(vectors_TD, k)
     for distances_K, rows_K in zip(found.distances_QK, found.ids_QK, strict=True):
         there_K = rows_K >= 0
@@ -146,9 +145,9 @@ def read_source(
     before: int,
     after: int = 0,
 ) -> NeighborSource:
-    """The text around a key's value: `before` tokens of it, and `after`, inside its document.
+    """Return the text around a key's value: `before` tokens before it and `after` behind it, inside its document.
 
-    :param token_text: the text of the value, which may depend on what the tokenizer does at the beginning of a text.
+    :param token_text: gives the value's text, which may depend on the tokenizer's handling of a text's start.
     """
     value = int(store.values[row])
     behind = decode([value, *store.continuation(row, after)])[len(decode([value])) :] if after else ""
@@ -156,14 +155,14 @@ def read_source(
 
 
 def make_evidence(found: Neighborhood, log_probs_V: Tensor) -> Evidence:
-    """Keep of the LM's log-probabilities what can matter."""
+    """Return the evidence, keeping of the LM's log-probabilities those that can matter."""
     likeliest = torch.topk(log_probs_V, min(LIKELIEST, len(log_probs_V))).indices.cpu().numpy()
     tokens_M = np.union1d(found.values_K.astype(np.int64), likeliest)
     return Evidence(found, tokens_M, log_probs_V.cpu().numpy()[tokens_M].astype(np.float64))
 
 
 def mixed_log_probs(evidence: Evidence, log_probs_V: Tensor, setting: Mix) -> Tensor:
-    """The mixed distribution over the whole vocabulary, float64 [V]: no neighbour has a token beyond the evidence."""
+    """Return the log-probabilities of the mixture, float64 [V]; tokens beyond the evidence have no neighbour."""
     under = evidence.under(setting)
     rest = math.log1p(-under.lam) if under.lam < 1 else -math.inf
     mixed_V = log_probs_V.cpu().double() + rest

@@ -1,4 +1,4 @@
-"""Fitting k, temperature and lambda on one cached search, and a lambda for each query; pure functions of arrays.
+"""Fitting of k, temperature and lambda, and of a gate for lambda, on one cached search; pure functions of arrays.
 
 Shapes: Q queries, K neighbours, S settings of k.
 """
@@ -28,14 +28,14 @@ from knnlm.knn.mixing import (
 LAMBDA_CURVE = (*(round(i / 20, 2) for i in range(20)), 0.98)
 # Temperatures tried, as multiples of a layer's distance scale, in factors of two; the best is then refined.
 _TEMPERATURES = tuple(2.0**i for i in range(-7, 4))
-# What the constant lambda is worth in the fit of a gate, in tokens: few tokens hardly move it.
+# Weight of the prior for a constant lambda in the fit of a gate, in tokens: few tokens hardly move it.
 _PRIOR_TOKENS = 10.0
 
 
 def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:
-    """The weight in (0, 1) that maximises the mean log-probability: concave in lambda, so bisect its derivative.
+    """Return the lambda in (0, 1) that maximises the mean log-probability, by bisection: it is concave in lambda.
 
-    The derivative's terms (p_kNN - p_LM) / p are scaled by the larger of the two, so that nothing underflows.
+    The derivative's terms (p_kNN - p_LM) / p are scaled by the larger of the two to avoid underflow.
     """
     top = np.maximum(lm_log_probs, knn)
     lm = np.exp(lm_log_probs - top)
@@ -49,14 +49,14 @@ def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:
 
 
 def distance_scale(search: Search) -> float:
-    """What temperatures are relative to: the median, over queries, of the spread of a query's distances.
+    """Return the scale that temperatures are relative to: the median spread of a query's distances.
 
-    Layers differ by orders of magnitude. The spread (mean minus nearest) is used because a softmax of -d/T is
-    unchanged by a constant added to all of a query's distances.
+    Layers differ by orders of magnitude. The spread (mean minus nearest) is used because a softmax of -d/T does not
+    change when a constant is added to all of a query's distances.
     """
     found_QK = np.isfinite(search.distances_QK)
     found_Q = found_QK.any(axis=1)
-    # Of what is there, in float64 but without a float64 copy of the distances.
+    # Over the neighbours found, in float64 but without a float64 copy of the distances.
     sum_Q: Floats = np.sum(search.distances_QK, axis=1, where=found_QK, dtype=np.float64)
     spread_Q = sum_Q[found_Q] / found_QK.sum(axis=1)[found_Q] - search.distances_QK[found_Q, 0]
     spread_Q = spread_Q[spread_Q > 0]
@@ -64,7 +64,7 @@ def distance_scale(search: Search) -> float:
 
 
 def k_grid(max_k: int) -> tuple[int, ...]:
-    """Powers of two from 4, and max_k itself."""
+    """Return powers of two from 4 to 1,024 that are below max_k, and max_k itself."""
     return tuple(sorted({k for k in (2**i for i in range(2, 11)) if k < max_k} | {max_k}))
 
 
@@ -76,10 +76,10 @@ def fit(
     temperature: float | None = None,
     lam: float | None = None,
 ) -> Mix:
-    """The (k, temperature, lambda) with the lowest perplexity on these queries; given values are kept.
+    """Return the (k, temperature, lambda) with the lowest perplexity on these queries; given values are kept.
 
-    A grid over k and temperature, lambda by bisection at each point, then temperature refined by bisecting the
-    grid's step three times around the best point.
+    A grid search over k and temperature, with lambda by bisection at each point; then the temperature is refined by
+    halving the grid's step, in the logarithm, three times around the best point.
     """
     ks = (k,) if k else k_grid(search.distances_QK.shape[1])
     scale = distance_scale(search)
@@ -106,24 +106,24 @@ def _best_over_k(
     for k, knn_Q in zip(ks, knn_SQ, strict=True):
         weight = fit_lambda(lm_log_probs, knn_Q, steps=12) if lam is None else lam
         options.append((-float(np.mean(mix(lm_log_probs, knn_Q, weight))), k, knn_Q))
-    # Equal losses: lambda is 0, or it is 1 and a target that no neighbour has makes all infinite.
+    # Losses tie if lambda is 0, or if it is 1 and a target that no neighbour has makes all infinite.
     loss, k, knn_Q = min(options, key=lambda option: (option[0], -option[1]))
     weight = fit_lambda(lm_log_probs, knn_Q) if lam is None else lam
     return loss, Mix(k, temperature, weight)
 
 
 def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float = _PRIOR_TOKENS) -> Mix:
-    """The setting with the gate of the highest likelihood on these queries, less prior / 2 times its squares.
+    """Return the setting with the gate of the highest penalised likelihood on these queries.
 
-    The squares are of the offset and of the coefficients for inputs of mean 0 and standard deviation 1, so that a large
-    prior leaves lambda constant. A coefficient that would be above 0 is 0.
+    The penalty is prior / 2 times the squares of the offset and of the coefficients of standardised inputs, so that a
+    large prior leaves lambda constant. A coefficient that would be above 0 is set to 0.
 
     :param search: with `values_QJ`.
     """
     gains_Q = knn_log_probs(search, setting.k, setting.temperature) - lm_log_probs
     inputs_Q2 = gate_inputs(search.distances_QK, search.values_QJ, setting.k)
     means, deviations = inputs_Q2.mean(axis=0), inputs_Q2.std(axis=0)
-    # What is the same for all queries, up to rounding, tells nothing.
+    # An input that is constant up to rounding carries no information.
     deviations = np.where(deviations > 1e-6 * means, deviations, np.inf)
     scaled_Q2 = (inputs_Q2 - means) / deviations
     falling = np.ones(2, np.bool_)
@@ -138,8 +138,8 @@ def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float
 
 
 def _fit_logits(inputs_Q2: Floats, gains_Q: Floats, logit: float, prior: float, *, steps: int = 500) -> Floats:
-    """Offset and slopes by steps that never lower the likelihood: those of EM, whose logistic regression is bounded by
-    one parabola for all steps (Böhning & Lindsay 1988).
+    """Offset and slopes by EM, with steps that never lower the likelihood: the curvature of its logistic regression is
+    bounded by one matrix for all steps (Böhning & Lindsay 1988).
 
     :param gains_Q: log p_kNN - log p_LM of each target.
     """
@@ -148,7 +148,7 @@ def _fit_logits(inputs_Q2: Floats, gains_Q: Floats, logit: float, prior: float, 
     found = np.zeros(3)
     for _ in range(steps):
         logits_Q = logit + inputs_Q3 @ found
-        # The chance that the neighbours gave the token, now that it is known, less that of before.
+        # The posterior probability that the neighbours gave the token, minus the prior one.
         surprise_Q = sigmoid(logits_Q + gains_Q) - sigmoid(logits_Q)
         step = np.linalg.solve(curvature, inputs_Q3.T @ surprise_Q - prior * found)
         found += step

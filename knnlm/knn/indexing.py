@@ -1,4 +1,4 @@
-"""Build the index of one layer of a datastore, measure it against exact search, and keep it beside the keys.
+"""The index of one layer of a datastore: built, measured against exact search, and saved beside the keys.
 
 Legend: Q queries, D dimension.
 """
@@ -35,12 +35,12 @@ def index_layer(
     progress: Progress | None = None,
     vectors_QD: NDArray[np.float32] | None = None,
 ) -> IndexReport:
-    """Index the layer's keys as `settings.knn.index` says; recall@k is measured and stored with the index.
+    """Build the layer's index as `settings.knn.index` specifies; recall@k is measured and stored with the index.
 
-    :param store: opened, or its folder.
-    :param vectors_QD: raw vectors of an evaluation text to measure recall with; without them, stored keys are searched
-        for, which lie where other keys are, and recall comes out higher than on new text.
-    :raises index.errors.VectorIndexError: the index cannot be built; the datastore is as it was.
+    :param store: an opened datastore, or its folder.
+    :param vectors_QD: raw vectors of an evaluation text to measure recall with; without them stored keys are the
+        queries, which gives a higher recall than new text.
+    :raises index.errors.VectorIndexError: the index cannot be built; the datastore is unchanged.
     """
     store, settings = as_datastore(store), settings or Settings()
     progress, knn = progress or Silent(), settings.knn
@@ -48,7 +48,7 @@ def index_layer(
     with progress.stage(f"indexing {layer}", "keys") as advance:
         built = build_index(source, knn.index, metric=metric, recall_target=None, seed=settings.seed, progress=advance)
     k = min(knn.search_k, max(1, store.count - 1))
-    measured = None  # of exact search recall is 1, and to measure it would be to read every key twice
+    measured = None  # exact search has a recall of 1, and measuring it would read every key twice
     if built.spec != "exact":
         with progress.stage("tuning the index", "queries"):
             tune_index(built, k=k, seed=settings.seed)
@@ -61,7 +61,7 @@ def index_layer(
 def try_index(
     store: Datastore, layer: str, settings: Settings, progress: Progress, vectors_QD: NDArray[np.float32] | None = None
 ) -> tuple[IndexReport | None, tuple[str, ...]]:
-    """`index_layer`, where what was done before must not be lost: nothing and a warning in place of an error."""
+    """As `index_layer`, but return None and a warning instead of raising, so that earlier work is not lost."""
     try:
         return index_layer(store, layer, settings, progress, vectors_QD), ()
     except VectorIndexError as error:
@@ -75,7 +75,7 @@ def try_index(
 def _recall_queries(
     store: Datastore, layer: str, knn: KNNConfig, vectors_QD: NDArray[np.float32] | None
 ) -> int | NDArray[np.float32]:
-    """Some of the vectors, spread over them; without vectors, how many stored keys to take."""
+    """A subset of the vectors, evenly spaced, as queries; without vectors, the number of stored keys to sample."""
     if vectors_QD is None:
         return min(RECALL_QUERIES, store.count)
     spread_QD = vectors_QD[:: max(1, len(vectors_QD) // RECALL_QUERIES)]
@@ -85,7 +85,7 @@ def _recall_queries(
 def _keep(
     store: Datastore, layer: str, metric: str, built: VectorIndex, k: int, measured: Recall | None
 ) -> IndexReport:
-    """Save the index and then name it in the manifest: an index that is not named there is never opened."""
+    """Save the index, then enter it in the manifest: an index that is not entered there is never opened."""
     folder, recall = store.index_folder(layer), measured.recall if measured else 1.0
     with store.changing():
         if layer not in store.manifest.indexes:
@@ -96,9 +96,9 @@ def _keep(
 
 
 def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
-    """What is wrong with a datastore's files and indexes, a line each; nothing when it is whole.
+    """Return one line for each problem in a datastore's files and indexes, none if it is intact.
 
-    Also of one that cannot be opened: every file is looked at, whatever is wrong with others.
+    Every file is checked, even if the datastore cannot be opened because of others.
     :raises DatastoreError: the folder is no datastore.
     """
     try:
@@ -116,8 +116,8 @@ def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
 def check_before_use(store: Datastore, layers: Sequence[str], progress: Progress, *, exact: bool = False) -> None:
     """Verify all files of an opened datastore that an evaluation of the layers will read.
 
-    :param exact: no index will be.
-    :raises DatastoreCorrupt: something is not as it was written; names the first of all problems.
+    :param exact: no index will be read.
+    :raises DatastoreCorrupt: a file has changed since it was written; gives the first problem and the number of others.
     """
     with progress.stage("verifying", "bytes") as advance:
         problems = list(store.verify(advance, layers))
@@ -130,7 +130,7 @@ def check_before_use(store: Datastore, layers: Sequence[str], progress: Progress
 
 
 def _index_problems(store: Datastore, layer: str) -> list[str]:
-    """Of the index as it was when the datastore was opened."""
+    """Problems of the index as it was when the datastore was opened."""
     try:
         saved = checked_index(store, layer)
         saved.check_files()

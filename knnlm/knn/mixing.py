@@ -1,4 +1,4 @@
-"""From one cached search to any (k, temperature, lambda): pure functions of arrays.
+"""p_kNN and the mixture for any (k, temperature, lambda), from one cached search: pure functions of arrays.
 
 A search is kept as distances_QK (ascending, squared L2 or another distance, +inf = absent) and hits_QK (is the
 neighbour's value the target?). Then, in the terms of Khandelwal et al. 2020, section 2,
@@ -6,9 +6,9 @@ neighbour's value the target?). Then, in the terms of Khandelwal et al. 2020, se
     log p_kNN(target) = logsumexp over hits of (-d/T)  -  logsumexp over all k of (-d/T)
     log p             = log(lambda p_kNN + (1 - lambda) p_LM)
 
-so perplexity needs one number per token, never a distribution over the vocabulary. Who generates text needs that:
-`token_shares` gives the tokens that any neighbour votes for, at most K for each query. Lambda is one number, or one for
-each query (`Gate`).
+so perplexity needs one number per token, not a distribution over the vocabulary. Generation needs the distribution:
+`token_shares` gives the tokens with a neighbour, at most K for each query. Lambda is one number, or one for each query
+(`Gate`).
 Shapes: Q queries, K neighbours, J nearest of them, T temperatures, S settings of k, M pairs of a query and a token.
 """
 
@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 # Temperatures that float32 can divide by.
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-# The least and the largest lambda that is fitted: none of the two distributions is ever left out.
+# The range of a fitted lambda: neither distribution is ever left out.
 LEAST_LAMBDA, MOST_LAMBDA = 1e-4, 1 - 1e-4
-# So many nearest neighbours tell a gate whether they agree on the next token.
+# Nearest neighbours whose agreement on the next token is an input of a gate.
 NEAREST = 8
-# Weights that are worked on at a time: 256 kB stay in cache, which made fitting 1.7 times as fast.
+# Weights computed at a time: 256 kB stay in cache, which made fitting 1.7 times as fast.
 _BLOCK = 1 << 16
 
 
@@ -39,27 +39,27 @@ class Search:
     distances_QK: NDArray[np.float32]
     hits_QK: NDArray[np.bool_]
     values_QJ: NDArray[np.integer[Any]] | None = None
-    """The tokens of the `NEAREST`, -1 for an absent one: what a gate needs besides distances, and nothing else does."""
+    """Tokens of the `NEAREST`, -1 for an absent one; only a gate needs them."""
 
     def rows(self, chosen: NDArray[np.bool_]) -> Search:
-        """The search of some of the queries."""
+        """Return the search for a subset of the queries."""
         values_QJ = None if self.values_QJ is None else self.values_QJ[chosen]
         return Search(self.distances_QK[chosen], self.hits_QK[chosen], values_QJ)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How the logit of lambda moves with the query: the gate of a mixture of two experts (Jordan & Jacobs 1994).
+    """The gate of a mixture of two experts (Jordan & Jacobs 1994): shifts the logit of lambda for each query.
 
-    Neither coefficient is above 0: lambda falls with distance and with disagreement.
+    Neither coefficient is above 0: lambda falls with distance and with disagreement among neighbours.
     """
 
     offset: float
     distance: float
-    """For each unit of the root of the nearest distance; Drozdov et al. 2022 have buckets of it."""
+    """Coefficient of the root of the nearest distance, which Drozdov et al. 2022 use in buckets."""
     different: float
-    """For the log of the number of different tokens among the `NEAREST`, as adaptive kNN-MT (Zheng et al. 2021) counts
-    them."""
+    """Coefficient of the log of the number of distinct tokens among the `NEAREST`, which are counted as in adaptive
+    kNN-MT (Zheng et al. 2021)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Mix:
     """None: lambda is the same for all queries."""
 
     def lambdas(self, distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]] | None) -> Floats:
-        """Each query's lambda, [Q]; where there is a gate, 0 for a query that nothing was found for.
+        """Return each query's lambda, [Q]; with a gate, 0 for a query without neighbours.
 
         :param values_QK: for a gate, each neighbour's token, -1 for an absent one; the `NEAREST` columns are enough.
         """
@@ -87,7 +87,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class TokenShares:
-    """p_kNN where it is not zero, as pairs of a query and a token, ordered by query and token."""
+    """The non-zero entries of p_kNN as pairs of a query and a token, ordered by query and token."""
 
     rows_M: NDArray[np.int64]
     tokens_M: NDArray[np.int64]
@@ -95,27 +95,27 @@ class TokenShares:
 
 
 def knn_log_probs(search: Search, k: int, temperature: float) -> Floats:
-    """log p_kNN of each target with the nearest k; -inf where none of them has it. Shape [Q]."""
+    """Return log p_kNN of each target from the nearest k, [Q]; -inf if none of them has it."""
     log_probs_Q: Floats = log_probs_of_grid(search, (k,), (temperature,))[0, 0]
     return log_probs_Q
 
 
 def neighbor_weights(distances_QK: NDArray[np.float32], temperature: float) -> NDArray[np.floating]:
-    """exp(-(d - nearest) / T), 0 for absent neighbours; for any temperature over 0.
+    """Return exp(-(d - nearest) / T), 0 for absent neighbours; for any temperature above 0.
 
-    The nearest weighs 1, so float32 weights lose nothing that counts.
+    The nearest has weight 1, so float32 is precise enough.
     """
     return _weights(_nearness(distances_QK), temperature)
 
 
 def _nearness(distances_QK: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Nearest distance - d: 0 and below; -inf for an absent neighbour."""
+    """Nearest distance minus d: at most 0, and -inf for an absent neighbour."""
     nearest_Q1 = np.where(np.isfinite(distances_QK[:, :1]), distances_QK[:, :1], 0)
     return np.subtract(nearest_Q1, distances_QK)
 
 
 def _weights(nearness_QK: NDArray[np.float32], temperature: float) -> NDArray[np.floating]:
-    # Outside of this range float32 quotients would be 0, inf or 0/0.
+    # Outside this range float32 quotients would be 0, inf or 0/0.
     dtype = np.float32 if _SMALLEST <= temperature <= _LARGEST else np.float64
     with np.errstate(over="ignore"):
         weights_QK: NDArray[np.floating] = np.divide(nearness_QK, dtype(temperature), dtype=dtype)
@@ -126,9 +126,9 @@ def _weights(nearness_QK: NDArray[np.float32], temperature: float) -> NDArray[np
 def token_shares(
     distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]], temperature: float
 ) -> TokenShares:
-    """The whole of p_kNN: the weights of the neighbours that have a token, over all weights.
+    """Return p_kNN over the vocabulary: for each token, the weights of its neighbours over the sum of all weights.
 
-    :param values_QK: each neighbour's token, at least 0; that of an absent neighbour does not matter.
+    :param values_QK: each neighbour's token, at least 0; for an absent neighbour any.
     """
     weights_QK = neighbor_weights(distances_QK, temperature)
     width = int(values_QK.max(initial=0)) + 1
@@ -142,7 +142,7 @@ def token_shares(
 
 
 def log_probs_of_grid(search: Search, ks: Sequence[int], temperatures: Sequence[float]) -> Floats:
-    """log p_kNN [T, S, Q] for each temperature and several ascending k."""
+    """Return log p_kNN of the targets, [T, S, Q], for each temperature and several ascending k."""
     rows = max(1, _BLOCK // ks[-1])
     share_TSQ = np.empty((len(temperatures), len(ks), len(search.hits_QK)))
     for start in range(0, len(search.hits_QK), rows):
@@ -157,7 +157,7 @@ def log_probs_of_grid(search: Search, ks: Sequence[int], temperatures: Sequence[
 def _shares(
     distances_QK: NDArray[np.float32], hits_QK: NDArray[Any], ks: Sequence[int], temperatures: Sequence[float]
 ) -> Iterator[Floats]:
-    """p_kNN [Q, S] of the targets for each temperature: weights are computed once and summed piece by piece."""
+    """p_kNN [Q, S] of the targets for each temperature: weights are computed once and summed between successive k."""
     nearness_QK, starts = _nearness(distances_QK), [0, *ks[:-1]]
     hits_QK = hits_QK.astype(np.float32)
     for temperature in temperatures:
@@ -165,14 +165,14 @@ def _shares(
         total_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
         weights_QK *= hits_QK
         hit_QS = np.add.reduceat(weights_QK, starts, axis=1, dtype=np.float64).cumsum(axis=1)
-        # No neighbour at all has no weight at all: the target's share is 0.
+        # Without any neighbour the total weight is 0, and the target's share is 0.
         yield np.divide(hit_QS, total_QS, out=np.zeros_like(hit_QS), where=total_QS > 0)
 
 
 def mix(lm_log_probs: Floats, knn: Floats, lam: float | Floats) -> Floats:
-    """log(lambda p_kNN + (1 - lambda) p_LM); lambda 0 returns the plain LM's numbers to the last bit.
+    """Return log(lambda p_kNN + (1 - lambda) p_LM); lambda 0 returns the plain LM's numbers exactly.
 
-    :param lam: one for all, or one for each.
+    :param lam: one for all, or an array with one for each.
     """
     if np.all(lam == 0):
         return lm_log_probs
@@ -184,9 +184,9 @@ def mix(lm_log_probs: Floats, knn: Floats, lam: float | Floats) -> Floats:
 
 
 def gate_inputs(distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]] | None, k: int) -> Floats:
-    """[Q, 2]: root of the nearest distance (of squared L2, L2), and log of how many tokens the nearest have.
+    """Return [Q, 2]: root of the nearest distance (of squared L2, L2), and log of the number of distinct near tokens.
 
-    An inner product may give a negative distance: 0 here. A query without any neighbour has 0 and 0.
+    A negative distance, as an inner product may give, counts as 0. A query without neighbours has 0 and 0.
     """
     assert values_QK is not None, "a search without its nearest values"
     nearest_Q = np.where(np.isfinite(distances_QK[:, 0]), distances_QK[:, 0], 0)
@@ -196,11 +196,11 @@ def gate_inputs(distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer
 
 
 def logit(lam: float) -> float:
-    """log(λ / (1 - λ)); infinite at 0 and 1."""
+    """Return log(λ / (1 - λ)); infinite at 0 and 1."""
     with np.errstate(divide="ignore"):
         return float(np.log(lam) - np.log1p(-lam))
 
 
 def sigmoid(logits: Floats) -> Floats:
-    """1 / (1 + exp(-x)) without an overflow; infinite x are allowed."""
+    """Return 1 / (1 + exp(-x)) without overflow; x may be infinite."""
     return np.asarray((1 + np.tanh(logits / 2)) / 2)

@@ -1,7 +1,7 @@
-"""The neighbours' part in a language model's predictions: which layer, index and setting, and the mixing of all tokens.
+"""Retrieval in generation: the layer, index and setting in use, and the mixture over the whole vocabulary.
 
-Shapes: B rows, N positions, Q those of them that are searched for, D dimension, K neighbours, V vocabulary, M pairs of
-a position and a token.
+Shapes: B rows, N positions, Q positions that are searched for, D dimension, K neighbours, V vocabulary, M pairs of a
+position and a token.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from knnlm.store.datastore import Datastore
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A layer's keys with what searches them, and the setting of the kNN-LM."""
+    """A layer's keys with their searcher, and the setting of the kNN-LM."""
 
     searcher: LayerSearcher
     setting: Mix
 
     @property
     def layer(self) -> str:
-        """Whose vectors are the queries."""
+        """The layer whose vectors are the queries."""
         return self.searcher.layer
 
     def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
-        """Turn the plain LM's log-probabilities into the mixed ones, in place, at the rows that are searched for.
+        """Replace the plain LM's log-probabilities by the mixed ones, in place, at the rows that are searched for.
 
-        A position without any neighbour, as a poor index may leave one, keeps the plain LM's.
+        A position for which the index finds no neighbour keeps the plain LM's.
         """
         if self.setting.lam == 0:
             return
@@ -45,7 +45,7 @@ class Retrieval:
             self._mix_block(log_probs_NV, rows_Q[block], *self._look_up(vectors_QD[block]))
 
     def _look_up(self, vectors_QD: Tensor) -> tuple[TokenShares, Floats]:
-        """p_kNN of raw vectors of the layer, and the lambda of each."""
+        """p_kNN for raw vectors of the layer, and each one's lambda."""
         searcher, setting = self.searcher, self.setting
         found = searcher.neighbors(vectors_QD.float().cpu().numpy(), setting.k)
         values_QK = searcher.store.values[found.ids_QK]
@@ -59,7 +59,7 @@ class Retrieval:
         tokens_M = torch.from_numpy(shares.tokens_M).to(device)
         lm_M = log_probs_NV[rows_M, tokens_M].double().cpu().numpy()
         mixed_M = mix(lm_M, shares.log_probs_M, lambdas_Q[shares.rows_M])
-        # What no neighbour votes for. An expanded tensor: no copy of the rows is made.
+        # First the tokens without a neighbour. The tensor is expanded, so no rows are copied.
         found = np.unique(shares.rows_M)
         with np.errstate(divide="ignore"):
             rest_Q1 = torch.from_numpy(np.log1p(-lambdas_Q[found])[:, None]).to(log_probs_NV)
@@ -69,12 +69,12 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class RowRetrieval(Retrieval):
-    """A setting of its own for each row of a batch, which has the same number of positions in every row."""
+    """Retrieval with a setting for each row of a batch; every row has the same number of positions."""
 
     settings_B: tuple[Mix, ...]
 
     def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
-        """As `Retrieval.mix_in`: one search for each of the different settings."""
+        """As `Retrieval.mix_in`, with one search for each distinct setting."""
         positions = len(log_probs_NV) // len(self.settings_B)
         owners_Q = (rows_Q // positions).tolist()
         for setting in dict.fromkeys(self.settings_B):
@@ -90,11 +90,11 @@ def open_retrieval(
     temperature: float | None = None,
     lam: float | None = None,
 ) -> Retrieval:
-    """What is not given is what the datastore's evaluation fitted; the layer is the chosen one.
+    """Open the retrieval of a layer, by default the chosen one; settings default to those fitted by an evaluation.
 
-    A given lambda is the same for all queries; the fitted one moves with the query, by the gate fitted with it.
+    A given lambda is the same for all queries; the fitted one varies with the query, by the gate fitted with it.
 
-    :raises InputError: something is neither given nor fitted, or no layer was chosen among several; a wrong value.
+    :raises InputError: a setting is neither given nor fitted, a value is invalid, or no layer was chosen among several.
     :raises DatastoreMismatch: the layer is not stored.
     """
     layer = layer or _chosen_layer(store)
@@ -127,7 +127,7 @@ def _setting(store: Datastore, layer: str, given: KNNConfig) -> Mix:
         raise InputError(
             f"nothing was fitted for {layer} of {store.folder}; give {', '.join(missing)} (`knnlm.evaluate` fits them)"
         )
-    # Datastores of before there were gates have none.
+    # Datastores of older versions have no gate.
     gate = None if given.lam is not None else fitted.get("gate")
     return Mix(
         int(values["k"]),

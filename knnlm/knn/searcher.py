@@ -1,4 +1,4 @@
-"""The join of datastore and index: which index serves a layer, and the cached search that evaluation works from.
+"""Search in a datastore: the index that serves a layer, and the cached search that evaluation uses.
 
 Legend: Q queries, K neighbours, D dimension.
 """
@@ -27,7 +27,7 @@ from knnlm.layer_names import select_layers
 from knnlm.progress import Advance, ignore
 from knnlm.store.datastore import Datastore
 
-# Queries searched together: bounds the memory of ids and distances (12 bytes x K each) before they become hits.
+# Queries searched together: bounds the memory of ids and distances, 12 bytes x K each.
 QUERY_BLOCK = 4096
 
 
@@ -41,14 +41,14 @@ class LayerSearcher:
     index: VectorIndex
 
     def neighbors(self, vectors_QD: NDArray[np.float32], k: int) -> Neighbors:
-        """The k nearest keys of raw (not centred) vectors of the layer."""
+        """Return the k nearest keys of raw (not centred) vectors of the layer."""
         queries_QD = self.store.keys(self.layer).prepare_queries(vectors_QD, self.metric)
         return self.index.search(queries_QD, k)
 
     def cached(
         self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance = ignore
     ) -> Search:
-        """One search for all queries, kept as (distance, does the value equal the target?) and the nearest values."""
+        """Search once for all queries; keep distances, whether each value equals the target, and the nearest values."""
         count = len(targets_Q)
         distances_QK = np.empty((count, k), np.float32)
         hits_QK = np.empty((count, k), np.bool_)
@@ -66,13 +66,13 @@ class LayerSearcher:
 
 
 def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = False) -> LayerSearcher:
-    """The layer with the index that the datastore holds for it, or with exact search.
+    """Return the layer with the index that the datastore holds for it, or with exact search.
 
-    :param exact: search exactly even where there is an index.
+    :param exact: search exactly even if there is an index.
     :raises InputError: the index was built for another metric.
     """
     source = store.keys(layer).for_metric(metric)
-    # The manifest and not the folder: a run that is stopped between the two leaves an index that nobody vouches for.
+    # By the manifest, not the folder: a run stopped between the two leaves an index that is not known to be complete.
     if exact or layer not in store.manifest.indexes:
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
     _check_metric(store, layer, metric)
@@ -80,9 +80,9 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
 
 
 def checked_index(store: Datastore, layer: str) -> SavedIndex:
-    """The layer's index, not yet loaded, if it is the one of which the datastore's manifest tells.
+    """Return the layer's index, not yet loaded, checked against the datastore's manifest.
 
-    :raises index.errors.CorruptIndex: it is another, or its files are missing or short.
+    :raises index.errors.CorruptIndex: it is another one, or its files are missing or short.
     """
     saved, entry = store.saved_index(layer), store.manifest.indexes[layer]
     saved.compare(saved.folder, "spec", saved.manifest.spec, entry["spec"])
@@ -91,9 +91,9 @@ def checked_index(store: Datastore, layer: str) -> SavedIndex:
 
 
 def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:
-    """The layers that an evaluation searches. Settings that the datastore was built with always fit it.
+    """Return the layers that an evaluation searches. The settings a datastore was built with are always accepted.
 
-    :raises LayerError: a pattern fits no layer of the datastore.
+    :raises LayerError: a pattern matches no layer of the datastore.
     :raises InputError: more neighbours than keys, another index than the datastore's, or one for another metric.
     """
     pattern, knn = settings.layers.layers, settings.knn
@@ -115,12 +115,12 @@ def _check_own_index(store: Datastore, knn: KNNConfig) -> None:
 
 
 def is_exact(index: str) -> bool:
-    """Whether `settings.knn.index` asks for exact search."""
+    """Return whether `settings.knn.index` asks for exact search."""
     return parse_spec(index).is_exact
 
 
 def built_with(store: Datastore) -> Mapping[str, Any]:
-    """The settings beside the scores; a datastore that was written without scores has none."""
+    """Return the settings stored with the scores; empty if the datastore was written without scores."""
     scores = store.manifest.scores
     return scores.get("settings", {}) if isinstance(scores, Mapping) else {}
 
@@ -135,27 +135,27 @@ def _check_metric(store: Datastore, layer: str, metric: str) -> None:
 
 
 def index_metric(metric: str) -> Metric:
-    """The index's metric: cosine is squared L2 on unit vectors (2 - 2 cos), which the datastore makes."""
+    """Return the index's metric: cosine is squared L2 (2 - 2 cos) on unit vectors, which `Keys` provides."""
     return Metric.IP if metric == "ip" else Metric.L2
 
 
 def check_index(knn: KNNConfig, dims: Sequence[int]) -> None:
-    """:raises index.errors.UnknownSpec: FAISS does not understand the index for a layer's size."""
+    """Raise index.errors.UnknownSpec if FAISS does not accept the index for a layer's dimension."""
     for dim in set(dims):
         check_spec(knn.index, dim, index_metric(knn.metric))
 
 
 def check_count(knn: KNNConfig, count: int) -> None:
-    """Find out as soon as the keys are counted whether they are enough.
+    """Check, as soon as the keys are counted, that there are enough.
 
-    :raises InputError: for k.
-    :raises index.errors.TooFewKeys: for the training of the index.
+    :raises InputError: fewer than k.
+    :raises index.errors.TooFewKeys: fewer than training the index needs.
     """
     check_k(knn.k, count)
     parse_spec(knn.index).check_count(count)
 
 
 def check_k(k: int | None, count: int) -> None:
-    """:raises InputError: more neighbours are asked for than there are keys."""
+    """Raise InputError if there are fewer than k keys."""
     if k is not None and k > count:
         raise InputError(f"`k` is {k}, but the datastore has only {count} keys; take a smaller k or more text")
