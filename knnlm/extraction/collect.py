@@ -1,4 +1,4 @@
-"""One forward pass over text: every wanted layer's vectors go to the scorer and to the datastore as they appear.
+"""One pass over text: vectors of every wanted layer go to the scorer and to the datastore as they are computed.
 
 Legend: B windows of a batch, T positions, D dimension, N counted positions.
 """
@@ -23,7 +23,7 @@ from knnlm.text.windows import Batch, Fingerprint, TokenDocument, Window, Window
 
 @dataclass(frozen=True)
 class Collected:
-    """What one pass over the text counted."""
+    """Counts of one pass over the text."""
 
     tokens: int
     documents: int
@@ -45,9 +45,9 @@ def collect(
 ) -> Collected:
     """Run the model over the documents' windows; each token with a predecessor in its document counts once.
 
-    :param layers: whose vectors the scorer and the writer get.
-    :param targets: gets what enters the head, and scores every target.
-    :param stop: asked after every batch whether the scores are sure enough.
+    :param layers: layers whose vectors the scorer and the writer get.
+    :param targets: gets the vectors that enter the head, and scores every target.
+    :param stop: called after every batch; True ends the pass early.
     :raises ModelError: a layer gives NaN or infinite values; names the layer, the document and the position.
     :raises InputError: no document has two tokens.
     """
@@ -78,13 +78,13 @@ def _fingerprinted(documents: Iterable[TokenDocument], fingerprint: Fingerprint)
 
 
 class _Clusters:
-    """Numbers the runs of text, in the order in which windows come."""
+    """Numbers the clusters of text (documents, or runs of long ones) in the order of the windows."""
 
     def __init__(self) -> None:
         self._document, self._tokens, self._number = -1, 0, -1
 
     def spans(self, batch: Batch) -> list[Span]:
-        """The positions of each window that count, and the run that they lie in."""
+        """Return each window's counted positions, with their cluster."""
         return [
             Span(row, window.first, len(window.targets), self._of(window)) for row, window in enumerate(batch.windows)
         ]

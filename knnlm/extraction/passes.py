@@ -1,4 +1,4 @@
-"""One forward pass of a batch, as every reader of text makes it.
+"""The forward pass of a batch, shared by all that read text.
 
 Legend: B windows of a batch, T positions, D dimension.
 """
@@ -21,9 +21,9 @@ from knnlm.text.windows import Batch
 def forward(
     lm: LanguageModel, batch: Batch, layers: Sequence[str], *receivers: Receive, unit: str = "document"
 ) -> None:
-    """`LanguageModel.forward` of a batch, of which every receiver gets all vectors.
+    """Run `LanguageModel.forward` on a batch; every receiver gets all vectors.
 
-    :param unit: what a window's `number` counts in its source.
+    :param unit: name of what a window's `number` counts in its source, for errors.
     :raises ModelError: a receiver met a `BadVector`; names the layer, the source and the position.
     """
 
@@ -38,9 +38,9 @@ def forward(
 
 
 def forward_to_head(lm: LanguageModel, batch: Batch, layers: Sequence[str], *receivers: Receive) -> Tensor:
-    """As `forward`, of the layer `FINAL` too, whose vectors [B, T, D] are given back for the head.
+    """As `forward`, and return the vectors of the layer `FINAL`, [B, T, D], for the head.
 
-    They are held until the pass is over, because the head must not run inside its own hook.
+    They are kept until the pass is over, because the head must not run inside its own hook.
     """
     held: list[Tensor] = []
 

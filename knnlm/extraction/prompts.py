@@ -1,4 +1,4 @@
-"""What a model makes of many short inputs: the vector that each ends in, the dispersion inside, likelihoods of endings.
+"""A model on many short inputs: last vectors, dispersion within an input, likelihoods of endings.
 
 Inputs are sorted by length, so that a batch has little padding; results are in the order of the inputs.
 
@@ -31,7 +31,7 @@ _ROWS = 64
 
 @dataclass(frozen=True, eq=False)
 class PromptVectors:
-    """One layer's view of Q prompts."""
+    """One layer's vectors of Q prompts, summarised."""
 
     last_QD: NDArray[np.float32]
     """The vector of each prompt's last token."""
@@ -63,7 +63,7 @@ def _keep(
 
 
 def log_likelihoods(lm: LanguageModel, prompts: Sequence[Window], *, advance: Advance = ignore) -> Float64:
-    """The sum of log p over `targets[first:]` of each prompt, float64 [Q]: of its ending, given what comes before."""
+    """Return the log-likelihood of each prompt's ending `targets[first:]` given what comes before, float64 [Q]."""
     sums_Q = np.empty(len(prompts))
     for places_B, batch in _by_length(prompts, advance):
         sums_Q[places_B] = _ending_sums(lm, forward_to_head(lm, batch, ()), batch)
@@ -83,7 +83,7 @@ def _ending_sums(lm: LanguageModel, final_BTD: Tensor, batch: Batch) -> Float64:
 
 
 def most_likely_next(lm: LanguageModel, final_QD: NDArray[np.float32]) -> tuple[NDArray[np.int64], Float64]:
-    """The most likely next token after each vector of the layer `final_norm`, and its probability; [Q] each."""
+    """Return the most likely next token for each `final_norm` vector, and its probability; [Q] each."""
     tokens, log_probs = [np.empty(0, np.int64)], [np.empty(0)]
     for final_ND in torch.split(torch.from_numpy(final_QD), _ROWS):
         best = lm.log_probs(final_ND).max(dim=-1)
@@ -93,7 +93,7 @@ def most_likely_next(lm: LanguageModel, final_QD: NDArray[np.float32]) -> tuple[
 
 
 def _by_length(prompts: Sequence[Window], advance: Advance) -> Iterator[tuple[NDArray[np.intp], Batch]]:
-    """Batches of prompts of like length, the longest first, each with its prompts' places in the list."""
+    """Batches of prompts of similar length, the longest first, each with its prompts' places in the list."""
     order_Q = np.argsort([-len(prompt.inputs) for prompt in prompts], kind="stable")
     done = 0
     for batch in batches((prompts[place] for place in order_Q), BATCH_TOKENS):

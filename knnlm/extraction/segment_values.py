@@ -1,4 +1,4 @@
-"""What one forward pass tells of each segment of a text: its perplexity, and every wanted layer's geometry.
+"""Values of each segment of a text from one pass: its loss, and scores of every wanted layer.
 
 Legend: S segments, B segments of a batch, T tokens of a segment, D dimension.
 """
@@ -27,7 +27,7 @@ from knnlm.text.windows import Batch, batches, unscored_window
 
 Float64 = NDArray[np.float64]
 
-# look(layer, vectors_BTD, first): the vectors of segments `first` and those behind it; valid during the call only.
+# look(layer, vectors_BTD, first): vectors of the segments from number `first` on; valid only during the call.
 Look = Callable[[str, Tensor, int], None]
 
 SegmentFunction = Callable[[NDArray[np.floating]], float]
@@ -35,18 +35,18 @@ SegmentFunction = Callable[[NDArray[np.floating]], float]
 
 @dataclass(frozen=True, eq=False)
 class SegmentValues:
-    """What a pass over S segments found, in their order."""
+    """Values of S segments, in their order."""
 
     loss_S: Float64
     """Mean of -log p over the T - 1 tokens that have a predecessor: the log of the sequence-level perplexity."""
     final_loss_S: Float64
     """-log p of the last token, predicted from the T - 1 before it."""
     within: Mapping[str, Float64]
-    """Of each layer, [S]: dispersion of the segment's T vectors."""
+    """For each layer, [S]: dispersion of the segment's T vectors."""
     scores: Mapping[str, Float64]
-    """Of each layer, [S]: what `function` gives for them; `within` when there is none."""
+    """For each layer, [S]: the value of `function` for these vectors; `within` if there is no function."""
     last: Mapping[str, NDArray[np.float32]]
-    """Of each layer, [S, D]: the segment's last vector at unit length; on disk, in a file without a name."""
+    """For each layer, [S, D]: the segment's last vector at unit length, in an unnamed temporary file."""
 
 
 def measure_segments(
@@ -61,7 +61,7 @@ def measure_segments(
 ) -> SegmentValues:
     """Run the model once over segments of equal length. Memory holds a batch and S numbers for each layer.
 
-    :param look: also sees every layer's vectors of every batch.
+    :param look: called with every layer's vectors of every batch.
     :param function: another score of a segment's vectors [T, D], as in `knnlm.scores.layer_scorer.SEGMENT_FUNCTIONS`.
     :raises ModelError: a layer gives a vector without a direction, or the model gives no probability.
     """
@@ -94,7 +94,7 @@ class _Tables:
         self.last = {layer: _scratch((count, lm.dims[layer])) for layer in layers}
 
     def add(self, batch: Batch, first: int) -> None:
-        """A batch of segments `first` and those behind it."""
+        """Add a batch of segments, of which `first` is the number of the first."""
         place, tokens_BT = slice(first, first + len(batch.windows)), torch.from_numpy(batch.tokens_BT)
         final_BTD = forward_to_head(self._lm, batch, tuple(self.within), partial(self._receive, place))
         log_probs = self._lm.target_log_probs(final_BTD[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
@@ -117,7 +117,7 @@ class _Tables:
 
 
 def _check_room(segments: int, dims: Iterable[int]) -> None:
-    """A write to a mapped file on a full disk would end the process, so there must be room before the pass."""
+    """Raise InputError, before the pass, if the disk has no room: writing to a mapped file would kill the process."""
     needed, free = 4 * segments * sum(dims), shutil.disk_usage(tempfile.gettempdir()).free
     if needed > free:
         raise InputError(
@@ -127,6 +127,6 @@ def _check_room(segments: int, dims: Iterable[int]) -> None:
 
 
 def _scratch(shape: tuple[int, int]) -> NDArray[np.float32]:
-    """An array in a temporary file that is gone when nobody holds the array."""
+    """An array in a temporary file that is deleted with the array."""
     with tempfile.TemporaryFile(prefix="knnlm-") as file:
         return np.memmap(file, np.float32, "w+", shape=shape)

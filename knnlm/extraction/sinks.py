@@ -1,4 +1,4 @@
-"""Where the vectors of a forward pass go: to a check, to the scorer, to the datastore, to the head.
+"""Sinks for the vectors of a forward pass: a check, the scorer, the datastore, the head.
 
 Legend: B windows of a batch, T positions, D dimension, N counted positions.
 """
@@ -22,33 +22,33 @@ from knnlm.text.windows import Batch, Window
 
 
 class Sink(ABC):
-    """Is told of a batch, is given its layers' vectors one after the other, and is told that these were all."""
+    """Receives the vectors of a batch: `begin`, then `receive` for each layer, then `end`."""
 
     windows: Sequence[Window] = ()
     spans: Sequence[Span] = ()
 
     def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
-        """Before the forward pass of a batch, of which the positions in `spans` count."""
+        """Called before the forward pass of a batch; the positions in `spans` count."""
         self.windows, self.spans = batch.windows, spans
 
     @abstractmethod
     def receive(self, name: str, vectors_BTD: Tensor) -> None:
-        """One layer's vectors, the model's own memory."""
+        """Take one layer's vectors, which are the model's own memory."""
 
     def end(self) -> None:
-        """After the forward pass."""
+        """Called after the forward pass."""
         self.windows = self.spans = ()
 
 
 class _Check(Sink):
-    """Looks for NaN and infinite values where no scorer meets them in its sums."""
+    """Raises NonFinite for NaN and infinity in layers that no scorer checks."""
 
     def __init__(self, but: Collection[str]) -> None:
         self._but = but
 
     def receive(self, name: str, vectors_BTD: Tensor) -> None:
         """Take one layer's vectors."""
-        # What enters the head is checked though no layer asked for: NaN there would be the LM's perplexity.
+        # The head's input is checked even if not a wanted layer: NaN there would make the LM's perplexity NaN.
         if name in self._but:
             return
         for span in self.spans:
@@ -98,13 +98,13 @@ class _Store(Sink):
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """The counted targets of a text, in the order of its keys, with what the plain LM makes of them."""
+    """The counted targets of a text, in the order of its keys, with the plain LM's log-probabilities."""
 
     targets_N: NDArray[np.int32]
     log_probs_N: NDArray[np.float64]
     """The plain LM's log-probability of each."""
     documents_N: NDArray[np.int64]
-    """The running number of each one's document."""
+    """The number of each one's document, from 0."""
 
 
 class TargetScorer:
@@ -115,7 +115,7 @@ class TargetScorer:
         self._parts: list[tuple[NDArray[np.int32], NDArray[np.float64], NDArray[np.int64]]] = []
 
     def add(self, batch: Batch, spans: Sequence[Span], final_BTD: Tensor) -> None:
-        """After a forward pass: score the targets of the positions in `spans`."""
+        """Score the targets at the positions in `spans`; called after a forward pass."""
         for span, window in zip(spans, batch.windows, strict=True):
             targets = window.targets[span.first : span.last]
             final_ND = final_BTD[span.row, span.first : span.last]
@@ -123,12 +123,12 @@ class TargetScorer:
             self._parts.append((targets, log_probs.cpu().numpy(), np.full(len(targets), window.document)))
 
     def targets(self) -> Targets:
-        """Those of all batches."""
+        """Return the targets of all batches."""
         return Targets(*(np.concatenate(column) for column in zip(*self._parts, strict=True)))
 
 
 def make_sinks(layers: Sequence[str], scorer: LayerScorer | None, writer: DatastoreWriter | None) -> tuple[Sink, ...]:
-    """Those that are wanted; checking and scoring come first, so that no bad vector is stored."""
+    """Return the sinks in use; checking and scoring come first, so that no bad vector is stored."""
     wanted = frozenset(layers)
     return (
         _Check(but=wanted if scorer else ()),
