@@ -6,8 +6,8 @@
     index = build_index(ArraySource(keys), "auto")
     neighbors = index.search(queries, k=10)
 
-Every public name is here, and is loaded from its own module when it is first asked for: neither numpy nor FAISS is
-loaded before. Nothing here knows of language models.
+All public names are here and loaded lazily, on first use: importing the package loads neither NumPy nor FAISS. Nothing
+here knows of language models.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if not TYPE_CHECKING:  # a type checker that saw this would believe every misspelt name
+if not TYPE_CHECKING:  # a type checker would otherwise accept every misspelt name
 
     def __getattr__(name: str) -> object:
         if name not in _MODULE_OF:

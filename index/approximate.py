@@ -1,4 +1,4 @@
-"""A FAISS index over a source: FAISS proposes some more candidates than wanted, their exact distances decide.
+"""A FAISS index over a source: FAISS proposes more candidates than wanted, which are re-ranked by exact distances.
 
 Legend: N keys, Q queries, C candidates, D dimension.
 """
@@ -38,7 +38,7 @@ class ApproximateIndex(VectorIndex):
         super().__init__(source, metric)
         self.native, self.centre_D = native, centre_D
         self.overfetch = overfetch
-        """Candidates for each neighbour wanted: compressed codes order keys roughly."""
+        """Candidates per neighbour wanted: compressed codes order keys only roughly."""
         self._spec = spec
 
     @property
@@ -53,7 +53,7 @@ class ApproximateIndex(VectorIndex):
 
     @property
     def effort(self) -> Effort | None:
-        """`nprobe` or `efSearch`; None where every search looks at everything."""
+        """`nprobe` or `efSearch`; None if every search scans all keys."""
         return self.native.effort
 
     def set_effort(self, value: int) -> None:
@@ -68,7 +68,7 @@ class ApproximateIndex(VectorIndex):
         return {"overfetch": self.overfetch} | ({effort.name: effort.value} if effort else {})
 
     def save(self, folder: Path) -> tuple[str, ...]:
-        """Write the FAISS index and the centre."""
+        """Write the FAISS index and the centre, and return the names of the files."""
         with (folder / INDEX_FILE).open("xb") as file:
             self.native.write(file.write)
         with (folder / CENTRE_FILE).open("xb") as file:

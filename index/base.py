@@ -1,4 +1,4 @@
-"""What every index is: proposes candidates in its own way, and answers with exact distances.
+"""The base of all indexes: a subclass proposes candidates, which are re-ranked by exact distances.
 
 Legend: Q queries, K neighbours, C candidates, D dimension.
 """
@@ -18,15 +18,15 @@ from index.neighbors import Neighbors, absent, stack
 from index.rerank import rerank
 from index.source import VectorSource
 
-# Candidates beyond the k wanted, so that swaps by rounding at the border are mended: this many, or a 16th of k.
+# Candidates beyond the k wanted, against swaps by rounding at the k-th: this many, or a 16th of k.
 MARGIN = 16
-# Bytes of candidates in memory at a time: ids, distances and what merging them needs, together about 48 a candidate.
-# Keys are read anew for each part of the queries that this makes.
+# Bytes of candidates in memory at a time: ids, distances and merging buffers, about 48 per candidate. Keys are read
+# again for each part of the queries that this makes.
 CANDIDATE_BYTES = 512 << 20
 
 
 class VectorIndex(ABC):
-    """Nearest keys of a source. Distances are exact: float32, from the source's keys."""
+    """Search for the nearest keys of a source. Distances are exact: float32, from the source's keys."""
 
     def __init__(self, source: VectorSource, metric: Metric) -> None:
         self.source, self.metric = source, Metric(metric)
@@ -51,11 +51,11 @@ class VectorIndex(ABC):
 
     @property
     def parameters(self) -> Mapping[str, float]:
-        """What tuning set: `nprobe` or `efSearch`, and `overfetch`; empty for exact search."""
+        """The tuned parameters: `nprobe` or `efSearch`, and `overfetch`; empty for exact search."""
         return {}
 
     def search(self, queries_QD: NDArray[np.float32], k: int) -> Neighbors:
-        """The k nearest keys of each query, nearest first; absent (-1, +inf) where there are fewer keys than k.
+        """Return the k nearest keys of each query, nearest first; absent ones (-1, +inf) if there are fewer than k.
 
         :param queries_QD: [Q, D]; Q may be 0.
         :raises DimensionMismatch: queries of another shape.
@@ -70,16 +70,16 @@ class VectorIndex(ABC):
         return stack([rerank(part, self._propose(part, count), self.source, self.metric, k) for part in parts])
 
     def save(self, folder: Path) -> tuple[str, ...]:
-        """Write the index's own files into an existing folder and name them; `index.storage` makes the rest."""
+        """Write the index's own files into an existing folder and return their names; `index.storage` adds the rest."""
         return ()
 
     def _candidates_for(self, k: int) -> int:
-        """C: how many candidates bring the k nearest."""
+        """C, the number of candidates for k neighbours."""
         return k + max(MARGIN, k // 16)
 
     @abstractmethod
     def _propose(self, queries_QD: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-        """Ids [Q, C] of about the `count` nearest keys, in any order; -1 is none."""
+        """Return ids [Q, C] of about the `count` nearest keys, in any order; -1 for none."""
 
 
 def _checked(queries_QD: NDArray[np.float32], dim: int, k: int) -> NDArray[np.float32]:

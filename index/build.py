@@ -1,4 +1,4 @@
-"""From a source to an index: sample, train, add in chunks, tune. Memory does not grow with the number of keys.
+"""Building an index: sample, train, add in chunks, tune. Reads keys in blocks, so memory holds a few of them.
 
 Legend: N keys, D dimension.
 """
@@ -23,7 +23,7 @@ from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, r
 from index.spec import IndexSpec, parse_spec
 from index.tune import tune
 
-# Stored keys that tuning searches for; recall over 200 x k neighbours has an error of about a point.
+# Stored keys used as queries in tuning; recall over 200 x k neighbours has an error of about one percentage point.
 TUNE_QUERIES = 200
 # k = 1024 needs many more lists than k = 10 does, so tuning for a small k would not serve a large one.
 TUNE_K = 1024
@@ -42,14 +42,14 @@ def build_index(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VectorIndex:
-    """Build what a spec says, in memory, and tune it; `index.storage.save_index` keeps it.
+    """Build the index that a spec describes, in memory, and tune it; `index.storage.save_index` saves it.
 
     :param spec: `auto`, `exact`, or a FAISS factory string.
-    :param k: the neighbours for which `nprobe` or `efSearch` is tuned; clipped to the keys there are.
-    :param recall_target: as in `tune_index`; None: leave that to the caller.
-    :param memory_bytes: what `auto` may take; None: half of the memory that is free now.
+    :param k: number of neighbours for which `nprobe` or `efSearch` is tuned; clipped to the number of keys.
+    :param recall_target: as in `tune_index`; None: do not tune.
+    :param memory_bytes: memory for the index that `auto` chooses; None: half of the memory that is free now.
     :param progress: called with (keys added, N), at 0 before training; it may raise to stop.
-    :raises UnknownSpec: FAISS does not understand the spec for this dimension and metric.
+    :raises UnknownSpec: FAISS does not accept the spec for this dimension and metric.
     :raises InvalidQuery: a recall_target outside (0, 1].
     :raises TooFewKeys: no keys, or fewer than training needs.
     :raises InvalidKeys: NaN or infinity among the keys; the message names the row.
@@ -70,10 +70,10 @@ def build_index(
 
 
 def tune_index(index: VectorIndex, *, k: int = TUNE_K, recall_target: float = 0.95, seed: int = 0) -> None:
-    """Let an approximate index look as far as it has to, for some stored keys, and no farther.
+    """Set an approximate index's search effort to the least that reaches a recall, measured on stored keys.
 
-    :param k: neighbours that are to be found, clipped to the keys there are.
-    :param recall_target: share of them to be found; FAISS's own setting is kept where it already suffices.
+    :param k: number of neighbours to find, clipped to the number of keys.
+    :param recall_target: share of them to find; FAISS's default is kept if it suffices.
     :raises InvalidQuery: a recall_target outside (0, 1].
     """
     _check_target(recall_target)
@@ -88,9 +88,9 @@ def _check_target(recall_target: float | None) -> None:
 
 
 def check_spec(spec: str, dim: int, metric: Metric = Metric.L2) -> None:
-    """Find out before any work whether FAISS understands a spec.
+    """Check before any work that FAISS accepts a spec.
 
-    :raises UnknownSpec: with what FAISS says.
+    :raises UnknownSpec: with FAISS's message.
     """
     parsed = parse_spec(spec)
     if not (parsed.rule or parsed.is_exact):
@@ -98,7 +98,7 @@ def check_spec(spec: str, dim: int, metric: Metric = Metric.L2) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Return the bytes of memory available without swapping."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -137,7 +137,7 @@ def _add(native: FaissIndex, source: VectorSource, centre_D: Floats, spec: Index
 
 
 def _finite(keys_ND: Floats, ids_N: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:
-    """The keys; one NaN in training spoils every list, and FAISS says no row."""
+    """The keys, checked: one NaN in training spoils every list, and FAISS does not name the row."""
     finite_N = np.isfinite(keys_ND).all(axis=1)
     if not finite_N.all():
         raise InvalidKeys(

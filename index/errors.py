@@ -1,4 +1,4 @@
-"""Every error of a vector index that a caller can mend, each one line: the fact, the value received, what to do.
+"""All errors of a vector index that a caller can fix. Each message is one line: fact, value received, what to do.
 
 VectorIndexError
 ├── DimensionMismatch   vectors of another dimension or shape than the index has
@@ -6,7 +6,7 @@ VectorIndexError
 ├── InvalidKeys         keys that cannot be indexed: no floats, NaN or infinity (also a ValueError)
 ├── TooFewKeys          fewer keys than the index needs to be trained
 ├── NotTrained          keys are added before training
-├── UnknownSpec         a spec that FAISS does not understand (also a ValueError)
+├── UnknownSpec         a spec that FAISS does not accept (also a ValueError)
 ├── FaissFailed         FAISS refused for another reason, in its own words
 ├── IndexExists         the folder to save to is there already
 └── CorruptIndex        a file is missing, short or changed, or belongs to other keys
@@ -26,7 +26,7 @@ class DimensionMismatch(VectorIndexError):
 
 
 class InvalidQuery(VectorIndexError, ValueError):
-    """A search that has no answer."""
+    """A search with an invalid k, query or recall target."""
 
 
 class InvalidKeys(VectorIndexError, ValueError):
@@ -46,7 +46,7 @@ class UnknownSpec(VectorIndexError, ValueError):
 
 
 class FaissFailed(VectorIndexError):
-    """FAISS refused, in its own words."""
+    """FAISS refused; the message is its own."""
 
 
 class IndexExists(VectorIndexError):
@@ -54,4 +54,4 @@ class IndexExists(VectorIndexError):
 
 
 class CorruptIndex(VectorIndexError):
-    """A saved index is not whole, or is not of these keys."""
+    """A saved index is damaged, or belongs to other keys."""

@@ -1,4 +1,4 @@
-"""Exact search: blocks of keys against all queries, then exact distances of what they brought.
+"""Exact search: blocks of keys against all queries, then exact distances of the candidates found.
 
 A long search prunes: most keys are ruled out by a proved bound in 8-bit numbers (`index.pruning`). Where
 that would not pay, every key is compared in full.
@@ -41,7 +41,7 @@ Ids = NDArray[np.int64]
 
 
 class ExactIndex(VectorIndex):
-    """Looks at every key. Nothing is built; the keys stay where they are, a block of them is in memory at a time."""
+    """Exact search over all keys. Nothing is built; keys stay in their source, and one block is in memory at a time."""
 
     @property
     def spec(self) -> str:
@@ -57,7 +57,7 @@ class ExactIndex(VectorIndex):
         return directions(self._sample(ROWS_PER_DIMENSION * self.dim))
 
     def _propose(self, queries_QD: Floats, count: int) -> Ids:
-        """All is done with centred vectors, whose small norms BLAS can bear (`index.source.centre_of`)."""
+        """Uses centred vectors, whose small norms limit rounding errors in BLAS (`index.source.centre_of`)."""
         centred_QD = centred_queries(queries_QD, self._centre_D, self.metric)
         plan = self._plan(centred_QD, count)
         if plan is None:
@@ -79,7 +79,7 @@ class ExactIndex(VectorIndex):
         return make_plan(centred_QD, sample_SD, self._rotation_DD, self.metric, keys=len(self), count=count)
 
     def _sample(self, rows: int) -> Floats:
-        """Centred keys from all over the source, without those that hold NaN or infinity."""
+        """Centred keys spread over the source, without those that hold NaN or infinity."""
         ids = spread_ids(len(self), max(1, min(len(self), rows)), np.random.default_rng(0))
         keys_SD: Floats = self.source.take(ids) - self._centre_D
         return keys_SD[np.isfinite(keys_SD).all(axis=1)]
@@ -89,7 +89,7 @@ class ExactIndex(VectorIndex):
         return self.source.read(first, min(first + rows, len(self))) - self._centre_D
 
     def _scan(self, centred_QD: Floats, count: int) -> Ids:
-        """Every key in full."""
+        """Candidates from a full comparison with every key."""
         distances_QC, ids_QC = np.empty((len(centred_QD), 0), np.float32), np.empty((len(centred_QD), 0), np.int64)
         rows = rows_in(BLOCK_BYTES, self.dim)
         for first in range(0, len(self), rows):
@@ -103,7 +103,7 @@ class ExactIndex(VectorIndex):
         return ids_QC
 
     def _prune(self, centred_QD: Floats, count: int, plan: PruningPlan, thresholds_Q: Floats) -> Ids:
-        """The nearest keys within each query's threshold; -1 where they are fewer than wanted."""
+        """The nearest keys within each query's threshold; -1 where there are fewer than wanted."""
         bound, gathered = plan.bound, Gathered(thresholds_Q, count)
         numbers_QM, offsets_Q = bound.queries(centred_QD)
         queries = Codes(numbers_QM, bound.query_floors(offsets_Q, thresholds_Q))
@@ -121,7 +121,7 @@ class ExactIndex(VectorIndex):
                     fallen = gathered.add(*near)
                     queries.floors_N[fallen] = bound.query_floors(offsets_Q[fallen], gathered.thresholds_Q[fallen])
 
-        with one_thread():  # so that what comes after a product is shared out too
+        with one_thread():  # so that the steps after a product are spread over threads too
             share_out(range(0, len(self), KEY_ROWS), work, threads)
         return gathered.ids()
 

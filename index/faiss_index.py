@@ -1,6 +1,6 @@
-"""All that is asked of FAISS, and the only `import faiss`: the three kernels of exact search, and an index of its own.
+"""The only module that imports FAISS: the three kernels of exact search, and FAISS's own indexes.
 
-FAISS proposes ids; what it says of distances is thrown away (index/rerank.py has the exact ones). Ids are row numbers.
+FAISS proposes ids, which are row numbers; its distances are discarded (index/rerank.py computes exact ones).
 
 Legend: N keys, Q queries, K neighbours, D dimension, P pairs.
 """
@@ -22,14 +22,14 @@ from index.errors import CorruptIndex, FaissFailed, NotTrained, UnknownSpec
 from index.manifest import EFFORTS
 from index.metric import Metric
 
-# What SWIG makes at run time is not in FAISS's stubs.
+# Names that SWIG makes at run time are not in FAISS's stubs.
 _faiss: Any = faiss
 
 VERSION: str = faiss.__version__
 
-# FAISS's own metric numbers; its inner product grows with nearness, our distance is its negative.
+# FAISS's metric numbers; its inner product grows with nearness, our distance is its negative.
 _METRICS = {Metric.L2: faiss.METRIC_L2, Metric.IP: faiss.METRIC_INNER_PRODUCT}
-# A graph walk that is longer than this costs more than a scan.
+# A longer graph walk costs more than a scan.
 _LONGEST_WALK = 1 << 15
 _KMEANS_ROUNDS = 25
 
@@ -44,15 +44,15 @@ def scan_block(queries_QD: Floats, keys_ND: Floats, k: int, metric: Metric) -> t
 
 
 def thread_count() -> int:
-    """Threads that FAISS uses when it is called from this one.
+    """Return the number of threads that FAISS uses when called from this one.
 
-    Torch's number where torch was imported first: both then have one OpenMP library.
+    It is torch's number if torch was imported first: both then share one OpenMP library.
     """
     return int(faiss.omp_get_max_threads())
 
 
 def use_one_thread() -> None:
-    """FAISS uses one when it is called from this thread."""
+    """Make FAISS use one thread when called from this one."""
     faiss.omp_set_num_threads(1)
 
 
@@ -79,17 +79,17 @@ def kmeans(vectors_ND: Floats, clusters: int, *, seed: int) -> Ids:
 
 @dataclass(frozen=True)
 class Effort:
-    """How far a search looks, as FAISS names it."""
+    """The FAISS parameter that sets how much of an index a search visits."""
 
     name: str
     """`nprobe` (lists of an inverted file) or `efSearch` (candidates of a graph walk)."""
     value: int
     limit: int
-    """Where looking further finds nothing more, or is no better than brute force."""
+    """The largest useful value: beyond it a search finds nothing more, or costs as much as brute force."""
 
 
 class FaissIndex:
-    """One FAISS index, wrapped so that FAISS's errors are ours."""
+    """A FAISS index whose errors are those of `index.errors`."""
 
     def __init__(self, native: Any) -> None:  # noqa: ANN401  (FAISS has no types)
         self._native = native
@@ -115,11 +115,11 @@ class FaissIndex:
 
     @property
     def kind(self) -> str:
-        """What FAISS built, without its keys: the classes inside one another, lists, bytes of a code."""
+        """The structure that FAISS built: nested classes, number of lists, bytes per code."""
         native, names = self._native, []
         while native is not None:
             native = faiss.downcast_index(native)
-            names.append(re.sub("(L2|IP)$", "", type(native).__name__))  # a file brings back the class of the metric
+            names.append(re.sub("(L2|IP)$", "", type(native).__name__))  # a loaded file has the class of its metric
             inner, native = native, getattr(native, "index", None) or getattr(native, "base_index", None)
         size = f"{inner.sa_code_size()} bytes" if hasattr(inner, "code_size") else f"{inner.d} dimensions"
         return f"{' of '.join(names)} with {getattr(inner, 'nlist', 0)} lists and {size}"
@@ -132,13 +132,13 @@ class FaissIndex:
         with _quantizers_of_rotations(self._native) as quantizers:
             for settings in (*_clusterings(self._native), *(one.cp for one in quantizers)):
                 settings.seed = seed
-                # FAISS would warn on standard error; the recall that is measured says more.
+                # FAISS would warn on standard error; the measured recall is more informative.
                 settings.min_points_per_centroid = 1
             with _faiss_errors():
                 self._native.train(keys_ND)
 
     def add(self, keys_ND: Floats) -> None:
-        """Append keys; their ids go on counting.
+        """Append keys; their ids continue the count.
 
         :raises NotTrained: the index has to be trained first.
         """
@@ -152,13 +152,13 @@ class FaissIndex:
                 self._native.add(keys_ND)
 
     def propose(self, queries_QD: Floats, k: int) -> Ids:
-        """Ids of about the k nearest keys, nearest first; -1 where it finds fewer."""
+        """Return ids of about the k nearest keys, nearest first; -1 where fewer are found."""
         with _faiss_errors():
             return np.asarray(self._native.search(queries_QD, k)[1], np.int64)
 
     @property
     def effort(self) -> Effort | None:
-        """None where a search always looks at everything."""
+        """The search effort; None if a search always visits everything."""
         if (lists := faiss.try_extract_index_ivf(self._native)) is not None:
             return Effort("nprobe", int(lists.nprobe), int(lists.nlist))
         if (graph := _unwrapped(self._native, faiss.IndexHNSW)) is not None:
@@ -166,7 +166,7 @@ class FaissIndex:
         return None
 
     def set_effort(self, name: str, value: int) -> None:
-        """Look further or less far. ParameterSpace, because an attribute set on PCA or OPQ reaches no inverted file.
+        """Set the search effort, by ParameterSpace: an attribute set on PCA or OPQ does not reach the inverted file.
 
         :raises FaissFailed: the index has no such parameter.
         """
@@ -176,13 +176,13 @@ class FaissIndex:
             faiss.ParameterSpace().set_index_parameter(self._native, name, value)
 
     def write(self, write: Callable[[bytes], object]) -> None:
-        """Give the file's bytes in pieces. What `write` raises, such as a full disk, comes through."""
+        """Pass the file's bytes to `write` in pieces; its errors, such as a full disk, are raised unchanged."""
         with _faiss_errors():
             faiss.write_index(self._native, _faiss.PyCallbackIOWriter(write))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its file, which are about those in memory."""
+        """Bytes of its file, about as many as in memory."""
         if self._size is None:
             sizes: list[int] = []
             self.write(lambda piece: sizes.append(len(piece)))
@@ -191,9 +191,9 @@ class FaissIndex:
 
 
 def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:
-    """An empty index from a FAISS factory string.
+    """Return an empty index from a FAISS factory string.
 
-    :raises UnknownSpec: FAISS does not understand it, or not for this dimension and metric.
+    :raises UnknownSpec: FAISS does not accept it for this dimension and metric.
     """
     try:
         native = faiss.index_factory(dim, text, _METRICS[metric])
@@ -213,7 +213,7 @@ def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:
 
 
 def _misfit(native: Any) -> str:  # noqa: ANN401
-    """What FAISS finds out only in training: a projection that cannot be; empty where there is none."""
+    """An impossible projection, which FAISS detects only in training; empty if there is none."""
     for step in _projections(native):
         if isinstance(step, faiss.PCAMatrix | faiss.ITQTransform) and step.d_out > step.d_in:
             return f"a projection from {step.d_in} to {step.d_out}, but it can only make them fewer"
@@ -223,7 +223,7 @@ def _misfit(native: Any) -> str:  # noqa: ANN401
 
 
 def read_index(data: NDArray[np.uint8], path: Path) -> FaissIndex:
-    """An index from the bytes of its file; `path` is named in errors.
+    """Return an index from the bytes of its file; errors name `path`.
 
     :raises CorruptIndex: FAISS cannot read them.
     """
@@ -241,7 +241,7 @@ def read_index(data: NDArray[np.uint8], path: Path) -> FaissIndex:
 
 
 def _projections(native: Any) -> Iterator[Any]:  # noqa: ANN401
-    """What is done to vectors before the index proper gets them."""
+    """The transformations applied to vectors before the index proper."""
     projected = _unwrapped(native, faiss.IndexPreTransform)
     for place in range(projected.chain.size() if projected else 0):
         yield faiss.downcast_VectorTransform(projected.chain.at(place))
@@ -270,7 +270,7 @@ def _clusterings(native: Any) -> Iterator[Any]:  # noqa: ANN401
 
 @contextmanager
 def _quantizers_of_rotations(native: Any) -> Iterator[list[Any]]:  # noqa: ANN401
-    """What OPQ learns its rotation with: FAISS would make the like where nobody could set it, and let it go."""
+    """The quantizers that OPQ trains its rotation with; those that FAISS itself would make cannot be seeded."""
     rotations = [step for step in _projections(native) if isinstance(step, faiss.OPQMatrix)]
     quantizers = [faiss.ProductQuantizer(step.d_out, step.M, 8) for step in rotations]
     for step, quantizer in zip(rotations, quantizers, strict=True):
@@ -284,7 +284,7 @@ def _quantizers_of_rotations(native: Any) -> Iterator[list[Any]]:  # noqa: ANN40
 
 @contextmanager
 def _faiss_errors() -> Iterator[None]:
-    """RuntimeError and MemoryError are FAISS's; an OSError of a writer and Ctrl-C are not touched."""
+    """Turn FAISS's RuntimeError and MemoryError into FaissFailed; a writer's OSError and Ctrl-C pass through."""
     try:
         yield
     except RuntimeError as error:
@@ -294,7 +294,7 @@ def _faiss_errors() -> Iterator[None]:
 
 
 def _said(error: BaseException) -> str:
-    """FAISS's sentence without the C++ function, file and line in front of it."""
+    """FAISS's message without the C++ function, file and line before it."""
     text = " ".join(str(error).split())
     text = re.sub(r"^Error in .*? at \S+:\d+: ", "", text)
     sentence = re.sub(r"^Error: '.*?' failed: ?", "", text)

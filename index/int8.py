@@ -1,9 +1,9 @@
-"""Products of 8-bit whole numbers, of which CPUs do two to eight times as many as of float32. The import of torch.
+"""Products of 8-bit integers, which CPUs compute two to eight times as fast as float32. The only use of torch here.
 
 Legend: N keys, Q queries, D dimension, M coordinates, G keys of a group, P pairs of a query and a key.
 """
 
-# ruff: noqa: TID251 - torch's is the one product of this kind that a Python program has on every CPU
+# ruff: noqa: TID251 - only torch offers such a product in Python on every CPU
 from __future__ import annotations
 
 import math
@@ -29,26 +29,26 @@ MOST_OF_QUERY, MOST_OF_KEY = 127, 63
 LIMIT, ALWAYS = 1 << 28, -(1 << 30)
 # Queries in one product: its table and that of some thousand keys stay in cache.
 QUERY_TILE = 512
-# Keys whose highest score is looked at before their own.
+# Keys whose maximum score is tested before their own scores.
 GROUP = 8
 
 
 class Codes(NamedTuple):
-    """Vectors as whole numbers, and what a product must reach: the floor of its query and that of its key together."""
+    """Vectors as integers with floors: a product must reach the sum of its query's floor and its key's floor."""
 
     numbers_NM: NDArray[np.int8]
     floors_N: NDArray[np.int32]
 
 
 def floors(values_N: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Whole numbers that are no higher; of what is too low for LIMIT, and of NaN, ALWAYS."""
+    """Return the values rounded down and clipped to LIMIT; ALWAYS for NaN and for values of -LIMIT or less."""
     with np.errstate(invalid="ignore"):
         held_N = np.where(values_N > -LIMIT, np.minimum(np.floor(values_N), LIMIT), ALWAYS)
     return held_N.astype(np.int32)
 
 
 class Split(NamedTuple):
-    """Vectors v as steps v^ of their coordinates v': the numbers of steps, int8 [N, M], and squares of lengths, [N]."""
+    """Vectors v with coordinates v' rounded to v^: v^ in steps, int8 [N, M], and squared lengths, [N]."""
 
     numbers_NM: NDArray[np.int8]
     rounded_N: NDArray[np.float32]
@@ -62,13 +62,13 @@ class Split(NamedTuple):
 
 
 def split(rows_ND: Floats, rotation_DM: Floats, step: float, most: int) -> Split:
-    """Coordinates in the columns of R, rounded to at most `most` steps up and down.
+    """Return coordinates in the columns of R, rounded to steps and clipped to `most` steps either way.
 
-    All of it in torch: after a product NumPy's own threads wait busily, and cost the next one of torch half its speed.
+    Entirely in torch: after a NumPy product, its threads busy-wait and halve the speed of torch's next one.
     """
     import torch
 
-    rows = torch.from_numpy(rows_ND if rows_ND.flags.writeable else rows_ND.copy())  # torch warns of what is not
+    rows = torch.from_numpy(rows_ND if rows_ND.flags.writeable else rows_ND.copy())  # torch warns of read-only arrays
     lead = rows @ torch.from_numpy(rotation_DM)
     steps = (lead / step).round_().clamp_(-most, most)
     numbers, rounded = steps.to(torch.int8), steps.mul_(step)
@@ -77,19 +77,19 @@ def split(rows_ND: Floats, rotation_DM: Floats, step: float, most: int) -> Split
 
 
 class Matches:
-    """Finds the pairs of some queries and ever new keys whose product reaches their floors, which may be changed."""
+    """Finds the pairs of fixed queries and blocks of keys whose product reaches their floors, which may be changed."""
 
     def __init__(self, queries: Codes, most_keys: int) -> None:
-        """:param most_keys: at once."""
+        """:param most_keys: largest number of keys in a call of `pairs`."""
         import torch
 
         self._queries = queries
-        # Made once: memory that comes anew with each product costs more than the product.
+        # Allocated once: allocating memory for each product costs more than the product.
         size = min(QUERY_TILE, len(queries.floors_N)) * (most_keys + GROUP)
         self._scores, self._highest = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
 
     def pairs(self, keys: Codes) -> tuple[Ids, Ids]:
-        """Row of the query, ascending, and row of the key, int64 [P]."""
+        """Return the query's row, ascending, and the key's row of each pair, int64 [P]."""
         import torch
 
         count, padding = len(keys.floors_N), -len(keys.floors_N) % GROUP
@@ -107,7 +107,7 @@ class Matches:
         shape = len(least_Q), len(floors_N)
         scores_QN = torch._int_mm(numbers_QM, keys_MN, out=self._scores[: math.prod(shape)].view(shape))
         scores_QGN = scores_QN.sub_(floors_N).view(len(least_Q), GROUP, -1)
-        # One key in some hundred passes: a maximum over groups takes a quarter of the time of looking at each.
+        # About one key in a hundred passes: testing maxima of groups takes a quarter of the time of testing each.
         highest_QN = self._highest[: scores_QN.numel() // GROUP].view(len(least_Q), -1)
         torch.amax(scores_QGN, dim=1, out=highest_QN)
         rows_P, keys_P = _reached(scores_QN.numpy(), highest_QN.numpy(), least_Q.numpy())
@@ -117,7 +117,7 @@ class Matches:
 def _reached(
     scores_QN: NDArray[np.int32], highest_QN: NDArray[np.int32], least_Q: NDArray[np.int32]
 ) -> tuple[Ids, Ids]:
-    """Rows and columns of the scores that reach their row's least, of which a group's highest tells where to look."""
+    """Rows and columns of the scores that reach their row's least; only groups whose maximum does are searched."""
     groups = highest_QN.shape[1]
     rows_P, groups_P = np.divmod(np.flatnonzero(highest_QN >= least_Q[:, None]), groups)
     keys_PG = groups_P[:, None] + np.arange(GROUP) * groups
@@ -128,7 +128,7 @@ def _reached(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch uses one thread in this thread and in those that it starts meanwhile."""
+    """Make torch use one thread, in this thread and in those it starts during the block."""
     import torch
 
     threads = torch.get_num_threads()
@@ -141,7 +141,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def is_fast() -> bool:
-    """Whether this CPU multiplies 8-bit numbers half as fast again as float32, or faster: measured, in milliseconds."""
+    """Return whether this CPU multiplies 8-bit integers at least 1.5 times as fast as float32, measured in some ms."""
     import torch
 
     ones = torch.ones(256, 512)
@@ -149,7 +149,7 @@ def is_fast() -> bool:
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], matrix: Tensor) -> float:
-    """Of a product with itself, at best."""
+    """Shortest time of a matrix's product with its transpose."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

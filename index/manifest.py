@@ -1,4 +1,4 @@
-"""index.json as frozen values: what a saved index is, counted and checksummed."""
+"""index.json as frozen dataclasses: the description of a saved index, with sizes and checksums."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from index.typed import Document, Misfit, build, check_seal, demand, is_sha256, 
 MANIFEST = "index.json"
 FORMAT = "vector-index-1"
 INDEX_FILE, CENTRE_FILE = "index.faiss", "centre.npy"
-# What makes a search of an approximate index look further; each finds its way through PCA, OPQ, IDMap and refinement.
+# Search parameters of approximate indexes; each also applies through PCA, OPQ, IDMap and refinement.
 EFFORTS = ("nprobe", "efSearch")
 EXACT = "exact"
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What a measurement found."""
+    """A measurement of recall."""
 
     recall: float
-    """Share of the k nearest that were found, 0 to 1. A key as near as the k-th nearest counts, whichever it is."""
+    """Share of the k nearest that were found, 0 to 1. Any key as near as the k-th nearest counts."""
     k: int
     queries: int
     max_distance_error: float
-    """The largest (distance found at a rank − exact one) / exact distance of the k-th; what is absent aside."""
+    """The largest (distance found at a rank − exact one) / exact distance of the k-th, without absent neighbours."""
     milliseconds_per_query: float
-    """Of searching all queries together, on the machine that measured."""
+    """Time of one query when all are searched together, on the measuring machine."""
 
     def __post_init__(self) -> None:
         demand(0 <= self.recall <= 1, f"recall is {self.recall}, but is a share from 0 to 1")
@@ -52,7 +52,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class IndexManifest:
-    """What index.json says, besides its checksum of itself."""
+    """The content of index.json, without its checksum of itself."""
 
     format: str
     spec: str
@@ -65,10 +65,10 @@ class IndexManifest:
     recall: Recall | None
     """As measured after the build; None: not measured."""
     keys: str
-    """sha256 of some keys spread over the source."""
+    """SHA-256 of some keys spread over the source."""
     files: Mapping[str, SavedFile]
     faiss: str
-    """Version that wrote it."""
+    """Version of FAISS that wrote the index."""
 
     def __post_init__(self) -> None:
         demand(self.metric in tuple(Metric), f"metric is {shown(self.metric)}, but must be {' or '.join(Metric)}")
@@ -81,16 +81,16 @@ class IndexManifest:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every search looks at all keys, and nothing else is saved."""
+        """Whether search is exact, in which case nothing else is saved."""
         return self.spec == EXACT
 
     def to_json(self) -> Document:
-        """As the object of index.json."""
+        """Return the object of index.json, with its checksum."""
         return sealed(asdict(self))
 
 
 def manifest_from(text: bytes) -> IndexManifest:
-    """What an index.json says.
+    """Return the content of an index.json.
 
     :raises Misfit: it is damaged, or of another format.
     """
@@ -103,7 +103,7 @@ def manifest_from(text: bytes) -> IndexManifest:
 
 
 def _check_spec(spec: str, count: int) -> None:
-    """Before FAISS, which some specs make end the whole process, sees it."""
+    """Check a spec before FAISS sees it: some specs crash the process there."""
     demand(spec != "auto", f"spec is {shown(spec)}, which says no index")
     try:
         if spec != EXACT:

@@ -1,7 +1,7 @@
-"""Files that stay readable when their names are gone: mapped as a whole when their folder is opened.
+"""Memory-mapped files that stay readable after they are renamed or removed.
 
-Python's own `mmap` keeps a descriptor for each map (before 3.13 always), of which a process has 1,024 by default: too
-few for a datastore of 151 layers in many shards. The system needs none, so it is asked directly.
+Python's own `mmap` keeps a file descriptor for each map (before 3.13 always), and a process has 1,024 by default: too
+few for a datastore of 151 layers in many shards. The system call needs none, so it is called directly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-# POSIX: mmap(3p) gives this address where it fails.
+# POSIX: mmap(3p) returns this address on failure.
 _FAILED = ctypes.c_void_p(-1).value
 
 
 class Stamp(NamedTuple):
-    """Tells a file, and whether it was written to."""
+    """Identity of a file and of its state: changes if the file is replaced or written to."""
 
     device: int
     number: int
@@ -35,14 +35,14 @@ class Stamp(NamedTuple):
 
 
 class Mapped(NamedTuple):
-    """A file's bytes, read-only; they are in memory only as far as they are read."""
+    """A file's bytes, read-only, loaded as they are read."""
 
     data: Bytes
     stamp: Stamp
 
 
 class OpenFolder:
-    """A folder that is meant whatever its name comes to mean: files are looked up in it, not along a path."""
+    """An opened folder: files are looked up in it even if another folder takes its path."""
 
     def __init__(self, path: str | Path) -> None:
         """:raises OSError: there is no such folder."""
@@ -59,7 +59,7 @@ class OpenFolder:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether another folder, or none, is at the path by now."""
+        """Whether the path now leads to another folder, or to none."""
         try:
             now = self.path.stat()
         except OSError:
@@ -68,12 +68,12 @@ class OpenFolder:
         return (now.st_dev, now.st_ino) != (opened.st_dev, opened.st_ino)
 
     def map(self, name: str) -> Mapped:
-        """A file's bytes.
+        """Return a file's bytes and stamp.
 
-        :param name: its place in the folder, with `/`.
+        :param name: path in the folder, with `/`.
         :raises OSError: it is missing, no regular file, or may not be read.
         """
-        # A pipe would wait for its writer for ever without O_NONBLOCK.
+        # Without O_NONBLOCK opening a pipe would block until it has a writer.
         handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._handle)
         try:
             found = os.fstat(handle)
@@ -85,7 +85,7 @@ class OpenFolder:
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """The stamp of the file that is at a path now; None where there is none."""
+    """Return the stamp of the file now at a path; None if there is none."""
     try:
         return _stamp(path.stat())
     except OSError:
@@ -103,7 +103,7 @@ def _map(handle: int, size: int) -> Bytes:
     if address == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     memory = (ctypes.c_uint8 * size).from_address(address)
-    # Not when Python ends: a thread may still be reading, and the system unmaps all there is.
+    # Not at exit: a thread may still be reading, and the system unmaps everything.
     weakref.finalize(memory, _system().munmap, address, size).atexit = False
     return np.frombuffer(memoryview(memory).toreadonly(), np.uint8)  # keeps `memory`
 

@@ -1,4 +1,4 @@
-"""The two metrics, and the one convention: distances ascend, smaller is nearer."""
+"""The two metrics. For both, a smaller distance is nearer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Metric(StrEnum):
-    """How far a key is from a query. Cosine is L2 on unit vectors, which the caller makes."""
+    """The distance of a key from a query. Cosine is L2 on unit vectors, which the caller normalises."""
 
     L2 = "l2"
     """Squared Euclidean distance."""

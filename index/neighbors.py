@@ -1,4 +1,4 @@
-"""What a search brings: nearest keys of each query, and how such results are cut, joined and cleaned.
+"""Results of a search, the nearest keys of each query, and functions that sort, merge and cut them.
 
 Legend: Q queries, K neighbours, C candidates.
 """
@@ -19,7 +19,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The K nearest keys of each of Q queries, nearest first; what is absent stands last."""
+    """The K nearest keys of each of Q queries, nearest first; absent ones last."""
 
     distances_QK: Distances
     """Ascending; +inf where there is no neighbour. Squared L2, or minus the inner product."""
@@ -33,31 +33,31 @@ class Neighbors:
             )
 
     def without(self, ids_Q: Ids, k: int) -> Neighbors:
-        """The k nearest other than one id for each query: a stored key does not find itself."""
+        """Return the k nearest without one id per query, such as a stored key's own."""
         own_QK = self.ids_QK == ids_Q[:, None]
         return ordered(np.where(own_QK, np.float32(np.inf), self.distances_QK), np.where(own_QK, -1, self.ids_QK), k)
 
 
 def merge(parts: Sequence[Neighbors], k: int) -> Neighbors:
-    """The k nearest among results for the same queries, such as those of shards; ids must be those of the whole."""
+    """Return the k nearest among results for the same queries, such as those of shards; ids must be global."""
     distances_QC = np.concatenate([part.distances_QK for part in parts], axis=1)
     return ordered(distances_QC, np.concatenate([part.ids_QK for part in parts], axis=1), k)
 
 
 def stack(parts: Sequence[Neighbors]) -> Neighbors:
-    """Results for different queries, one below the other."""
+    """Concatenate results for different queries."""
     if len(parts) == 1:
         return parts[0]
     return Neighbors(np.concatenate([p.distances_QK for p in parts]), np.concatenate([p.ids_QK for p in parts]))
 
 
 def absent(queries: int, k: int) -> Neighbors:
-    """No neighbours at all."""
+    """Return results without neighbours."""
     return Neighbors(np.full((queries, k), np.inf, np.float32), np.full((queries, k), -1, np.int64))
 
 
 def nearest(distances_QC: Distances, ids_QC: Ids, k: int) -> tuple[Distances, Ids]:
-    """The k nearest of the candidates in any order; all of them where there are no more."""
+    """Return the k nearest candidates, unordered; all of them if there are at most k."""
     if ids_QC.shape[1] <= k:
         return distances_QC, ids_QC
     columns_QK = np.argpartition(distances_QC, k - 1, axis=1)[:, :k]
@@ -65,7 +65,7 @@ def nearest(distances_QC: Distances, ids_QC: Ids, k: int) -> tuple[Distances, Id
 
 
 def ordered(distances_QC: Distances, ids_QC: Ids, k: int) -> Neighbors:
-    """The k nearest of the candidates, nearest first, filled up with absent ones. A NaN distance is no neighbour."""
+    """Return the k nearest candidates, nearest first, padded with absent ones. NaN distances count as absent."""
     lost_QC = ~np.isfinite(distances_QC) | (ids_QC < 0)
     columns_QK, sorted_QK = _sorted_rows(np.where(lost_QC, np.float32(np.inf), distances_QC), k)
     found = absent(len(ids_QC), k)
@@ -76,10 +76,10 @@ def ordered(distances_QC: Distances, ids_QC: Ids, k: int) -> Neighbors:
 
 
 def _sorted_rows(distances_QC: Distances, k: int) -> tuple[Ids, Distances]:
-    """Columns and distances of the k smallest of each row, ascending; of equal ones, the first column first.
+    """Columns and distances of the k smallest of each row, ascending; equal ones in the order of columns.
 
-    Each distance and its column are one whole number of 64 bits, which NumPy sorts four times as fast as it finds the
-    order of numbers that stay where they are.
+    Each distance and its column are packed into one 64-bit integer: NumPy sorts these four times as fast as it
+    argsorts.
     """
     bits_QC = np.ascontiguousarray(distances_QC, np.float32).view(np.int32)
     packed_QC = _in_order(bits_QC).astype(np.int64) << 32
@@ -90,5 +90,5 @@ def _sorted_rows(distances_QC: Distances, k: int) -> tuple[Ids, Distances]:
 
 
 def _in_order(bits: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Bits of float32 as integers of the same order, and back: those of negative numbers grow the other way."""
+    """Map float32 bits to integers of the same order, and back: bits of negative numbers are in reverse order."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

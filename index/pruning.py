@@ -1,19 +1,19 @@
 """Exact search without a full product of every pair: a ceiling of the inner product in 8-bit numbers.
 
-R holds M <= D orthonormal columns. Of a vector v, v' are its coordinates in R and r(v) is the length of what they leave
-out; v^ is v' rounded to whole numbers (codes) of steps, and e(v) the length of v' - v^. By Cauchy and Schwarz
+R holds M <= D orthonormal columns. For a vector v, v' are its coordinates in R and r(v) is the norm of the remainder;
+v^ is v' rounded to integer multiples (codes) of a step, and e(v) the norm of v' - v^. By Cauchy and Schwarz
 
     <q, k>  <=  <q^, k^> + |q^| e(k) + e(q) |k'| + r(q) r(k),     and     |q - k|² = |q|² + |k|² - 2 <q, k>.
 
-As 2xy <= c x² + y²/c, each of the last three terms is at most a number of the query and one of the key, which are close
-to it where c is their usual ratio. So a key is not among the nearest unless the whole-number product of the codes
-reaches a floor of the query (with the query's threshold) plus a floor of the key (`Bound`).
+As 2xy <= c x² + y²/c, each of the last three terms is at most the sum of a number of the query and one of the key, and
+the bound is tight if c is the typical ratio y / x. So a key is not among the nearest unless the integer product of the
+codes reaches a floor of the query (from the query's threshold) plus a floor of the key (`Bound`).
 
-R is that of the keys' greatest variance, turned once more so that its columns have much the same (no step then fits one
-coordinate and is coarse for the others).
+R spans the directions of the keys' greatest variance, rotated so that its columns have about equal variance (one step
+then suits all coordinates).
 
-A threshold is a guess: the distance of the r-th nearest of a sample, with r such that k keys lie below it but once in
-ten thousand times. A query for which fewer did is searched again, by the full scan: the answer is exact in any case.
+A threshold is a guess: the distance of the r-th nearest of a sample, with r such that k keys lie below it except about
+once in ten thousand times. A query with fewer is searched again by a full scan, so the result is always exact.
 
 Legend: N keys, S sampled keys, Q queries, D dimension, M coordinates, P pairs of a query and a key.
 """
@@ -31,31 +31,31 @@ from index.int8 import MOST_OF_KEY, MOST_OF_QUERY, Codes, Matches, Split, floors
 from index.metric import Metric
 from index.neighbors import nearest
 
-# Sampled: one key in so many, which costs as much of a full scan.
+# One key in this many is sampled, at that share of the cost of a full scan.
 SAMPLE_SHARE = 32
-# What prices a way of searching: nanoseconds of one core (AVX-512, VNNI), of which only the ratios matter. Of a pair
-# of a query and a key, for each dimension of a float32 product and each coordinate of an 8-bit one; for each pair.
+# Cost model: nanoseconds on one core (AVX-512, VNNI), of which only the ratios matter. Per pair of a query and a key:
+# for each dimension of a float32 product and each coordinate of an 8-bit one; then for ranking and scoring the pair.
 DIMENSION_NS, CODE_NS = 0.021, 0.0048
 RANK_NS, SCORE_NS = 1.0, 0.45
-# Of each pair that the bound lets through, and for each of its dimensions.
+# Per pair that passes the bound, and per dimension of it.
 PAIR_NS, PAIR_DIMENSION_NS = 100.0, 0.1
-# Of each key, for each dimension, besides its rotation.
+# Per key and dimension, besides its rotation.
 KEY_DIMENSION_NS = 0.6
-# A plan that promises less than this is not worth its risk.
+# A plan must cost at most this share of the full scan.
 MAX_COST = 0.85
 # Queries and keys from which a plan is made, and the coordinates that are tried, as shares of D.
 PILOT_QUERIES, PILOT_KEYS = 128, 2048
 LEADS = (0.25, 0.5, 0.75, 1.0)
-# Of fewer dimensions little can be spared (and torch 2.13 multiplies matrices of 8 bits wrongly that are 1 wide).
+# With fewer dimensions little can be saved (and torch 2.13 multiplies 8-bit matrices of width 1 wrongly).
 LEAST_DIM = 16
 # A plan, with sample and pilot, takes some tenths of a second whatever D is: of 61 million pairs the search was slower
 # with one (0.6 to 0.9 times as fast, D = 256), of 246 million as fast or faster, of 410 million 1.6 (k = 64).
 LEAST_PAIRS = 1 << 28
-# Finding R takes some D³ steps: below so many pairs of a query and a key for each pair of dimensions it would show.
+# Finding R takes some D³ steps, negligible from this many pairs of a query and a key per pair of dimensions on.
 PAIRS_PER_ELEMENT = 200
-# Queries and keys of one step: some 400 MB where every pair is above its floors, and keys that stay in cache.
+# Queries and keys of one step: some 400 MB if every pair reaches its floors, and keys that stay in cache.
 QUERY_ROWS, KEY_ROWS = 4096, 4096
-# The codes' range in standard deviations: what lies outside is cut, which its e(v) tells.
+# The codes' range in standard deviations; values outside are clipped, which e(v) accounts for.
 DEVIATIONS = 4.5
 SAFE_LENGTHS = (1e-12, 1e12)
 
@@ -65,13 +65,13 @@ Ids = NDArray[np.int64]
 
 
 def directions(keys_SD: Floats) -> Floats:
-    """Orthonormal columns, float32 [D, D]: the directions of greatest variance of centred keys first."""
+    """Return orthonormal columns, float32 [D, D]: the principal directions of centred keys, largest variance first."""
     keys_SD = keys_SD.astype(np.float64)
     return np.ascontiguousarray(np.linalg.eigh(keys_SD.T @ keys_SD)[1][:, ::-1], np.float32)
 
 
 def spread(columns_DM: Floats) -> Floats:
-    """The same space with columns of much the same variance: random signs, then the cosine transform (DCT-II)."""
+    """Return another basis of the same space with about equal variances: random signs, then a DCT-II."""
     size = columns_DM.shape[1]
     signs_M = np.random.default_rng(0).choice([-1.0, 1.0], size)
     frequencies_M, places_M = np.arange(size)[:, None], np.arange(size) + 0.5
@@ -81,15 +81,15 @@ def spread(columns_DM: Floats) -> Floats:
 
 
 def is_worth_a_plan(keys: int, queries: int, dim: int) -> bool:
-    """Whether a search is long enough for R, the sample and the pilot to be lost in it."""
+    """Return whether a search is long enough for the cost of R, the sample and the pilot to be negligible."""
     enough = keys * queries >= max(LEAST_PAIRS, PAIRS_PER_ELEMENT * dim * dim)
     return enough and dim >= LEAST_DIM and queries >= PILOT_QUERIES
 
 
 def sample_rank(keys: int, sampled: int, count: int) -> int:
-    """r: the r-th nearest of the sample has `count` of all keys below it, except once in some ten thousand times.
+    """Return r: the r-th nearest of the sample has `count` of all keys below it, except about once in 10,000 times.
 
-    The sample holds Poisson(m) of the `count` nearest keys; r is four standard deviations and three more.
+    The sample holds about Poisson(m) of the `count` nearest keys; r is m plus four standard deviations plus 3.
     """
     mean = count * sampled / keys
     return min(sampled, math.ceil(mean + 4 * math.sqrt(mean) + 3))
@@ -97,10 +97,10 @@ def sample_rank(keys: int, sampled: int, count: int) -> int:
 
 @dataclass(frozen=True)
 class Bound:
-    """Turns vectors into codes with floors; a pair that does not reach them is farther than the query's threshold.
+    """Turns vectors into codes with floors; a pair below its floors is farther than the query's threshold.
 
-    Rounding errs by at most about 4 D 2^-24 of |q| |k| (rotation and product; the errors of a sum of n grow as
-    sqrt(n), Higham and Mary 2019). `slack` grants more than that of both squared norms, as 2 |q| |k| <= |q|² + |k|².
+    Rounding errors are at most about 4 D 2^-24 of |q| |k| (rotation and product; the errors of a sum of n grow as
+    sqrt(n), Higham and Mary 2019). `slack` allows more than that for both squared norms, as 2 |q| |k| <= |q|² + |k|².
     """
 
     rotation_DM: Floats
@@ -112,7 +112,7 @@ class Bound:
 
     @classmethod
     def fit(cls, queries_QD: Floats, keys_SD: Floats, rotation_DM: Floats, metric: Metric) -> Bound:
-        """Steps and ratios that suit these."""
+        """Return a bound with steps and ratios fitted to these queries and keys."""
         query_step = _fitting_step(queries_QD, rotation_DM, MOST_OF_QUERY)
         key_step = _fitting_step(keys_SD, rotation_DM, MOST_OF_KEY)
         bound = cls(rotation_DM, metric, query_step, key_step, (1.0, 1.0, 1.0))
@@ -128,7 +128,7 @@ class Bound:
         return 8 * (len(self.rotation_DM) + 64) * 2.0**-24
 
     def keys(self, keys_ND: Floats) -> Codes:
-        """Codes with the keys' own floors; NaN and infinity are let through."""
+        """Return the keys' codes and floors; NaN and infinity pass every floor."""
         with np.errstate(invalid="ignore", over="ignore"):
             key, (c_1, c_2, c_3) = self._split_keys(keys_ND), self.ratios
             terms_N = key.error_N / c_1 + key.lead_N / c_2 + self._rest(key) / c_3
@@ -136,13 +136,13 @@ class Bound:
             return Codes(key.numbers_NM, floors(offsets_N / self._unit))
 
     def queries(self, queries_QD: Floats) -> tuple[NDArray[np.int8], Doubles]:
-        """Numbers int8 [Q, M], and what `query_floors` turns into floors."""
+        """Return codes, int8 [Q, M], and offsets, [Q], for `query_floors`."""
         query, (c_1, c_2, c_3) = self._split_queries(queries_QD), self.ratios
         terms_Q = c_1 * query.rounded_N + c_2 * query.error_N + c_3 * self._rest(query)
         return query.numbers_NM, self._norm_share * query.whole_N.astype(np.float64) - terms_Q
 
     def query_floors(self, offsets_Q: Doubles, thresholds_Q: Floats) -> NDArray[np.int32]:
-        """Of queries that look for distances up to these."""
+        """Return the floors, int32, of queries that search for distances up to the thresholds."""
         weight = 1.0 if self.metric is Metric.L2 else 2.0
         return floors((offsets_Q - weight * thresholds_Q.astype(np.float64)) / self._unit)
 
@@ -152,7 +152,7 @@ class Bound:
 
     @property
     def _unit(self) -> float:
-        """Of a product of codes, in 2 <q, k>."""
+        """Value of one unit of a product of codes, in 2 <q, k>."""
         return 2 * self.query_step * self.key_step
 
     def _split_queries(self, queries_QD: Floats) -> Split:
@@ -162,13 +162,13 @@ class Bound:
         return split(keys_ND, self.rotation_DM, self.key_step, MOST_OF_KEY)
 
     def _rest(self, part: Split) -> Floats:
-        """r(v)², which is a difference of two squares: too large rather than too small."""
+        """r(v)², a difference of two squares, rounded up rather than down."""
         rest_N: Floats = np.maximum(part.whole_N - part.lead_N, 0) + np.float32(self.slack) * part.whole_N
         return rest_N
 
 
 def _fitting_step(rows_ND: Floats, rotation_DM: Floats, most: int) -> float:
-    """For coordinates of much the same variance."""
+    """The step for coordinates of about equal variance."""
     square = float(np.median(split(rows_ND, rotation_DM, 1.0, most).lead_N))
     return DEVIATIONS * math.sqrt(square / rotation_DM.shape[1]) / most or 1.0
 
@@ -180,7 +180,7 @@ def _is_safe(rows_ND: Floats) -> bool:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """A search that promises to be faster than the full scan."""
+    """A search that is expected to be faster than the full scan."""
 
     bound: Bound
     thresholds_Q: Floats
@@ -189,7 +189,7 @@ class PruningPlan:
 def make_plan(
     queries_QD: Floats, sample_SD: Floats, rotation_DD: Floats, metric: Metric, *, keys: int, count: int
 ) -> PruningPlan | None:
-    """Thresholds from a spread sample of the keys, and the M that costs least; None where the full scan costs less."""
+    """Return thresholds from a sample of the keys, and the bound of least cost; None if the full scan costs less."""
     pilot_QD = np.ascontiguousarray(queries_QD[:: max(1, len(queries_QD) // PILOT_QUERIES)])
     pilot_SD = np.ascontiguousarray(sample_SD[:: max(1, len(sample_SD) // PILOT_KEYS)])
     if not (_is_safe(pilot_QD) and _is_safe(pilot_SD)):
@@ -205,7 +205,7 @@ def make_plan(
 
 
 def _share(bound: Bound, queries_QD: Floats, keys_SD: Floats, thresholds_Q: Floats) -> float:
-    """Share of pairs that the bound lets through."""
+    """Share of pairs that pass the bound."""
     numbers_QM, offsets_Q = bound.queries(queries_QD)
     queries = Codes(numbers_QM, bound.query_floors(offsets_Q, thresholds_Q))
     rows_P, _ = Matches(queries, len(keys_SD)).pairs(bound.keys(keys_SD))
@@ -225,7 +225,7 @@ def _kth_distance(queries_QD: Floats, keys_SD: Floats, k: int, metric: Metric) -
 
 
 class Gathered:
-    """The nearest keys of each query within its threshold, from blocks of keys."""
+    """Collects the nearest keys of each query within its threshold, from blocks of keys."""
 
     def __init__(self, thresholds_Q: Floats, count: int) -> None:
         self.thresholds_Q = thresholds_Q.copy()
@@ -236,7 +236,7 @@ class Gathered:
         self._filled_Q = np.zeros(len(thresholds_Q), np.int64)
 
     def add(self, rows_P: Ids, distances_P: Floats, ids_P: Ids) -> Ids:
-        """Pairs of one block of keys, by row; the rows whose threshold fell."""
+        """Add the pairs of one block of keys, sorted by row; return the rows whose threshold fell."""
         new_Q = np.bincount(rows_P, minlength=len(self._filled_Q))
         offsets_Q = self._filled_Q - np.cumsum(new_Q) + new_Q
         places_P = offsets_Q[rows_P] + np.arange(len(rows_P))
@@ -248,7 +248,7 @@ class Gathered:
         return full
 
     def ids(self) -> Ids:
-        """Ids [Q, C] of the `count` nearest; -1 where there are fewer."""
+        """Return ids [Q, C] of the `count` nearest; -1 where there are fewer."""
         self._cut(np.flatnonzero(self._filled_Q > self._count))
         absent_QC = np.arange(self._count) >= self._filled_Q[:, None]
         return np.where(absent_QC, -1, self._ids_QW[:, : self._count])

@@ -1,4 +1,4 @@
-"""How much an index misses: recall@k, ties aside, and how much farther what it found lies, against exact search.
+"""Quality of an index against exact search: recall@k, with ties as hits, and the error of distances.
 
 Legend: Q queries, K neighbours, D dimension.
 """
@@ -20,7 +20,7 @@ from index.neighbors import Neighbors
 from index.source import VectorSource, spread_ids
 
 QUERIES = 256
-# Distances so near to the k-th are ties: float32 rounds a sum of D terms to about this.
+# Distances within this share of the k-th are ties: about the rounding error of a float32 sum of D terms.
 TIE = 1e-6
 
 
@@ -30,7 +30,7 @@ class Trial:
 
     queries_QD: NDArray[np.float32]
     own_Q: NDArray[np.int64] | None
-    """Row of each query among the keys: it may not find itself; None: the queries are not keys."""
+    """Row of each query among the keys, which it must not find; None: the queries are not keys."""
     exact: Neighbors
 
     @property
@@ -49,11 +49,11 @@ def measure_recall(
 ) -> Recall:
     """Compare an index with exact search over the same source.
 
-    :param k: clipped to the other keys there are.
+    :param k: number of neighbours, clipped to the number of other keys.
     :param queries: how many stored keys to sample (each without itself), or vectors [Q, D].
     :raises TooFewKeys: no key is left to be found.
     """
-    # Other keys than those that tuning looked at with the same seed.
+    # Other keys than those that tuning used with the same seed.
     return run_trial(
         index, make_trial(source, index.metric, k=k, queries=queries, rng=np.random.default_rng([seed, 1]))
     )
@@ -62,7 +62,7 @@ def measure_recall(
 def make_trial(
     source: VectorSource, metric: Metric, *, k: int, queries: int | NDArray[np.float32], rng: np.random.Generator
 ) -> Trial:
-    """Search exactly.
+    """Return a trial, with exact neighbours of the queries.
 
     :raises TooFewKeys: no key is left to be found.
     """
@@ -82,7 +82,7 @@ def _clipped(k: int, others: int) -> int:
 
 
 def run_trial(index: VectorIndex, trial: Trial) -> Recall:
-    """Search with the index and compare."""
+    """Search with the index and compare with the trial's exact neighbours."""
     start = time.perf_counter()
     found = index.search(trial.queries_QD, trial.k + (trial.own_Q is not None))
     seconds = time.perf_counter() - start
@@ -99,7 +99,7 @@ def run_trial(index: VectorIndex, trial: Trial) -> Recall:
 
 
 def _share_found(found: Neighbors, exact: Neighbors) -> float:
-    """A hit lies no farther than the farthest exact neighbour."""
+    """Recall; a hit is no farther than the farthest exact neighbour."""
     there_QK = exact.ids_QK >= 0
     radius_Q = np.where(there_QK, exact.distances_QK, -np.inf).max(axis=1, initial=-np.inf).astype(np.float64)
     limit_Q = radius_Q + TIE * np.abs(radius_Q) + np.finfo(np.float32).tiny
@@ -108,7 +108,7 @@ def _share_found(found: Neighbors, exact: Neighbors) -> float:
 
 
 def _distance_error(found: Neighbors, exact: Neighbors) -> float:
-    """Relative to the k-th distance: that of the nearest may be 0, where keys stand twice."""
+    """The largest distance error, relative to the k-th distance: that of the nearest is 0 for duplicate keys."""
     both_QK = (found.ids_QK >= 0) & (exact.ids_QK >= 0)
     radius_Q = np.abs(np.where(exact.ids_QK >= 0, exact.distances_QK, 0)).max(axis=1, initial=0)
     both_QK &= radius_Q[:, None] > 0

@@ -19,17 +19,17 @@ from index.neighbors import Neighbors, absent, ordered
 from index.source import VectorSource, rows_in
 from index.threads import share_out
 
-# Pairs that all threads work on at a time, 50 bytes each: of many more, memory would come anew from the kernel.
+# Pairs that all threads work on at a time, 50 bytes each: for many more, memory would be newly allocated each time.
 PAIRS = 1 << 22
 # Fewer are not worth a thread.
 LEAST_PAIRS = 1 << 10
-# Keys of so many bytes stay in cache.
+# Bytes of keys that stay in cache.
 KEY_BYTES = 2 << 20
-# Candidates of so many pairs stay in cache, with what sorting them needs.
+# Pairs whose candidates stay in cache, with the buffers for sorting them.
 SORTED_PAIRS = 1 << 16
 # Pairs among which each range looks for its own.
 SCANNED_PAIRS = 4 * PAIRS
-# Ids that tell how keys are to be cut so that each range has as many pairs.
+# Sampled ids from which ranges of keys with about equal numbers of pairs are estimated.
 SAMPLED_IDS = 1 << 14
 
 Floats = NDArray[np.float32]
@@ -37,9 +37,9 @@ Ids = NDArray[np.int64]
 
 
 def rerank(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric, k: int) -> Neighbors:
-    """The k nearest of the candidates (id -1: none) by exact distance; absent ones fill up.
+    """Return the k nearest candidates (id -1: none) by exact distance, padded with absent ones.
 
-    Of keys that are equally near, the first comes first; one that is proposed twice, as an NSG graph does, counts once.
+    Equally near keys are in the order of their ids; one proposed twice, as by an NSG graph, counts once.
     """
     once_QC, found, threads = np.empty_like(ids_QC), absent(len(ids_QC), k), thread_count()
     rows = max(1, SORTED_PAIRS // max(1, ids_QC.shape[1]))
@@ -61,14 +61,14 @@ def rerank(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric
 
 
 def _once(ids_QC: Ids) -> Ids:
-    """Ascending, with -1 in the place of a repeated one."""
+    """The ids of each row in ascending order, repeated ones replaced by -1."""
     ids_QC = np.sort(ids_QC, axis=1)
     ids_QC[:, 1:][ids_QC[:, 1:] == ids_QC[:, :-1]] = -1
     return ids_QC
 
 
 def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> Floats:
-    """float32 [Q, C]: direct differences of the stored keys, never |q|² + |k|² - 2<q,k>; +inf where the id is -1.
+    """Return distances, float32 [Q, C], by direct differences, not |q|² + |k|² - 2<q,k>; +inf where the id is -1.
 
     Memory is bounded whatever Q, C and N are, and each key is read once in some 16 million pairs, in ascending order.
     """
@@ -81,7 +81,7 @@ def exact_distances(queries_QD: Floats, ids_QC: Ids, source: VectorSource, metri
 
 
 def _fill(distances_QC: Floats, queries_QD: Floats, ids_QC: Ids, source: VectorSource, metric: Metric) -> None:
-    """Each thread takes the next range of keys and does everything with it."""
+    """Fill the distances; each thread takes the next range of keys and processes all its pairs."""
     distances_P, threads = distances_QC.reshape(-1), thread_count()  # a view: whole rows
 
     def work(ranges: Iterator[tuple[int, int]]) -> None:
@@ -98,7 +98,7 @@ def _ranges(ids_P: Ids, threads: int) -> list[tuple[int, int]]:
     """Ranges (first, last) of all ids from 0 on, that have about as many pairs each."""
     rounds = math.ceil(ids_P.size / PAIRS)
     ranges = max(1, min(rounds * threads, ids_P.size // LEAST_PAIRS))
-    # At random: every so-manieth of sorted rows would be the same few ranks of each.
+    # Random, as rows are sorted: a regular stride would pick the same few ranks of each.
     sample = np.sort(np.random.default_rng(0).choice(ids_P, min(ids_P.size, SAMPLED_IDS)))
     sample = sample[sample >= 0]
     inner = sample[np.arange(1, ranges) * len(sample) // ranges] if len(sample) else sample
@@ -121,7 +121,7 @@ class _Pairs:
 
 
 def _pairs_by_key(ids_QC: Ids, first: int, last: int, keys: int) -> Iterator[_Pairs]:
-    """The pairs of a range of keys, sorted by key, in pieces of at most so many different keys."""
+    """The pairs of a range of keys, sorted by key, in pieces of at most `keys` distinct keys."""
     flat_P = ids_QC.reshape(-1)
     places_P = np.flatnonzero((flat_P >= first) & (flat_P < last))
     places_P = places_P[_ascending(flat_P[places_P] - first)]
@@ -135,7 +135,7 @@ def _pairs_by_key(ids_QC: Ids, first: int, last: int, keys: int) -> Iterator[_Pa
 
 
 def _ascending(ids_P: Ids) -> Ids:
-    """The order that sorts ids, 16 bits at a time: NumPy sorts those by counting, four times as fast as whole ids."""
+    """The order that sorts ids, 16 bits at a time: NumPy's radix sort for these is four times as fast."""
     order_P = np.argsort(ids_P.astype(np.uint16), kind="stable")
     for shift in range(16, int(ids_P.max(initial=0)).bit_length(), 16):
         order_P = order_P[np.argsort((ids_P >> shift).astype(np.uint16)[order_P], kind="stable")]

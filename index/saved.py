@@ -1,4 +1,4 @@
-"""A saved index whose files are opened but not yet loaded: it can be checked, and outlives the names of its files."""
+"""A saved index whose files are mapped but not yet loaded: it can be checked, and survives their removal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from index.metric import Metric
 from index.source import VectorSource
 from index.typed import Misfit
 
-# Keys whose bytes tell one source from another of the same size, such as another layer of the same text.
+# Keys hashed to distinguish sources of the same size, such as two layers of the same text.
 FINGERPRINT_ROWS = 64
 
 
 @dataclass(frozen=True)
 class SavedIndex:
-    """What index.json says, and the bytes of the files that it names."""
+    """The manifest of an index, and the bytes of its files."""
 
     folder: Path
     manifest: IndexManifest
@@ -32,7 +32,7 @@ class SavedIndex:
 
     @classmethod
     def open(cls, folder: str | Path, *, with_files: bool = True) -> SavedIndex:
-        """Open all files of an index; their sizes are checked, their bytes not yet read.
+        """Open all files of an index; sizes are checked, bytes not yet read.
 
         :raises CorruptIndex: a file is missing, unreadable or of another size; names it.
         """
@@ -58,9 +58,9 @@ class SavedIndex:
                 )
 
     def check_source(self, source: VectorSource, metric: Metric | None = None) -> None:
-        """Whether it was built over these keys.
+        """Check that the index was built over these keys.
 
-        :raises CorruptIndex: names what differs.
+        :raises CorruptIndex: it was not; names what differs.
         """
         folder, manifest = self.folder, self.manifest
         self.compare(folder, "metric", manifest.metric, str(metric or manifest.metric))
@@ -69,7 +69,7 @@ class SavedIndex:
         self.compare(folder, "fingerprint of keys", manifest.keys[:16], fingerprint(source)[:16])
 
     def centre(self) -> NDArray[np.float32]:
-        """What was subtracted from the keys, float32 [D]; of an index that is not exact."""
+        """Return the vector subtracted from the keys, float32 [D]; not for an exact index."""
         path, data = self.folder / CENTRE_FILE, self.files[CENTRE_FILE]
         header = len(data) - 4 * self.manifest.dim
         self.compare(path, "kind of file", data[:6].tobytes(), b"\x93NUMPY")
@@ -78,13 +78,13 @@ class SavedIndex:
 
     @staticmethod
     def compare(path: Path, what: str, found: object, expected: object) -> None:
-        """:raises CorruptIndex: found is not what was expected."""
+        """Raise CorruptIndex unless the found value is the expected one."""
         if found != expected:
             raise CorruptIndex(f"{path}: its {what} is {found}, but {expected} is wanted; build the index again")
 
 
 def fingerprint(source: VectorSource) -> str:
-    """sha256 of up to 64 keys spread evenly over the source, as float32."""
+    """Return the SHA-256 of up to 64 keys spread evenly over the source, as float32."""
     rows = min(len(source), FINGERPRINT_ROWS)
     ids = np.arange(rows, dtype=np.int64) * (max(0, len(source) - 1)) // max(1, rows - 1)
     return hashlib.sha256(source.take(ids).astype("<f4").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where keys come from: anything that gives rows in float32. An index never needs all of them in memory.
+"""Sources of keys: anything that gives rows in float32, which need not fit into memory.
 
 Legend: N keys, D dimension.
 """
@@ -16,14 +16,14 @@ from index.metric import Metric
 
 # Float32 bytes of the keys that are in memory at a time.
 BLOCK_BYTES = 128 << 20
-# Rows whose mean is the centre: its error is a fortieth of a standard deviation, far below what centring is for.
+# Rows whose mean is the centre: its error, a fortieth of a standard deviation, does not matter for centring.
 CENTRE_ROWS = 2048
 
 Floats = NDArray[np.float32]
 
 
 class VectorSource(Protocol):
-    """N keys of D dimensions. Several threads read at a time."""
+    """N keys of D dimensions. Several threads may read at once."""
 
     @property
     def dim(self) -> int:
@@ -74,18 +74,18 @@ class ArraySource:
 
 
 def rows_in(size_bytes: int, dim: int) -> int:
-    """How many float32 rows fit; at least 1."""
+    """Return the number of float32 rows that fit into so many bytes, at least 1."""
     return max(1, size_bytes // (4 * dim))
 
 
 def blocks(source: VectorSource, rows: int) -> Iterator[tuple[int, Floats]]:
-    """(number of the first row, rows) over the whole source."""
+    """Yield (number of the first row, rows) over the whole source."""
     for start in range(0, len(source), rows):
         yield start, source.read(start, min(start + rows, len(source)))
 
 
 def spread_ids(count: int, rows: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`rows` random ids of `count`, ascending, one from each of equal stretches: O(rows) memory, reading goes forward.
+    """Return `rows` random ids below `count`, ascending, one from each of equal stretches; takes O(rows) memory.
 
     :param rows: at most `count`.
     """
@@ -94,11 +94,11 @@ def spread_ids(count: int, rows: int, rng: np.random.Generator) -> NDArray[np.in
 
 
 def centre_of(source: VectorSource) -> Floats:
-    """The mean of evenly spread keys, float32 [D]: subtracted before FAISS computes |q|² + |k|² - 2<q,k>.
+    """Return the mean of evenly spread keys, float32 [D]: subtracted before FAISS computes |q|² + |k|² - 2<q,k>.
 
-    That form, which FAISS 1.15 takes where Q D is 128,000 or more, loses everything where two nearly constant
-    dimensions make |k|² near 1e7: errors up to 35 on squared distances of ordinary size were measured. What is
-    subtracted from keys and queries changes no squared L2; from keys alone, no order of inner products.
+    That form, which FAISS 1.15 uses if Q D is 128,000 or more, loses all precision if two nearly constant dimensions
+    make |k|² near 1e7: errors up to 35 on squared distances of ordinary size were measured. Subtracting a vector from
+    keys and queries does not change squared L2; from keys alone, not the order of inner products.
     :raises InvalidKeys: NaN or infinity among these keys.
     """
     count = len(source)
@@ -112,6 +112,6 @@ def centre_of(source: VectorSource) -> Floats:
 
 
 def centred_queries(queries_QD: Floats, centre_D: Floats, metric: Metric) -> Floats:
-    """The queries that find among keys minus the centre what these find among the keys."""
+    """Return queries with the same neighbours among centred keys as these have among the keys."""
     # <q, k - c> = <q, k> - <q, c>: one number for all keys of a query. <q - c, k - c> would be another order.
     return queries_QD - centre_D if metric is Metric.L2 else queries_QD

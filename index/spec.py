@@ -1,4 +1,4 @@
-"""What kind of index: parse a spec, know what it needs, choose one from the number of keys, their dimension and memory.
+"""Index specs: parsing, requirements, and the choice from the number of keys, their dimension and memory.
 
 A spec is `auto`, `exact`, or a FAISS factory string such as `IVF4096,Flat` or `OPQ16_64,IVF1024,PQ16x4fs`
 (https://github.com/facebookresearch/faiss/wiki/The-index-factory). FAISS is not loaded here.
@@ -22,15 +22,15 @@ EXACT_KEYS = 1 << 14
 LISTS_PER_ROOT = 4
 # From this many lists on, a graph finds the nearest lists faster than a scan of them.
 GRAPH_LISTS = 1 << 15
-# FAISS adds up the codes' distances in 16 bits: beyond so many, each would be known to a few steps only.
+# FAISS sums the codes' distances in 16 bits: with more codes, each would have only a few steps.
 MOST_CODES = 256
 # Training points for each list or code word: FAISS warns below 39 and drops what is above 256.
 POINTS = 64
-# The sample that is trained on is in memory as float32; at most this, and at most a quarter of the memory given.
+# Bytes of the training sample, in memory as float32: at most this, and at most a quarter of the memory given.
 TRAINING_BYTES = 1 << 30
 
-# How many times k candidates FAISS proposes before exact distances decide; coarser codes order keys more roughly.
-# Tuning raises it where recall needs more. First match counts; what is not here keeps float32 or float16.
+# Candidates per neighbour that FAISS proposes before exact re-ranking; coarser codes order keys more roughly. Tuning
+# raises it if recall needs more. First match counts; other specs keep float32 or float16.
 _OVERFETCH = (
     (r"LSH|RaBitQ|ITQ", 4.0),
     (r"PQ|RQ|LSQ|Lattice|PCA|RR\d", 2.0),
@@ -45,19 +45,19 @@ Rule = Callable[[int, int, int], str]
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """A spec that was read but not yet shown to FAISS."""
+    """A parsed spec, not yet checked by FAISS."""
 
     text: str
     """`exact`, a name in `RULES`, or the factory string."""
 
     @property
     def is_auto(self) -> bool:
-        """Whether `choose_spec` has to say."""
+        """Whether `choose_spec` makes the choice."""
         return self.text == "auto"
 
     @property
     def rule(self) -> Rule | None:
-        """What makes the spec when keys and memory are known; None where it is made already."""
+        """The function that chooses the spec once keys and memory are known; None if it is chosen already."""
         return RULES.get(self.text)
 
     @property
@@ -67,7 +67,7 @@ class IndexSpec:
 
     @property
     def lists(self) -> int:
-        """Inverted lists; 0 without an inverted file."""
+        """Number of inverted lists; 0 without an inverted file."""
         found = re.search(r"IVF(\d+)([kM]?)", self.text)
         return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
 
@@ -85,11 +85,11 @@ class IndexSpec:
 
     @property
     def overfetch(self) -> float:
-        """Candidates for each neighbour wanted."""
+        """Candidates per neighbour wanted."""
         return next((factor for pattern, factor in _OVERFETCH if re.search(pattern, self.text)), 1.0)
 
     def check_count(self, count: int) -> None:
-        """:raises TooFewKeys: so many keys cannot train it; names a spec that would do."""
+        """Raise TooFewKeys, with advice, if `count` keys are too few to train the index."""
         if count < self.min_training:
             raise TooFewKeys(
                 f"index {self.text!r} needs at least {self.min_training} keys to be trained, but there are {count}; "
@@ -97,7 +97,7 @@ class IndexSpec:
             )
 
     def training_points(self, count: int, dim: int) -> int:
-        """How many of the keys to train on; raises as `check_count`."""
+        """Return the number of keys to train on. Raises as `check_count`."""
         self.check_count(count)
         # 256 is the code words of 8 bits; projections and scalar ranges need no more than these.
         wanted = POINTS * max(256, self.min_training)
@@ -105,9 +105,9 @@ class IndexSpec:
 
 
 def parse_spec(text: str) -> IndexSpec:
-    """Read a spec; whether FAISS understands it is known when dimension and metric are (`index.build.check_spec`).
+    """Parse a spec; `index.build.check_spec` checks it with FAISS, once dimension and metric are known.
 
-    :raises UnknownSpec: nothing, more than one line, or a size of 0, on which FAISS ends the whole process.
+    :raises UnknownSpec: it is empty, has white space or non-ASCII characters, or a size of 0, which crashes FAISS.
     """
     stripped = text.strip()
     if stripped.lower() in ("exact", *RULES):
@@ -122,16 +122,16 @@ def parse_spec(text: str) -> IndexSpec:
 
 
 def choose_spec(count: int, dim: int, memory_bytes: int) -> str:
-    """The spec that `auto` means for N keys of D dimensions and the memory that the index may take.
+    """Return the spec of `auto` for N keys of D dimensions and the memory that the index may take.
 
     1. `exact` up to 2**14 keys, or 2**23 elements (N D): brute force is quick, even for one query.
-    2. Above, an inverted file of 4 to 8 sqrt(N) lists, fewer where their training sample would not fit. Its codes are
-       the finest 4-bit product quantizer that fits, from 2 dimensions a code (D/4 bytes a key) to 64.
+    2. Above, an inverted file of 4 to 8 sqrt(N) lists, fewer if their training sample would not fit. Its codes are the
+       finest 4-bit product quantizer that fits, from 2 dimensions per code (D/4 bytes per key) to 64.
 
-    Every search re-ranks by exact distances, so that codes cost candidates and not precision: of ten kinds, those that
-    FAISS scans fastest found most of the neighbours' weight in a given time, and whole vectors the least, because
-    reading them takes longer than ranking more candidates (docs/performance.md). No OPQ: its rotation takes longer to
-    learn than a wider re-ranking costs. No HNSW: it needs more memory and builds slowly.
+    Every search re-ranks by exact distances, so coarse codes cost more candidates, not precision. Of ten kinds, those
+    that FAISS scans fastest found most of the neighbours' weight in a given time, and whole vectors the least, because
+    reading them takes longer than ranking more candidates (docs/performance.md). No OPQ: learning its rotation takes
+    longer than re-ranking more candidates. No HNSW: it needs more memory and builds slowly.
     """
     if count <= EXACT_KEYS or count * dim <= EXACT_ELEMENTS:
         return "exact"
@@ -141,7 +141,7 @@ def choose_spec(count: int, dim: int, memory_bytes: int) -> str:
 
 
 def choose_lists(count: int, dim: int, memory_bytes: int) -> int:
-    """Inverted lists: the power of two from 4 sqrt(N) up, or the largest whose training sample fits; at least 1."""
+    """Return the number of lists: the power of two from 4 sqrt(N) up, or the largest whose training sample fits."""
     lists = 1 << math.ceil(math.log2(LISTS_PER_ROOT * math.sqrt(max(1, count))))
     points = min(count, min(TRAINING_BYTES, memory_bytes // 4) // (4 * dim))
     return max(1, min(lists, 1 << int(math.log2(max(1, points // POINTS)))))
@@ -153,11 +153,11 @@ def _layout(count: int, dim: int, memory_bytes: int, quantizer: str) -> tuple[st
     widths = [width for width in (2, 4, 8, 16, 32) if math.ceil(dim / width) <= MOST_CODES] + [64]
     width = next((width for width in widths if math.ceil(dim / width) / 2 <= per_key), widths[-1])
     parts = math.ceil(dim / width)
-    # Codes of 2 to 64 dimensions must divide D; zeros make it divisible.
+    # The dimensions per code must divide D; padding with zeros makes it divisible.
     return ("" if dim % width == 0 else f"Pad{parts * width}"), quantizer, f"PQ{parts}x4fs"
 
 
 RULES: Mapping[str, Rule] = {
     "auto": choose_spec,
 }
-"""Names for kinds of index that fit themselves to the keys and the memory."""
+"""Specs that are chosen from the keys and the memory, by name."""

@@ -1,6 +1,6 @@
-"""An index on disk: a folder that appears at once and whole, with index.json written last; open it, verify it.
+"""Indexes on disk: folders that are written atomically, with index.json last, and opened and verified.
 
-The keys are not in it: they stay in their source, and a fingerprint tells whether it is the same one.
+The keys are not stored: they stay in their source, which a fingerprint identifies.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from index.source import VectorSource
 
 
 def save_index(index: VectorIndex, folder: str | Path, *, recall: Recall | None = None) -> IndexManifest:
-    """Write an index to a new folder; on any failure, Ctrl-C included, nothing of it is left.
+    """Write an index to a new folder; on any failure, Ctrl-C included, nothing is left.
 
-    :raises IndexExists: there is something already.
+    :raises IndexExists: the path exists already.
     :raises OSError: the disk is full or read-only.
     """
     target = Path(folder)
@@ -38,7 +38,7 @@ def save_index(index: VectorIndex, folder: str | Path, *, recall: Recall | None 
         temporary.mkdir()
         manifest = _write_files(index, temporary, recall)
         _write_manifest(manifest, temporary)
-        # rename() would silently take the place of an empty folder that came meanwhile; it is as good as none.
+        # rename() silently replaces an empty folder that was made meanwhile, which does no harm.
         temporary.rename(target)
         _sync(target.parent)
     except BaseException:
@@ -48,12 +48,12 @@ def save_index(index: VectorIndex, folder: str | Path, *, recall: Recall | None 
 
 
 def open_index(saved: str | Path | SavedIndex, source: VectorSource, *, metric: Metric | None = None) -> VectorIndex:
-    """Open a saved index over its keys, with the search parameters that it was tuned to.
+    """Open a saved index over its keys, with its tuned search parameters.
 
-    Its files are compared with their checksums before they are loaded: no damaged index is ever searched.
+    Checksums are verified before files are loaded: no damaged index is ever searched.
 
-    :param saved: its folder, or what `SavedIndex.open` opened before.
-    :param metric: refuse an index of another one; None: take the index's.
+    :param saved: its folder, or the result of `SavedIndex.open`.
+    :param metric: refuse an index of another metric; None: accept the index's.
     :raises CorruptIndex: a file is missing, short or changed, or the index is of other keys; names what differs.
     """
     saved = saved if isinstance(saved, SavedIndex) else SavedIndex.open(saved)
@@ -65,7 +65,7 @@ def open_index(saved: str | Path | SavedIndex, source: VectorSource, *, metric: 
 
 
 def verify(folder: str | Path) -> IndexManifest:
-    """Read every byte of a saved index and compare its checksums.
+    """Read every byte of a saved index and verify its checksums.
 
     :raises CorruptIndex: names the file that is missing, short or changed.
     """
@@ -75,7 +75,7 @@ def verify(folder: str | Path) -> IndexManifest:
 
 
 def read_manifest(folder: str | Path) -> IndexManifest:
-    """What index.json says of a saved index, without loading it.
+    """Return the manifest of a saved index, without loading the index.
 
     :raises CorruptIndex: it is missing, unreadable or changed.
     """

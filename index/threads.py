@@ -1,4 +1,4 @@
-"""Work that is shared out among threads of Python: NumPy and FAISS let go of its lock while they compute."""
+"""Work spread over Python threads: NumPy and FAISS release the interpreter lock while they compute."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 def share_out(items: Sequence[T], work: Callable[[Iterator[T]], None], threads: int) -> None:
-    """Call `work` in so many threads with one iterator for all: who is free takes the next item.
+    """Call `work` in several threads with one shared iterator: each free thread takes the next item.
 
-    FAISS itself then uses one thread in each. What `work` raises is raised here when all have ended.
+    FAISS itself then uses one thread in each. An error of `work` is raised here when all threads have ended.
     """
     shared, threads = iter(items), min(threads, len(items))
     if threads <= 1:

@@ -1,4 +1,4 @@
-"""Make an approximate index look as far as a recall asks for, and hardly farther."""
+"""Tuning of an approximate index: the least search effort that reaches a recall."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from abc import ABC, abstractmethod
 from index.approximate import ApproximateIndex
 from index.recall import Trial, run_trial
 
-# A doubling that brings less than this has reached what it can bring, and the other dial is turned.
+# If a doubling raises recall by less than this, the other parameter is doubled instead.
 PLATEAU = 0.002
-# More candidates than this many times the spec's own: brute force would be cheaper.
+# With more candidates than this many times the spec's own, brute force would be cheaper.
 MAX_WIDENING = 16
-# How often the gap between what failed and what sufficed is halved.
+# Halvings of the gap between a value that failed and one that sufficed.
 HALVINGS = 2
 
 
 def tune(index: ApproximateIndex, trial: Trial, target: float) -> float:
-    """Double `nprobe` or `efSearch`, and where that brings nothing `overfetch`, until recall@k reaches the target.
+    """Double `nprobe` or `efSearch`, and if that does not help `overfetch`, until recall@k reaches the target.
 
-    Then what was doubled is taken back by up to a half, in quarters, where the target allows: candidates first, as they
-    cost most.
-    :returns: the recall reached on the trial's queries, which is below the target where no dial helps.
+    Then the doubled parameters are reduced by up to a half, in quarters, as far as the target allows: `overfetch`
+    first, as candidates cost most.
+    :returns: the recall on the trial's queries, below the target if no parameter helps.
     """
     effort, overfetch = _Effort(index), _Overfetch(index)
     dials: list[_Dial] = [dial for dial in (effort, overfetch) if not dial.is_spent]
@@ -41,7 +41,7 @@ def tune(index: ApproximateIndex, trial: Trial, target: float) -> float:
 
 
 class _Dial(ABC):
-    """A number that makes an index look further."""
+    """A parameter that increases an index's search effort."""
 
     def __init__(self, index: ApproximateIndex) -> None:
         self.index = index
@@ -96,7 +96,7 @@ class _Overfetch(_Dial):
 
 
 def _taken_back(dial: _Dial, trial: Trial, target: float, recall: float) -> float:
-    """Halvings between half of a value that reached the target, and the value; the half itself is not tried."""
+    """Reduce a value that reached the target, by bisection down to its half, and return the recall then reached."""
     low, high = dial.value / 2, dial.value
     for _ in range(HALVINGS):
         dial.set((low + high) / 2)

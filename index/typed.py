@@ -1,8 +1,8 @@
-"""JSON documents that may be damaged, or made by somebody else: read strictly, sealed, and built into dataclasses.
+"""JSON documents that may be damaged or untrusted: parsed strictly, checksummed, and built into dataclasses.
 
-A dataclass is the model of its document: the annotations say the types, `__post_init__` the ranges (with `demand`), and
-`field(metadata={"name": …})` what a field is called in JSON where Python does not allow the name. Whatever does not fit
-is a `Misfit`, one line that says where, and nothing else: no OverflowError of 1e999, no RecursionError of deep lists.
+A dataclass is the schema of its document: annotations give the types, `__post_init__` the ranges (with `demand`), and
+`field(metadata={"name": …})` a field's name in JSON if Python does not allow it. Any error is a `Misfit`, one line that
+names the place: never an OverflowError for 1e999 or a RecursionError for deep lists.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from functools import cache
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 CHECKSUM = "checksum"
-# Lists and objects inside one another; no document of ours has more than eight.
+# Levels of nesting; no document of ours has more than eight.
 DEEPEST = 64
-# Beyond it no count, size or place of ours can be.
+# Bound of all integers: no count, size or position of ours reaches it.
 LARGEST = 1 << 63
 # Characters of a wrong value that a message shows.
 SHOWN = 60
@@ -30,17 +30,17 @@ Readers = Mapping[Any, Callable[[Any], object]]
 
 
 class Misfit(ValueError):
-    """What is wrong with a document, and where in it."""
+    """An error in a document, with its place."""
 
 
 def demand(condition: bool, fact: str) -> None:
-    """:raises Misfit: the fact, where the condition does not hold."""
+    """Raise Misfit with the fact unless the condition holds."""
     if not condition:
         raise Misfit(fact)
 
 
 def is_sha256(text: str) -> bool:
-    """Whether it is written as a SHA-256 is: 64 hexadecimal digits, small letters."""
+    """Return whether a text is a SHA-256: 64 lower-case hexadecimal digits."""
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
@@ -48,10 +48,10 @@ def is_sha256(text: str) -> bool:
 
 
 def parse(text: bytes) -> object:
-    """The values in a strict JSON text, UTF-8.
+    """Parse strict JSON, UTF-8.
 
-    :raises Misfit: anything else, a name that stands twice, a number beyond float64 or 64 bits, half of a surrogate
-        pair, or more than `DEEPEST` levels.
+    :raises Misfit: any other text, a repeated name, a number beyond float64 or 64 bits, a lone surrogate, or more than
+        `DEEPEST` levels.
     """
     try:
         document = json.loads(
@@ -119,13 +119,13 @@ def _encodes(text: str) -> bool:
 
 
 def sealed(document: Mapping[str, Any]) -> Document:
-    """The document with a field `checksum`: of all others, whatever their order and the white space between them."""
+    """Return the document with a field `checksum` over all others, independent of their order and of white space."""
     others = {name: value for name, value in document.items() if name != CHECKSUM}
     return others | {CHECKSUM: _digest(others)}
 
 
 def check_seal(document: Mapping[str, Any]) -> None:
-    """:raises Misfit: there is no checksum, or it is of another document."""
+    """Raise Misfit if the document has no checksum or a wrong one."""
     if CHECKSUM not in document:
         raise Misfit(f"no {CHECKSUM!r} of itself: it was cut short, or written before there was one")
     if document[CHECKSUM] != sealed(document)[CHECKSUM]:
@@ -141,10 +141,10 @@ def _digest(document: Document) -> str:
 
 
 def build(kind: type[Kind], value: object, readers: Readers | None = None, place: str = "") -> Kind:
-    """The value of a type: a dataclass, or what can be a field of one. Fields that the model has not are ignored.
+    """Build a value of a type: a dataclass, or a type that its fields may have. Unknown fields are ignored.
 
-    :param readers: how certain types are read instead, by annotation.
-    :param place: of the value, for messages.
+    :param readers: functions that read certain types instead, by annotation.
+    :param place: place of the value, for messages.
     :raises Misfit: a field is missing, or of another type or range.
     """
     return cast(Kind, _read(kind, value, place, readers or {}))
@@ -168,7 +168,7 @@ def _read(hint: Any, value: Any, place: str, readers: Readers) -> object:  # noq
     return _of(hint, value, place)
 
 
-# What a type is called in JSON, and the Python types that stand for it.
+# Each type's name in messages, and the Python types accepted for it.
 _NAMES: dict[type, tuple[str, tuple[type, ...]]] = {
     float: ("a number", (float, int)),
     int: ("a whole number", (int,)),
@@ -220,7 +220,7 @@ def _model(kind: type) -> tuple[tuple[Field[Any], Any], ...]:
 
 
 def shown(value: object) -> str:
-    """A value in a message: on one line, short, and without characters that would do something to a terminal."""
+    """Return a value for a message: one short line, without control characters."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     text = repr(value)
