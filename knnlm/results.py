@@ -60,13 +60,13 @@ class LayerScore(Shown):
     )
     interval: Interval
     dispersion_within: float = field(
-        metadata=_score("within", 4, "dispersion inside a segment, averaged (released code of arXiv 2506.24106)")
+        metadata=_score("within", 4, "mean dispersion inside segments (released code of arXiv 2506.24106)")
     )
     dispersion_segments: float = field(
         metadata=_score("segments", 4, "dispersion between the last vectors of segments (text of arXiv 2506.24106)")
     )
     dispersion_standardized: float = field(
-        metadata=_score("standardised", 4, "dispersion, no rogue dimension decides (Timkey & van Schijndel 2021)")
+        metadata=_score("standardised", 4, "dispersion of standardised dimensions (Timkey & van Schijndel 2021)")
     )
     effective_rank: float = field(
         metadata=_score("eff. rank", 1, "exp of the entropy of the normalised singular values (Roy & Vetterli 2007)")
@@ -77,7 +77,7 @@ class LayerScore(Shown):
     probe_interval: Interval
     participation_ratio: float = field(
         default=math.nan,
-        metadata=_score("part. ratio", 1, "how many directions carry the variance (Gao et al. 2017)"),
+        metadata=_score("part. ratio", 1, "effective number of directions of variance (Gao et al. 2017)"),
     )
     intrinsic_dimension: float = field(
         default=math.nan,
