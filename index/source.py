@@ -74,7 +74,7 @@ class ArraySource:
 
 
 def rows_in(size_bytes: int, dim: int) -> int:
-    """Return the number of float32 rows that fit into so many bytes, at least 1."""
+    """Return the number of float32 rows that fit into `size_bytes`, at least 1."""
     return max(1, size_bytes // (4 * dim))
 
 
