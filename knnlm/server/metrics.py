@@ -1,4 +1,4 @@
-"""What the server counts, in the text form that Prometheus reads (exposition format 0.0.4)."""
+"""Metrics of the server, in the Prometheus text format (exposition format 0.0.4)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics:
-    """Counts of one server. Any thread may add to them."""
+    """Metrics of one server; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -39,7 +39,7 @@ class Metrics:
         self.count(f"{name}_count")
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        """All of them, with what is read off right now."""
+        """All metrics as text, with the current values of gauges."""
         with self._lock:
             values = [*self._values.items(), *(((name, ""), value) for name, value in gauges.items())]
         lines = []
@@ -50,5 +50,5 @@ class Metrics:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    """Our own words only: nothing in them needs escaping."""
+    """Labels in Prometheus syntax; all values are the server's own and need no escaping."""
     return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""

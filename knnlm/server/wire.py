@@ -1,6 +1,6 @@
-"""Requests and answers of OpenAI's completions API, as they go over the wire. An import of pydantic.
+"""Request and response models of OpenAI's completions API.
 
-Types are strict: "1" is no number, true is no number, and a field that nobody knows is refused rather than ignored.
+Types are strict: "1" and true are not numbers, and an unknown field is refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 def _encodable(text: str) -> str:
-    """JSON can write half of a surrogate pair, of which no tokenizer makes anything."""
+    """Refuse lone surrogates, which JSON can hold but tokenizers cannot encode."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise PydanticCustomError("unicode", "Input should be Unicode text without half surrogate pairs")
     return text
 
 
 def integral(value: object) -> object:
-    """JSON knows numbers only: 3.0 is an integer."""
+    """Convert 3.0 to 3: JSON does not distinguish them."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -28,18 +28,18 @@ Count = Annotated[int, Field(ge=0), BeforeValidator(integral)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(integral)]
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31), BeforeValidator(integral)]
-# Of a list's wrong elements the first is enough: an error for each of a million takes gigabytes.
+# Only the first wrong element of a list is reported: an error for each of a million takes gigabytes.
 _SOME = Field(min_length=1, fail_fast=True)
 Tokens = Annotated[list[Token], _SOME]
 Prompt = Text | Annotated[list[Text], _SOME] | Tokens | Annotated[list[Tokens], _SOME]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
-"""Nothing but 0: clients send it, and it changes nothing."""
+"""Only 0, which clients send and which has no effect."""
 Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change the answer.")]
 
 
 class Request(BaseModel):
-    """A body, or a part of one."""
+    """A request body, or a part of one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -99,7 +99,7 @@ class Sampling(Request):
 
 
 class CompletionRequest(Sampling):
-    """OpenAI's request for a completion, and `knn`. Without a prompt the text begins anew."""
+    """OpenAI's completion request, with the additional field `knn`. Without a prompt, a new text is begun."""
 
     prompt: Prompt | None = None
     max_tokens: Count | None = None
@@ -110,7 +110,7 @@ class CompletionRequest(Sampling):
 
 
 class Logprobs(BaseModel):
-    """Lists of one length. Of a prompt's first token nothing is known."""
+    """Lists of equal length; null for the first token of an echoed prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -119,7 +119,7 @@ class Logprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One continuation of one prompt, or a piece of it."""
+    """One continuation of a prompt, or a chunk of it."""
 
     index: int
     text: str
@@ -128,7 +128,7 @@ class CompletionChoice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Numbers of tokens; each prompt counts once, however many choices it has."""
+    """Token counts; a prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -136,7 +136,7 @@ class Usage(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer, or a piece of it."""
+    """A completion, or a chunk of a streamed one."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -147,7 +147,7 @@ class Completion(BaseModel):
 
 
 class Model(BaseModel):
-    """The kNN-LM that is served."""
+    """The served kNN-LM."""
 
     id: str
     object: Literal["model"] = "model"
@@ -156,20 +156,20 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """There is one."""
+    """The list of models, which has one."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Health(BaseModel):
-    """The server answers."""
+    """The server accepts requests."""
 
     status: Literal["ok"] = "ok"
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, where, and in one word for programs."""
+    """An error: message, type, field and machine-readable code."""
 
     message: str
     type: str
@@ -178,6 +178,6 @@ class ErrorBody(BaseModel):
 
 
 class Error(BaseModel):
-    """OpenAI's shape of an error."""
+    """OpenAI's error format."""
 
     error: ErrorBody
