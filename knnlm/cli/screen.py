@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from knnlm.progress import Advance
 
 
-# Control characters, which a terminal would obey, except tabs and line breaks; lone surrogates, which cannot be encoded.
+# Control characters except tabs and line breaks, which terminals obey; lone surrogates, which cannot be encoded.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

@@ -142,7 +142,7 @@ def _check_places(
 
 
 def _check_tail(path: Path) -> None:
-    """:raises InputError: the file that --overwrite would replace is not empty and does not begin with a tail's item."""
+    """:raises InputError: the file to replace is not empty and does not begin with an item of a tail."""
     from knnlm.errors import InputError
     from knnlm.text.textfiles import json_rows
 
