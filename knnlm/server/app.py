@@ -25,11 +25,11 @@ from knnlm.server.waiting import Deadline, Receive, unless_gone
 from knnlm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": wire.Error, "description": "What is wrong with the request"},
-    "5XX": {"model": wire.Error, "description": "What is wrong with the server"},
+    "4XX": {"model": wire.Error, "description": "Error in the request"},
+    "5XX": {"model": wire.Error, "description": "Error of the server"},
 }
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, pieces of it"}
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, in chunks"}
 }
 
 

@@ -20,9 +20,9 @@ class Limits:
     scored_tokens: int = 65_536
     """Prompt tokens of a request, times n, whose log-probabilities are reported."""
     batch: int = 16
-    """Choices that are continued together."""
+    """Choices generated together."""
     queue: int = 128
-    """Choices, and the explorer's calls, that wait."""
+    """Choices and explorer calls that may wait."""
     seconds: float = 120.0
     """Seconds for a request's body to arrive, and again for its answer."""
     body_bytes: int = 4 << 20

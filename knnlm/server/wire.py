@@ -35,7 +35,7 @@ Prompt = Text | Annotated[list[Text], _SOME] | Tokens | Annotated[list[Tokens], 
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """Only 0, which clients send and which has no effect."""
-Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change the answer.")]
+Ignored = Annotated[Any, Field(description="Accepted and ignored: it cannot change the answer.")]
 
 
 class Request(BaseModel):
@@ -61,7 +61,7 @@ class Request(BaseModel):
 
 
 class KnnOptions(Request):
-    """The kNN-LM's own settings; what is not given is what the server was started with."""
+    """Settings of retrieval and mixing; defaults are those of the server."""
 
     lam: Annotated[float | None, Field(alias="lambda", ge=0, le=1)] = None
     k: Positive | None = None
@@ -69,14 +69,14 @@ class KnnOptions(Request):
 
 
 class StreamOptions(Request):
-    """A last piece with the number of tokens."""
+    """Options of a stream; `include_usage` adds a last chunk with token counts."""
 
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
 
 
 class Sampling(Request):
-    """What requests for completions and for chats have in common. What is null is as if it were not there."""
+    """Fields shared by completion and chat requests. Null is the same as absent."""
 
     model: str
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
@@ -105,7 +105,9 @@ class CompletionRequest(Sampling):
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(integral)] | None = None
     echo: bool | None = None
-    best_of: Annotated[Positive | None, Field(description="As n: the best of more is not looked for.")] = None
+    best_of: Annotated[
+        Positive | None, Field(description="Must equal n: choosing the best of more is not supported.")
+    ] = None
     suffix: Annotated[str | None, Field(max_length=0)] = None
 
 
