@@ -1,6 +1,6 @@
 """The result of an evaluation: the table of layers with intervals, the best layer, the regret, the correlations.
 
-Regret is the excess perplexity of the chosen layer over that of the best one.
+Regret is by how much the perplexity of the chosen layer exceeds that of the best one.
 
 Legend: Q query tokens.
 """
