@@ -27,9 +27,9 @@ Counts = NDArray[np.float64]
 DOMAINS: dict[str, tuple[str, ...]] = {"mathematics": tuple("0123456789"), "code": tuple(keyword.kwlist)}
 """Digits for mathematics and Python's keywords for code, as in the paper."""
 TOKENS_OF_TEXT = 100
-# Accepts leading zeros; limited in length, as Python refuses to parse numbers of thousands of digits.
-_MOST_DIGITS = 18
 """Number of tokens taken from a text."""
+# Digits of an id, leading zeros included; Python refuses to parse numbers of thousands of digits.
+_MOST_DIGITS = 18
 # Everyday words, without Python keywords and numbers.
 EVERYDAY_WORDS = tuple(
     """time day night morning evening year week hour people man woman child boy girl mother father brother sister son
