@@ -28,7 +28,7 @@ class Verb:
     name: str
     words: Callable[[Workshop], Sequence[object]]
     prepared: Callable[[Workshop], Sequence[object]] | None = None
-    """The command that made what is there before."""
+    """Command that makes the store that is there before."""
 
 
 def build_words(shop: Workshop, text: str, *more: object) -> list[object]:
@@ -200,7 +200,7 @@ def _index(store: Path) -> None:
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """So many kills, spread over the verbs; fewer than there are verbs fall on some of them."""
+    """Kill `count` times, spread over the verbs; if there are fewer kills than verbs, over a sample of them."""
     rng = random.Random(seed)
     each, rest = divmod(count, len(VERBS) + 1)
     for verb in VERBS if each else rng.sample(VERBS, rest):
