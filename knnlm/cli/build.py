@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """The options that are settings of `knnlm.build`."""
+    """Options that become the settings of `knnlm.build`."""
 
     layers: options.LayerOptions
     k: options.K = None
@@ -51,7 +51,7 @@ def build(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Choose a layer on a sample (or take --layers), write the datastore and its index.
+    """Build a datastore: choose a layer on a sample (or take --layers), store its keys, index them.
 
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """

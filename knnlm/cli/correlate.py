@@ -1,4 +1,4 @@
-"""The verb `correlate`: does dispersion go with perplexity?"""
+"""The verb `correlate`: does dispersion correlate with perplexity?"""
 
 from __future__ import annotations
 
@@ -26,39 +26,46 @@ Models = Annotated[
     typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM; may be repeated."),
     Place(),
 ]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens of a segment; 512 when not given.")]
-Contexts = Annotated[str | None, typer.Option("--contexts", help="More lengths of segments to look at, as 16,64,128.")]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens of a segment; default 512.")]
+Contexts = Annotated[
+    str | None, typer.Option("--contexts", help="Further segment lengths to study, such as 16,64,128.")
+]
 Layers = Annotated[
-    str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, …; *.block_output,final_norm when not given.")
+    str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, …; default *.block_output,final_norm.")
 ]
 Score = Annotated[
     str,
     typer.Option(
         "--score",
-        help="Of a segment: within, standardized, effective_rank, participation_ratio or intrinsic_dimension.",
+        help="Score of a segment: within, standardized, effective_rank, participation_ratio or intrinsic_dimension.",
     ),
 ]
 Clusters = Annotated[
     str | None,
-    typer.Option("--clusters", help="ngram (contexts with the same next tokens), kmeans (nearest contexts), or both."),
+    typer.Option(
+        "--clusters",
+        help="Clusters of contexts: ngram (the same next tokens), kmeans (nearest vectors), or ngram,kmeans.",
+    ),
 ]
-Ngram = Annotated[int, typer.Option("--ngram", help="Next tokens that contexts of a cluster share.")]
+Ngram = Annotated[int, typer.Option("--ngram", help="Number of next tokens shared by the contexts of a cluster.")]
 ClusterSize = Annotated[
-    int, typer.Option("--cluster-size", help="Contexts of a cluster: with ngram the fewest, with kmeans on average.")
+    int, typer.Option("--cluster-size", help="Contexts in a cluster: the minimum for ngram, the average for kmeans.")
 ]
-Random = Annotated[bool, typer.Option("--random", help="Also the first model with random weights, as a control.")]
-MaxSegments = Annotated[int, typer.Option("--max-segments", help="Drawn at random where the text has more.")]
-Join = Annotated[bool, typer.Option("--join", help="All documents as one, joined by a space: for WikiText's rows.")]
-GroupSize = Annotated[int | None, typer.Option("--group-size", help="Segments of a group; 100 when not given.")]
+Random = Annotated[bool, typer.Option("--random", help="Also study the first model with random weights, as a control.")]
+MaxSegments = Annotated[
+    int, typer.Option("--max-segments", help="Maximum number of segments; drawn at random if the text has more.")
+]
+Join = Annotated[bool, typer.Option("--join", help="Join all documents into one, with spaces: for WikiText's rows.")]
+GroupSize = Annotated[int | None, typer.Option("--group-size", help="Segments in a group; default 100.")]
 MaxPerplexity = Annotated[
-    float | None, typer.Option("--max-perplexity", help="Groups with this mean perplexity or more are left out.")
+    float | None, typer.Option("--max-perplexity", help="Leave out groups with this mean perplexity or more.")
 ]
-Report = Annotated[Path | None, typer.Option("--report", help="Write correlate.json and correlate.html here.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for correlate.json and correlate.html.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions:
-    """The options that are settings of the study; what is None keeps the default."""
+    """Options that become the settings of the study; None keeps the default."""
 
     context: Context = None
     contexts: Contexts = None
@@ -107,7 +114,7 @@ def correlate(
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Does dispersion go with perplexity? Segments of a text, one by one and in groups, for every layer asked for.
+    """Correlate dispersion with perplexity over segments of a text, singly and in groups, for each layer.
 
     Example: knnlm correlate --model gpt2 --text wiki.txt --random
     """
@@ -139,7 +146,7 @@ def _number(piece: str) -> int:
 def _check(
     models: Sequence[str], text: Sequence[str], config: CorrelateConfig, report: Path | None, trust: bool
 ) -> None:
-    """Find out before any work whether every model and the text can serve, and the report be written."""
+    """Check before any work that the models and the text can be used, and the report written."""
     from knnlm.model.loading import read_outline
     from knnlm.places import check_report_folder
     from knnlm.studies.correlate.study import check_model
@@ -156,7 +163,7 @@ def _check(
 def _models(
     names: Sequence[str], random: bool, seed: int, compute: options.ComputeOptions, trust: bool, screen: Screen
 ) -> Iterator[LanguageModel]:
-    """One after the other, so that memory holds one; the random one comes last."""
+    """Load the models one at a time, so that memory holds one; the random one comes last."""
     from knnlm.model.loading import random_model
 
     for name in names:

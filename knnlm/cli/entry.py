@@ -1,4 +1,4 @@
-"""From the words of a command line to a verb, and from errors to one line and an exit status."""
+"""The command line: parses arguments, runs a verb, and turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -70,15 +70,15 @@ def _with_no_verb(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """The options that stand before a verb; none of them comes back from its callback."""
+    """Options before a verb; each is handled by its callback."""
 
 
 FOREIGN = {"lm-eval": lm_eval.AS_IT_IS}
-"""Verbs whose options are not ours."""
+"""Verbs that pass their options on to another program."""
 
 
 def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
-    """typer makes a bare exit status of Ctrl-C, but lets its own Abort through, which knows what there is to say."""
+    """Turn Ctrl-C into typer's Abort: typer swallows KeyboardInterrupt, with any notes that are to be shown."""
 
     @wraps(verb)
     def run(**given: object) -> None:
@@ -94,32 +94,32 @@ for name, verb in VERBS.items():
     app.command(name, context_settings=FOREIGN.get(name))(_stoppable(expanded(verb)))
 
 TAKES_SEVERAL = ("--text", "--vectors", "--other-text", "--eval-text", "--questions", "--cloze")
-"""Options that may be followed by several values."""
+"""Options that accept several values."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""
 NOTHING_LEFT = ("nothing half-written was left behind",)
-"""What is said of a stop, where the work that was stopped has nothing to say."""
+"""Note after a stop, if the stopped work left none."""
 
 
 class _Terminated(SystemExit):
-    """SIGTERM: what a scheduler, `docker stop` and `timeout` send."""
+    """Raised on SIGTERM, which schedulers, `docker stop` and `timeout` send."""
 
 
 def main() -> None:
-    """Run the command line: exit status 0, 2 with one line for expected errors, 130 for Ctrl-C."""
+    """Run the command line. Exit status: 0, 2 with one line for expected errors, 130 for Ctrl-C, 143 for SIGTERM."""
     from index.errors import VectorIndexError
     from knnlm.cli.memory import keep_freed_memory
     from knnlm.errors import KNNLMError
 
     keep_freed_memory()
 
-    # Both are read when transformers is imported. Tokenizers warn about forks that are never made here.
+    # Both are read when transformers is imported. Without the first, tokenizers warns of forks; none are made here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where it is not UTF-8: a result with ? in it is better than none
+        sys.stdout.reconfigure(errors="replace")  # if it is not UTF-8, a result with ? in it is better than none
     try:
         status = app(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort) as stop:
@@ -132,13 +132,13 @@ def main() -> None:
         _fail(_with_notes(str(error), error), 2)
     except OSError as error:
         _fail(_with_notes(_refused_by_system(error), error), 2)
-    if status == INTERRUPTED:  # what typer makes of Ctrl-C before the verb
+    if status == INTERRUPTED:  # typer's status for Ctrl-C before the verb
         _fail(_with_notes("stopped by Ctrl-C", None, NOTHING_LEFT), INTERRUPTED)
     sys.exit(status)
 
 
 def _spread(arguments: Sequence[str]) -> list[str]:
-    """`--text a b` as `--text a --text b`: a shell expands `--text *.jsonl` to the former, typer knows the latter."""
+    """Turn `--text a b`, as a shell expands `--text *.jsonl`, into `--text a --text b`, which typer requires."""
     spread: list[str] = []
     option = ""
     for argument in arguments:
@@ -151,7 +151,7 @@ def _spread(arguments: Sequence[str]) -> list[str]:
 
 
 def _usage(error: typer.exceptions.TyperException) -> str:
-    """What typer says of wrong options, in one line, and where the right ones are listed."""
+    """Return typer's message on wrong options as one line, with a pointer to --help."""
     context = getattr(error, "ctx", None)
     verb = next((word for word in sys.argv[1:2] if word in VERBS), None)
     command = context.command_path if context else f"knnlm {verb}" if verb else "knnlm"
@@ -167,17 +167,17 @@ def _refused_by_system(error: OSError) -> str:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """Unwind as Ctrl-C does, so that nothing is left behind."""
+    """Unwind the stack as Ctrl-C does, so that temporary files are removed."""
     raise _Terminated
 
 
 def _with_notes(message: str, error: BaseException | None, otherwise: Sequence[str] = ()) -> str:
-    """What happened, and what those through whose hands it went have noted, such as what was kept."""
+    """Return a message with the exception's notes, such as what was kept."""
     return "; ".join([message, *getattr(error, "__notes__", otherwise)])
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    """End with one line, whatever a file's name or a library's message holds, which names options and not fields."""
+    """Print a message as one line, with options in place of fields and control characters escaped, and exit."""
     verb = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
     told = in_options(message, options_of(verb) if verb else {})
     sys.stderr.write(f"knnlm: {visible(' '.join(told.split()))}\n")

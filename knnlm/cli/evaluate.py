@@ -14,13 +14,13 @@ from knnlm.cli.shared import check_show, check_texts, load, show_evaluation
 if TYPE_CHECKING:
     from knnlm.config import Settings
 
-OwnIndex = Annotated[str, typer.Option("--index", help="auto: the datastore's own; exact: search exactly.")]
-Report = Annotated[Path | None, typer.Option("--report", help="Write report.json and report.html here.")]
+OwnIndex = Annotated[str, typer.Option("--index", help="auto: the datastore's own index; exact: exact search.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for report.json and report.html.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """The options that are settings of `knnlm.evaluate`."""
+    """Options that become the settings of `knnlm.evaluate`."""
 
     layers: options.Layers = None
     mix: options.MixOptions
@@ -51,13 +51,15 @@ def evaluate(
     eval_text: options.EvalText,
     model: options.OtherModel = None,
     given: EvalOptions,
-    verify: Annotated[bool, typer.Option("--verify", help="First compare what is read with its checksums.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First verify the checksums of the files that are read.")
+    ] = False,
     report: Report = None,
     show: options.Show = None,
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Perplexity of the LM and of the kNN-LM for every layer in the store.
+    """Measure the perplexity of the LM, and of the kNN-LM for every layer of a datastore.
 
     Example: knnlm eval nursing.knn --eval-text held-out.jsonl
     """

@@ -1,4 +1,4 @@
-"""Why the kNN-LM gave each token of a text its probability."""
+"""The verb `explain`: why the kNN-LM gave each token of a text its probability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from knnlm.inference.explain import ExplainedToken, Explanation
 
-Given = Annotated[str | None, typer.Option("--text", help="What to explain; without it standard input.")]
+Given = Annotated[str | None, typer.Option("--text", help="Text to explain; default: standard input.")]
 HEADS = ("token", "p_LM", "p_kNN", "λ", "p_mixed", "change", "nearest neighbour → its token")
 SNIPPET = 56
 """Characters of a neighbour's context in the table."""
@@ -32,7 +32,7 @@ def explain(
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Show what the model and its memory thought of each token of a text.
+    """Explain each token of a text: its probability under LM, neighbours and mixture, and its nearest neighbour.
 
     Example: knnlm explain nursing.knn --text "The patient was given oxygen."
     """
@@ -73,7 +73,7 @@ def _table(explanation: Explanation) -> Table:
 
 
 def _cells(one: ExplainedToken) -> Iterator[Text]:
-    """As rich's own texts: square brackets in a corpus are no markup."""
+    """Cells as rich's Text, so that square brackets in a corpus are not read as markup."""
     from rich.text import Text
 
     from knnlm.report.examples import flow_end, visible

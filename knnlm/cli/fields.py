@@ -1,7 +1,7 @@
-"""From the library's words to the command line's: a message names fields, and a user gave options.
+"""Translates fields in the library's messages into options of the command line.
 
-The library writes a field in backticks, alone or as Python takes it: `lam`, `overwrite=True`, `dtype='float32'`; and
-a function as `knnlm.build`. Here they become --lambda, --overwrite, --dtype float32 and knnlm build.
+The library writes a field in backticks, alone or as a keyword argument: `lam`, `overwrite=True`, `dtype='float32'`;
+and a function as `knnlm.build`. Here they become --lambda, --overwrite, --dtype float32 and knnlm build.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ ALIASES = {
     "queue": "max_queue",
     "seconds": "max_seconds",
 }
-"""Fields that a verb takes under another name."""
+"""Fields whose option has another name."""
 VERBS = {
     "`knnlm.run`": "knnlm run",
     "`knnlm.score`": "knnlm score",
     "`knnlm.build`": "knnlm build",
     "`knnlm.evaluate`": "knnlm eval",
 }
-"""Functions that are verbs."""
+"""Functions of the library, and their verbs."""
 _FIELD = re.compile(r"`(?P<name>[a-z][a-z_.]*)(?:=(?P<value>[^`]*))?`")
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """A message with options in the place of fields; what is no option of the verb stays as it is.
+    """Replace the fields in a message by options; a field without an option of the verb stays.
 
-    :param options: of the verb that runs, by the names of its parameters, as `options_of` gives them.
+    :param options: options of the running verb by parameter name, from `options_of`.
     """
 
     def option(found: re.Match[str]) -> str:
@@ -48,19 +48,19 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
 
 
 class Parameter(Protocol):
-    """What is read of typer's options and arguments."""
+    """The part of typer's options and arguments that is used."""
 
     @property
     def name(self) -> str | None:
-        """In the verb's signature."""
+        """Name in the verb's signature."""
 
     @property
     def opts(self) -> Sequence[str]:
-        """What is written on the command line."""
+        """Names on the command line."""
 
 
 class Command(Protocol):
-    """What is read of typer's commands."""
+    """The part of typer's commands that is used."""
 
     @property
     def params(self) -> Sequence[Parameter]:
@@ -68,7 +68,7 @@ class Command(Protocol):
 
 
 def options_of(command: Command) -> dict[str, str]:
-    """The option of each parameter of a verb; of an argument the name that the help has for it."""
+    """Option of each parameter of a verb; for an argument, its name in the help."""
     return {
         parameter.name: next((option for option in parameter.opts if option.startswith("--")), parameter.name.upper())
         for parameter in command.params

@@ -1,4 +1,4 @@
-"""Text from a datastore's kNN-LM."""
+"""The verb `generate`: text from a datastore's kNN-LM."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 
 
 Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", help="Text to go on with; may be repeated. Else standard input.")
+    list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated. Default: standard input.")
 ]
-Length = Annotated[int, typer.Option("--max-new-tokens", help="Of each prompt's continuation.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", help="Maximum number of tokens to generate for each prompt.")]
 Sharpness = Annotated[
     float | None,
-    typer.Option("--temperature-lm", help="Draw tokens, below 1 more of the likely ones; else the likeliest."),
+    typer.Option("--temperature-lm", help="Sample tokens at this temperature; without it and --top-p: greedy."),
 ]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")
+    float | None,
+    typer.Option("--top-p", help="Nucleus sampling: sample among the likeliest tokens with this total probability."),
 ]
-Stream = Annotated[bool, typer.Option("--stream", help="Show the text while it is generated.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Print the text while it is generated.")]
 
 
 def generate(
@@ -43,7 +44,7 @@ def generate(
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Go on with a text: the model with the datastore as its memory.
+    """Continue a text with the kNN-LM of a datastore.
 
     Example: knnlm generate nursing.knn --prompt "The patient was given" --top-p 0.9
     """
@@ -78,7 +79,7 @@ def generate(
 
 
 def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, object]:
-    """Generate, and show prompt and continuation as one text unless there will be a document."""
+    """Generate; print prompt and continuation as one text, unless JSON is printed later."""
     from dataclasses import asdict
 
     if stream:
@@ -93,6 +94,6 @@ def _show(writer: Writer, prompt: str, stream: bool, json: bool) -> dict[str, ob
 
 
 def _write(text: str) -> None:
-    """As it is: rich would wrap lines and expand tabs."""
+    """Print text unchanged: rich would wrap lines and expand tabs."""
     sys.stdout.write(text)
     sys.stdout.flush()

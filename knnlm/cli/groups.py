@@ -1,4 +1,4 @@
-"""Groups of options: dataclasses in a verb's signature, which typer sees as one option after the other."""
+"""Groups of options: dataclasses in a verb's signature, which typer sees as single options."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from knnlm.errors import InputError
 
 
 class Place:
-    """Marks an option that names a file or a folder, whose name may hold any bytes."""
+    """Marks an option that names a file or folder, whose name may hold any bytes."""
 
 
 def expanded(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb as typer has to see it: each group's fields in the group's place, and the verb gets the group built.
+    """Return a verb for typer: its signature has each group's fields in place of the group, which the call builds.
 
-    A group is a frozen dataclass whose fields are options, or groups again. Names are one space: two fields of one name
-    in a verb are an error of the code.
+    A group is a frozen dataclass whose fields are options or groups. Field names must be unique within a verb.
     """
     hints = get_type_hints(verb, include_extras=True)
     given_to = {name: hints[name] for name in signature(verb).parameters}
@@ -60,7 +59,7 @@ def _built(name: str, hint: Any, given: Mapping[str, object]) -> object:  # noqa
 
 
 def _check_text(name: str, value: object) -> None:
-    """:raises InputError: the bytes of an argument are no UTF-8, as no tokenizer and no library takes them."""
+    """:raises InputError: an argument is not UTF-8, which tokenizers require."""
     for piece in value if isinstance(value, list | tuple) else (value,):
         if isinstance(piece, str):
             try:

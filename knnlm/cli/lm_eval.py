@@ -1,4 +1,4 @@
-"""lm-eval's own command line, which then knows the model `knnlm`."""
+"""lm-eval's own command line, with the model `knnlm` registered."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ AS_IT_IS = {
     "ignore_unknown_options": True,
     "help_option_names": [],
 }
-"""Every word of the command line is lm-eval's, `--help` too."""
+"""All arguments are passed on to lm-eval, `--help` too."""
 
 
 def lm_eval(context: typer.Context) -> None:
-    """lm-eval, unchanged, where --model knnlm is known too; all options are its own.
+    """Run lm-eval with the additional model knnlm; all options are lm-eval's.
 
     Example: knnlm lm-eval --model knnlm --model_args store=nursing.knn --tasks arc_easy
     """

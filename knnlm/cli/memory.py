@@ -1,4 +1,4 @@
-"""The allocator of the process. The library leaves it alone; the command line and the benchmarks set it."""
+"""Settings of the process's allocator. Only the command line and the benchmarks change them, not the library."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import ctypes
 import sys
 from contextlib import suppress
 
-# mallopt's numbers, of glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# No single block of a forward pass is as large.
+# Larger than any single block of a forward pass.
 _KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Let memory that was freed be taken again by this process, instead of going back to the kernel each time.
+    """Keep freed memory in the process for reuse, instead of returning it to the kernel.
 
-    A forward pass frees and takes the same large blocks again and again, and for every 4 kB that come anew the kernel
-    clears a page: 41 layers of a small model were scored at 0.7 of the bare forward pass's speed, with this at 0.9
-    (docs/performance.md). Does nothing but on Linux with glibc.
+    A forward pass frees and allocates the same large blocks repeatedly, and the kernel clears every page that it hands
+    out: 41 layers of a small model were scored at 0.7 of the speed of the bare forward pass, with this at 0.9
+    (docs/performance.md). Has no effect except on Linux with glibc.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

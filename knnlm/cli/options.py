@@ -1,6 +1,6 @@
-"""The options that verbs share, alone and in groups that `knnlm.cli.groups` hands to a verb as one object.
+"""Options shared by verbs, single and in groups that `knnlm.cli.groups` passes to a verb as one object.
 
-A group's methods give the settings that its options make; what is heavy is imported inside them.
+A group's methods return the settings made from its options; heavy imports are inside them.
 """
 
 from __future__ import annotations
@@ -24,72 +24,83 @@ Model = Annotated[str, typer.Option("--model", help="Hugging Face id or folder o
 MaybeModel = Annotated[
     str | None, typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM."), Place()
 ]
-OtherModel = Annotated[
-    str | None, typer.Option("--model", help="The model, when it is no longer where the datastore says."), Place()
-]
+OtherModel = Annotated[str | None, typer.Option("--model", help="The datastore's model, if it has moved."), Place()]
 Text = Annotated[
     list[str],
-    typer.Option("--text", help="Files or folders (.txt .jsonl .parquet) or hf:NAME/CONFIG:SPLIT; one or more."),
+    typer.Option("--text", help="One or more files, folders (.txt .jsonl .parquet) or hf:NAME/CONFIG:SPLIT."),
     Place(),
 ]
-MaybeText = Annotated[list[str] | None, typer.Option("--text", help="Given as for `run`."), Place()]
-EvalText = Annotated[list[str], typer.Option("--eval-text", help="Evaluation text, given like --text."), Place()]
+MaybeText = Annotated[list[str] | None, typer.Option("--text", help="Text to score, as for `run`."), Place()]
+EvalText = Annotated[list[str], typer.Option("--eval-text", help="Evaluation text, in the forms of --text."), Place()]
 MaybeEvalText = Annotated[
     list[str] | None,
-    typer.Option("--eval-text", help="Evaluation text; without it a tenth of the text is held out."),
+    typer.Option("--eval-text", help="Evaluation text; default: a tenth of the text is held out."),
     Place(),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="Whose keys are searched; the chosen one.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="Layer whose keys are searched; default: the chosen one.")]
 Store = Annotated[Path, typer.Argument(help="Folder of a datastore.")]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, -1.*, 5.attn_input,final_norm …")
 ]
 Candidates = Annotated[
-    str, typer.Option("--candidates", help="Layers that may be chosen: candidates, residual, all, or a pattern.")
+    str, typer.Option("--candidates", help="Layers to choose from: candidates, residual, all, or a pattern.")
 ]
-Select = Annotated[str, typer.Option("--select", help="What chooses: dispersion, probe, or a layer's name.")]
-K = Annotated[int | None, typer.Option("--k", help="Neighbours; fitted when not given.")]
+Select = Annotated[str, typer.Option("--select", help="How the layer is chosen: dispersion, probe, or a layer's name.")]
+K = Annotated[int | None, typer.Option("--k", help="Number of neighbours; default: fitted.")]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="Of the softmax over distances; fitted when not given.")
+    float | None, typer.Option("--temperature", help="Temperature of the softmax over distances; default: fitted.")
 ]
-Lambda = Annotated[float | None, typer.Option("--lambda", help="Weight of p_kNN, 0 to 1; fitted when not given.")]
-Metric = Annotated[str, typer.Option("--metric", help="l2, cosine or ip.")]
-Index = Annotated[str, typer.Option("--index", help="auto, exact, or a FAISS factory string.")]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens of a window; the model's limit, at most 1024.")]
-Stride = Annotated[int | None, typer.Option("--stride", help="New tokens of each window; half of the context.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Of --text; all when not given.")]
-EvalTokens = Annotated[int, typer.Option("--eval-tokens", help="Budget of evaluation tokens, over all documents.")]
+Lambda = Annotated[float | None, typer.Option("--lambda", help="Weight of p_kNN, 0 to 1; default: fitted.")]
+Metric = Annotated[str, typer.Option("--metric", help="Distance: l2, cosine or ip.")]
+Index = Annotated[str, typer.Option("--index", help="Index: auto, exact, or a FAISS factory string.")]
+Context = Annotated[
+    int | None, typer.Option("--context", help="Tokens in a window; default: the model's limit, at most 1024.")
+]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="New tokens in each further window; default: half of the context.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="Maximum number of tokens of --text; default: all.")
+]
+EvalTokens = Annotated[
+    int, typer.Option("--eval-tokens", help="Maximum number of evaluation tokens, spread over all documents.")
+]
 Protocol = Annotated[
-    str, typer.Option("--protocol", help="documents, or knn-transformers to compare with that project's figures.")
+    str,
+    typer.Option(
+        "--protocol", help="How text is cut into windows: documents, or knn-transformers, to compare with that project."
+    ),
 ]
-TextField = Annotated[str, typer.Option("--text-field", help="Field of .jsonl, .parquet and hub rows.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
+TextField = Annotated[str, typer.Option("--text-field", help="Field with the text in .jsonl, .parquet and hub rows.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Type to compute in: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda, cuda:1, mps …")]
 BatchSize = Annotated[
-    str, typer.Option("--batch-size", help="Windows in a forward pass; auto: as many as 4,096 tokens hold.")
+    str, typer.Option("--batch-size", help="Windows in a forward pass; auto: as many as fit in 4,096 tokens.")
 ]
-KeyDtype = Annotated[str, typer.Option("--key-dtype", help="Of keys on disk: float16 or float32.")]
+KeyDtype = Annotated[str, typer.Option("--key-dtype", help="Type of keys on disk: float16 or float32.")]
 DiskBudget = Annotated[
-    float | None, typer.Option("--disk-budget", help="Gigabytes that keys may take; half of the free disk.")
+    float | None, typer.Option("--disk-budget", help="Maximum size of the keys in GB; default: half of the free disk.")
 ]
-Show = Annotated[str | None, typer.Option("--show", help="Scores in the table: all, or names as probe,effective_rank.")]
-Seed = Annotated[int, typer.Option("--seed")]
+Show = Annotated[
+    str | None, typer.Option("--show", help="Scores in the table: all, or names such as probe,effective_rank.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds, if knnlm made all of it.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if knnlm made all of it.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """Which layers are looked at, and which of them is chosen."""
+    """Which layers are used, and how one of them is chosen."""
 
     layers: Layers = None
     candidates: Candidates = "candidates"
     select: Select = "dispersion"
 
     def config(self) -> LayerConfig:
-        """The settings that the options make."""
+        """The settings made from the options."""
         from knnlm.config import LayerConfig
 
         return LayerConfig(layers=self.layers, candidates=self.candidates, select=self.select)
@@ -97,14 +108,14 @@ class LayerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
-    """How the kNN distribution is made and mixed in."""
+    """How the kNN distribution is computed and mixed with the LM's."""
 
     k: K = None
     temperature: Temperature = None
     lam: Lambda = None
 
     def config(self, *, metric: str, index: str) -> KNNConfig:
-        """The settings that the options make, with those of the search."""
+        """The settings made from the options and those of the search."""
         from knnlm.config import KNNConfig
 
         return KNNConfig(k=self.k, temperature=self.temperature, lam=self.lam, metric=metric, index=index)
@@ -112,13 +123,13 @@ class MixOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalOptions:
-    """Which layer's keys of a datastore are searched, and how what is found is mixed in."""
+    """Which layer's keys are searched, and how the kNN distribution is mixed with the LM's."""
 
     layer: Layer = None
     mix: MixOptions
 
     def open(self, store: Datastore) -> Retrieval:
-        """The retrieval from a datastore."""
+        """Open the retrieval from a datastore."""
         from knnlm.knn.retrieval import open_retrieval
 
         return open_retrieval(store, self.layer, self.mix.k, self.mix.temperature, self.mix.lam)
@@ -126,7 +137,7 @@ class RetrievalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    """How tokens become windows."""
+    """How tokens are cut into windows."""
 
     context: Context = None
     stride: Stride = None
@@ -134,7 +145,7 @@ class WindowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """How files become documents."""
+    """How files are read as documents."""
 
     text_field: TextField = "text"
     protocol: Protocol = "documents"
@@ -142,7 +153,7 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """How the model computes."""
+    """Data type and device of the model."""
 
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -150,7 +161,7 @@ class ComputeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PassOptions:
-    """How the model computes, and how many windows at once."""
+    """Data type and device of the model, and windows in a forward pass."""
 
     compute: ComputeOptions
     batch_size: BatchSize = "auto"
@@ -159,7 +170,7 @@ class PassOptions:
 def text_config(
     windows: WindowOptions, rows: RowOptions, passes: PassOptions, *, max_tokens: int | None = None
 ) -> TextConfig:
-    """How text becomes batches of windows."""
+    """Settings of how text becomes batches of windows."""
     from knnlm.config import TextConfig
 
     return TextConfig(
@@ -173,7 +184,7 @@ def text_config(
 
 
 def batch_windows(batch_size: str) -> int | None:
-    """The number that --batch-size gives; None for auto."""
+    """Return the number given as --batch-size; None for auto."""
     if batch_size == "auto":
         return None
     if not batch_size.isdecimal():
@@ -183,17 +194,17 @@ def batch_windows(batch_size: str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a command shows, and how."""
+    """How a verb's output is shown."""
 
     call: typer.Context
     json: Json = False
 
     def screen(self) -> Screen:
-        """The terminal, which names the verb's options where the library names fields."""
+        """The screen, which translates fields into the verb's options."""
         return open_screen(self.call, as_json=self.json)
 
 
 def open_screen(call: typer.Context, *, as_json: bool = False) -> Screen:
-    """The terminal of a verb."""
+    """The screen of a verb."""
     options = options_of(call.command)
     return Screen(as_json, lambda line: in_options(line, options))

@@ -1,4 +1,4 @@
-"""The verb that ranks checkpoints by their output matrix; it builds no model."""
+"""The verb `rank-models`: ranks checkpoints by their output matrices without loading the models."""
 
 from __future__ import annotations
 
@@ -22,33 +22,36 @@ if TYPE_CHECKING:
 
 
 Models = Annotated[
-    list[str], typer.Argument(help="Folders or Hugging Face ids of causal LMs, with safetensors."), Place()
+    list[str], typer.Argument(help="Folders or Hugging Face ids of causal LMs with safetensors."), Place()
 ]
-Domain = Annotated[str | None, typer.Option("--domain", help="A built-in domain: mathematics or code.")]
-DomainTokens = Annotated[Path | None, typer.Option("--domain-tokens", help="Or the domain's tokens, one id a line.")]
+Domain = Annotated[str | None, typer.Option("--domain", help="Built-in domain tokens: mathematics or code.")]
+DomainTokens = Annotated[
+    Path | None, typer.Option("--domain-tokens", help="File with the domain's tokens, one id a line.")
+]
 DomainText = Annotated[
     str | None,
-    typer.Option("--domain-text", help="Or text of the domain, like --text; needs --general-text."),
+    typer.Option("--domain-text", help="Text of the domain, in the forms of --text; needs --general-text."),
     Place(),
 ]
 GeneralTokens = Annotated[
-    Path | None, typer.Option("--general-tokens", help="Everyday tokens, one id a line; built in when not given.")
+    Path | None,
+    typer.Option("--general-tokens", help="File with everyday tokens, one id a line; default: built-in words."),
 ]
 GeneralText = Annotated[
-    str | None, typer.Option("--general-text", help="Everyday text: its most frequent tokens are taken."), Place()
+    str | None, typer.Option("--general-text", help="Everyday text, whose most frequent tokens are taken."), Place()
 ]
 Scores = Annotated[
-    Path | None, typer.Option("--scores", help="JSON or CSV: model and measured figure, low being good.")
+    Path | None, typer.Option("--scores", help="JSON or CSV with a measured figure for each model, lower being better.")
 ]
 HigherIsBetter = Annotated[
-    bool, typer.Option("--higher-is-better", help="Of --scores: high figures are good, as accuracies are.")
+    bool, typer.Option("--higher-is-better", help="Higher figures in --scores are better, as for accuracies.")
 ]
-Report = Annotated[Path | None, typer.Option("--report", help="Write rank-models.json and rank-models.html here.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for rank-models.json and rank-models.html.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenOptions:
-    """Where the domain's and the everyday tokens come from."""
+    """Sources of the domain's and the everyday tokens."""
 
     domain: Domain = None
     domain_tokens: DomainTokens = None
@@ -80,7 +83,7 @@ def rank_models(
     text_field: options.TextField = "text",
     output: options.Output,
 ) -> None:
-    """Which checkpoint suits a domain best, from rows of its output matrix alone; the largest gap first.
+    """Rank checkpoints for a domain by the dispersion gap of rows of their output matrices, largest first.
 
     Example: knnlm rank-models base tuned-a tuned-b --domain code
     """

@@ -1,6 +1,6 @@
 """`knnlm run`.
 
-`knnlm.pipeline` is imported after the model is loaded: what takes seconds to import is imported while loading is shown.
+`knnlm.pipeline` takes seconds to import. It is imported after the model, whose loading shows progress.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options that are settings of `knnlm.run`."""
+    """Options that become the settings of `knnlm.run`."""
 
     layers: options.LayerOptions
     mix: options.MixOptions
@@ -59,7 +59,7 @@ def run(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """The whole way: build, score, choose, evaluate every layer, index the chosen one.
+    """Do everything: build, score, choose, evaluate every layer, index the chosen one.
 
     Example: knnlm run --model gpt2 --text nursing.jsonl --out nursing.knn
     """

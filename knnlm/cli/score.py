@@ -1,4 +1,4 @@
-"""What `score --vectors` takes, and what of the other options it refuses."""
+"""The verb `score`, for a model and text, or for vectors from files."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ TAKES = ("vectors", "labels", "out", "overwrite", "show", "seed", "json")
 Vectors = Annotated[
     list[Path] | None,
     typer.Option(
-        "--vectors", help="Instead of a model and text: .npy files, [rows, dimension] or [rows, T, dimension]."
+        "--vectors", help="In place of --model and --text: .npy files, [rows, dimension] or [rows, T, dimension]."
     ),
 ]
 Labels = Annotated[
     Path | None,
-    typer.Option("--labels", help="A .npy file with an integer for each row of --vectors: for the probe."),
+    typer.Option("--labels", help="A .npy file with an integer for each row of --vectors, for the probe."),
 ]
-OutFile = Annotated[Path | None, typer.Option("--out", help="Also write the scores to this JSON file.")]
-StopEarly = Annotated[bool, typer.Option("--stop-early", help="Stop as soon as the choice is settled.")]
+OutFile = Annotated[Path | None, typer.Option("--out", help="JSON file to write the scores to.")]
+StopEarly = Annotated[bool, typer.Option("--stop-early", help="Stop once the choice is settled.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """The options that are settings of `knnlm.score`, and whether it stops early."""
+    """Options that become the settings of `knnlm.score`, and whether it stops early."""
 
     layers: options.LayerOptions
     stop_early: StopEarly = False
@@ -72,7 +72,7 @@ def score(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Dispersion of every candidate layer, and what would be chosen; writes nothing unless --out.
+    """Score layers by dispersion and other label-free scores, and show which would be chosen.
 
     Example: knnlm score --model gpt2 --text nursing.jsonl --max-tokens 200000
     """
@@ -99,7 +99,7 @@ def score(
 
 
 def check_out(out: Path | None, overwrite: bool, inputs: Sequence[str | Path | None]) -> None:
-    """Find out before any work whether the scores can be written."""
+    """Check before any work that the scores can be written."""
     from knnlm.places import check_scores_file
 
     if out is not None:
@@ -109,9 +109,9 @@ def check_out(out: Path | None, overwrite: bool, inputs: Sequence[str | Path | N
 def score_files(
     call: typer.Context, vectors: Sequence[Path], labels: Path | None, seed: int, screen: Screen
 ) -> VectorScores:
-    """Scores of .npy files; nothing of a language model is loaded.
+    """Score .npy files; no language model is loaded.
 
-    :raises InputError: an option was given that vectors have no use for.
+    :raises InputError: an option was given that does not apply to vectors.
     """
     if others := [
         option for name, option in options_of(call.command).items() if _given(call, name) and name not in TAKES
@@ -128,9 +128,9 @@ def _given(call: typer.Context, name: str) -> bool:
 
 
 def check_given(model: str | None, text: Sequence[str] | None, labels: Path | None) -> tuple[str, Sequence[str]]:
-    """The model and the text of a score without --vectors.
+    """Return the model and the text, both required without --vectors.
 
-    :raises InputError: one of them is missing, or there are labels.
+    :raises InputError: one of them is missing, or labels were given.
     """
     if labels is not None:
         raise InputError(f"--labels {labels} are of --vectors, which are missing")

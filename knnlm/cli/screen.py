@@ -1,4 +1,4 @@
-"""The terminal of the command line: tables, progress, JSON. Only the command line shows anything to people."""
+"""Output of the command line: tables, progress, JSON. The library itself prints nothing."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from knnlm.progress import Advance
 
 
-# What a terminal would obey, or what no encoding has: control characters but for tabs and line breaks, halves of pairs.
+# Control characters except tabs and line breaks, which terminals obey; lone surrogates, which cannot be encoded.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """The text with control characters written out: names in a datastore may come from somebody else."""
+    """Escape control characters: names in a datastore from somebody else may contain them."""
     return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _json_text(document: object, *, ascii_only: bool) -> str:
     text = json.dumps(document, indent=2, ensure_ascii=ascii_only, allow_nan=False)
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # all of them stand inside JSON's strings
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # these occur only inside JSON strings
 
 
 def _console(**options: Any) -> Console:  # noqa: ANN401
-    """A console through which nothing passes unseen, whatever table or line it is in."""
+    """Return a console that escapes control characters in everything that it prints."""
     from rich.console import Console
     from rich.segment import Segment
 
@@ -45,18 +45,18 @@ def _console(**options: Any) -> Console:  # noqa: ANN401
 
 
 class Screen:
-    """Tables to standard output, progress and notes to standard error; with --json only the document to the former."""
+    """Tables go to standard output, progress and notes to standard error; with --json, standard output is JSON only."""
 
     def __init__(self, as_json: bool, words: Callable[[str], str] = str) -> None:
-        """:param words: what a line that the library wrote becomes here, such as one with options for fields."""
+        """:param words: translates the library's lines, for example fields into options."""
         self.as_json, self._words = as_json, words
-        # Where output goes to a file or a pipe, there is no width to keep to, and no bar to draw.
+        # A file or pipe has no width of its own, and shows no progress bar.
         self.out: Console = _console(width=None if sys.stdout.isatty() else 140)
         self.err: Console = _console(stderr=True)
 
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator[Advance]:
-        """A bar with rate and time left, gone when the stage is over."""
+        """Show a progress bar with rate and time left; it disappears at the end of the stage."""
         from rich import progress as bars
 
         columns = (
@@ -78,11 +78,11 @@ class Screen:
             yield advance
 
     def note(self, line: str) -> None:
-        """A line on the way."""
+        """Print a note to standard error."""
         self.err.print(self._words(line), highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: Any) -> None:  # noqa: ANN401  (whatever rich can render)
-        """A line or table of the result; nothing with --json."""
+        """Print a line or table of the result; nothing with --json."""
         from rich.text import Text
 
         if isinstance(line, str):
@@ -93,8 +93,8 @@ class Screen:
             self.out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
     def result(self, document: object) -> None:
-        """The result's document; nothing without --json."""
+        """Print the result as JSON; nothing without --json."""
         if self.as_json:
-            # Elsewhere a letter as \\u00e2 loses nothing.
+            # Other encodings get letters as \\u00e2, which is the same JSON.
             is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
             sys.stdout.write(_json_text(document, ascii_only=not is_utf8) + "\n")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server of a datastore's kNN-LM."""
+"""The verb `serve`: an OpenAI-compatible server for a datastore's kNN-LM."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import typer
 from knnlm.cli import options
 from knnlm.cli.shared import load
 
-Host = Annotated[str, typer.Option("--host", help="Address to listen at; any but this machine's own needs a key.")]
-Port = Annotated[int, typer.Option("--port", help="0 picks a free one.")]
+Host = Annotated[
+    str, typer.Option("--host", help="Address to listen on; other than a loopback address, it needs a key.")
+]
+Port = Annotated[int, typer.Option("--port", help="Port to listen on; 0 picks a free one.")]
 ApiKey = Annotated[
     str | None,
-    typer.Option("--api-key", envvar="KNNLM_API_KEY", help="What clients have to send; better as KNNLM_API_KEY."),
+    typer.Option("--api-key", envvar="KNNLM_API_KEY", help="Key that clients must send; safer as KNNLM_API_KEY."),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Listen at any address without a key.")]
-PromptTokens = Annotated[int, typer.Option("--max-prompt-tokens", help="Of one prompt.")]
-CompletionTokens = Annotated[int, typer.Option("--max-completion-tokens", help="Of one choice.")]
-MaxBatch = Annotated[int, typer.Option("--max-batch", help="Choices that are continued together.")]
-MaxQueue = Annotated[int, typer.Option("--max-queue", help="Choices that wait; more are told to come back.")]
-MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="For one request.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Listen on any address without a key.")]
+PromptTokens = Annotated[int, typer.Option("--max-prompt-tokens", help="Maximum number of tokens in a prompt.")]
+CompletionTokens = Annotated[int, typer.Option("--max-completion-tokens", help="Maximum number of tokens in a choice.")]
+MaxBatch = Annotated[int, typer.Option("--max-batch", help="Maximum number of choices that are generated together.")]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", help="Maximum number of waiting choices; more are refused with status 429.")
+]
+MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Maximum duration of a request.")]
 
 
 def serve(
@@ -42,7 +46,7 @@ def serve(
     compute: options.ComputeOptions,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Serve the kNN-LM to clients of OpenAI's completions API.
+    """Serve the kNN-LM over OpenAI's completions API, with a web page that explains its predictions.
 
     Example: knnlm serve nursing.knn --port 8000
     """

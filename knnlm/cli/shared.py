@@ -1,4 +1,4 @@
-"""What verbs share beyond options: from options to the model, from results to the screen."""
+"""Functions shared by verbs: checking texts, loading the model, showing results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_texts(paths: Sequence[str], *, text_field: str) -> None:
-    """Find out before a model is loaded, which takes long, whether there is text to read, from what stands first.
+    """Read the first document of each path, so that missing text is reported before a model is loaded.
 
     :raises InputError: a path is missing, or the first document under it cannot be read or has no such field.
     """
@@ -41,9 +41,9 @@ def check_texts(paths: Sequence[str], *, text_field: str) -> None:
 def load(
     name: str, compute: ComputeOptions, trust: bool, screen: Screen, *, layers: LayerConfig | None = None
 ) -> LanguageModel:
-    """The model of `--model`; what it has to say, such as why float32 was taken, goes to the screen.
+    """Load a model; its notes, such as why float32 was taken, go to the screen.
 
-    :param layers: what will be asked of the model's layers, checked before its weights are read.
+    :param layers: layer settings to check against the model before its weights are read.
     """
     with screen.stage("loading the model", "bytes") if quiet_loading(name) else nullcontext():
         from knnlm.model.loading import load_model  # seconds
@@ -57,7 +57,7 @@ def load(
 
 
 def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:
-    """:raises LayerError: a pattern fits no layer of the model."""
+    """:raises LayerError: a pattern matches no layer of the model."""
     from knnlm.errors import LayerError, ModelError
     from knnlm.layer_names import select_layers
     from knnlm.model.loading import read_outline
@@ -68,12 +68,12 @@ def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:
         check_layers(layers, select_layers(layers.layers or "all", names), names)
     except LayerError:
         raise
-    except ModelError:  # told in full when the model is loaded, if it cannot be
+    except ModelError:  # loading the model reports it in full
         return
 
 
 def quiet_loading(name: str) -> bool:
-    """Whether the model is in a folder here; then Hugging Face's own bars, which are for downloads, are turned off."""
+    """Return whether the model is a local folder, and if so turn off Hugging Face's progress bars."""
     local = Path(name).is_dir()
     if local:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -81,7 +81,7 @@ def quiet_loading(name: str) -> bool:
 
 
 def read_standard_input(option: str, screen: Screen) -> str:
-    """The text that an option would have given, without its last line break."""
+    """Return the text of standard input, which stands in for an option, without its last line break."""
     if sys.stdin.isatty():
         screen.note("Type a text; Ctrl-D ends it.")
     try:
@@ -94,24 +94,24 @@ def read_standard_input(option: str, screen: Screen) -> str:
 
 
 def setting_document(retrieval: Retrieval) -> dict[str, object]:
-    """The gate too, null where lambda is the same for all queries."""
+    """Layer and setting for JSON; `gate` is null where lambda is the same for all queries."""
     return {"layer": retrieval.layer, **with_lambda(retrieval.setting)}
 
 
 def with_lambda(one: DataclassInstance) -> dict[str, object]:
-    """The fields for JSON; `lam`, as lambda is no name in Python, under the name that it has everywhere else."""
+    """Fields for JSON, with `lam` as `lambda`, which Python does not allow as a name."""
     return {"lambda" if name == "lam" else name: value for name, value in asdict(one).items()}
 
 
 def check_show(show: str | None) -> None:
-    """A score that `--show` names and that there is not is told before the work."""
+    """:raises InputError: `--show` names an unknown score."""
     from knnlm.cli.tables import shown_scores
 
     shown_scores(show, ())
 
 
 def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, show: str | None = None) -> None:
-    """Write it and show it; neither is lost where the other fails."""
+    """Write the report and show the result; if writing fails, the result is still shown."""
     from knnlm.cli.tables import choice_lines, eval_table
     from knnlm.documents import to_document
     from knnlm.report import write_reports
@@ -128,7 +128,7 @@ def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, sho
 
 
 def show_scores(result: ScoreResult | VectorScores, screen: Screen, show: str | None) -> dict[str, Any]:
-    """The table of scores and the choice; gives the document back."""
+    """Show the scores and the choice; return the JSON document."""
     from knnlm.cli.tables import choice_lines, score_table
     from knnlm.documents import score_document
 

@@ -1,4 +1,4 @@
-"""The verb `slices`: how hard is this set, without labels?"""
+"""The verb `slices`: how hard is a set of questions or text, judged without labels?"""
 
 from __future__ import annotations
 
@@ -24,38 +24,36 @@ if TYPE_CHECKING:
 
 Questions = Annotated[
     list[str] | None,
-    typer.Option("--questions", help="Questions with choices: .jsonl files or hf:NAME/CONFIG:SPLIT; one or more."),
+    typer.Option("--questions", help="Multiple-choice questions: one or more .jsonl files or hf:NAME/CONFIG:SPLIT."),
     Place(),
 ]
 Cloze = Annotated[
     list[str] | None,
-    typer.Option("--cloze", help="Text given like --text: is its next token the most likely one?"),
+    typer.Option("--cloze", help="Text whose next tokens are predicted; files, folders or hub sets."),
     Place(),
 ]
-Layers = Annotated[
-    str | None, typer.Option("--layers", help="Layers whose vectors are looked at; final_norm when not given.")
-]
-SliceSize = Annotated[int, typer.Option("--slice-size", help="Items of a slice; fewer where a set has too few.")]
-Seeds = Annotated[int, typer.Option("--seeds", help="Draws of each slice.")]
-Tail = Annotated[int | None, typer.Option("--tail", help="Items of lowest dispersion to write for each set.")]
-TailOut = Annotated[Path | None, typer.Option("--tail-out", help="JSON Lines file to write them to.")]
+Layers = Annotated[str | None, typer.Option("--layers", help="Layers whose vectors are used; default final_norm.")]
+SliceSize = Annotated[int, typer.Option("--slice-size", help="Items in a slice; fewer if the set is too small.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="Random draws of each slice.")]
+Tail = Annotated[int | None, typer.Option("--tail", help="Number of items of lowest dispersion to write for each set.")]
+TailOut = Annotated[Path | None, typer.Option("--tail-out", help="JSON Lines file for the items of --tail.")]
 Context = Annotated[
-    int | None, typer.Option("--context", help="Tokens before the one that a cloze item asks for; 128 when not given.")
+    int | None, typer.Option("--context", help="Tokens before the predicted one of a cloze item; default 128.")
 ]
 MaxSegments = Annotated[
-    int, typer.Option("--max-segments", help="Cloze items of a text, drawn at random where it has more.")
+    int, typer.Option("--max-segments", help="Maximum number of cloze items of a text; drawn at random if it has more.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file of --tail-out, if knnlm wrote it.")]
-Report = Annotated[Path | None, typer.Option("--report", help="Write slices.json and slices.html here.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file --tail-out if knnlm wrote it.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for slices.json and slices.html.")]
 
 
-# Of every row of --tail-out.
+# Fields in every row of --tail-out.
 TAIL_FIELDS = {"set", "rank", "dispersion", "layer"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceOptions:
-    """The options that are settings of the study, and where its tail is written; what is None keeps the default."""
+    """Options that become the settings of the study, and the file for its tail; None keeps the default."""
 
     layers: Layers = None
     slice_size: SliceSize = 100
@@ -96,7 +94,7 @@ def slices(
     overwrite: Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """How hard is this set? Dispersion of its prompts, by itself and against the right answers where they are known.
+    """Rank sets and items by difficulty, from the dispersion of their prompts; compare with labels, if there are any.
 
     Example: knnlm slices --model gpt2 --questions hf:allenai/ai2_arc/ARC-Easy:test --cloze nursing.jsonl
     """
@@ -129,7 +127,7 @@ def slices(
 def _check_places(
     tail: int | None, tail_out: Path | None, report: Path | None, overwrite: bool, inputs: Sequence[str]
 ) -> None:
-    """Find out before any work whether the files can be written."""
+    """Check before any work that the files can be written."""
     from knnlm.errors import InputError
     from knnlm.places import check_new_file, check_report_folder
 
@@ -144,7 +142,7 @@ def _check_places(
 
 
 def _check_tail(path: Path) -> None:
-    """What --overwrite would replace: an empty file, or one whose first row is an item of a tail."""
+    """:raises InputError: the file to replace is not empty and does not begin with an item of a tail."""
     from knnlm.errors import InputError
     from knnlm.text.textfiles import json_rows
 

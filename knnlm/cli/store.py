@@ -1,4 +1,4 @@
-"""What a datastore is, and whether it is whole: `info`, `verify`, and the end of `build`."""
+"""The verbs `info` and `verify`, and the description of a datastore that `build` ends with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEFT = ("layer", "type", "index")
 
 
 def info(*, store: options.Store, output: options.Output) -> None:
-    """What a datastore is: model, layers, keys, bytes, index, scores.
+    """Describe a datastore: model, layers, keys, size, indexes, chosen layer.
 
     Example: knnlm info nursing.knn
     """
@@ -29,7 +29,7 @@ def info(*, store: options.Store, output: options.Output) -> None:
 
 
 def verify(*, store: options.Store, output: options.Output) -> None:
-    """Whether a datastore is whole: every file's size and checksum, and every index.
+    """Verify a datastore: the size and checksum of every file, and every index.
 
     Example: knnlm verify nursing.knn
     """
@@ -46,9 +46,9 @@ def verify(*, store: options.Store, output: options.Output) -> None:
 
 
 def show_store(description: Mapping[str, Any], screen: Screen) -> None:
-    """Everything of `Datastore.describe`: the layers as a table, the rest as lines.
+    """Show the result of `Datastore.describe`: the layers as a table, the rest as lines.
 
-    `recall` is recall@k of the layer's index; k, λ and T are those that the last `run` fitted.
+    `recall` is recall@k of the layer's index; k, λ and T are the values fitted by the last `run`.
     """
     for line in _head_lines(description):
         screen.say(line)

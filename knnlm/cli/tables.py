@@ -1,4 +1,4 @@
-"""Results as tables for people: rich renderables, nothing printed here."""
+"""Results as tables and lines: rich renderables; nothing is printed here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from knnlm.results import (
 )
 
 TITLES = {kind.name: kind.title for kind in SCORES}
-# What stands in the tables without --show.
+# Scores in the tables without --show.
 IN_SCORE_TABLE = (
     *("dispersion", "dispersion_within", "dispersion_segments", "dispersion_standardized"),
     *("effective_rank", "probe"),
@@ -34,9 +34,9 @@ IN_EVAL_TABLE = ("dispersion", "probe")
 
 
 def compact_table(heads: Sequence[str], *, title: str | None = None, left: Sequence[str] = ("layer",)) -> Table:
-    """An empty table without lines between its columns, which are never wrapped.
+    """Return an empty table without lines between its columns, which are never wrapped.
 
-    :param left: the heads whose columns hold words; the others hold numbers, and end together.
+    :param left: heads of left-aligned columns, which hold words; the others are right-aligned.
     """
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in heads:
@@ -45,9 +45,9 @@ def compact_table(heads: Sequence[str], *, title: str | None = None, left: Seque
 
 
 def shown_scores(names: str | None, default: Sequence[str]) -> tuple[ScoreKind, ...]:
-    """The scores that `--show` names, as `probe,effective_rank` or `all`; those of `default` for None.
+    """Return the scores named by `--show`, such as `probe,effective_rank` or `all`; those of `default` for None.
 
-    :raises InputError: there is no such score.
+    :raises InputError: an unknown score.
     """
     if names == "all":
         return SCORES
@@ -59,7 +59,7 @@ def shown_scores(names: str | None, default: Sequence[str]) -> tuple[ScoreKind, 
 
 
 def score_table(result: ScoreResult | VectorScores, show: str | None = None) -> Table:
-    """The label-free scores of every layer or file, those of `--show`; the chosen layer is marked."""
+    """Table of the label-free scores of every layer or file; the chosen layer is marked."""
     kinds, chosen = shown_scores(show, IN_SCORE_TABLE), None
     if isinstance(result, ScoreResult):
         table = Table(title=f"Label-free scores, on {result.tokens:,} tokens of {result.documents:,} documents")
@@ -85,9 +85,7 @@ def _score_cells(one: LayerScore, kinds: Sequence[ScoreKind], chosen: str | None
 
 
 def eval_table(result: EvalResult, show: str | None = None) -> Table:
-    """Perplexity of the LM and of the kNN-LM for every layer, beside the scores of `--show`; the chosen and the best
-    layer are marked.
-    """
+    """Table of perplexity and scores for every layer; the chosen and the best layer are marked."""
     kinds = shown_scores(show, IN_EVAL_TABLE)
     title = f"Perplexity on {result.lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {result.lm.perplexity:.3f}"
     heads = ("layer", *(kind.title for kind in kinds), "perplexity", "against LM", "k", "λ", "T")
@@ -120,7 +118,7 @@ def _known(value: float, form: str) -> str:
 
 
 def interval(value: Interval) -> str:
-    """Low and high, with four decimals."""
+    """Both ends of an interval, with four decimals."""
     return f"{value.low:.4f} … {value.high:.4f}"
 
 
@@ -129,7 +127,7 @@ def _half(value: Interval) -> float:
 
 
 def choice_lines(result: ScoreResult | VectorScores | EvalResult) -> Iterator[Text]:
-    """The choice, whether it was right, and what deserves a warning, a sentence each; files leave nothing to choose."""
+    """Yield sentences on the choice, its regret and correlations, and warnings; scores of files have no choice."""
     if not isinstance(result, VectorScores) and result.choice:
         yield Text(f"Chosen: {result.choice.reason}.", style="green")
         if result.choice.disagreement:
@@ -156,7 +154,7 @@ def _verdict_lines(result: EvalResult) -> Iterator[Text]:
 
 
 def _by_query_lines(result: EvalResult) -> Iterator[Text]:
-    """Of the layer that is chosen, or best where none is."""
+    """Yield a sentence on λ by query for the chosen layer, or for the best one if none was chosen."""
     for one in result.layers:
         moved = one.by_query
         if moved and one.layer == (result.selected or result.best):
@@ -165,7 +163,7 @@ def _by_query_lines(result: EvalResult) -> Iterator[Text]:
 
 
 def _correlation_lines(correlations: Sequence[Correlation]) -> Iterator[Text]:
-    """Every score, a line for each group of layers."""
+    """Yield a line with all scores for each group of layers."""
     for (among, layers), group in groupby(correlations, key=lambda one: (one.among, one.layers)):
         told = ", ".join(f"{TITLES.get(one.score, one.score)} {_known(one.spearman, '+.2f')}" for one in group)
         over = f"{among} {layers} layers" if among == "all" else f"{layers} {among}"

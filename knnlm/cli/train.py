@@ -1,4 +1,4 @@
-"""The verb `train`: a model on text, with or without a push-away loss."""
+"""The verb `train`: trains a model on text, with or without a push-away loss."""
 
 from __future__ import annotations
 
@@ -22,34 +22,52 @@ if TYPE_CHECKING:
 
 OtherText = Annotated[
     list[str] | None,
-    typer.Option("--other-text", help="A second domain, half of each batch; push-away is then between the two."),
+    typer.Option(
+        "--other-text", help="Text of a second domain, half of each batch; push-away is then between the two."
+    ),
     Place(),
 ]
-Weight = Annotated[float, typer.Option("--push-away", help="λ: weight of the push-away loss; 0.001 to 0.1.")]
+Weight = Annotated[
+    float, typer.Option("--push-away", help="λ, the weight of the push-away loss; typically 0.001 to 0.1.")
+]
 Regularizer = Annotated[
-    str, typer.Option("--regularizer", help="push-away, uniformity (Wang & Isola 2020) or different-tokens.")
+    str,
+    typer.Option(
+        "--regularizer", help="Push-away loss: push-away, uniformity (Wang & Isola 2020) or different-tokens."
+    ),
 ]
-Layer = Annotated[str, typer.Option("--layer", help="Whose vectors are pushed away, such as final_norm, -1.ffn_input.")]
-Lora = Annotated[int | None, typer.Option("--lora", help="Train low-rank changes of this rank, merged in the end.")]
+Layer = Annotated[
+    str, typer.Option("--layer", help="Layer whose vectors are pushed apart, such as final_norm or -1.ffn_input.")
+]
+Lora = Annotated[
+    int | None, typer.Option("--lora", help="Train LoRA adapters of this rank, merged into the weights at the end.")
+]
 Scratch = Annotated[
-    bool, typer.Option("--from-scratch", help="Only the shape and the tokenizer of --model; new random weights.")
+    bool,
+    typer.Option("--from-scratch", help="Use only the shape and the tokenizer of --model, with new random weights."),
 ]
-Steps = Annotated[int, typer.Option("--steps", help="Batches to learn from.")]
+Steps = Annotated[int, typer.Option("--steps", help="Number of training steps.")]
 BatchSize = Annotated[str, typer.Option("--batch-size", help="Windows in a step; auto: 8.")]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens of a window; the model's limit, at most 512.")]
+Context = Annotated[
+    int | None, typer.Option("--context", help="Tokens in a window; default: the model's limit, at most 512.")
+]
 Rate = Annotated[
     float | None,
-    typer.Option("--learning-rate", help="5e-4 from scratch and with LoRA, 5e-5 for all weights of a model."),
+    typer.Option("--learning-rate", help="Peak learning rate; default 5e-4 from scratch or with LoRA, else 5e-5."),
 ]
-Schedule = Annotated[str, typer.Option("--schedule", help="After a short rise: cosine (falls to 0) or constant.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Of products: auto, float32 or bfloat16; weights are float32.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was stopped, if it was.")]
-Report = Annotated[Path | None, typer.Option("--report", help="Write train.json and train.html here.")]
+Schedule = Annotated[
+    str, typer.Option("--schedule", help="Learning rate after the warm-up: cosine (decays to 0) or constant.")
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Type of matrix products: auto, float32 or bfloat16; weights are float32.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume where the same command was stopped, if it was.")]
+Report = Annotated[Path | None, typer.Option("--report", help="Folder for train.json and train.html.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushAwayOptions:
-    """The loss beside the LM's own."""
+    """The loss added to the cross-entropy."""
 
     push_away: Weight = 0.0
     regularizer: Regularizer = "push-away"
@@ -66,7 +84,7 @@ class PushAwayOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The options that are settings of `knnlm.train`."""
+    """Options that become the settings of `knnlm.train`."""
 
     loss: PushAwayOptions
     lora: Lora = None
@@ -113,7 +131,7 @@ def train(
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Train a model on text, from scratch or further, with or without a push-away loss: CE - λ·d.
+    """Train a model on text, from scratch or from its weights, with or without a push-away loss: CE - λ·d.
 
     Example: knnlm train --model gpt2 --text nursing.jsonl --out gpt2-nursing --push-away 0.01 --lora 8
     """

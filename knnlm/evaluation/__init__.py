@@ -1,1 +1,1 @@
-"""Fitted on one part of the text, reported on the other."""
+"""Perplexity of the kNN-LM: fitted on one part of the evaluation text, reported on the other."""

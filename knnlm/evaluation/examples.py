@@ -31,7 +31,10 @@ def find_examples(
     metric: str,
     exact: bool,
 ) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
-    """`count` tokens of the reporting part that gained most, and as many that lost most, under one layer's keys."""
+    """Return the `count` tokens that one layer's keys made likelier by the most, and the `count` that lost the most.
+
+    Both are taken from the reporting part: the evaluation tokens that no setting was fitted on.
+    """
     gain_Q = -shown.losses_Q - queries.lm_Q  # log p - log p_LM
     reporting = np.flatnonzero(queries.parts.reporting_Q)
     order = reporting[np.argsort(gain_Q[reporting], kind="stable")]
@@ -46,7 +49,7 @@ def find_examples(
 
 
 class _Explainer:
-    """Puts tokens and their neighbours into words."""
+    """Describes tokens and their neighbours as text."""
 
     def __init__(self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome) -> None:
         self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
@@ -66,7 +69,7 @@ class _Explainer:
         )
 
     def _around(self, row: int) -> tuple[str, str]:
-        """Text before and after the target, inside its document."""
+        """Text before and after the target, within its document."""
         store, targets_Q = self._queries.store, self._queries.targets_Q
         documents_Q = self._queries.documents_Q
         ahead = slice(row + 1, row + 1 + CONTEXT_TOKENS)

@@ -25,21 +25,21 @@ from knnlm.store.datastore import Datastore
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What one layer's search gave."""
+    """Fitted setting and losses of one layer."""
 
     layer: str
     mix: Mix
-    """Fitted on the tuning part; with a gate where lambda was. All but `gated_losses_R` is with the fixed lambda."""
+    """Fitted on the tuning part; has a gate where lambda was fitted. Only `gated_losses_R` uses the gate."""
     losses_Q: Floats
-    """-log p of every target, cross-fitted: tuning tokens under the setting fitted on the reporting part, all others
-    under `mix`, so that no token is scored with what was fitted on it."""
+    """-log p of every target, cross-fitted: no token is scored under a setting that was fitted on it. Tuning tokens are
+    scored under the setting fitted on the reporting part, all others under `mix`."""
     tuning_loss: float
-    """Mean, on the tuning part, with `mix`: in-sample, what the best layer is picked by."""
+    """Mean loss on the tuning part under `mix`, in-sample; the best layer is the one with the lowest."""
     swapped_loss: float
-    """Mean, on the reporting part, with the setting fitted there: the same for the swapped roles."""
+    """The same with the two parts' roles swapped: mean loss on the reporting part under the setting fitted there."""
     lambda_curve: tuple[tuple[float, float], ...]
     gated_losses_R: Floats | None = None
-    """-log p of the reporting part's targets under the gate."""
+    """-log p of the reporting part's targets with the gate."""
 
 
 def evaluate_layers(
@@ -51,7 +51,7 @@ def evaluate_layers(
     exact: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[LayerOutcome]:
-    """Search, fit and score one layer after the other."""
+    """Search, fit and score the layers one by one."""
     check_k(knn.k, store.count)
     progress, k = progress or Silent(), min(knn.search_k, store.count)
     for layer in layers:
@@ -64,7 +64,7 @@ def evaluate_layers(
 
 
 def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> LayerOutcome:
-    """Fit on each part, score the other; a gate, on the tuning part, unless lambda is given."""
+    """Fit on each part and score the other; unless lambda is given, also fit a gate on the tuning part."""
     tuning, rest, lm_Q = queries.parts.tuning_Q, ~queries.parts.tuning_Q, queries.lm_Q
     mine, swapped = (
         fit(search.rows(part), lm_Q[part], k=knn.k, temperature=knn.temperature, lam=knn.lam)
@@ -88,7 +88,7 @@ def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> Lay
 
 
 def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutcome, metric: str) -> float:
-    """The layer's perplexity on the reporting part when its index searches, at the setting fitted exactly."""
+    """Perplexity of the layer on the reporting part with its index, at the setting fitted under exact search."""
     reporting = queries.parts.reporting_Q
     searcher = open_searcher(store, one.layer, metric)
     search = searcher.cached(queries.vectors(one.layer)[reporting], queries.targets_Q[reporting], one.mix.k)
@@ -106,11 +106,11 @@ def _losses(search: Search, lm_log_probs: Floats, setting: Mix) -> Floats:
 
 
 def perplexity(losses: Floats) -> float:
-    """exp of the mean loss."""
+    """Return exp of the mean loss."""
     return exp_or_inf(float(np.mean(losses)))
 
 
 def exp_or_inf(value: float) -> float:
-    """exp, infinite where float64 ends: such is the word perplexity of a long text without white space."""
+    """Return exp, or infinity beyond float64: word perplexity of a long text without white space gets there."""
     with np.errstate(over="ignore"):
         return float(np.exp(value))

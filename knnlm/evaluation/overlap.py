@@ -1,4 +1,4 @@
-"""How much of the evaluation text also stands in the datastore: a datastore that holds the answers flatters perplexity.
+"""Share of the evaluation text that is also in the datastore: a datastore that holds the answers flatters perplexity.
 
 Legend: N tokens of a stream, E evaluation n-grams.
 """
@@ -14,18 +14,18 @@ from knnlm.progress import Advance, Progress
 from knnlm.store.datastore import Datastore
 from knnlm.text.windows import TokenDocument
 
-# Tokens hashed at once: 8 MB of hashes.
+# Tokens hashed at once; their hashes take 8 MB.
 CHUNK_TOKENS = 1 << 20
 # Any odd multiplier with well mixed bits; this is 2**64 divided by the golden ratio.
 BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def overlap(evaluation: Sequence[TokenDocument], training: Iterable[NDArray[np.int32]], *, n: int = 13) -> float:
-    """Share (0 to 1) of the evaluation documents' n-grams that also stand in the training tokens.
+    """Share (0 to 1) of the evaluation documents' n-grams that also occur in the training tokens.
 
-    n-grams are compared by 64-bit hashes: a false match has odds of about E·N / 2**64. The training arrays are read as
-    one stream, so n-grams across their borders count (and those across borders of documents, which match by chance
-    only). 13 tokens is the usual length for contamination checks (Brown et al. 2020, appendix C).
+    n-grams are compared by 64-bit hashes; the probability of a false match is about E·N / 2**64. The training arrays
+    are read as one stream, so n-grams that span two arrays count, as do those that span two documents, which match only
+    by chance. 13 tokens is the usual length for contamination checks (Brown et al. 2020, appendix C).
 
     :param training: consecutive pieces of the datastore's value stream, of any lengths, memory maps included.
     :return: 0.0 when no evaluation document has n tokens.
@@ -44,7 +44,7 @@ def overlap(evaluation: Sequence[TokenDocument], training: Iterable[NDArray[np.i
 
 
 def _chunks(arrays: Iterable[NDArray[np.int32]], n: int) -> Iterator[NDArray[np.int32]]:
-    """Pieces of bounded size, each with the n - 1 tokens before it, so that no n-gram is lost between two."""
+    """Pieces of bounded size, each preceded by the last n - 1 tokens of the one before, so that no n-gram is lost."""
     carry = np.empty(0, np.int32)
     for array in arrays:
         for start in range(0, len(array), CHUNK_TOKENS):
@@ -54,7 +54,7 @@ def _chunks(arrays: Iterable[NDArray[np.int32]], n: int) -> Iterator[NDArray[np.
 
 
 def _ngram_hashes(tokens_N: NDArray[np.int32], n: int) -> NDArray[np.uint64]:
-    """Polynomial hash modulo 2**64 of each n-gram [max(0, N - n + 1)], over tokens mixed first."""
+    """Polynomial hash modulo 2**64 of each n-gram [max(0, N - n + 1)]; tokens are mixed first."""
     count = max(0, len(tokens_N) - n + 1)
     mixed_N = _mix(tokens_N.astype(np.uint64))
     hashes = np.zeros(count, np.uint64)
@@ -72,14 +72,14 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-# Shared 13-grams in more than this share of the evaluation text are worth a warning.
+# Share of shared 13-grams from which a warning is given.
 OVERLAP_SHARE = 0.02
-# Values that are looked through between two moves of the bar.
+# Values searched between two updates of the progress bar.
 OVERLAP_TOKENS = 1 << 20
 
 
 def overlap_warning(documents: Sequence[TokenDocument], store: Datastore, progress: Progress) -> tuple[str, ...]:
-    """A warning where the datastore holds some of the evaluation text."""
+    """Return a warning if the datastore holds part of the evaluation text."""
     with progress.stage("looking for the evaluation text in the datastore", "tokens") as advance:
         share = overlap(documents, _pieces(store.values, advance))
     if share < OVERLAP_SHARE:

@@ -1,4 +1,6 @@
-"""The tuning part and the reporting part of an evaluation text, and the clusters that its intervals leave out.
+"""The two parts of an evaluation text, and the clusters that the jackknife intervals leave out.
+
+k, temperature and lambda are fitted on the tuning part; perplexity is reported on the reporting part.
 
 Legend: Q query tokens.
 """
@@ -13,29 +15,29 @@ from numpy.typing import NDArray
 from knnlm.statistics import effective_number
 from knnlm.text.clusters import ENOUGH_CLUSTERS
 
-# Else runs of tokens are.
+# Runs of tokens that serve as clusters where documents are too few.
 RUNS = 24
-# Share of a run's tokens dropped at its start: their context lies in the run before, which may be of the other part.
+# Share of a run's tokens dropped at its start: their context is in the previous run, which may be in the other part.
 GAP = 1 / 8
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Which query tokens tune, which report, and the document or run that each belongs to."""
+    """Which query tokens tune, which report, and the document or run of each."""
 
     tuning_Q: NDArray[np.bool_]
     fitting_Q: NDArray[np.bool_]
-    """The other part: what is fitted on when the roles are swapped."""
+    """The other part, which is fitted on when the roles are swapped."""
     reporting_Q: NDArray[np.bool_]
-    """What the table reports: the other part, or the whole text where nothing is fitted."""
+    """The tokens that the table reports: the other part, or the whole text if nothing is fitted."""
     clusters_Q: NDArray[np.int64]
     fitted: bool
 
 
 def split_parts(documents_Q: NDArray[np.int64], *, fitted: bool = True) -> Parts:
-    """Halve the text: whole documents where there are enough of them, else runs of tokens with a gap between.
+    """Halve the text: by whole documents if there are enough, else by runs of tokens with gaps between them.
 
-    :param documents_Q: the document that each query token belongs to; at least one token.
+    :param documents_Q: the document of each query token; at least one token.
     """
     clusters_Q, kept_Q = documents_Q, np.ones(len(documents_Q), np.bool_)
     if effective_number(np.unique(documents_Q, return_counts=True)[1]) < ENOUGH_CLUSTERS:
@@ -47,9 +49,9 @@ def split_parts(documents_Q: NDArray[np.int64], *, fitted: bool = True) -> Parts
 
 
 def _runs(documents_Q: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """About `RUNS` runs of equal length, none over a document's border, and which tokens are kept.
+    """About `RUNS` runs of equal length, none across a document boundary, and which tokens are kept.
 
-    The start of a run is dropped, but not of a document, which has no context before it.
+    The start of a run is dropped, except at the start of a document, which has no context before it.
     """
     length = max(len(documents_Q) // RUNS, 8)
     starts = np.flatnonzero(np.diff(documents_Q, prepend=documents_Q[0] - 1))
@@ -59,7 +61,7 @@ def _runs(documents_Q: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _lighter_half(clusters_Q: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Clusters of about half of the tokens: the largest first, each to the lighter side."""
+    """Clusters with about half of the tokens: the largest first, each to the lighter side."""
     names, sizes = np.unique(clusters_Q, return_counts=True)
     sides: tuple[list[int], list[int]] = ([], [])
     weights = [0, 0]

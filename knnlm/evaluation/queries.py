@@ -1,4 +1,4 @@
-"""The evaluation text after one forward pass: a small temporary datastore of float32 queries, with their targets.
+"""Queries of the evaluation text from one forward pass: a small temporary datastore of float32 vectors, with targets.
 
 Legend: Q query tokens, D dimension.
 """
@@ -26,13 +26,13 @@ from knnlm.text.sizes import Sizes
 from knnlm.text.windows import TokenDocument, WindowConfig, count_targets, target_sizes
 
 Floats = NDArray[np.float64]
-# Of each of the two parts: fewer say nothing of k, temperature and lambda.
+# In each of the two parts; fewer cannot determine k, temperature and lambda.
 LEAST_TOKENS = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """The evaluation text after its one forward pass."""
+    """Queries, targets and LM log-probabilities of the evaluation text, from one forward pass."""
 
     store: Datastore
     parts: Parts
@@ -43,7 +43,7 @@ class Queries:
     documents_Q: NDArray[np.int64]
     """The running number of each target's document."""
     sizes: Sizes | None = None
-    """Of the targets, where the documents were measured."""
+    """Bytes and words of the targets, if the documents were measured."""
 
     def vectors(self, layer: str) -> NDArray[np.float32]:
         """The layer's raw vectors, [Q, D]."""
@@ -62,7 +62,7 @@ def open_queries(
     fitted: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Queries]:
-    """Run the model over the evaluation text and keep its queries on disk while the block lasts."""
+    """Run the model over the evaluation text; its queries are on disk for the duration of the block."""
     progress = progress or Silent()
     total, scorer = count_targets(documents), TargetScorer(lm)
     with temporary_folder("knnlm-queries-") as folder:
@@ -86,7 +86,7 @@ def open_queries(
 
 
 def check_evaluation(documents: Sequence[TokenDocument]) -> None:
-    """:raises InputError: there are too few tokens to tune on one part and report on the other."""
+    """:raises InputError: too few tokens to tune on one part and report on the other."""
     lengths = [count_targets([document]) for document in documents]
     parts = split_parts(np.repeat(np.arange(len(lengths)), lengths)) if any(lengths) else None
     smaller = int(min(parts.tuning_Q.sum(), parts.fitting_Q.sum())) if parts else 0

@@ -1,5 +1,7 @@
 """The result of an evaluation: the table of layers with intervals, the best layer, the regret, the correlations.
 
+Regret is by how much the perplexity of the chosen layer exceeds that of the best one.
+
 Legend: Q query tokens.
 """
 
@@ -35,9 +37,9 @@ def summarize(
     outcomes: Sequence[LayerOutcome],
     scored: ScoreResult | None,
 ) -> EvalResult:
-    """The table: perplexity per layer with intervals, the best layer, the regret of the choice, the correlations.
+    """Return perplexity per layer with intervals, the best layer, the regret of the choice and the correlations.
 
-    Without scores there is no choice: no layer is selected, and nothing has a regret or a correlation.
+    Without scores there is no choice, and so no selected layer, no regret and no correlations.
     """
     parts, choice = queries.parts, scored.choice if scored else None
     measure = _Measure(queries)
@@ -61,7 +63,7 @@ def summarize(
 
 
 def _impossible_tokens(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome | None) -> tuple[str, ...]:
-    """A warning where the neighbours alone are asked and have not every target."""
+    """Return a warning if lambda is 1 and some targets are not among the neighbours."""
     infinite = [one for one in outcomes if one.mix.lam == 1 and np.isinf(one.losses_Q).any()]
     if not infinite:
         return ()
@@ -74,7 +76,7 @@ def _impossible_tokens(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome | 
 
 
 class _Measure:
-    """Turns losses on the reporting part into perplexities; knows how many bytes and words its tokens are."""
+    """Turns losses on the reporting part into perplexities, per token, byte and word."""
 
     def __init__(self, queries: Queries) -> None:
         self.reporting_Q = reporting = queries.parts.reporting_Q
@@ -129,11 +131,11 @@ def _by_query(one: LayerOutcome, measure: _Measure) -> ByQuery | None:
 
 
 def regret(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome, parts: Parts) -> Regret | None:
-    """Perplexity of the chosen layer over that of the best layer, minus 1, cross-fitted; None if one is infinite.
+    """Perplexity of the chosen layer over that of the best layer, minus 1; None if either is infinite.
 
-    The best is picked (and fitted) on one part and compared on the other; then the roles are swapped, and each token
-    counts once. Picking the best on the very tokens that report it, as `against_hindsight` does, flatters it by 1 to
-    2 % at 2,500 tokens; picking it on half of them by noise makes `value` too low.
+    It is cross-fitted: the best layer is picked and fitted on one part and compared on the other, then the roles are
+    swapped, and each token counts once. `against_hindsight` picks the best layer on the tokens that are compared, which
+    flatters it by 1 to 2 % at 2,500 tokens. `value` is too low, as noise also decides a pick on half of the tokens.
     """
     best = min(outcomes, key=lambda one: one.tuning_loss)
     swapped_best = min(outcomes, key=lambda one: one.swapped_loss)
@@ -148,7 +150,7 @@ def regret(outcomes: Sequence[LayerOutcome], chosen: LayerOutcome, parts: Parts)
 
 
 def correlations(layers: Sequence[LayerResult], choice: Choice) -> tuple[Correlation, ...]:
-    """Spearman's correlation of each score with perplexity, over all layers and over the candidates."""
+    """Spearman correlation of each score with perplexity, over all layers and over the candidates."""
     scored = [layer for layer in layers if layer.score is not None]
     groups: Mapping[str, list[LayerResult]] = {
         "all": scored,

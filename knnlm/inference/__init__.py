@@ -1,1 +1,1 @@
-"""The kNN-LM where people already use language models."""
+"""The kNN-LM in use: `generate()`, lm-eval, text generation, batches of rows, explanations."""

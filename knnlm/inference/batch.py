@@ -1,8 +1,8 @@
-"""Rows that are continued together, token by token, and may come and go between two steps (continuous batching).
+"""Continuous batching: rows are continued together, token by token, and may join or leave between steps.
 
-Rows of different length have padding on the left, which the mask hides, so that all end in the same column. The keys
-and values of `transformers`' cache are cut and joined as the rows are. A model whose cache is of a kind that is not
-known here, or that has none, computes whole rows at every step: right as well, but slower.
+Rows are padded on the left, masked, so that all end in the same column. The keys and values in the cache of
+`transformers` are sliced and concatenated with the rows. A model without a cache, or with an unknown kind of cache,
+computes whole rows at every step: the result is the same, but slower.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -24,15 +24,15 @@ from knnlm.knn.mixing import Mix
 from knnlm.knn.retrieval import RowRetrieval
 
 ReceiveLogProbs = Callable[[int, Tensor], None]
-"""Called with the first position and the log-probabilities [B, T, V] at it and those that follow."""
-# Layers of a cache that hold keys and values [B, heads, T, D] of the last positions, and nothing else.
+"""Called with the first position of a chunk and the chunk's log-probabilities [B, T, V]."""
+# Cache layers that hold only keys and values [B, heads, T, D] of the last positions.
 _KNOWN_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-# Log-probabilities of a prompt that are made at once: at most this many (64 MB in float32).
+# Most log-probabilities of prompts computed at once (64 MB in float32).
 _PROMPT_SCORES = 1 << 24
 
 
 class RowModel:
-    """A kNN-LM whose rows have settings of their own. Of one thread only: it changes the model's `retrieval`."""
+    """A kNN-LM with a setting for each row. Not thread-safe: it changes the model's `retrieval`."""
 
     def __init__(self, model: KNNLM, vocabulary: int) -> None:
         self._model, self.vocabulary = model, vocabulary
@@ -45,9 +45,10 @@ class RowModel:
     def prefill(
         self, prompts: Sequence[Sequence[int]], settings: Sequence[Mix], receive: ReceiveLogProbs | None = None
     ) -> tuple[RunningBatch, Tensor]:
-        """Read prompts, none of them empty; the log-probabilities of what follows are float32 [B, V].
+        """Read non-empty prompts; return the batch and the log-probabilities of the next token, float32 [B, V].
 
-        :param receive: gets those of all positions, some at a time. Without it only the last ones are searched for.
+        :param receive: called with the log-probabilities of all positions, in chunks. Without it only the last position
+            of each prompt is searched for.
         """
         length, device = max(map(len, prompts)), self._model.device
         tokens_BT = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -62,7 +63,7 @@ class RowModel:
         return batch, log_probs_BTV[:, -1]
 
     def run(self, tokens_BT: Tensor, mask_BT: Tensor, cache: Any, settings: Sequence[Mix], keep: int) -> Any:
-        """The output for the last tokens of rows of which the cache, if there is one, holds the others."""
+        """Return the output for the rows' last tokens; the cache, if there is one, holds the earlier ones."""
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
         given = {
             "attention_mask": mask_BT,
@@ -78,7 +79,7 @@ class RowModel:
 
 @dataclass
 class RunningBatch:
-    """Rows that are continued together."""
+    """Rows continued together, with their mask, settings and cache."""
 
     model: RowModel
     tokens_BT: Tensor
@@ -90,7 +91,7 @@ class RunningBatch:
         return len(self.settings)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Put a token behind each row; the log-probabilities of what follows are float32 [B, V]."""
+        """Append a token to each row; return the log-probabilities of the next one, float32 [B, V]."""
         new_B1 = torch.tensor(tokens, device=self.tokens_BT.device)[:, None]
         self.tokens_BT = torch.cat([self.tokens_BT, new_B1], 1)
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(new_B1)], 1)
@@ -98,11 +99,11 @@ class RunningBatch:
         return self.read(length - 1 if self.model.keeps_cache else 0, length)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The log-probabilities [B, V] of what follows the last of some positions."""
+        """Log-probabilities [B, V] of the token after position `stop - 1`; columns from `start` on are computed."""
         return self.forward(start, stop, keep=1)[:, -1]
 
     def forward(self, start: int, stop: int, *, keep: int) -> Tensor:
-        """Those of the last `keep` positions, or of all with 0: [B, T, V]. The cache holds what is before `start`."""
+        """Log-probabilities [B, T, V] at the last `keep` positions, 0 for all; the cache holds those before `start`."""
         columns = self.tokens_BT[:, start:stop], self.mask_BT[:, :stop]
         output = self.model.run(*columns, self.cache, self.settings, keep)
         if self.model.keeps_cache:
@@ -111,7 +112,7 @@ class RunningBatch:
         return log_probs_BTV
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row that is named twice is there twice afterwards."""
+        """Keep these rows, in this order; a repeated row is duplicated."""
         self.settings = [self.settings[row] for row in rows]
         chosen = torch.tensor(rows, dtype=torch.long, device=self.tokens_BT.device)
         self.tokens_BT, self.mask_BT = self.tokens_BT[chosen], self.mask_BT[chosen]
@@ -121,7 +122,7 @@ class RunningBatch:
             self._resize(int(self.mask_BT.sum(1).max()))
 
     def join(self, other: RunningBatch) -> None:
-        """Take in the rows of another batch, behind the own; that batch is of no use afterwards."""
+        """Append the rows of another batch, which must not be used afterwards."""
         length = max(self.tokens_BT.shape[1], other.tokens_BT.shape[1])
         for one in (self, other):
             one._resize(length)
@@ -133,19 +134,19 @@ class RunningBatch:
             layer.values = torch.cat([layer.values, added.values])
 
     def _resize(self, length: int) -> None:
-        """Put padding on the left, or take it away, until the rows have so many columns."""
+        """Add or remove padding on the left, so that the rows have `length` columns."""
         more = length - self.tokens_BT.shape[1]
         self.tokens_BT, self.mask_BT = pad(self.tokens_BT, (more, 0)), pad(self.mask_BT, (more, 0))
         for layer in self._layers():
             held = length
-            if hasattr(layer, "cumulative_length"):  # of a sliding window only the last columns are held
+            if hasattr(layer, "cumulative_length"):  # a sliding window holds only the last columns
                 layer.cumulative_length = length
                 held = min(length, layer.sliding_window - 1)
             change = (0, 0, held - layer.keys.shape[2], 0)
             layer.keys, layer.values = pad(layer.keys, change), pad(layer.values, change)
 
     def _layers(self) -> list[Any]:
-        """Those of the cache; some models share them between blocks, and leave the others empty."""
+        """Cache layers in use; models that share them between blocks leave the others empty."""
         return [layer for layer in getattr(self.cache, "layers", ()) if layer.is_initialized]
 
 

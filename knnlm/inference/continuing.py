@@ -1,4 +1,4 @@
-"""A text that goes on token by token, each with the evidence for it: for whoever shows why a token was taken.
+"""Generation token by token, with the evidence for each token: its neighbours and both distributions.
 
 Shapes: V vocabulary.
 """
@@ -22,18 +22,18 @@ from knnlm.model.lm import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class NextToken:
-    """A token that was taken from the mixed distribution."""
+    """A token chosen from the mixed distribution."""
 
     token: int
     evidence: Evidence
     ended: bool
-    """It is an end token."""
+    """Whether it is an end token."""
 
 
 class Continuing:
-    """Call `step` for each new token, which is taken as `choose` has it. The model's cache is kept between steps.
+    """A continuation: each `step` chooses a token by `knnlm.inference.sampling.choose`; the cache is kept.
 
-    :param depth: neighbours that a search brings, of which the setting's k vote.
+    :param depth: neighbours retrieved by a search, of which the setting's k nearest vote.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Continuing:
         self._past: Any = None
 
     def step(self) -> NextToken:
-        """The next token."""
-        # Where the architecture gives no cache, all tokens go through it again.
+        """Choose the next token."""
+        # Without a cache, the model reads all tokens again.
         fresh = self._tokens if self._past is None else self._tokens[-1:]
         output, vectors_BTD = self._model.unmixed(torch.tensor([fresh], device=self._model.device), self._past)
         self._past = output.get("past_key_values")

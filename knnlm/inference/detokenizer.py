@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece, and prompts to tokens."""
+"""Incremental decoding of tokens to text, and encoding of prompts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from knnlm.errors import InputError
 from knnlm.inference.model import KNNLM
 from knnlm.model.lm import LanguageModel
 
-# What a decoder puts in the place of bytes that are no character, or not yet.
+# A decoder's output for bytes that are not, or not yet, a character.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-# Tokens of the prompt that its continuation is decoded with: more than those of any one character.
+# Last tokens of the prompt that are decoded along with the continuation: more than any one character has.
 _WINDOW = 8
 
 
 class Detokenizer:
-    """From tokens to pieces of text as they come, none of which ends inside a character.
+    """Decodes tokens one by one into pieces of text, none of which ends inside a character.
 
-    Together the pieces are what all tokens decoded at once have after the text of those `before`, but only the tokens
-    of the last piece are decoded again: some tokenizers drop the space before a first word.
+    The pieces add up to the text that decoding all tokens at once gives after that of `before`. Only the tokens of the
+    last piece are decoded again with each new one, as some tokenizers drop the space before a first word.
 
-    :param hidden: tokens that are no text, as those that end it.
+    :param hidden: tokens without text, such as end tokens.
     """
 
     def __init__(self, lm: LanguageModel, before: Sequence[int], hidden: Collection[int]) -> None:
@@ -30,7 +30,7 @@ class Detokenizer:
         self._length = len(lm.decode(self._tokens))
 
     def put(self, token: int) -> str:
-        """The text that is complete with this token: often none, or more than its own."""
+        """Add a token; return the text that it completes, which may be empty or more than its own."""
         if token in self._hidden:
             return ""
         self._tokens.append(token)
@@ -38,7 +38,7 @@ class Detokenizer:
         return "" if text.endswith(INCOMPLETE) else self._show(text)
 
     def rest(self) -> str:
-        """What stayed incomplete."""
+        """Return the text that is still incomplete."""
         return self._show(self._lm.decode(self._tokens))
 
     def _show(self, text: str) -> str:
@@ -49,7 +49,7 @@ class Detokenizer:
 
 
 class TokenTexts:
-    """Each token as it stands inside a text: some tokenizers drop the space before a first word."""
+    """Text of single tokens as inside a sentence, where tokenizers do not drop the leading space."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
@@ -58,23 +58,23 @@ class TokenTexts:
         self._known: dict[int, str] = {}
 
     def __call__(self, token: int) -> str:
-        """Its text; with `INCOMPLETE` where it is a piece of a character."""
+        """Return the token's text; contains `INCOMPLETE` if the token is part of a character."""
         if token not in self._known:
             self._known[token] = self._lm.decode([*self._anchor, token])[self._length :]
         return self._known[token]
 
 
 def end_tokens(model: KNNLM, lm: LanguageModel) -> frozenset[int]:
-    """The tokens that end a text: those of the model's generation settings, else the tokenizer's."""
+    """End tokens: those of the model's generation settings, else the tokenizer's."""
     ends = model.generation_config.eos_token_id
     ends = ends if ends is not None else lm.tokenizer.eos_token_id
     return frozenset(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def encode_prompt(lm: LanguageModel, prompt: str) -> list[int]:
-    """The prompt's tokens; of an empty one, the token that begins a text, or else the one that ended the last.
+    """Tokens of a prompt; for an empty one, the tokenizer's BOS token, or else its EOS token.
 
-    :raises InputError: no tokens at all.
+    :raises InputError: the prompt is empty, and the tokenizer has neither.
     """
     tokens, start = lm.encode(prompt).tolist(), lm.tokenizer.bos_token_id
     start = lm.tokenizer.eos_token_id if start is None else start

@@ -1,4 +1,4 @@
-"""Why the kNN-LM gave a token its probability: the two distributions that were mixed, and the passages behind one."""
+"""Why the kNN-LM gave a token its probability: the LM's and the neighbours' distributions, and the neighbours' text."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from knnlm.model.lm import LanguageModel
 
 SHOWN_NEIGHBORS = 20
 BEFORE_TOKENS, AFTER_TOKENS = 24, 12
-"""Of the source text around a neighbour's token."""
+"""Tokens of source text before and after a neighbour's token."""
 
 
 @dataclass(frozen=True)
 class Likely:
-    """A token that one of the distributions puts among the first."""
+    """One of the likeliest tokens of a distribution."""
 
     text: str
     probability: float
@@ -46,48 +46,48 @@ class Likely:
 
 @dataclass(frozen=True)
 class ExplainedToken:
-    """A token of a text with what was predicted in its place."""
+    """A token of a text, with the predictions for its position."""
 
     text: str
     lm_probability: float
     knn_probability: float
     mixed_probability: float
     lam: float
-    """The memory's weight in this mixture: a gate moves it from token to token."""
+    """Weight of the kNN distribution for this token; with a gate it differs from token to token."""
     change: float | None
-    """log2 of p_mixed over p_LM: bits by which retrieval made the token likelier; None where one of them is 0."""
+    """log2(p_mixed / p_LM), in bits: positive where retrieval made the token likelier; None if either is 0."""
     lm_likeliest: tuple[Likely, ...]
     knn_likeliest: tuple[Likely, ...]
     mixed_likeliest: tuple[Likely, ...]
     neighbors: tuple[SourcedNeighbor, ...]
-    """The nearest, which are the heaviest."""
+    """The nearest neighbours, which have the largest weights."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A text under one layer and setting."""
+    """A text explained under one layer and setting."""
 
     layer: str
     setting: Mix
     beginning: str
-    """The first token, which nothing predicts."""
+    """The first token, which has no prediction."""
     tokens: tuple[ExplainedToken, ...]
 
     @property
     def lm_perplexity(self) -> float | None:
-        """Of the tokens under the plain LM; None for infinity."""
+        """Perplexity of the tokens under the plain LM; None for infinity."""
         return _perplexity([one.lm_probability for one in self.tokens])
 
     @property
     def mixed_perplexity(self) -> float | None:
-        """Of the tokens under the kNN-LM; None for infinity."""
+        """Perplexity of the tokens under the kNN-LM; None for infinity."""
         return _perplexity([one.mixed_probability for one in self.tokens])
 
 
 class Explainer:
-    """Explains texts with any layer that the datastore holds; that of the given `Retrieval` is the first.
+    """Explains texts with any layer of the datastore; the default is the layer of the given `Retrieval`.
 
-    Another layer has what was fitted for it, or else the first one's setting.
+    Another layer uses the setting fitted for it, or else that of the default layer.
     :raises DatastoreMismatch: the datastore was made with another model.
     """
 
@@ -99,7 +99,7 @@ class Explainer:
         self.token_text = TokenTexts(lm)
 
     def model(self, layer: str | None = None) -> KNNLM:
-        """The kNN-LM with one layer's keys, opened when it is first asked for.
+        """The kNN-LM with one layer's keys, opened on first use.
 
         :raises DatastoreMismatch: the layer is not stored.
         """
@@ -109,7 +109,7 @@ class Explainer:
         return self._models[layer]
 
     def retrieval(self, layer: str | None = None) -> Retrieval:
-        """A layer's keys with the setting that they have unless somebody changes it. Raises as `model`."""
+        """Retrieval from a layer's keys with its default setting. Raises as `model`."""
         layer = layer or self.first
         if layer not in self._retrievals:
             first = self._retrievals[self.first].setting
@@ -118,20 +118,20 @@ class Explainer:
         return self._retrievals[layer]
 
     def is_fitted(self, layer: str) -> bool:
-        """Whether the layer's setting is what an evaluation fitted for it."""
+        """Whether an evaluation fitted the layer's setting."""
         setting, fitted = self.retrieval(layer).setting, self._fitted(layer)
         numbers = {"k": setting.k, "temperature": setting.temperature, "lambda": setting.lam}
         gated = (setting.gate is None) == (fitted.get("gate") is None)
         return bool(fitted) and fitted.items() >= numbers.items() and gated
 
     def depth(self, layer: str | None = None) -> int:
-        """The neighbours that a search brings: the layer's own k, and those that fitting tries."""
+        """Neighbours retrieved by a search: the larger of the layer's k and the largest k that fitting tries."""
         return min(max(self.retrieval(layer).setting.k, KNNConfig.max_k), self.store.count)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text.
+        """Tokens of a text.
 
-        :raises InputError: there are none, or more than the model takes at once.
+        :raises InputError: there are none, or more than the model's context limit.
         """
         tokens: list[int] = self.lm.encode(text).tolist()
         limit = self.lm.context_limit
@@ -142,14 +142,14 @@ class Explainer:
         return tokens
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Each token's part of their text; of a character that several tokens make, the last one has all."""
+        """Each token's part of the text; a character made of several tokens belongs to the last of them."""
         text = Detokenizer(self.lm, (), ())
         pieces = [text.put(token) for token in tokens]
         pieces[-1] += text.rest()
         return pieces
 
     def evidence(self, tokens: Sequence[int], layer: str | None = None) -> list[Evidence]:
-        """What there is for each token but the first, from one forward pass and one search. Raises as `model`."""
+        """Evidence for each token but the first, from one forward pass and one search. Raises as `model`."""
         if len(tokens) < 2:
             return []
         model = self.model(layer)
@@ -160,9 +160,9 @@ class Explainer:
         return [_evidence(one, torch.log_softmax(logits_V.float(), -1), token) for one, logits_V, token in places]
 
     def explain(self, text: str, layer: str | None = None) -> Explanation:
-        """A text under the layer's setting.
+        """Explain a text under the layer's setting.
 
-        :raises InputError: as `encode`, and for a text of one token, which nothing predicts.
+        :raises InputError: as `encode`; or the text has a single token, which has no prediction.
         """
         tokens, setting = self.encode(text), self.retrieval(layer).setting
         found, pieces = self.evidence(tokens, layer), self.pieces(tokens)
@@ -182,7 +182,7 @@ class Explainer:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Continuing:
-        """A continuation of tokens under a setting, whose k is at most `depth`; see `Continuing`."""
+        """Continue tokens under a setting with a k of at most `depth`; see `Continuing`."""
         return Continuing(
             self.model(layer),
             self.lm,
@@ -195,11 +195,11 @@ class Explainer:
         )
 
     def source(self, row: int) -> NeighborSource:
-        """The text around a key's value."""
+        """Source text around the value of a row of the datastore."""
         return read_source(self.store, row, self.lm.decode, self.token_text, before=BEFORE_TOKENS, after=AFTER_TOKENS)
 
     def _fitted(self, layer: str) -> dict[str, Any]:
-        """As datastore.json has it."""
+        """Fitted setting of a layer in datastore.json; empty if there is none."""
         return (self.store.manifest.fitted or {}).get(layer) or {}
 
     def _token(self, evidence: Evidence, setting: Mix, token: int, piece: str) -> ExplainedToken:

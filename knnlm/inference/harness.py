@@ -1,8 +1,7 @@
-"""The kNN-LM as a model of EleutherAI's lm-evaluation-harness (lm-eval), by the name `knnlm`. The import of lm_eval.
+"""The kNN-LM as the model `knnlm` of EleutherAI's lm-evaluation-harness. Only this module imports lm_eval.
 
-To import this module is to register it, which is what `knnlm.register_lm_eval` does. The harness itself is untouched:
-its own class for models of `transformers` makes the requests, the batches and the windows, and only the tokens that it
-scores are searched for.
+Importing this module registers the model, which is what `knnlm.register_lm_eval` does. Requests, batches and windows
+are made by the harness's own class for `transformers` models; only the tokens that it scores are searched for.
 
 Shapes: B batch, T time, D dimension, Q scored tokens, V vocabulary.
 """
@@ -35,17 +34,17 @@ except ModuleNotFoundError as error:
 
 @register_model("knnlm")
 class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
-    """`knnlm` of lm-eval: as its `hf`, with the mixed distribution in the place of the model's own.
+    """lm-eval's model `hf`, with the mixed distribution in place of the LM's.
 
-    :param store: the datastore; `layer`, `k`, `temperature` and `lam` (or `lambda`) as `KNNLM.from_store`.
-    :param model: where the datastore's model is now, if not where it was.
-    :param max_length: the longest input in tokens; what the model takes.
-    :raises InputError: an argument that is none of these; as `KNNLM.from_store`.
+    :param store: the datastore. `layer`, `k`, `temperature` and `lam` (or `lambda`) are as in `KNNLM.from_store`.
+    :param model: path or id of the datastore's model, if it has moved.
+    :param max_length: longest input in tokens; the model's limit by default.
+    :raises InputError: an unknown argument; or as `KNNLM.from_store`.
     :raises DatastoreMismatch: as `KNNLM.from_store`.
     """
 
     _vectors_B: Iterator[Tensor] = iter(())
-    """[T, D] for each row of the batch that is being scored."""
+    """Vectors [T, D] of each row of the batch being scored."""
 
     def __init__(
         self,
@@ -63,10 +62,10 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
         trust_remote_code: bool = False,
         **others: Any,
     ) -> None:
-        lam = others.pop("lambda", lam)  # no name for a parameter in Python
+        lam = others.pop("lambda", lam)  # a keyword in Python
         if others:
             raise InputError(f"knnlm has no argument {', '.join(others)}; see docs/lm-eval.md for those that it has")
-        opened = as_datastore(store if isinstance(store, Datastore) else str(store))  # lm-eval makes numbers of names
+        opened = as_datastore(store if isinstance(store, Datastore) else str(store))  # lm-eval parses 7 as a number
         retrieval = open_retrieval(opened, layer, k, temperature, lam)
         source = str(model or opened.manifest.model)
         lm = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -84,21 +83,21 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> HarnessModel:
-        """What model_args has comes before device and batch_size, which lm-eval fills in if nobody gave them."""
+        """Make the model; model_args take precedence over the device and batch_size that lm-eval fills in."""
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if str(options.get("device")).startswith("cuda") and not torch.cuda.is_available():
             del options["device"]  # cuda:0 is lm-eval's default on every machine
         return cls(**{**options, **arg_dict})
 
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The plain LM's logits [B, T, V], which the harness normalizes; the vectors wait for `_select_cont_toks`."""
+        """The plain LM's logits [B, T, V], which the harness normalizes; vectors are kept for `_select_cont_toks`."""
         output, vectors_BTD = self.model.unmixed(inps)
         self._vectors_B = iter(vectors_BTD)
         logits_BTV: Tensor = output.logits
         return logits_BTV
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
-        """The mixed log-probabilities [Q, V] of the scored tokens; the harness calls it once for each row, in order."""
+        """Mixed log-probabilities [Q, V] of the scored tokens; the harness calls this once for each row, in order."""
         log_probs_QV: Tensor = super()._select_cont_toks(logits, contlen, inplen)
         vectors_QD: Tensor = super()._select_cont_toks(next(self._vectors_B), contlen, inplen)
         self.model.retrieval.mix_in(log_probs_QV, torch.arange(len(vectors_QD), device=vectors_QD.device), vectors_QD)
@@ -106,6 +105,6 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Be the command `lm_eval` with these arguments, where the model `knnlm` is known too."""
+    """Run the command `lm_eval` with these arguments and the model `knnlm` registered."""
     sys.argv = ["lm_eval", *arguments]  # all that its command line reads
     cli_evaluate()

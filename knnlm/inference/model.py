@@ -1,10 +1,10 @@
-"""`KNNLM`: a causal LM of `transformers` whose every forward pass gives the mixed distribution.
+"""`KNNLM`: a causal LM of `transformers` whose forward pass returns the mixed distribution.
 
-A class is made for the model's own class, so that caches, positions and the preparation of inputs stay what its
-architecture needs, and `generate()` works unchanged. The object shares the weights of the given model and has modules
-of its own: the given model never sees a hook.
+It is a subclass of the model's own class, so that caches, positions and input preparation suit the architecture, and
+`generate()` works unchanged. The object shares the weights of the given model but has its own modules: no hook is
+ever attached to the given model.
 
-Shapes: B batch, T time, D dimension, N positions (B x T), Q those of them that are searched for, V vocabulary.
+Shapes: B batch, T time, D dimension, N positions (B x T), Q searched positions, V vocabulary.
 """
 
 # ruff: noqa: ANN401 - arguments and outputs of forward are the architecture's own
@@ -30,14 +30,14 @@ from knnlm.model.loading import load_model
 from knnlm.store.datastore import Datastore, as_datastore
 
 IGNORED = -100
-"""The label of a position that has no part in the loss, in `transformers`."""
+"""Label of a position that `transformers` leaves out of the loss."""
 
 
 class KNNLM:
-    """A kNN-LM that is a language model like any other: `KNNLM.from_store(STORE)`, then `generate()`, or call it.
+    """A kNN-LM with the interface of its `transformers` model: `KNNLM.from_store(STORE)`, then `generate()` or a call.
 
-    Besides what is here it has everything of the model's own class. The logits are log-probabilities, float32, at every
-    position that the attention mask does not hide; those of padding are the plain LM's. A forward pass has no gradient.
+    It has all attributes of the model's own class. Its logits are mixed log-probabilities, float32; at padding they are
+    the plain LM's log-probabilities. Forward passes are without gradients.
     """
 
     generation_config: Any
@@ -45,7 +45,7 @@ class KNNLM:
     tokenizer: Any
     """The model's own."""
     retrieval: Retrieval
-    """Layer, index and setting; another one of the same layer may take its place."""
+    """Layer, index and setting; may be replaced by another `Retrieval` of the same layer."""
     _plain: _Plain
 
     @classmethod
@@ -59,12 +59,12 @@ class KNNLM:
         *,
         lm: LanguageModel | None = None,
     ) -> KNNLM:
-        """The datastore's model with the memory that the datastore is.
+        """Combine a datastore with the model that it was made with.
 
-        :param layer: whose keys are searched; the chosen one.
-        :param k: as `temperature` and `lam`: what the datastore's evaluation fitted for the layer.
-        :param lm: the model, where it is in memory or no longer where the datastore says. Its weights are shared.
-        :raises InputError: something is neither given nor fitted; a value that cannot be.
+        :param layer: layer whose keys are searched; the chosen one by default.
+        :param k: neighbours; `k`, `temperature` and `lam` default to the values that an evaluation fitted.
+        :param lm: the model, if it is already loaded or has moved since the datastore was made. Its weights are shared.
+        :raises InputError: a value is neither given nor fitted, or is out of range.
         :raises DatastoreMismatch: the datastore was made with another model, or has no such layer.
         :raises ModelError: the model is wrapped, as adapters are by peft.
         """
@@ -74,7 +74,7 @@ class KNNLM:
 
     @staticmethod
     def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
-        """A model with the memory that `open_retrieval` opened. Raises as `from_store`."""
+        """Combine a model with a retrieval from `open_retrieval`. Raises as `from_store`."""
         _check_kind(type(lm.model))
         retrieval.searcher.store.check_model(lm.fingerprint)
         check_names([retrieval.layer], lm.layer_names)
@@ -93,10 +93,10 @@ class KNNLM:
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own forward, whose arguments it takes, with the mixed distribution's log-probabilities.
+        """Run the model's own forward, with the same arguments; logits are the mixed log-probabilities.
 
-        With `labels` the loss is the mixed distribution's. `logits_to_keep` is a number of last positions, or a list of
-        positions: only these are searched for.
+        With `labels`, the loss is that of the mixed distribution. With `logits_to_keep`, a number of last positions or
+        a list of positions, only these are searched for.
         """
         given = self._plain.named(args) | kwargs
         as_tuple = given.pop("return_dict", None) is False
@@ -113,21 +113,21 @@ class KNNLM:
         return mixed.to_tuple() if as_tuple else mixed
 
     def unmixed(self, tokens_BT: Tensor, past: Any = None) -> tuple[Any, Tensor]:
-        """The plain LM's output and the layer's vectors [B, T, D], for whoever mixes a few positions only.
+        """The plain LM's output and the layer's vectors [B, T, D], for callers that mix only some positions.
 
-        :param past: the cache of an earlier output (`past_key_values`), after whose tokens these come.
+        :param past: the cache (`past_key_values`) of the tokens before these.
         """
         cached = {} if past is None else {"past_key_values": past, "use_cache": True}
         with torch.no_grad():
             return self._plain.run({"input_ids": tokens_BT, **cached}, self.retrieval.layer, _Keep(0))
 
     def _sample(self, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
-        """Greedy search and sampling: `forward` is told which rows are finished, and does not search for them."""
+        """Greedy search and sampling; `forward` does not search for rows that are finished."""
         watched = _Watched(stopping_criteria)
         return cast(Any, super())._sample(*args, stopping_criteria=watched, finished_rows=watched, **kwargs)
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        """A search is nothing that torch.compile could compile."""
+        """Whether torch.compile can be used: no, as it cannot compile a search."""
         return False
 
     if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class KNNLM:
 
 
 def _check_kind(kind: type[nn.Module]) -> None:
-    """A wrapper's generate() is that of the model inside, which would silently go on without the memory."""
+    """:raises ModelError: `kind` wraps a model, whose generate() would silently run without retrieval."""
     if not hasattr(kind, "_sample"):
         raise ModelError(
             f"{kind.__name__} does not generate itself, as a wrapper around a model; give the model inside, of an "
@@ -146,14 +146,14 @@ def _check_kind(kind: type[nn.Module]) -> None:
 
 
 def _own_modules(model: nn.Module) -> nn.Module:
-    """Copy a model's modules and share its weights: hooks on the copy are none on the model, in any thread."""
+    """Copy a model's modules, sharing its weights: hooks on the copy do not run in the model, in any thread."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, cast(dict[int, Any], shared))
 
 
 @cache
 def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass for a class of model. `generate()` looks at the signature of forward, and at names of classes."""
+    """Subclass of a model's class, with its name and its signature of forward, which `generate()` looks at."""
 
     @wraps(kind.forward)
     def forward(self: KNNLM, *args: Any, **kwargs: Any) -> Any:
@@ -164,36 +164,36 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Plain:
-    """The model without its memory: its own forward, with hooks while it runs."""
+    """The model without retrieval: its own forward, with hooks while it runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        # accelerate puts a forward of its own into the object, where it would hide that of the class.
+        # accelerate sets a forward on the object, which would hide that of the class.
         self._forward: Callable[..., Any] = vars(model).pop("forward", model.forward)
         self._decoder = find_decoder(model)
         self._lock = Lock()
 
     def named(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        """Positional arguments of forward by their names."""
+        """Positional arguments of forward by name."""
         return dict(zip(self._names, args, strict=False))
 
     def run(self, given: Mapping[str, Any], layer: str, keep: _Keep) -> tuple[Any, Tensor]:
         """The plain model's output, and the layer's vectors [B, T, D] at the positions that have logits."""
         received: list[Tensor] = []
-        # The model itself keeps these positions only of what enters its head.
+        # The model itself keeps only these positions of the input of its head.
         kept: Callable[[Tensor], Tensor] = Tensor.detach if layer == FINAL else keep
 
         def take(_: str, vectors_BTD: Tensor) -> None:
             received.append(kept(vectors_BTD).clone())
 
-        # Hooks of two threads would take each other's vectors.
+        # Without the lock, hooks of two threads would receive each other's vectors.
         with self._lock, self._decoder.attach([layer], take):
             output = self._forward(**given, return_dict=True)
         return output, received[-1]
 
 
 class _Keep:
-    """`logits_to_keep` of transformers: the positions, of every row, that get logits."""
+    """`logits_to_keep` of transformers: the positions of every row that get logits."""
 
     def __init__(self, logits_to_keep: int | Tensor) -> None:
         if isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim != 1:
@@ -202,15 +202,15 @@ class _Keep:
         self._keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
 
     def __call__(self, tensor_BT: Tensor) -> Tensor:
-        """What is kept of a tensor [B, T, ...]."""
+        """Select these positions of a tensor [B, T, ...]."""
         return tensor_BT[:, self._keep]
 
 
 def _searched_rows(shape_BT: Sequence[int], keep: _Keep, given: Mapping[str, Any], finished: _Watched | None) -> Tensor:
-    """The places, among all positions with logits, that are neither padding nor of a finished row: int64 [Q]."""
+    """Indices, among all positions with logits, of those neither padding nor in a finished row: int64 [Q]."""
     searched_BT = torch.ones(tuple(shape_BT), dtype=torch.bool)
     mask_BT, length = given.get("attention_mask"), _length(given)
-    # A mask of 4 dimensions, which a static cache takes, does not tell what is padding.
+    # A 4-dimensional mask, used with a static cache, does not show what is padding.
     if isinstance(mask_BT, Tensor) and mask_BT.ndim == 2 and mask_BT.shape[1] >= length:
         searched_BT &= keep(mask_BT[:, mask_BT.shape[1] - length :].bool().cpu())
     if finished is not None and finished.rows_B is not None:
@@ -219,21 +219,21 @@ def _searched_rows(shape_BT: Sequence[int], keep: _Keep, given: Mapping[str, Any
 
 
 def _length(given: Mapping[str, Any]) -> int:
-    """T of a forward pass: of the new tokens, without those in the cache."""
+    """T of a forward pass: the number of new tokens, without those in the cache."""
     entering = given.get("input_ids")
     return int((given["inputs_embeds"] if entering is None else entering).shape[1])
 
 
 def _loss(log_probs_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean -log p of the labels that follow each position, as every causal LM of transformers shifts them."""
+    """Mean -log p of the label after each position, shifted as in every causal LM of transformers."""
     targets = labels_BT[:, 1:].flatten().to(log_probs_BTV.device)
     return nn.functional.nll_loss(log_probs_BTV[:, :-1].flatten(0, 1), targets, ignore_index=IGNORED)
 
 
 class _Watched:
-    """The stopping criteria of one `generate()`, which remember the rows that they stopped.
+    """Stopping criteria of one `generate()` that record which rows they stopped.
 
-    Only where there is an end token: without one, transformers goes on with rows that other criteria have stopped.
+    Only if there is an end token: without one, transformers continues rows that other criteria have stopped.
     """
 
     rows_B: Tensor | None = None

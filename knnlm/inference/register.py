@@ -1,12 +1,12 @@
-"""The public door to the model of lm-eval, which needs no lm-eval until it is called."""
+"""Public function that registers the lm-eval model; lm-eval is imported only when it is called."""
 
 from __future__ import annotations
 
 
 def register_lm_eval() -> None:
-    """Make the model `knnlm` known to lm-eval in this process; a second call changes nothing.
+    """Register the model `knnlm` with lm-eval in this process; a second call changes nothing.
 
-    After it, `lm_eval.simple_evaluate(model="knnlm", model_args="store=FOLDER")` works.
+    Afterwards `lm_eval.simple_evaluate(model="knnlm", model_args="store=FOLDER")` works.
     :raises InputError: lm-eval is not installed.
     """
-    from knnlm.inference import harness  # noqa: F401 - whose import registers it, once
+    from knnlm.inference import harness  # noqa: F401 - its import registers the model, once

@@ -1,4 +1,4 @@
-"""One token from a distribution: the likeliest, or drawn with a generator of the caller's own. Shapes: V vocabulary."""
+"""One token from a distribution: the likeliest, or drawn with the caller's generator. Shapes: V vocabulary."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def choose(log_probs_V: Tensor, temperature: float, top_p: float, random: np.random.Generator) -> int:
-    """The token that is taken. The same generator draws the same token, whatever else is drawn elsewhere.
+    """Return a token. It depends only on the arguments and the state of `random`.
 
-    :param log_probs_V: float32, on the CPU; -inf for what cannot be.
-    :param temperature: 0 takes the likeliest; below 1 sharpens, above 1 flattens.
-    :param top_p: only the likeliest tokens that together have this probability are drawn; the first one always.
+    :param log_probs_V: float32, on the CPU; -inf for impossible tokens.
+    :param temperature: 0 takes the likeliest token; below 1 sharpens the distribution, above 1 flattens it.
+    :param top_p: nucleus sampling: draw among the likeliest tokens that together have this probability.
     """
     if temperature == 0:
         return int(log_probs_V.argmax())
@@ -25,7 +25,7 @@ def choose(log_probs_V: Tensor, temperature: float, top_p: float, random: np.ran
 
 
 def _nucleus(probs_V: Tensor, top_p: float) -> Tensor:
-    """Holtzman et al. 2020, section 3.1: 0 for what is not among the likeliest that make up top_p."""
+    """Set probabilities outside the nucleus to 0 (Holtzman et al. 2020, section 3.1); the likeliest token stays."""
     sorted_V, tokens_V = probs_V.sort(descending=True, stable=True)
     kept_V = sorted_V.cumsum(0) - sorted_V < top_p
     kept_V[0] = True

@@ -1,4 +1,4 @@
-"""From a prompt to its continuation, as text: whole, or piece by piece while it is generated."""
+"""Text generation: a prompt's continuation as text, whole or streamed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are taken from the mixed distribution: the likeliest, or drawn if one of the two is given."""
+    """How tokens are chosen from the mixed distribution: the likeliest, or drawn if `temperature` or `top_p` is set."""
 
     max_new_tokens: int = 64
     temperature: float | None = None
-    """Below 1 the distribution that is drawn from is sharpened, above 1 flattened."""
+    """Temperature of sampling: below 1 sharpens the distribution, above 1 flattens it."""
     top_p: float | None = None
-    """Only the likeliest tokens that together have this probability are drawn."""
+    """Nucleus sampling: draw among the likeliest tokens that together have this probability."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -39,7 +39,7 @@ class Decoding:
 
     @property
     def options(self) -> dict[str, Any]:
-        """As arguments of `generate()`."""
+        """The same as arguments of `generate()`."""
         if self.temperature is None and self.top_p is None:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         temperature, top_p = self.temperature or 1.0, self.top_p or 1.0
@@ -49,19 +49,19 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What followed a prompt."""
+    """A prompt and its continuation."""
 
     prompt: str
     text: str
     """Without the end token."""
     tokens: int
-    """Generated, the end token among them."""
+    """Number of generated tokens, with the end token."""
     ended: bool
-    """By the end token, not by `max_new_tokens`."""
+    """Whether the end token ended it, not `max_new_tokens`."""
 
 
 class Writer:
-    """Continues prompts with a kNN-LM. Of the model's own generation settings only the special tokens count."""
+    """Continues prompts with a kNN-LM. Only the special tokens of the model's generation settings are used."""
 
     def __init__(self, model: KNNLM, lm: LanguageModel, decoding: Decoding) -> None:
         self._model, self._lm, self._decoding = model, lm, decoding
@@ -70,9 +70,9 @@ class Writer:
         model.generation_config = type(own)(eos_token_id=sorted(self._ends) or None, pad_token_id=padding)
 
     def encode(self, prompt: str) -> list[int]:
-        """The prompt's tokens; of an empty one, the token that begins a text.
+        """Tokens of a prompt; as `encode_prompt`.
 
-        :raises InputError: no tokens at all, or more than the model takes with those to be generated.
+        :raises InputError: no tokens, or too many for the model's context together with those to be generated.
         """
         tokens = encode_prompt(self._lm, prompt)
         limit, new = self._lm.context_limit, self._decoding.max_new_tokens
@@ -84,7 +84,7 @@ class Writer:
         return tokens
 
     def __call__(self, prompt: str, write: Write | None = None) -> Continuation:
-        """Continue a prompt; `write` gets each piece of text as soon as it is whole. Raises as `encode`."""
+        """Continue a prompt; `write` is called with each piece of text once it is complete. Raises as `encode`."""
         tokens = self.encode(prompt)
         pieces = _Pieces(self._lm, tokens, self._ends, write or (lambda piece: None))
         ids = torch.tensor([tokens], device=self._lm.device)
@@ -94,7 +94,7 @@ class Writer:
 
 
 class _Pieces:
-    """A streamer of `generate()`: from tokens to pieces of text."""
+    """A streamer for `generate()` that turns tokens into pieces of text."""
 
     def __init__(self, lm: LanguageModel, prompt: list[int], ends: Collection[int], write: Write) -> None:
         self._text, self._write = Detokenizer(lm, prompt, ends), write
@@ -102,7 +102,7 @@ class _Pieces:
         self.text = ""
 
     def put(self, tokens: Tensor) -> None:
-        """The first call brings the prompt."""
+        """Decode new tokens; the first call passes the prompt, which is skipped."""
         if self._prompt_is_due:
             self._prompt_is_due = False
             return
@@ -110,7 +110,7 @@ class _Pieces:
             self._give(self._text.put(token))
 
     def end(self) -> None:
-        """What is incomplete stays so."""
+        """Write the remaining, incomplete text."""
         self._give(self._text.rest())
 
     def _give(self, piece: str) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that every user starts with: run, score, build, evaluate."""
+"""The four main verbs: run, score, build, evaluate."""
 
 from knnlm.pipeline.verbs import build as build
 from knnlm.pipeline.verbs import evaluate as evaluate

@@ -1,4 +1,4 @@
-"""What every step of a verb needs: the model, the settings, whom to tell; and the text as both of them cut it."""
+"""Model, settings and progress of one call of a verb, and the text as windows for them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Job:
 
     @cached_property
     def window(self) -> WindowConfig:
-        """Raises as `window_config`."""
+        """Context and stride for this model. Raises as `window_config`."""
         return window_config(self.settings.text, self.lm.name, self.lm.context_limit)
 
     @property
@@ -38,7 +38,7 @@ class Job:
         return self.settings.text.batch_tokens(self.window.context)
 
     def documents(self, text: Paths, share: float = 1) -> Iterator[TokenDocument]:
-        """The text, or a share of it, as the protocol cuts it: documents, or groups of rows."""
+        """Tokenised text, or a share of it: documents, or groups of rows, by protocol."""
         config = self.settings.text
         if config.protocol == "documents":
             documents = read_documents(text, text_field=config.text_field)
@@ -48,7 +48,7 @@ class Job:
         return rows_to_groups((measured(row, self.lm.encode_with_ends) for row in rows), self.window)
 
     def evaluation_documents(self, text: Paths) -> list[TokenDocument]:
-        """The evaluation text, cut to its budget; groups of rows are never cut, which would move their windows."""
+        """The evaluation text, cut to its budget; groups of rows are never cut, as that would move their windows."""
         settings = self.settings
         whole = replace(self, settings=replace(settings, text=replace(settings.text, max_tokens=None)))
         budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
@@ -57,7 +57,7 @@ class Job:
             return take_slices(told, budget, seed=settings.seed)
 
     def record(self) -> Mapping[str, object]:
-        """The settings as they were used, for the report."""
+        """The settings as used, for the report."""
         lm, window = self.lm, self.window
         record: dict[str, object] = {"model": lm.name, "dtype": str(lm.dtype), "device": str(lm.device)}
         for name, group in asdict(self.settings).items():
@@ -81,7 +81,7 @@ class Clock:
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Time the block."""
+        """Time the block as one phase."""
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What a run will do before it does it: windows, bytes of keys, and the layers that fit on the disk."""
+"""Checks before a run: the bytes that its keys will take, and the layers that fit on the disk."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from knnlm.scores.choose import SCORES_THAT_CHOOSE, candidate_layers, one_layer
 from knnlm.text.corpus import read_documents, text_bytes
 from knnlm.text.windows import TokenDocument, count_targets
 
-# How much text is tokenised to learn how many bytes a token has.
+# Text tokenised to estimate the bytes per token.
 PROBE_CHARACTERS = 200_000
-# Times the estimated keys: above it, k is refused before the keys are counted; estimates are right to a few percent.
+# A k above this many times the estimated keys is refused at once; estimates are right to a few percent.
 SURELY_TOO_MANY = 1.5
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The layers that are kept, and what they will cost."""
+    """The layers to store, and their size on disk."""
 
     layers: tuple[str, ...]
     tokens: int | None
-    """Estimated keys; None where the size of the text is unknown (a hub set)."""
+    """Estimated number of keys; None where the size of the text is unknown (a hub set)."""
     key_bytes: int | None
     sentence: str
 
@@ -43,10 +43,10 @@ def make_plan(
     settings: Settings,
     evaluation: Sequence[TokenDocument] | None = None,
 ) -> RunPlan:
-    """Count the bytes that keys of every wanted layer take; keep to the candidates where that is too much.
+    """Estimate the bytes of all wanted layers' keys; fall back to the candidates if that is too much.
 
     :param evaluation: the evaluation text; None where it will be held out of the text.
-    :raises InputError: the keys or the evaluation's queries have no room.
+    :raises InputError: too little disk space for the keys or the evaluation's queries; k above the number of keys.
     """
     tokens = estimate_tokens(lm, text, settings.text)
     if tokens and settings.knn.k and settings.knn.k > SURELY_TOO_MANY * tokens:
@@ -89,11 +89,11 @@ def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Setti
 def check_query_room(
     lm: LanguageModel, layers: Sequence[str], tokens: int, *, out: Path | None = None, taken: int = 0
 ) -> None:
-    """Find out before any work whether an evaluation's queries fit into the folder for temporary files.
+    """Check before any work that an evaluation's queries fit into the folder for temporary files.
 
-    They are float32 vectors of every layer at once (`evaluation.open_queries`).
-    :param out: a folder into which `taken` bytes will have been written by then.
-    :raises InputError: names TMPDIR, what is needed and what is there.
+    These are float32 vectors of all layers (`evaluation.open_queries`).
+    :param out: a folder to which `taken` bytes will have been written by then.
+    :raises InputError: too little space; the message gives TMPDIR and the bytes needed and free.
     """
     folder = Path(tempfile.gettempdir())
     needed, free = key_bytes(lm, layers, tokens, "float32"), shutil.disk_usage(folder).free
@@ -108,9 +108,9 @@ def check_query_room(
 
 
 def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -> None:
-    """Find out before any work whether the choice and the index can be made.
+    """Check before any work that the layer can be chosen and the index built.
 
-    :raises LayerError: `select` or `candidates` names no layer of the model, or one that is not looked at.
+    :raises LayerError: `select` or `candidates` names no layer of the model, or one that is not among `layers`.
     :raises index.errors.UnknownSpec: FAISS does not understand `index`.
     """
     check_layers(settings.layers, layers, lm.layer_names)
@@ -118,7 +118,7 @@ def check_choice(lm: LanguageModel, layers: Sequence[str], settings: Settings) -
 
 
 def check_layers(config: LayerConfig, layers: Sequence[str], all_layers: Sequence[str]) -> None:
-    """The part of `check_choice` that needs names alone. Raises LayerError as it does."""
+    """The part of `check_choice` that needs only layer names. Raises LayerError as it does."""
     candidate_layers(config, layers, all_layers)
     if config.select not in SCORES_THAT_CHOOSE:
         one_layer(config.select, layers)
@@ -130,7 +130,10 @@ def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: 
 
 
 def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
-    """From the bytes of text and the tokens of its beginning; the limit where that is smaller or all that is known."""
+    """Tokens of the text, estimated from its size and the bytes per token at its beginning; at most `max_tokens`.
+
+    Where the size is unknown: `max_tokens`, or None.
+    """
     total = text_bytes(text, text_field=config.text_field)
     if total is None:
         return config.max_tokens

@@ -1,4 +1,4 @@
-"""The steps that verbs share: extract, score, evaluate, index."""
+"""Steps that several verbs share: extract, score, evaluate, index."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from knnlm.text.held_out import hold_out
 from knnlm.text.windows import TokenDocument
 from knnlm.version import versions
 
-# Tokens on which `build` chooses before the one pass that stores the chosen layer.
+# Tokens on which `build` chooses a layer before the pass that stores it.
 SAMPLE_TOKENS = 200_000
 
 
@@ -43,10 +43,10 @@ def extract(
     total: int | None,
     sampled: ScoreResult | None = None,
 ) -> ScoreResult:
-    """One pass: keys of the layers into the folder, their scores and the choice into its manifest.
+    """Write the layers' keys to the folder in one pass, with their scores and the choice in its manifest.
 
-    :param total: about how many tokens there are, for the time left.
-    :param sampled: the scores by which the layers were chosen before; they are kept in place of new ones.
+    :param total: approximate number of tokens, for the progress bar.
+    :param sampled: scores by which the layers were already chosen; they are kept instead of new ones.
     """
     dims = {name: job.lm.dims[name] for name in layers}
     scorer = None if sampled else LayerScorer(dims, seed=job.settings.seed)
@@ -77,7 +77,7 @@ def extract(
 
 
 def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: float = 1) -> ScoreResult:
-    """The scores of all layers asked for, and the choice; as `knnlm.pipeline.verbs.score`."""
+    """Scores of all requested layers, and the choice; see `knnlm.pipeline.verbs.score`."""
     lm, settings = job.lm, job.settings
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
@@ -99,17 +99,18 @@ def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: floa
 
 
 def choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | None:
-    """The scores of all layers on a sample that ends when the choice is clear; None where layers are named.
+    """Scores of all layers on a sample that ends once the choice is settled; None if layers are named.
 
-    Of all, not of the candidates alone, so that the probe can tell of a better layer elsewhere.
+    Layers that are not candidates are scored too, so that the probe (next-token agreement of nearest keys) can point to
+    a better one among them.
 
-    :param total: about how many tokens the text has; the sample is spread over them.
+    :param total: approximate number of tokens in the text; the sample is spread over them.
     """
     settings, layers = job.settings, job.settings.layers
     if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
         return None
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
-    # By documents, whatever the protocol of the datastore is: knn-transformers knows no part of a text.
+    # By documents, whatever the datastore's protocol: the protocol knn-transformers cannot take part of a text.
     sample = replace(settings, text=replace(settings.text, max_tokens=tokens, protocol="documents"))
     stop_early, share = layers.select == "dispersion", min(1.0, tokens / max(1, total or tokens))
     sampled = score_layers(replace(job, settings=sample), text, stop_early=stop_early, share=share)
@@ -120,7 +121,7 @@ def choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | 
 
 
 def _score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stopped_early: bool = False) -> ScoreResult:
-    """The scores of a finished pass, and the choice that follows from them."""
+    """Scores of a finished pass, and the resulting choice."""
     lm, settings = job.lm, job.settings
     with job.progress.stage("effective rank and retrieval probe", "layers") as advance:
         scores = scorer.scores(advance)
@@ -139,9 +140,9 @@ def _score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stoppe
 def split_text(
     job: Job, text: Paths, given: list[TokenDocument] | None
 ) -> tuple[Iterator[TokenDocument], Callable[[], list[TokenDocument]]]:
-    """The documents to store, and those to evaluate on, which may be asked for once the former have run dry.
+    """Return the documents to store, and a function that returns those to evaluate on, once the former are exhausted.
 
-    :param given: the evaluation text; None holds it out of the text.
+    :param given: the evaluation text; if None, it is held out of the text.
     """
     documents = job.documents(text)
     if given is not None:
@@ -156,9 +157,9 @@ def split_text(
 
 
 def windows_like(store: Datastore, text: TextConfig) -> TextConfig:
-    """The datastore's windows where nothing else is asked for; its stride never exceeds a context that is.
+    """Context and stride of the datastore where `text` sets none; the stride is at most the context.
 
-    :raises InputError: a stride is asked for that exceeds the datastore's context.
+    :raises InputError: the given stride exceeds the context.
     """
     context = text.context or store.manifest.context
     stride = text.stride or min(store.manifest.stride, context)
@@ -168,7 +169,7 @@ def windows_like(store: Datastore, text: TextConfig) -> TextConfig:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Layers of a datastore beside the plain LM, with what the comparison was made from."""
+    """Layers of a datastore compared with the plain LM, and the data behind the comparison."""
 
     queries: Queries
     outcomes: Sequence[LayerOutcome]
@@ -176,7 +177,7 @@ class Comparison:
 
     @property
     def shown(self) -> LayerOutcome:
-        """Of the chosen layer; of the best one, or the first, where none was chosen or none is best."""
+        """Outcome of the chosen layer, else of the best one, else of the first."""
         wanted = self.result.selected or self.result.best
         return next((one for one in self.outcomes if one.layer == wanted), self.outcomes[0])
 
@@ -191,10 +192,10 @@ def compare_layers(
     *,
     exact: bool,
 ) -> Iterator[Comparison]:
-    """Perplexity of the layers, beside the scores and the choice that the datastore was made with.
+    """Perplexity of the layers, with the scores and the choice that the datastore was made with.
 
-    The queries are there while the block lasts.
-    :param exact: search exactly, whatever index there is.
+    The queries exist for the duration of the block.
+    :param exact: use exact search even if there is an index.
     """
     lm, knn, progress = job.lm, job.settings.knn, job.progress
     warnings = overlap_warning(documents, store, progress)
@@ -221,7 +222,7 @@ def compare_layers(
 
 
 def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]:
-    """A warning where some layers are searched through an index that may miss neighbours, and others exactly."""
+    """Return a warning if some layers are searched through an approximate index and others exactly."""
     indexed = [name for name in layers if store.manifest.indexes.get(name, {}).get("spec", "exact") != "exact"]
     if not indexed or len(layers) == 1:
         return ()
@@ -232,9 +233,9 @@ def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]
 
 
 def index_chosen(job: Job, store: Datastore, compared: Comparison) -> EvalResult:
-    """Index the layer that is shown; where the index is not exact, measure the perplexity that it gives.
+    """Index the shown layer; if the index is approximate, measure perplexity with it.
 
-    Where the index cannot be built, a warning says so.
+    If the index cannot be built, the result has a warning.
     """
     queries, one, result = compared.queries, compared.shown, compared.result
     report, warnings = try_index(store, one.layer, job.settings, job.progress, queries.vectors(one.layer))
@@ -246,7 +247,7 @@ def index_chosen(job: Job, store: Datastore, compared: Comparison) -> EvalResult
 
 
 def fitted_settings(result: EvalResult) -> dict[str, dict[str, object]]:
-    """Each layer's fitted setting, as a datastore's manifest keeps it."""
+    """Fitted settings by layer, in the form of a datastore's manifest."""
     return {one.layer: _setting(one) for one in result.layers}
 
 

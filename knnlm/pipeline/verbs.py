@@ -1,11 +1,11 @@
-"""The verbs: score, build, evaluate, run. The command line is a thin skin over these.
+"""The verbs score, build, evaluate and run. The command line is a thin layer over them.
 
     lm = load_model("my-model")
     store = build(lm, ["nursing.jsonl"], "nursing.knn")
     result = evaluate(lm, store, ["held-out.jsonl"])
     print(result.lm.perplexity, [(one.layer, one.perplexity) for one in result.layers])
 
-Each takes one `Settings`; what is not said there has a default, and `None` means fitted or found out.
+Each takes one `Settings`. Its fields have defaults; `None` means that a value is fitted or read from the model.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def score(
     share: float = 1,
     progress: Progress | None = None,
 ) -> ScoreResult:
-    """Dispersion and the other label-free scores of every layer asked for, and the choice; writes nothing.
+    """Dispersion and the other label-free scores of every requested layer, and the choice; writes nothing.
 
-    :param stop_early: stop when it is settled which candidate dispersion takes.
-    :param share: look at this share of the text only, taken evenly from all of it.
+    :param stop_early: stop once it is settled which candidate dispersion chooses.
+    :param share: read only this share of the text (0 to 1), spread evenly over it.
     """
     return score_layers(Job(lm, settings or Settings(), progress or Silent()), text, stop_early=stop_early, share=share)
 
@@ -67,10 +67,10 @@ def build(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Datastore:
-    """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys, index them.
+    """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys and index them.
 
-    Where the index cannot be built, the datastore is searched exactly, and a note says so.
-    :raises DatastoreExists: `out` holds something already; nothing was done.
+    If the index cannot be built, the datastore is searched exactly, and a note says so.
+    :raises DatastoreExists: `out` exists and must not be replaced; nothing was done.
     """
     settings = settings or Settings()
     job, work = Job(lm, settings, progress or Silent()), work_of("build", lm.name, text, settings)
@@ -99,12 +99,12 @@ def evaluate(
 ) -> EvalResult:
     """Perplexity of the plain LM and of the kNN-LM for every layer that the datastore holds.
 
-    A layer with an index is searched through it, unless `settings.knn.index` is `exact`. The settings that `build` or
-    `run` took serve here too.
+    A layer with an index is searched through it, unless `settings.knn.index` is `exact`. The settings given to `build`
+    or `run` can be passed here too.
 
-    :param store: opened, or its folder.
+    :param store: a datastore, or its folder.
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
-    :raises DatastoreMismatch: the datastore was made with another model or tokenizer; says which differs.
+    :raises DatastoreMismatch: the datastore was made with another model or tokenizer; the message says which.
     """
     store, settings = as_datastore(store), settings or Settings()
     store.check_model(lm.fingerprint)
@@ -130,17 +130,17 @@ def run(
     progress: Progress | None = None,
     report: Callable[[EvalResult, Path], None] | None = None,
 ) -> EvalResult:
-    """The whole way: keys of every layer in one pass, scores, the choice, perplexity per layer, the index.
+    """Do everything: keys of every layer in one pass, scores, the choice, perplexity per layer, the index.
 
     Without `eval_text`, a tenth of the documents is held out. The folder `out` becomes a datastore. Layers are
     compared under exact search; the chosen one is then indexed, and its perplexity measured again with the index.
-    Where the index cannot be built, a warning says so, and all else stands.
+    If the index cannot be built, the result has a warning.
 
-    `out` appears when all of it is there. What ends badly after the keys are stored is kept as a datastore without the
-    rest, if nothing was at `out` before.
+    `out` appears only once it is complete. If a run fails or is stopped after the keys are stored, and nothing was at
+    `out`, the datastore is kept there without the rest.
 
-    :param report: called with the result and the folder that becomes `out`, for what else is to lie in it.
-    :raises DatastoreExists: `out` holds something already; nothing was done.
+    :param report: called with the result and the folder that becomes `out`, to write further files into it.
+    :raises DatastoreExists: `out` exists and must not be replaced; nothing was done.
     """
     settings = settings or Settings()
     job, clock = Job(lm, settings, progress or Silent()), Clock()

@@ -1,4 +1,4 @@
-"""Reports of a run: `document` (report.json) and `html` (report.html). They see results, never a model or an index."""
+"""Reports of a run: report.json and report.html, made from results alone, without a model or an index."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class ReportFiles:
 
 
 def write_reports(result: EvalResult, folder: str | Path, *, title: str | None = None) -> ReportFiles:
-    """Write `report.json` and `report.html` into a folder, which is made where it is missing: both, or nothing.
+    """Write `report.json` and `report.html` into a folder, which is created if missing: both files or neither.
 
     :raises OSError: a file cannot be written
     """
     from knnlm.documents import to_document, write_document
-    from knnlm.report.html import write_report  # jinja2, which reading a report.json does not need
+    from knnlm.report.html import write_report  # imports jinja2, which reading a report.json does not need
 
     files = ReportFiles(Path(folder) / "report.json", Path(folder) / "report.html")
     with all_or_none(files.json, files.html):

@@ -1,4 +1,4 @@
-"""Views to plotly figures, as plain objects; colours are CSS variables that the page's script resolves."""
+"""Plotly figures of a view, as plain objects; colours are CSS variables that the page's script resolves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Figure = dict[str, Any]
 Trace = dict[str, Any]
 
 INK, MUTED, GRID = "var(--ink)", "var(--muted)", "var(--grid)"
-# Shape as well as colour tells the parts apart; outputs of sublayers are dotted, the residual stream is dashed.
+# Parts differ by shape as well as colour; outputs of sublayers are dotted, the residual stream is dashed.
 SYMBOLS = {
     "attn_input": "circle",
     "attn_output": "square",
@@ -29,7 +29,7 @@ DASHES = {"attn_output": "dot", "ffn_output": "dot", "block_output": "dash"}
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with its words."""
+    """A figure with its key, title and caption."""
 
     key: str
     title: str
@@ -38,7 +38,7 @@ class Chart:
 
 
 def make_charts(data: ChartData) -> tuple[Chart, ...]:
-    """Every chart that has something to show: one layer makes no line, and no score makes no dispersion."""
+    """Charts that have data: a line needs several layers, a dispersion chart needs scores."""
     scored = [point for point in data.points if point.dispersion is not None]
     measured = [point for point in data.points if point.perplexity is not None]
     both = [point for point in scored if point.perplexity is not None]
@@ -142,7 +142,7 @@ def _scatter_trace(part: str, points: Sequence[Point]) -> Trace:
 
 
 def _named(part: str) -> Trace:
-    """What every trace of a part shares; the page's script hides traces by `meta.part`."""
+    """Fields shared by every trace of a part; the page's script hides traces by `meta.part`."""
     return {
         "type": "scatter",
         "name": escape(part),
@@ -157,7 +157,7 @@ def _hover_texts(points: Sequence[Point]) -> list[str]:
 
 
 def _marks(points: Sequence[Point], place: Any) -> list[Trace]:  # noqa: ANN401 - a function of a point to (x, y)
-    """A ring around the chosen layer and a square around the best; the page's key names them."""
+    """A ring around the chosen layer and a square around the best; the page's legend names them."""
     rings = [(point, "circle-open", 17) for point in points if point.chosen]
     squares = [(point, "square-open", 23) for point in points if point.best]
     return [_mark(symbol, size, *place(point)) for point, symbol, size in rings + squares]
@@ -221,7 +221,7 @@ def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
     values = [point.perplexity for point in points if point.perplexity is not None]
     values += [data.lm_perplexity] if data.lm_perplexity else []
     low, high = min(values), max(values)
-    # A few hopeless layers must not press the good ones flat.
+    # A few layers with very high perplexity must not compress the range of the good ones.
     if scale := log_where_wide(low, high):
         low, high = math.log10(low), math.log10(high)
     room = (high - low) or 1.0
@@ -229,12 +229,12 @@ def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
 
 
 def log_where_wide(low: float, high: float) -> Figure:
-    """A logarithmic axis where figures are of several orders, so that one bad figure does not press the others flat."""
+    """A logarithmic axis where values span orders of magnitude, so that one does not compress the range of the rest."""
     return log_scale(low, high) if high > 4 * low > 0 else {}
 
 
 def log_scale(low: float, high: float) -> Figure:
-    """A logarithmic axis with labels at 1, 2 and 5 times powers of ten; plotly itself would label 50 as 5."""
+    """A logarithmic axis with ticks at 1, 2 and 5 times powers of ten; plotly itself would label 50 as 5."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     places = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     ticks = [place for place in places if low / 2 <= place <= 2 * high]
@@ -242,7 +242,7 @@ def log_scale(low: float, high: float) -> Figure:
 
 
 def _curve_axis(data: ChartData, curves: Sequence[Curve]) -> Figure:
-    """Cut above a little over the plain LM: near λ = 1 a curve goes to infinity."""
+    """Perplexity axis, cut a little above the plain LM: curves go to infinity near λ = 1."""
     values = [value for curve in curves for _, value in curve.points]
     top = max([data.lm_perplexity or 0, *(curve.points[0][1] for curve in curves)])
     low = min(values)
@@ -260,7 +260,7 @@ def _lm_line(data: ChartData, side: str) -> Figure:
 
 
 def base_layout(xaxis: Figure, yaxis: Figure) -> Figure:
-    """What all figures share: grounds, fonts, margins, grid; the axes as given."""
+    """Layout shared by all figures: backgrounds, fonts, margins, grid; the axes as given."""
     axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "ticks": "", "automargin": True}
     return {
         "autosize": True,

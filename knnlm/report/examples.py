@@ -1,4 +1,4 @@
-"""Tokens that retrieval helped or hurt most, as text that can be shown: white space visible, controls replaced."""
+"""Display text of the tokens that retrieval helped or hurt most: white space visible, control characters replaced."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _VISIBLE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class Bar:
-    """A probability as text and as a bar."""
+    """A labelled probability, as text and as a bar."""
 
     label: str
     text: str
     share: float
-    """0 to 1."""
+    """Length of the bar, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class NeighborView:
-    """One neighbour."""
+    """One neighbour, as display text."""
 
     before: str
     token: str
     agrees: bool
-    """Its token is the one that came."""
+    """Whether its token is the target."""
     source: str
     distance: str
     weight: Bar
@@ -39,7 +39,7 @@ class NeighborView:
 
 @dataclass(frozen=True)
 class ExampleView:
-    """One token in its context."""
+    """One token in its context, as display text."""
 
     before: str
     token: str
@@ -50,7 +50,7 @@ class ExampleView:
 
 
 def example_view(example: TokenExample) -> ExampleView:
-    """A token with its probabilities and neighbours, the heaviest neighbour first."""
+    """A token with its probabilities and neighbours, in order of decreasing weight."""
     neighbors = sorted(example.neighbors, key=lambda neighbor: -neighbor.weight)
     return ExampleView(
         before=flow_end(example.before, CONTEXT_CHARACTERS),
@@ -67,22 +67,22 @@ def example_view(example: TokenExample) -> ExampleView:
 
 
 def visible(token: str) -> str:
-    """A token with its white space shown: `" the"` -> `"␣the"`, a line break -> `"↵"`, nothing -> `"(empty)"`."""
+    """Make white space of a token visible: `" the"` -> `"␣the"`, a line break -> `"↵"`, nothing -> `"(empty)"`."""
     return "".join(_VISIBLE.get(character, _printable(character)) for character in token) or "(empty)"
 
 
 def flow_end(text: str, limit: int) -> str:
-    """The end of a text for the place before a token."""
+    """The end of a text, for display before a token."""
     text = _flow(text)
     if len(text) <= limit:
         return text
     end = text[-limit:]
-    first_space = end.find(" ", 0, 20)  # no half word in front, where words are short
+    first_space = end.find(" ", 0, 20)  # drop a partial first word, if it is short
     return f"…{end if first_space < 0 else end[first_space:]}"
 
 
 def flow_start(text: str, limit: int) -> str:
-    """The start of a text for the place after a token."""
+    """The start of a text, for display after a token."""
     text = _flow(text)
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -93,7 +93,7 @@ def _flow(text: str) -> str:
 
 
 def _printable(character: str) -> str:
-    """Control, direction-changing and lone surrogate characters become U+FFFD: they could disturb the text around."""
+    """Replace control, format (such as direction-changing) and lone surrogate characters by U+FFFD."""
     return "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in {"Cc", "Cf", "Cs"} else character
 
 

@@ -1,4 +1,4 @@
-"""What a run found, in two sentences: what retrieval did to perplexity, and whether the choice of layer was right."""
+"""The result of a run in two sentences: the effect of retrieval on perplexity, and whether the choice was right."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Headline:
     interval: str
     verdict: str
     tone: str
-    """`good`, `open` (nothing can be said) or `poor`."""
+    """`good`, `open` (undecided) or `poor`."""
     reason: str
     disagreement: str
 
 
 def make_headline(result: EvalResult) -> Headline | None:
-    """The sentences about the layer that is shown; None without any layer."""
+    """The sentences about the shown layer; None if there are no layers."""
     shown = shown_layer(result)
     if shown is None:
         return None
@@ -48,13 +48,13 @@ def make_headline(result: EvalResult) -> Headline | None:
 
 
 def shown_layer(result: EvalResult) -> LayerResult | None:
-    """The chosen layer, or the best one where none was chosen, or the first where none is best."""
+    """The chosen layer, else the best one, else the first."""
     layers = {layer.layer: layer for layer in result.layers}
     return layers.get(result.selected or "") or layers.get(result.best) or next(iter(result.layers), None)
 
 
 def _sentence(text: str | None) -> str:
-    """With a full stop, which a reason may come without."""
+    """End a text with a full stop, which a reason may lack."""
     return f"{text.rstrip('.')}." if text else ""
 
 

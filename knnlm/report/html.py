@@ -1,4 +1,4 @@
-"""report.html: one file that opens offline, made from views by a template; text is escaped, plotly is inlined once."""
+"""report.html: one file that opens offline, rendered from a view by a template; text is escaped, plotly is inlined."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _SCRIPT_SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\
 
 
 def render(result: EvalResult, *, title: str) -> str:
-    """The page as text."""
+    """Render the page as text."""
     view = make_view(result, title=title)
     return render_template("report.html.j2", view=view, charts=make_charts(view.charts))
 
 
 def render_template(name: str, **values: object) -> str:
-    """A template of this package, filled; it has plotly's script under `plotly`."""
-    from plotly.offline import get_plotlyjs  # slow to import, and needed by this function alone
+    """Render a template of this package; plotly's script is available as `plotly`."""
+    from plotly.offline import get_plotlyjs  # slow to import, and needed only here
 
     return _environment().get_template(name).render(plotly=Markup(get_plotlyjs()), **values)
 
@@ -44,7 +44,7 @@ def write_report(result: EvalResult, path: str | Path, *, title: str | None = No
 
 
 def default_title(result: EvalResult) -> str:
-    """`kNN-LM report`, with the model's name where the settings have one."""
+    """`kNN-LM report`, with the model's name if the settings have one."""
     model = result.settings.get("model")
     return f"kNN-LM report: {model}" if model else "kNN-LM report"
 
@@ -63,7 +63,7 @@ def _environment() -> Environment:
 
 
 def _fields(text: str) -> Markup:
-    """A message of the library, whose fields in backticks become code."""
+    """A message of the library as HTML, with fields in backticks as code."""
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 

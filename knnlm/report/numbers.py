@@ -1,4 +1,4 @@
-"""Numbers as people read them: `MISSING` for NaN, the true minus sign, narrow spaces before units."""
+"""Display format of numbers: `MISSING` for NaN, a true minus sign, narrow spaces before units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIE = "\N{NO-BREAK SPACE}"
 
 
 def decimal(value: float, places: int = 2, *, signed: bool = False) -> str:
-    """A number with so many decimals and thousands separators: `1,234.50`."""
+    """A number with fixed decimals and thousands separators: `1,234.50`."""
     if math.isnan(value):
         return MISSING
     if math.isinf(value):
@@ -25,14 +25,14 @@ def decimal(value: float, places: int = 2, *, signed: bool = False) -> str:
 
 
 def perplexity(value: float) -> str:
-    """About four digits: `36.41`, `458.7`, `12,345`; `3.75e+26` for what a word of a text without spaces gives."""
+    """About four digits: `36.41`, `458.7`, `12,345`; `3.75e+26` for the word perplexity of text without spaces."""
     if 1e9 <= value < math.inf:
         return significant(value)
     return decimal(value, 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0)
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number of unknown magnitude without an exponent where that stays short: `0.0532`, `12,400`; else `1.2e-09`."""
+    """A number of unknown magnitude, without an exponent if that is short: `0.0532`, `12,400`; else `1.2e-09`."""
     if not math.isfinite(value) or value == 0:
         return decimal(value, 0)
     exponent = math.floor(math.log10(abs(value)))
@@ -43,7 +43,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def percent(fraction: float, *, signed: bool = False) -> str:
-    """A fraction in percent, finer where it is small: `+53.1 %`, `0.04 %`."""
+    """A fraction in percent, with more decimals if it is small: `+53.1 %`, `0.04 %`."""
     if not math.isfinite(fraction):
         return decimal(fraction)
     return f"{decimal(100 * fraction, _percent_places(fraction), signed=signed)}{SPACE}%"
@@ -54,7 +54,7 @@ def _percent_places(fraction: float) -> int:
 
 
 def percent_interval(interval: Interval) -> str:
-    """Both ends of an interval of fractions: `−55.0 to −51.2 %`; nothing for an unknown interval."""
+    """Both ends of an interval of fractions: `−55.0 to −51.2 %`; empty for an unknown interval."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         return ""
     places = _percent_places(max(interval.low, interval.high, key=abs))
@@ -73,12 +73,12 @@ def probability(value: float) -> str:
 
 
 def half_width(interval: Interval) -> float:
-    """Half of an interval's length, NaN where an end is unknown."""
+    """Half of an interval's length; NaN if an end is unknown."""
     return (interval.high - interval.low) / 2
 
 
 def size(count: int) -> str:
-    """Bytes in decimal units: `1.4 GB`."""
+    """A number of bytes in decimal units: `1.4 GB`."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 1000:

@@ -1,4 +1,4 @@
-"""A page of charts, tables and lists in the style of the report: one file, offline, light or dark, on a phone too."""
+"""A page of charts, tables and lists in the report's style: one file that opens offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Lines:
-    """A list of sentences."""
+    """A titled list of sentences."""
 
     title: str
     lines: Sequence[str]
@@ -33,7 +33,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on a page, in order."""
+    """The contents of a page, in order."""
 
     title: str
     headline: str
@@ -46,17 +46,17 @@ class Page:
 
 
 def steps(title: str, sentences: Sequence[str]) -> Lines:
-    """Sentences of a protocol, which name options and fields in Markdown."""
+    """The steps of a protocol, with options and fields in Markdown."""
     return Lines(title, [sentence.replace("`", "") for sentence in sentences])
 
 
 def settings_lines(settings: Mapping[str, Any]) -> Lines:
-    """What a command was run with."""
+    """The settings that a command was run with."""
     return Lines("Settings", [f"{name}: {value}" for name, value in settings.items()])
 
 
 def write_page(name: str, document: Mapping[str, Any], html: str, folder: str | Path) -> Path:
-    """Write NAME.json and NAME.html into a folder, which is made where it is missing: both, or none. Gives the latter.
+    """Write NAME.json and NAME.html into a folder, created if missing: both or neither. Return the path of the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -68,5 +68,5 @@ def write_page(name: str, document: Mapping[str, Any], html: str, folder: str | 
 
 
 def render_page(page: Page) -> str:
-    """The page as text; all words are escaped."""
+    """Render the page as text; all text is escaped."""
     return render_template("page.html.j2", page=page)

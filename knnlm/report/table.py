@@ -13,18 +13,18 @@ from knnlm.results import SCORES, EvalResult, Interval, LayerResult, LayerScore,
 
 @dataclass(frozen=True)
 class Column:
-    """A column's head."""
+    """Key, label and help text of a column."""
 
     key: str
     label: str
     help: str
     extra: bool = False
-    """Shown only on demand."""
+    """Hidden unless asked for."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as text, what follows it in small print, and the number to sort by (None: unknown, sorted last)."""
+    """One value: its text, a note in small print, and the number to sort by (None: unknown, sorted last)."""
 
     text: str
     note: str = ""
@@ -46,7 +46,7 @@ class TableRow:
 
 
 def _score_columns(*, extra: bool) -> tuple[Column, ...]:
-    """Of all scores: the two that always stand before perplexity, or the others."""
+    """Columns of the scores: the two always shown before perplexity, or the others."""
     return tuple(
         Column(kind.name, _sentence(kind.name.replace("_", " ")), _sentence(kind.meaning), extra)
         for kind in SCORES
@@ -61,20 +61,20 @@ def _sentence(text: str) -> str:
 COLUMNS = (
     Column("layer", "Layer", "Block and part of the network whose vectors are the keys"),
     *_score_columns(extra=False),
-    Column("perplexity", "Perplexity", "Of the kNN-LM whose keys come from this layer"),
+    Column("perplexity", "Perplexity", "Perplexity of the kNN-LM with keys from this layer"),
     Column("change", "Against the LM", "Change of perplexity relative to the plain LM, with its 95 % interval"),
     Column("k", "k", "Neighbours retrieved for each token"),
     Column("lam", "λ", "Weight of the neighbours' distribution in the mixture"),
     Column("temperature", "T", "Temperature, in this layer's squared distances"),
     Column("versus_best", "Against the best", "Perplexity relative to the best layer's", extra=True),
-    Column("bits", "Bits per byte", "Of the kNN-LM; comparable across tokenizers", extra=True),
-    Column("word", "Word perplexity", "Of the kNN-LM, for each word of the text", extra=True),
+    Column("bits", "Bits per byte", "Bits per byte of the kNN-LM; comparable across tokenizers", extra=True),
+    Column("word", "Word perplexity", "Perplexity of the kNN-LM per word of the text", extra=True),
     *_score_columns(extra=True),
 )
 
 
 def layer_rows(result: EvalResult) -> tuple[TableRow, ...]:
-    """Rows for every layer, the lowest perplexity first, unknown perplexities last."""
+    """A row for each layer, the lowest perplexity first, unknown perplexities last."""
     candidates = set(result.choice.candidates) if result.choice else set()
     places = _score_places(result)
     rows = [
@@ -103,7 +103,7 @@ def _last_if_unknown(order: float | None) -> float:
 
 
 def _score_places(result: EvalResult) -> int:
-    """Decimals for dispersion and probe, the same down the column: enough for the intervals to be seen."""
+    """Decimals of dispersion and probe, the same for all layers: enough to show the intervals."""
     widths = sorted(numbers.half_width(layer.score.interval) for layer in result.layers if layer.score)
     widths = [width for width in widths if width > 0]
     return 4 if widths and widths[len(widths) // 2] < 0.001 else 3

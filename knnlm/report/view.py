@@ -1,4 +1,8 @@
-"""An evaluation's result as views: every number already formatted, nothing yet drawn."""
+"""Views of an evaluation's result: the contents of the page, with formatted numbers.
+
+Regret is by how much the perplexity of the chosen layer exceeds that of the best one; against hindsight, the best is
+picked on the very tokens that are compared.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from knnlm.results import Correlation, EvalResult, Interval, LayerResult, Perple
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure worth a large print."""
+    """A headline figure."""
 
     label: str
     value: str
@@ -25,16 +29,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Point:
-    """One layer in the charts: raw numbers, with its hover text."""
+    """One layer in the charts: numbers, and its hover text."""
 
     layer: str
     block: int | None
     part: str
     x: float
-    """The block; the number of blocks for a layer behind all of them."""
+    """Block number; for a layer after the last block, the number of blocks."""
     dispersion: float | None
     dispersion_error: tuple[float, float]
-    """Lengths of the interval's arms, above and below."""
+    """Distances from the value to the interval's ends, above and below."""
     perplexity: float | None
     perplexity_error: tuple[float, float]
     candidate: bool
@@ -45,7 +49,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Perplexity by λ of one layer."""
+    """Perplexity of one layer as a function of λ."""
 
     label: str
     part: str
@@ -56,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class ChartData:
-    """What the charts draw."""
+    """Data of the charts."""
 
     points: tuple[Point, ...]
     lm_perplexity: float | None
@@ -74,7 +78,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class CorrelationTable:
-    """Spearman's correlations: a row for each score, a column for each set of layers."""
+    """Spearman correlations: a row for each score, a column for each set of layers."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
@@ -82,7 +86,7 @@ class CorrelationTable:
 
 @dataclass(frozen=True)
 class ReportView:
-    """Everything that the page shows."""
+    """Contents of the page."""
 
     title: str
     headline: Headline | None
@@ -93,7 +97,7 @@ class ReportView:
     charts: ChartData
     correlations: CorrelationTable
     fitted: bool
-    """k, λ or T were fitted on a part of the evaluation text."""
+    """Whether k, λ or T were fitted on part of the evaluation text."""
     helped: tuple[ExampleView, ...]
     hurt: tuple[ExampleView, ...]
     warnings: tuple[str, ...]
@@ -104,7 +108,7 @@ class ReportView:
 
 
 def make_view(result: EvalResult, *, title: str) -> ReportView:
-    """The views of a result."""
+    """Make the view of a result."""
     ordered = sorted(result.layers, key=lambda layer: network_order(layer.layer))
     return ReportView(
         title=title,

@@ -1,4 +1,4 @@
-"""The kNN-LM behind the HTTP interface that clients of OpenAI speak. Needs the extra `serve`."""
+"""An OpenAI-compatible HTTP server for the kNN-LM. Needs the extra `serve`."""
 
 from importlib.util import find_spec
 

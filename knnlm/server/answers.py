@@ -1,4 +1,4 @@
-"""From prompts to an answer, whole or in pieces. On the event loop."""
+"""From prompts to an answer, whole or streamed. Runs on the event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from knnlm.server.wire import Usage
 
 
 class Answer:
-    """The answer to one request, while it comes. Whoever makes one closes it.
+    """The answer to one request while it is generated. The caller must close it.
 
     :raises Refusal: the queue is full.
     """
@@ -32,7 +32,7 @@ class Answer:
         loop = asyncio.get_running_loop()
 
         def emit(piece: Piece | Exception) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(self._come.put_nowait, piece)
 
         for prompt in prompts:
@@ -40,13 +40,13 @@ class Answer:
         thread.submit(prompts)
 
     def close(self) -> None:
-        """Nobody waits for it any more."""
+        """Cancel what is still running or queued."""
         self._thread.cancel(self._prompts)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What the choices gain, as it comes.
+        """Yield pieces of the choices as they are generated.
 
-        :raises Refusal: the time is up. And whatever went wrong on the model's thread.
+        :raises Refusal: the time limit is reached. Exceptions of the model's thread are raised here too.
         """
         while self._open:
             piece = await self._deadline.wait(self._come.get())
@@ -58,7 +58,7 @@ class Answer:
             yield piece
 
     async def whole(self) -> str:
-        """Wait for all of it, as JSON. Raises as `pieces`."""
+        """Wait for the whole answer and return it as JSON. Raises as `pieces`."""
         found: dict[int, list[Piece]] = {choice: [] for choice in self._open}
         async for piece in self.pieces():
             found[piece.choice].append(piece)
@@ -69,7 +69,7 @@ class Answer:
         return self._form.whole(self._head, choices, self._usage())
 
     def events(self, *, usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events; `usage` adds one with the number of tokens."""
+        """The answer as server-sent events; `usage` adds an event with the token counts."""
         return sent_events(self._documents(usage=usage))
 
     async def _documents(self, *, usage: bool) -> AsyncIterator[str]:

@@ -1,4 +1,4 @@
-"""The routes. The import of FastAPI."""
+"""The FastAPI application and its routes."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from knnlm.server.waiting import Deadline, Receive, unless_gone
 from knnlm.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": wire.Error, "description": "What is wrong with the request"},
-    "5XX": {"model": wire.Error, "description": "What is wrong with the server"},
+    "4XX": {"model": wire.Error, "description": "Error in the request"},
+    "5XX": {"model": wire.Error, "description": "Error of the server"},
 }
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, pieces of it"}
+    200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, in chunks"}
 }
 
 
 def create_app(
     service: Service, *, api_key: str | None = None, only_local: bool = False, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
-    """The server's application; the service's thread lives as long as it does.
+    """Return the server's application; the service's thread starts and stops with it.
 
-    :param api_key: what /v1/ and /explorer/ then need as `Authorization: Bearer KEY`.
-    :param only_local: refuse requests that were made to another name than those of this machine.
-    :param routers: further routes, such as the explorer's.
+    :param api_key: if given, /v1/ and /explorer/ require it as `Authorization: Bearer KEY`.
+    :param only_local: refuse requests whose Host header does not name this machine.
+    :param routers: additional routes, such as the explorer's.
     """
 
     @asynccontextmanager
@@ -49,7 +49,7 @@ def create_app(
         yield
         await asyncio.to_thread(service.thread.stop)
 
-    # Pages of documentation would load scripts from elsewhere; the description itself is at /openapi.json.
+    # FastAPI's documentation pages would load scripts from another host; the schema itself is at /openapi.json.
     app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for router in (_routes(service), *routers):
         app.include_router(router)
@@ -67,37 +67,37 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get("/healthz")
     async def healthz() -> wire.Health:
-        """Whether the server answers and takes requests."""
+        """Report that the server accepts requests."""
         return wire.Health()
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE: {}}}})
     async def metrics() -> Response:
-        """Counts in the text form of Prometheus."""
+        """Metrics in the Prometheus text format."""
         thread = service.thread
         gauges = {"knnlm_choices_running": thread.running, "knnlm_choices_waiting": thread.waiting}
         return Response(service.metrics.text(gauges), headers={"content-type": CONTENT_TYPE})
 
     @router.get("/v1/models")
     async def models() -> wire.Models:
-        """The one that is served."""
+        """List the served model, the only one."""
         return wire.Models(data=[model])
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> wire.Model:
-        """The one that is served, by its name."""
+        """Return the served model by name."""
         service.check_model(name)
         return model
 
     @router.post("/v1/completions", response_model=wire.Completion, responses=_STREAM)
     async def completions(asked: wire.CompletionRequest, request: Request) -> Any:  # noqa: ANN401 - a model or a response
-        """Go on with prompts."""
+        """Continue prompts."""
         service.check(asked)
         form = service.completion_form(asked)
         return await _answered(service, asked, partial(service.prompts, asked), form, request.receive)
 
     @router.post("/v1/chat/completions", response_model=chat_wire.ChatCompletion, responses=_STREAM)
     async def chat_completions(asked: chat_wire.ChatRequest, request: Request) -> Any:  # noqa: ANN401 - as above
-        """Answer messages, in the form of the tokenizer's chat template."""
+        """Answer messages, formatted by the tokenizer's chat template."""
         service.check_chat(asked)
         form = service.chat_form(asked)
         return await _answered(service, asked, partial(service.chat_prompts, asked), form, request.receive)
@@ -108,9 +108,9 @@ def _routes(service: Service) -> APIRouter:
 async def _answered(
     service: Service, asked: wire.Sampling, prompts: Callable[[], list[Prompt]], form: Form, receive: Receive
 ) -> Response:
-    """The answer to a request, whole or as a stream.
+    """Answer a request, whole or as a stream.
 
-    :param prompts: makes the prompts, which takes a moment.
+    :param prompts: returns the prompts; run in another thread, as it tokenizes.
     """
     deadline = Deadline(service.limits.seconds)
     answer = Answer(service.thread, await deadline.wait(asyncio.to_thread(prompts)), service.name, form, deadline)
@@ -123,7 +123,7 @@ async def _answered(
 
 
 class _Stream(StreamingResponse):
-    """An answer in pieces, which is closed however the response ends."""
+    """A streamed answer that is closed however the response ends."""
 
     def __init__(self, answer: Answer, *, usage: bool) -> None:
         never_kept = {"cache-control": "no-cache"}

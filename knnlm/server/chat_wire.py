@@ -1,4 +1,4 @@
-"""Requests and answers of OpenAI's chat completions, as they go over the wire. An import of pydantic."""
+"""Request and response models of OpenAI's chat completions API."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from knnlm.server.wire import Count, Ignored, Request, Sampling, Text, Usage, in
 
 
 class TextPart(Request):
-    """A part of a message. Pictures and sound are refused: the models here read text."""
+    """A text part of a message; images and audio are refused."""
 
     type: Literal["text"]
     text: Text
 
 
 class Message(Request):
-    """What somebody said."""
+    """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
@@ -30,13 +30,13 @@ class Message(Request):
 
 
 class ResponseFormat(Request):
-    """Nothing but text: no grammar is enforced."""
+    """Text only: JSON mode and grammars are not supported."""
 
     type: Literal["text"]
 
 
 class ChatRequest(Sampling):
-    """OpenAI's request for a chat completion, and `knn`."""
+    """OpenAI's chat completion request, with the additional field `knn`."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Count | None = None
@@ -48,34 +48,34 @@ class ChatRequest(Sampling):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most tokens of the answer; None: as many as there is room for."""
+        """Maximum number of tokens of the answer; None for as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood here."""
+    """A token with its log-probability."""
 
     token: str
     logprob: float
     bytes: list[int] | None
-    """In UTF-8; null where the token is a piece of a character."""
+    """UTF-8 bytes; null if the token is part of a character."""
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the answer."""
+    """A token of the answer, with the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The tokens of an answer, in order."""
+    """Log-probabilities of an answer's tokens, in order."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class AssistantMessage(BaseModel):
-    """The answer."""
+    """The message of an answer."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -92,14 +92,14 @@ class ChatChoice(BaseModel):
 
 
 class Delta(BaseModel):
-    """What an answer gains by a piece; the first one tells the role."""
+    """Text added by a chunk; the first chunk also has the role."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChunkChoice(BaseModel):
-    """A piece of one answer."""
+    """A chunk of one answer."""
 
     index: int
     delta: Delta
@@ -108,7 +108,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """All answers."""
+    """A whole chat completion."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -119,7 +119,7 @@ class ChatCompletion(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """A piece of an answer."""
+    """A chunk of a streamed chat completion."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

@@ -1,4 +1,4 @@
-"""From the distributions of one prompt's continuations to pieces of answers. On the thread that owns the model.
+"""From next-token distributions to pieces of an answer. Runs on the model's thread.
 
 Shapes: T time, V vocabulary.
 """
@@ -21,58 +21,58 @@ from knnlm.model.lm import LanguageModel
 
 Finish = Literal["stop", "length"]
 LEAST = -9999.0
-"""What OpenAI's API has in the place of -inf, which JSON cannot write."""
+"""OpenAI's value in place of -inf, which JSON does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a request wants of each choice."""
+    """Options of a request that apply to each choice."""
 
     max_tokens: int
     temperature: float
     top_p: float
     stop: tuple[str, ...]
     logprobs: int | None
-    """How many of the likeliest tokens are told with each token; None tells nothing."""
+    """Number of likeliest tokens reported with each token; None reports no log-probabilities."""
     echo: bool
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the log-probabilities of the prompt's own tokens are wanted."""
+        """Whether the log-probabilities of the prompt's tokens are wanted."""
         return self.echo and self.logprobs is not None
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of an answer, where its text begins, and the mixed distribution's log-probabilities."""
+    """A token of an answer, the offset of its text, and its log-probabilities under the mixed distribution."""
 
     token: int
     offset: int
     log_prob: float | None = None
     """None for a prompt's first token."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens, as many as are wanted, with their log-probabilities."""
+    """The requested number of likeliest tokens, with their log-probabilities."""
     name: str | None = None
-    """As it stands in the prompt, where that is another text than the token has by itself."""
+    """Text of the token in the prompt, if it differs from the text of the token alone."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a choice gains by a step."""
+    """Output added to a choice by one step."""
 
     choice: int
     text: str
     scores: tuple[TokenScore, ...] = ()
     finish: Finish | None = None
     tokens: int = 0
-    """Generated for it, the end token among them."""
+    """Number of tokens generated for the choice so far, with the end token."""
 
 
 Emit = Callable[[Piece | Exception], object]
 
 
 class Words:
-    """The model's vocabulary as text."""
+    """Text of the model's tokens."""
 
     def __init__(self, lm: LanguageModel, ends: frozenset[int]) -> None:
         self.lm, self.ends = lm, ends
@@ -81,9 +81,9 @@ class Words:
         self._texts = TokenTexts(lm)
 
     def name(self, token: int) -> str:
-        """A token's text; of a piece of a character, or of none, the tokenizer's own name for it.
+        """Text of a token; for part of a character, or no text, the tokenizer's name for it.
 
-        A row of the head that no token stands behind is `token_id:ID`: without names such rows would be one.
+        A row of the LM head without a token is `token_id:ID`, so that such rows have distinct names.
         """
         text = self._texts(token)
         if text and INCOMPLETE not in text:
@@ -91,18 +91,18 @@ class Words:
         return str(self.lm.tokenizer.convert_ids_to_tokens(token) or f"token_id:{token}")
 
     def bytes(self, token: int) -> list[int] | None:
-        """A token's text in UTF-8; None where it is a piece of a character."""
+        """UTF-8 bytes of a token's text; None if it is part of a character."""
         text = self._texts(token)
         return None if INCOMPLETE in text else list(text.encode())
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What a prompt of tokens says; those that begin and end a text are none of it."""
+        """Text of a prompt given as tokens, without BOS and end tokens."""
         return self.lm.decode([token for token in tokens if token not in self._no_text])
 
     def places(self, tokens: Sequence[int], text: str) -> tuple[list[int], list[str]]:
-        """Where in their text each token begins, and its name: as it stands there, where it stands there otherwise.
+        """Return each token's offset in the text, in characters, and its name: the text there, if it differs.
 
-        So does a token that a tokenizer has normalised, or a first word with the space that it puts before it.
+        It differs for tokens that the tokenizer normalises, and for a first word before which it adds a space.
         """
         ends = self._ends(tokens, text)
         starts, names = [0, *ends][: len(tokens)], []
@@ -114,7 +114,7 @@ class Words:
         return starts, names
 
     def _ends(self, tokens: Sequence[int], text: str) -> list[int]:
-        """Where in the text each token ends, in characters; one that ends inside of one ends before it."""
+        """Return each token's end in the text, in characters; one that ends inside a character ends before it."""
         known, bytes_N = self.lm.encode_with_ends(text)
         if known.tolist() == list(tokens):
             ends: list[int] = (np.searchsorted(byte_places(text), bytes_N, side="right") - 1).tolist()
@@ -122,7 +122,7 @@ class Words:
         pieces, length, ends = Detokenizer(self.lm, (), self._no_text), 0, []
         for token in tokens:
             piece, name = pieces.put(token), self.name(token)
-            if ends and piece.endswith(name):  # what it begins with was left incomplete by tokens before
+            if ends and piece.endswith(name):  # the piece begins with text that earlier tokens left incomplete
                 ends[-1] += len(piece) - len(name)
             length += len(piece)
             ends.append(min(length, len(text)))
@@ -131,7 +131,7 @@ class Words:
     def likeliest(
         self, log_probs_TV: Tensor, tokens: Sequence[int], top: int
     ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-        """Each token's log-probability, and the likeliest `top` with theirs."""
+        """Return each token's log-probability, and the `top` likeliest tokens with theirs."""
         tokens_T = torch.tensor(tokens, dtype=torch.long, device=log_probs_TV.device)
         values = log_probs_TV.gather(1, tokens_T[:, None])[:, 0].tolist()
         best = log_probs_TV.topk(min(top, log_probs_TV.shape[1]), dim=1)
@@ -142,12 +142,12 @@ class Words:
 
 
 class AnswerChoice:
-    """One continuation: its tokens, one for each distribution that it is shown, and what of their text can be told."""
+    """One continuation: its tokens, one for each distribution passed to `take`, and the text that is complete."""
 
     token: int
-    """The last one."""
+    """The last token."""
     finish: Finish | None = None
-    """Why it is over: `stop`, by the end token or a stop, or `length`."""
+    """Why it ended: `stop` (end token or stop string) or `length`."""
 
     def __init__(self, words: Words, prompt: Prompt, index: int, random: np.random.Generator) -> None:
         self._words, self._wish, self._index, self._random = words, prompt.wish, index, random
@@ -157,12 +157,12 @@ class AnswerChoice:
         self._scores: list[TokenScore] = []
 
     def begin(self, text: str, scores: Sequence[TokenScore]) -> Piece:
-        """The prompt, if it is to be told again. Nothing more where no token is wanted."""
+        """Return the first piece: the prompt, if it is echoed. The choice ends here if no tokens are wanted."""
         self.finish = None if self._wish.max_tokens else "length"
         return Piece(self._index, text, tuple(scores), self.finish)
 
     def take(self, log_probs_V: Tensor) -> Piece:
-        """Choose the next token. `log_probs_V` is on the CPU."""
+        """Choose the next token and return the piece that it adds. `log_probs_V` is on the CPU."""
         self.token = choose(log_probs_V, self._wish.temperature, self._wish.top_p, self._random)
         self._count += 1
         piece = self._pieces.put(self.token)
@@ -178,27 +178,27 @@ class AnswerChoice:
     def _score(self, log_probs_V: Tensor, piece: str) -> None:
         if self._wish.logprobs is not None:
             ((value, top),) = self._words.likeliest(log_probs_V[None], [self.token], self._wish.logprobs)
-            # The piece may begin with what earlier tokens left incomplete.
+            # The piece may begin with text that earlier tokens left incomplete.
             name = self._words.name(self.token)
             late = len(piece) - len(name) if piece.endswith(name) else 0
             self._scores.append(TokenScore(self.token, self._base + len(self._text) + late, value, top))
 
     def _grow(self, piece: str) -> None:
-        """Add text, and cut it off where a stop begins."""
+        """Append text, cut off where a stop string begins."""
         known, self._text = len(self._text), self._text + piece
         starts = [self._text.find(stop, max(0, known - len(stop) + 1)) for stop in self._wish.stop]
         if found := [start for start in starts if start >= 0]:
             self._text, self._cut, self.finish = self._text[: min(found)], True, "stop"
 
     def _held(self) -> int:
-        """Characters at the end that may become a stop."""
+        """Number of characters at the end that may be the beginning of a stop string."""
         ends = ((stop, min(len(stop) - 1, len(self._text))) for stop in self._wish.stop)
         sizes = (size for stop, most in ends for size in range(most, 0, -1) if self._text.endswith(stop[:size]))
         return max(sizes, default=0)
 
     def _show(self) -> Piece:
         shown = len(self._text) - (0 if self.finish else self._held())
-        whole = self.finish and not self._cut  # then tokens without text, such as the end, are told too
+        whole = self.finish and not self._cut  # then tokens without text, such as the end token, are reported too
         scores = [one for one in self._scores if whole or one.offset < self._base + shown]
         piece = Piece(self._index, self._text[self._shown : shown], tuple(scores), self.finish, self._count)
         self._shown, self._scores = max(self._shown, shown), self._scores[len(scores) :]
@@ -206,17 +206,17 @@ class AnswerChoice:
 
 
 class Prompt:
-    """One prompt of a request, and the choices that go on with it.
+    """One prompt of a request, and its `n` choices.
 
-    :param text: as the client gave it, or that of the tokens.
-    :param first: the number of its first choice in the answer; it has `n`.
-    :param seed: the same one gives the same choices; None leaves them to chance.
+    :param text: the text given by the client, or that of the given tokens.
+    :param first: index of its first choice in the answer.
+    :param seed: the same seed gives the same choices; None is random.
     """
 
     cancelled = False
-    """Nobody waits for it any more."""
+    """Whether its request was cancelled."""
     emit: Emit
-    """Takes what there is to tell, or what went wrong; it is called from the model's thread."""
+    """Called on the model's thread with each piece, or with an exception."""
 
     def __init__(
         self,
@@ -238,16 +238,16 @@ class Prompt:
 
     @property
     def numbers(self) -> range:
-        """Of its choices, in the answer."""
+        """Indices of its choices in the answer."""
         return range(self._first, self._first + len(self.choices))
 
     @property
     def is_scored(self) -> bool:
-        """Whether the log-probabilities of its own tokens are wanted."""
+        """Whether the log-probabilities of its tokens are wanted."""
         return self.wish.scores_prompt
 
     def score(self, position: int, log_probs_TV: Tensor) -> None:
-        """See the distributions at some positions in turn; positions of padding are negative."""
+        """Score the tokens after `position` and the positions that follow it; those of padding are negative."""
         known = log_probs_TV[max(0, -position) :]
         position = max(0, position)
         if position == 0 and len(known):
@@ -259,12 +259,12 @@ class Prompt:
         self._scores += [TokenScore(token, start, *one, name=name) for token, start, name, one in places]
 
     def begin(self) -> None:
-        """Emit what each choice begins with."""
+        """Emit the first piece of each choice."""
         for choice in self.choices:
             self.emit(choice.begin(self.text if self.wish.echo else "", self._scores))
 
     def advance(self, choice: AnswerChoice, log_probs_V: Tensor) -> None:
-        """Emit what a choice gains by a distribution."""
+        """Emit the next piece of a choice."""
         self.emit(choice.take(log_probs_V))
 
 

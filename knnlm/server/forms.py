@@ -1,4 +1,4 @@
-"""The forms in which an answer is told: those of completions, and those of chats."""
+"""JSON forms of an answer: completions and chat completions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from knnlm.server.choices import Piece, TokenScore, Words
 
 @dataclass(frozen=True)
 class Head:
-    """What each document of an answer begins with."""
+    """Fields shared by all documents of an answer."""
 
     id: str
     created: int
@@ -20,10 +20,10 @@ class Head:
 
 
 class Form(Protocol):
-    """How pieces become JSON documents. One for each answer."""
+    """Turns pieces into JSON documents; one instance for each answer."""
 
     prefix: str
-    """Of the answer's id."""
+    """Prefix of the answer's id."""
 
     def whole(self, head: Head, choices: Sequence[Sequence[Piece]], usage: wire.Usage) -> str:
         """All pieces of all choices."""
@@ -32,7 +32,7 @@ class Form(Protocol):
         """A piece of a stream."""
 
     def end(self, head: Head, usage: wire.Usage) -> str:
-        """The last piece of a stream, which tells the number of tokens."""
+        """The last document of a stream, with the token counts."""
 
 
 class CompletionForm:
@@ -77,7 +77,7 @@ class CompletionForm:
         )
 
     def _named(self, score: TokenScore) -> dict[str, float] | None:
-        """The likeliest tokens and the token itself; of two of one name, the likelier."""
+        """Log-probabilities by name of the likeliest tokens and the token itself; of equal names, the higher."""
         if score.log_prob is None:
             return None
         named = {self._name(score): score.log_prob}

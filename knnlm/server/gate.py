@@ -1,4 +1,4 @@
-"""What every request passes first: is the server still open, is there a key, is the body not too much or too slow?"""
+"""Checks before any route: is the server shutting down, is the key right, is the body too large or too slow?"""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from knnlm.server.waiting import Deadline, Message, Receive
 
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
-# What needs the key, where there is one: whatever tells of the text behind the model.
+# Paths that require the key, if there is one: all that reveal text of the datastore.
 _LOCKED = ("/v1/", "/explorer/")
-# The paths that are counted by their names.
+# Paths counted under their own names.
 _TIMED = ("/v1/completions", "/v1/chat/completions")
 _COUNTED = (*_TIMED, "/v1/models", "/healthz", "/metrics")
 
@@ -28,7 +28,7 @@ class RequestGate:
         self._app, self._service, self._key, self._only_local = app, service, api_key, only_local
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Let a request in, or answer it here."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -43,7 +43,7 @@ class RequestGate:
         try:
             await self._enter(scope, receive, counted)
         except Exception:
-            told.append(500)  # what the application's last handler, outside of this, will tell
+            told.append(500)  # the status that the application's last handler, outside of this, will send
             raise
         finally:
             path = scope["path"] if scope["path"] in _COUNTED else "other"
@@ -62,7 +62,7 @@ class RequestGate:
             return
         if body is None:
             return
-        # Only from here on: an end must not wait for a body that never comes.
+        # Counted only from here: a shutdown must not wait for a body that never comes.
         self._service.active += 1
         try:
             await self._app(scope, _again(body, receive), send)
@@ -79,7 +79,7 @@ class RequestGate:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"localhost").decode("latin-1")
         if self._only_local and not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
-            # A page from elsewhere whose name was made to lead here would be of the same origin (DNS rebinding).
+            # DNS rebinding: a foreign page whose name resolves to this machine would have the same origin.
             raise Refusal(403, f"without a key this server answers to names of this machine only, not to {host!r}")
         if self._key is not None and scope["path"].startswith(_LOCKED):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -89,7 +89,7 @@ class RequestGate:
                 raise Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None where the client went away."""
+        """The whole body; None if the client disconnected."""
         limits, parts, size = self._service.limits, [], 0
         deadline = Deadline(limits.seconds)
         while True:
@@ -107,7 +107,7 @@ class RequestGate:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine can reach an address."""
+    """Whether an address is reachable from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -115,7 +115,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, for whoever reads it next, and then what really comes: that the client went away."""
+    """Replay a body that was read, then pass on what follows: that the client disconnected."""
     due = [body]
 
     async def replay() -> Message:

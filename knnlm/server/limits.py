@@ -1,4 +1,4 @@
-"""How much a request may ask for, and how many may wait."""
+"""Limits of a request and of the queue."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from knnlm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is beyond them is refused, with a 4xx that names the limit."""
+    """Requests beyond a limit are refused with a 4xx that names it."""
 
     prompt_tokens: int = 8192
-    """Of one prompt; the model's own context is a limit as well."""
+    """Tokens of one prompt; the model's own context is a limit as well."""
     completion_tokens: int = 2048
-    """Of one choice."""
+    """Generated tokens of one choice."""
     neighbors: int = 1024
-    """k of a request's own setting; the served setting may have more."""
+    """Largest k that a request may set; the served setting may have a larger one."""
     scored_tokens: int = 65_536
-    """Of all prompts of a request, times n, where their log-probabilities are told."""
+    """Prompt tokens of a request, times n, whose log-probabilities are reported."""
     batch: int = 16
-    """Choices that are continued together."""
+    """Choices generated together."""
     queue: int = 128
-    """Choices, and the explorer's calls, that wait."""
+    """Choices and explorer calls that may wait."""
     seconds: float = 120.0
-    """For a request's body to come, and again for its answer."""
+    """Seconds for a request's body to arrive, and again for its answer."""
     body_bytes: int = 4 << 20
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the server counts, in the text form that Prometheus reads (exposition format 0.0.4)."""
+"""Metrics of the server, in the Prometheus text format (exposition format 0.0.4)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from threading import Lock
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Name: kind, what it is.
 _KNOWN = {
-    "knnlm_requests_total": ("counter", "Answers, by path and status."),
-    "knnlm_tokens_total": ("counter", "Tokens of prompts read, and tokens generated."),
-    "knnlm_steps_total": ("counter", "Forward passes that gave a token to each of some choices."),
-    "knnlm_completion_seconds": ("histogram", "From a completion's request to the end of its answer."),
-    "knnlm_choices_running": ("gauge", "Choices that are being continued."),
-    "knnlm_choices_waiting": ("gauge", "Choices, and the explorer's calls, that wait."),
+    "knnlm_requests_total": ("counter", "Requests, by path and status."),
+    "knnlm_tokens_total": ("counter", "Prompt tokens and generated tokens."),
+    "knnlm_steps_total": ("counter", "Decoding steps; each is one forward pass for a batch of choices."),
+    "knnlm_completion_seconds": ("histogram", "Seconds from a completion request to the end of its answer."),
+    "knnlm_choices_running": ("gauge", "Choices being generated."),
+    "knnlm_choices_waiting": ("gauge", "Choices and explorer calls in the queue."),
 }
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Metrics:
-    """Counts of one server. Any thread may add to them."""
+    """Metrics of one server; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -39,7 +39,7 @@ class Metrics:
         self.count(f"{name}_count")
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        """All of them, with what is read off right now."""
+        """All metrics as text, with the current values of gauges."""
         with self._lock:
             values = [*self._values.items(), *(((name, ""), value) for name, value in gauges.items())]
         lines = []
@@ -50,5 +50,5 @@ class Metrics:
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    """Our own words only: nothing in them needs escaping."""
+    """Labels in Prometheus syntax; all values are the server's own and need no escaping."""
     return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""

@@ -1,6 +1,6 @@
-"""The thread that owns the model: it continues all choices together that wait together, and runs others' calls.
+"""The thread that owns the model: it continues choices in one batch, and runs other calls between steps.
 
-Choices come and go between two steps, so that a short one does not wait for a long one.
+Choices join and leave between steps (continuous batching), so that a short one does not wait for a long one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from knnlm.server.metrics import Metrics
 from knnlm.server.refusals import too_many
 
 T = TypeVar("T")
-# Prompts that are read together: at most this many tokens, padding too.
+# Most tokens, padding included, of prompts read in one forward pass.
 _PREFILL_TOKENS = 4096
 
 
 class ModelThread:
-    """Takes prompts and calls from any thread; the model is used in its own one only."""
+    """Takes prompts and calls from any thread; only its own thread uses the model."""
 
     def __init__(self, model: RowModel, limits: Limits, metrics: Metrics) -> None:
         self._model, self._limits, self._metrics = model, limits, metrics
@@ -41,11 +41,11 @@ class ModelThread:
         self._thread = Thread(target=self._work, name="knnlm-model", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the step that is under way, and no other."""
+        """Finish the current step, then end the thread."""
         with self._news:
             self._closed = True
             self._news.notify()
@@ -53,16 +53,16 @@ class ModelThread:
 
     @property
     def running(self) -> int:
-        """Choices that are being continued."""
+        """Number of choices being continued."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Choices and calls in the queue."""
+        """Number of choices and calls in the queue."""
         return sum(len(prompt.choices) for prompt in tuple(self._prompts)) + len(self._calls)
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        """Put prompts into the queue, all or none.
+        """Queue prompts, all or none.
 
         :raises Refusal: the queue is full.
         """
@@ -72,17 +72,17 @@ class ModelThread:
             self._news.notify()
 
     def cancel(self, prompts: Sequence[Prompt]) -> None:
-        """Forget prompts: what waits leaves the queue at once, what runs leaves the batch before its next step."""
+        """Cancel prompts: those in the queue leave at once, those in the batch before its next step."""
         with self._news:
             for prompt in prompts:
                 prompt.cancelled = True
             self._prompts = deque(prompt for prompt in self._prompts if not prompt.cancelled)
 
     async def run(self, function: Callable[[], T], *, admitted: bool = False) -> T:
-        """Execute a function on the model's thread, between two steps, and give its result or raise its exception.
+        """Run a function on the model's thread, between two steps, and return its result or raise its exception.
 
-        Whoever does not wait any more cancels this; what waited then leaves the queue at once.
-        :param admitted: the function goes on with what was let in, and is let in as well.
+        Cancelling this removes the function from the queue.
+        :param admitted: the function continues earlier work that was admitted, so a full queue does not refuse it.
         :raises Refusal: the queue is full.
         """
         future: Future[T] = Future()
@@ -99,7 +99,7 @@ class ModelThread:
                 self._calls.remove(call)
 
     def check_room(self, more: int) -> None:
-        """:raises Refusal: the queue is too full for so many more."""
+        """:raises Refusal: the queue has no room for `more` choices."""
         if self.waiting + more > self._limits.queue:
             raise too_many(self._limits.queue)
 
@@ -121,7 +121,7 @@ class ModelThread:
         return not self._closed
 
     def _admit(self, prompts: Sequence[Prompt]) -> None:
-        """Let prompts join the batch. What goes wrong while they are read is told to them alone."""
+        """Let prompts join the batch. An error while reading them is passed only to them."""
         if not prompts:
             return
         try:
@@ -132,7 +132,7 @@ class ModelThread:
             self._guarded(partial(self._join, batch, rows))
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        """Whatever goes wrong, out of memory too, is told to all that are in the batch, and the thread lives on."""
+        """Do some work; an error, such as out of memory, is passed to all in the batch, and the thread continues."""
         try:
             work()
         except Exception as error:
@@ -140,7 +140,7 @@ class ModelThread:
             self._rows, self._batch = [], None
 
     def _next_prompts(self) -> list[Prompt]:
-        """The next ones of the queue that have room in the batch and can be read together."""
+        """Take the next prompts of the queue that fit into the batch and can be read together."""
         taken: list[Prompt] = []
         room = self._limits.batch - len(self._rows)
         while self._prompts and len(self._prompts[0].choices) <= room and _fits(self._prompts[0], taken):
@@ -149,7 +149,7 @@ class ModelThread:
         return taken
 
     def _read(self, prompts: Sequence[Prompt]) -> tuple[RunningBatch, list[tuple[Prompt, AnswerChoice]]]:
-        """Read prompts, which gives a row for each choice that has more than one token to come."""
+        """Read prompts and choose first tokens; return a row for each choice that is not finished."""
         length = max(len(prompt.tokens) for prompt in prompts)
 
         def receive(start: int, log_probs_BTV: Tensor) -> None:
@@ -177,7 +177,7 @@ class ModelThread:
             self._batch = batch
 
     def _step(self) -> None:
-        """A token for each choice; those that are over, or whose client is gone, leave."""
+        """Generate a token for each choice; remove those that are finished or cancelled."""
         self._keep(lambda prompt, choice: not prompt.cancelled)
         if self._batch is not None:
             log_probs_BV = self._batch.step([choice.token for _, choice in self._rows])
@@ -202,7 +202,7 @@ class ModelThread:
 
 
 class _NobodyWaits(Exception):
-    """All prompts that are being read were cancelled."""
+    """All prompts being read were cancelled."""
 
 
 def _tell(error: Exception, prompts: Collection[Prompt]) -> None:
@@ -219,7 +219,7 @@ def _execute(function: Callable[[], T], future: Future[T]) -> None:
 
 
 def _fits(prompt: Prompt, others: Sequence[Prompt]) -> bool:
-    """Whether a prompt can be read with others: scored or not as they are, and not too much with their padding."""
+    """Whether a prompt can be read with others: scored as they are, and not too many tokens with padding."""
     longest = max(len(one.tokens) for one in (prompt, *others))
     alike = all(one.is_scored == prompt.is_scored for one in others)
     return not others or (alike and longest * (len(others) + 1) <= _PREFILL_TOKENS)

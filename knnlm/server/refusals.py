@@ -1,4 +1,4 @@
-"""What a client is told when it does not get what it asked for, in OpenAI's shape."""
+"""Error responses, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 BAD_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
-# Whoever was told that it takes too long should not ask for the same again: openai's client heeds this.
+# A request that timed out should not be repeated: openai's client honours this header.
 FINAL = {"x-should-retry": "false"}
 _NO_JSON = "the body is no JSON object, or is not declared as application/json"
-# Fields that may have several forms: a wrong one has a problem with each of them.
+# Fields of several types: pydantic reports a wrong value once for each type.
 _OF_MANY_FORMS = ("prompt", "stop", "content")
 
 
 class Refusal(Exception):
-    """An answer with an error.
+    """An error response.
 
-    :param param: the field of the request that is wrong.
-    :param code: the reason in one word, for programs.
+    :param param: the request's field with the error.
+    :param code: a short machine-readable reason.
     """
 
     def __init__(
@@ -38,25 +38,25 @@ class Refusal(Exception):
 
     @property
     def body(self) -> bytes:
-        """ASCII only: what was received, and is told again, may hold what UTF-8 has no bytes for."""
+        """JSON in ASCII: received text that is quoted may hold lone surrogates, which UTF-8 cannot encode."""
         return json.dumps(self.content).encode("ascii")
 
 
 def mistake() -> Refusal:
-    """Something that should not have happened; whoever tells a client so lets the exception go on to the log."""
+    """Response to an unexpected exception; the caller must also raise it, so that it is logged."""
     message = "the server made a mistake; its log tells which"
     return Refusal(500, message, code="internal_error", headers={"connection": "close"})  # uvicorn will close it
 
 
 def no_json() -> Refusal:
-    """The body cannot be read."""
+    """Response to a body that is not a JSON object."""
     return Refusal(400, _NO_JSON)
 
 
 def invalid(problems: Sequence[Mapping[str, Any]]) -> Refusal:
-    """A body that is no JSON, or not of the form that is described.
+    """Response to a body that is not JSON or does not match the schema.
 
-    :param problems: as pydantic tells them.
+    :param problems: the errors that pydantic reports.
     """
     where = problems[0]["loc"][1:]
     if problems[0]["type"] == "json_invalid" or not where:
@@ -69,12 +69,12 @@ def invalid(problems: Sequence[Mapping[str, Any]]) -> Refusal:
 
 
 def too_long(seconds: float) -> Refusal:
-    """The time is up."""
+    """Response to a request that takes too long."""
     message = f"this took longer than the {seconds:g} seconds that a request may take; ask for less"
     return Refusal(408, message, code="timeout", headers=FINAL)
 
 
 def too_many(limit: int) -> Refusal:
-    """The queue is full."""
+    """Response when the queue is full."""
     message = f"{limit} completions wait already; try again in a moment"
     return Refusal(429, message, code="queue_full", headers={"retry-after": "1"})

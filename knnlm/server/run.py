@@ -1,4 +1,4 @@
-"""A server process: its address, and its end. The import of uvicorn."""
+"""The server process: listening, serving with uvicorn, shutting down."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from knnlm.errors import InputError
 from knnlm.server.service import Service
 
 _IDLE = 2
-"""Seconds that a connection without a request may stay when all is over."""
+"""Seconds that idle connections may stay open at shutdown."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address, so that nobody else does while the model is loaded; port 0 picks a free one.
+    """Bind an address, so that it is reserved while the model is loaded; port 0 picks a free one.
 
-    :raises InputError: it cannot be taken.
+    :raises InputError: the address cannot be bound.
     """
     if not 0 <= port < 1 << 16:
         raise InputError(f"`port` is {port}, but must be from 0 to 65535")
@@ -44,10 +44,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, service: Service, listener: socket.socket, started: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C; then finish what runs.
+    """Serve until SIGTERM or Ctrl-C, then finish running requests.
 
-    :param started: is called when clients can come.
-    :raises KeyboardInterrupt: a second signal came, and what ran was not finished.
+    :param started: called once the server accepts connections.
+    :raises KeyboardInterrupt: a second signal came; running requests were not finished.
     """
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
     connection = partial(_Connection, seconds=service.limits.seconds)
@@ -59,9 +59,9 @@ def serve(app: FastAPI, service: Service, listener: socket.socket, started: Call
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which is closed when the headers of a request do not come in time.
+    """uvicorn's connection, closed when the headers of a request do not arrive in time.
 
-    uvicorn itself waits for them for ever, and would keep a connection for each such client.
+    uvicorn itself waits for them without limit, and would keep a connection for each such client.
     """
 
     def __init__(self, *args: Any, seconds: float, **options: Any) -> None:  # noqa: ANN401 - uvicorn's own
@@ -75,12 +75,12 @@ class _Connection(H11Protocol):
         return cycle is not None and not cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Wait for the rest of the headers, or no more when they are there."""
+        """Start the timer at the first bytes of a request; stop it when its headers are complete."""
         if self._late is None and not self._in_request:
             self._wait()
         super().data_received(data)
@@ -88,7 +88,7 @@ class _Connection(H11Protocol):
             self._wait_no_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody is waited for."""
+        """Stop the timer."""
         self._wait_no_more()
         super().connection_lost(exc)
 
@@ -102,25 +102,25 @@ class _Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which closes its door only when nobody is inside any more: until then new requests are told why not."""
+    """uvicorn's server, which stops listening only when no request is running; until then new ones are refused."""
 
     def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._service, self._when_started, self._last = service, started, math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the door, and say so."""
+        """Start listening, and call `started`."""
         await super().startup(sockets)
         self._when_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came; uvicorn would raise it again at the end, and the exit status would not be 0."""
+        """Begin to shut down. uvicorn itself would raise the signal again, and the exit status would not be 0."""
         self.force_exit = self._service.closing
         self._service.closing = True
         self._last = time.monotonic() + self._service.limits.seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Every tenth of a second: whether to end. A client that does not read its answer is not waited for."""
+        """Return whether to exit; called every 0.1 s. A client that does not read its answer is not waited for."""
         done = not self._service.active or time.monotonic() > self._last
         self.should_exit = self.force_exit or (self._service.closing and done)
         return await super().on_tick(counter)

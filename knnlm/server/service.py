@@ -1,4 +1,4 @@
-"""What is served: the kNN-LM with its thread, and from a request to prompts that the thread can take."""
+"""The served kNN-LM with its thread; turns requests into prompts for that thread."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from knnlm.server.wire import CompletionRequest, Sampling
 
 
 class Service:
-    """One kNN-LM under one name. Its model must not be used elsewhere but through `thread.run`."""
+    """One kNN-LM under one name. The model may be used only through `thread.run`."""
 
     closing = False
-    """No new request is taken."""
+    """Whether the server is shutting down and refuses new requests."""
     active = 0
-    """Requests that are being answered."""
+    """Number of requests being answered."""
 
     def __init__(self, name: str, lm: LanguageModel, model: KNNLM, limits: Limits | None = None) -> None:
         self.name, self.lm, self.limits = name, lm, limits or Limits()
@@ -38,7 +38,7 @@ class Service:
         self._setting, self._count = model.retrieval.setting, model.retrieval.searcher.store.count
 
     def check_model(self, name: str) -> None:
-        """:raises Refusal: another model is asked for."""
+        """:raises Refusal: another model is requested."""
         if name != self.name:
             message = f"there is no model {name!r} here; the one that is served is {self.name!r}"
             raise Refusal(404, message, param="model", code="model_not_found")
@@ -52,9 +52,9 @@ class Service:
         return ChatForm(self._words, scored=bool(request.logprobs))
 
     def check(self, request: Sampling) -> None:
-        """What can be told at once, before `prompts`.
+        """Check a request before any work on it.
 
-        :raises Refusal: for the field that cannot be done; or the queue is full.
+        :raises Refusal: a field is not supported or beyond a limit, or the queue is full.
         """
         self.check_model(request.model)
         if request.stream_options is not None and not request.stream:
@@ -65,9 +65,9 @@ class Service:
         self.thread.check_room(prompts * (request.n or 1))
 
     def check_chat(self, request: ChatRequest) -> None:
-        """The same for a chat.
+        """Check a chat request before any work on it.
 
-        :raises Refusal: and where the model's tokenizer has no chat template.
+        :raises Refusal: as `check`; or the model's tokenizer has no chat template.
         """
         self.check_model(request.model)
         if self.lm.tokenizer.chat_template is None:
@@ -78,7 +78,7 @@ class Service:
         self.check(request)
 
     def chat_prompts(self, request: ChatRequest) -> list[Prompt]:
-        """The prompt that the chat template makes of the messages. Raises as `prompts`."""
+        """The prompt made from the messages by the chat template. Raises as `prompts`."""
         tokens = self._templated(request.messages)
         room = self.limits.completion_tokens
         if self.lm.context_limit is not None:
@@ -92,19 +92,19 @@ class Service:
         )
 
     def _templated(self, messages: Sequence[Message]) -> list[int]:
-        roles = {"developer": "system"}  # OpenAI's newer name for it, which templates do not know
+        roles = {"developer": "system"}  # OpenAI's newer name, which templates do not know
         said = [{"role": roles.get(one.role, one.role), "content": one.text} for one in messages]
         try:
             text = self.lm.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever the template's own code raises, as for roles that do not alternate
+        except Exception as error:  # templates raise errors of their own, such as for roles that do not alternate
             raise Refusal(400, f"the chat template refuses the messages: {error}", param="messages") from error
-        # Not `lm.encode`: the template has written what begins a text.
+        # Not `lm.encode`: the template already has the BOS token.
         return list(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompts(self, request: CompletionRequest) -> list[Prompt]:
-        """The prompts of a request, with all their choices. Long texts take a moment to become tokens.
+        """The prompts of a request, with all their choices. Tokenizing long texts takes a moment.
 
-        :raises Refusal: for the field that is beyond a limit, or cannot be done.
+        :raises Refusal: a field is beyond a limit or not supported.
         """
         given, n = _one_by_one(request), request.n or 1
         setting, wish = self._setting_of(request), self._wish(request)
@@ -164,7 +164,7 @@ class Service:
         )
 
     def _encode(self, prompt: str | Sequence[int], new: int) -> list[int]:
-        """The tokens of one prompt. With `new` ones to come they must fit into the model's context."""
+        """Tokens of one prompt; with `new` more they must fit into the model's context."""
         try:
             tokens = encode_prompt(self.lm, prompt) if isinstance(prompt, str) else list(prompt)
         except InputError as error:
@@ -181,7 +181,7 @@ class Service:
 
 
 def _one_by_one(request: CompletionRequest) -> list[str | list[int]]:
-    """Of all forms that `prompt` may have, a list of texts or of lists of tokens."""
+    """The field `prompt`, in any of its forms, as a list of texts or of lists of tokens."""
     prompt = request.prompt
     if prompt is None or isinstance(prompt, str):
         return [prompt or ""]

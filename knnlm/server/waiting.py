@@ -1,4 +1,4 @@
-"""How long an answer is waited for: neither beyond its time nor when its client is gone. On the event loop."""
+"""Time limits, and cancellation when a client disconnects. Runs on the event loop."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 class Deadline:
-    """So many seconds from now on."""
+    """A point in time, `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._end = seconds, time.monotonic() + seconds
 
     async def wait(self, work: Awaitable[T]) -> T:
-        """The result of some work, which is cancelled when the time is up.
+        """Return the result of some work, which is cancelled at the deadline.
 
-        :raises Refusal: the time is up.
+        :raises Refusal: the deadline has passed.
         """
         try:
             return await asyncio.wait_for(work, self._end - time.monotonic())
@@ -32,10 +32,10 @@ class Deadline:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled when the client goes away.
+    """Return the result of some work, which is cancelled when the client disconnects.
 
-    :param receive: the request's, whose body was read.
-    :raises Refusal: the client is gone, and nobody will read it.
+    :param receive: ASGI's `receive` of the request, after its body.
+    :raises Refusal: the client disconnected; nobody will read the refusal.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
@@ -54,7 +54,7 @@ async def _gone(receive: Receive) -> None:
 
 
 async def sent_events(documents: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Server-sent events of documents. What goes wrong is the last event: the status is sent already."""
+    """Documents as server-sent events. An error becomes the last event, as the status has already been sent."""
     try:
         async for document in documents:
             yield _event(document)

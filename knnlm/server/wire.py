@@ -1,6 +1,6 @@
-"""Requests and answers of OpenAI's completions API, as they go over the wire. An import of pydantic.
+"""Request and response models of OpenAI's completions API.
 
-Types are strict: "1" is no number, true is no number, and a field that nobody knows is refused rather than ignored.
+Types are strict: "1" and true are not numbers, and an unknown field is refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 def _encodable(text: str) -> str:
-    """JSON can write half of a surrogate pair, of which no tokenizer makes anything."""
+    """Refuse lone surrogates, which JSON can hold but tokenizers cannot encode."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise PydanticCustomError("unicode", "Input should be Unicode text without half surrogate pairs")
     return text
 
 
 def integral(value: object) -> object:
-    """JSON knows numbers only: 3.0 is an integer."""
+    """Convert 3.0 to 3: JSON does not distinguish them."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -28,18 +28,18 @@ Count = Annotated[int, Field(ge=0), BeforeValidator(integral)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(integral)]
 Text = Annotated[str, AfterValidator(_encodable)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31), BeforeValidator(integral)]
-# Of a list's wrong elements the first is enough: an error for each of a million takes gigabytes.
+# Only the first wrong element of a list is reported: an error for each of a million takes gigabytes.
 _SOME = Field(min_length=1, fail_fast=True)
 Tokens = Annotated[list[Token], _SOME]
 Prompt = Text | Annotated[list[Text], _SOME] | Tokens | Annotated[list[Tokens], _SOME]
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
-"""Nothing but 0: clients send it, and it changes nothing."""
-Ignored = Annotated[Any, Field(description="Taken and ignored: it cannot change the answer.")]
+"""Only 0, which clients send and which has no effect."""
+Ignored = Annotated[Any, Field(description="Accepted and ignored: it cannot change the answer.")]
 
 
 class Request(BaseModel):
-    """A body, or a part of one."""
+    """A request body, or a part of one."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -61,7 +61,7 @@ class Request(BaseModel):
 
 
 class KnnOptions(Request):
-    """The kNN-LM's own settings; what is not given is what the server was started with."""
+    """Settings of retrieval and mixing; defaults are those of the server."""
 
     lam: Annotated[float | None, Field(alias="lambda", ge=0, le=1)] = None
     k: Positive | None = None
@@ -69,14 +69,14 @@ class KnnOptions(Request):
 
 
 class StreamOptions(Request):
-    """A last piece with the number of tokens."""
+    """Options of a stream; `include_usage` adds a last chunk with token counts."""
 
     include_usage: bool | None = None
     include_obfuscation: Ignored = None
 
 
 class Sampling(Request):
-    """What requests for completions and for chats have in common. What is null is as if it were not there."""
+    """Fields shared by completion and chat requests. Null is the same as absent."""
 
     model: str
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
@@ -99,18 +99,20 @@ class Sampling(Request):
 
 
 class CompletionRequest(Sampling):
-    """OpenAI's request for a completion, and `knn`. Without a prompt the text begins anew."""
+    """OpenAI's completion request, with the additional field `knn`. Without a prompt, a new text is begun."""
 
     prompt: Prompt | None = None
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(integral)] | None = None
     echo: bool | None = None
-    best_of: Annotated[Positive | None, Field(description="As n: the best of more is not looked for.")] = None
+    best_of: Annotated[
+        Positive | None, Field(description="Must equal n: choosing the best of more is not supported.")
+    ] = None
     suffix: Annotated[str | None, Field(max_length=0)] = None
 
 
 class Logprobs(BaseModel):
-    """Lists of one length. Of a prompt's first token nothing is known."""
+    """Lists of equal length; null for the first token of an echoed prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -119,7 +121,7 @@ class Logprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One continuation of one prompt, or a piece of it."""
+    """One continuation of a prompt, or a chunk of it."""
 
     index: int
     text: str
@@ -128,7 +130,7 @@ class CompletionChoice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Numbers of tokens; each prompt counts once, however many choices it has."""
+    """Token counts; a prompt counts once, however many choices it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -136,7 +138,7 @@ class Usage(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer, or a piece of it."""
+    """A completion, or a chunk of a streamed one."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -147,7 +149,7 @@ class Completion(BaseModel):
 
 
 class Model(BaseModel):
-    """The kNN-LM that is served."""
+    """The served kNN-LM."""
 
     id: str
     object: Literal["model"] = "model"
@@ -156,20 +158,20 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """There is one."""
+    """The list of models, which has one."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Health(BaseModel):
-    """The server answers."""
+    """The server accepts requests."""
 
     status: Literal["ok"] = "ok"
 
 
 class ErrorBody(BaseModel):
-    """What is wrong, where, and in one word for programs."""
+    """An error: message, type, field and machine-readable code."""
 
     message: str
     type: str
@@ -178,6 +180,6 @@ class ErrorBody(BaseModel):
 
 
 class Error(BaseModel):
-    """OpenAI's shape of an error."""
+    """OpenAI's error format."""
 
     error: ErrorBody

@@ -1,1 +1,1 @@
-"""The other questions of arXiv 2506.24106, a folder each."""
+"""Studies of the other questions of arXiv 2506.24106, one folder each."""

@@ -1,11 +1,11 @@
-"""Every stage beside its physical limit and beside what a user would pick instead: the table, and JSON.
+"""Benchmark of every stage against its physical limit and against the alternatives: a table, and JSON.
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes, without the layer table
     scripts/bench --only extraction    one group: extraction, evaluation, table, exact
 
-Ratios of speeds, measured in turn in one process; docs/performance.md says what each line means. Without --model and
---text it takes what the repository ships, which is small: figures of docs/performance.md name the model and the text.
+Figures are ratios of speeds, measured in turn in one process; docs/performance.md explains each line. Without --model
+and --text the small model and text of the repository are used; docs/performance.md names those of its figures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEMO = Path(__file__).parent.parent / "demo_data"
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Sizes of the benchmarks."""
 
     tokens: int
     rounds: int

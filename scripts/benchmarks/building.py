@@ -1,4 +1,4 @@
-"""Building an index beside FAISS with the same factory string in one call: time, and memory in processes of their own.
+"""Index building compared with one FAISS call with the same factory string: time, and memory in separate processes.
 
 Legend: N keys, D dimension.
 """
@@ -27,7 +27,7 @@ DIM = 256
 
 
 def rows(files: Sequence[Path], *, keys: int, rounds: int) -> Iterator[Row]:
-    """A quarter of the keys, and all of them."""
+    """Compare for a quarter of the keys, and for all."""
     with tempfile.TemporaryDirectory() as folder:
         vectors_ND = load(files[0], keys, 0) if files else synthetic(keys, DIM)
         for count in (keys // 4, keys):
@@ -50,7 +50,7 @@ def _process(way: str, spec: str, path: Path) -> dict[str, float]:
 
 
 def build(way: str, spec: str, path: Path) -> dict[str, float]:
-    """Seconds, and by how much memory of its own grew at most while it was built, without the finished index."""
+    """Seconds, and the peak growth of anonymous memory during the build, without the finished index."""
     stored_ND = np.load(path, mmap_mode="r", allow_pickle=False)
     watch = _Memory()
     if way == "ours":
@@ -79,7 +79,7 @@ class _Memory:
         self._thread.start()
 
     def stop(self) -> float:
-        """Megabytes over those at the start."""
+        """Megabytes above the start."""
         self._ended.set()
         self._thread.join()
         return self._peak - self._start

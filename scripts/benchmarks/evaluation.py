@@ -1,4 +1,4 @@
-"""Evaluation beside the plain LM, 1,000 settings beside one search, the layer table beside a peer's way, start-up.
+"""Evaluation against the plain LM, 1,000 settings against one search, the layer table against a peer, start-up.
 
 Legend: Q queries, K neighbours.
 """
@@ -57,7 +57,7 @@ def settings(count: int, queries: int) -> Settings:
 
 
 def _beside_the_lm(lm: LanguageModel, store: Datastore, held_out: Path, queries: int, rounds: int) -> Row:
-    """All of `evaluate` beside the LM alone: both take tokens from all over the text and run the model."""
+    """`evaluate` against the LM alone: both read tokens from all of the text and run the model."""
     config, every = window_config(TextConfig(), lm.name, lm.context_limit), settings(store.count, queries)
     plain = lambda: collect(lm, documents(lm, [held_out], queries), config, (), targets=TargetScorer(lm))  # noqa: E731
     whole = lambda: evaluate(lm, store, [held_out], settings=every)  # noqa: E731
@@ -89,7 +89,7 @@ def _search(store: Datastore, opened: Queries, layer: str) -> Search:
 
 
 def _start_up(model: str, store: Path, held_out: Path, rounds: int) -> Row:
-    """A whole `knnlm eval` of a few tokens beside a program that loads the same model and runs it once."""
+    """`knnlm eval` of a few tokens against a program that loads the same model and runs it once."""
     with tempfile.TemporaryDirectory() as folder:
         short = Path(folder, "short.txt")
         text = next(iter(read_documents([held_out]))).text
@@ -118,7 +118,7 @@ def _process(command: Sequence[str]) -> float:
 
 
 def layer_table(model: str, text: Sequence[Path], held_out: Path, *, keys: int, queries: int) -> Row:
-    """`run` over every layer and part, beside a peer's run for one layer times the layers."""
+    """`run` over every layer and part, against a peer's run for one layer times the number of layers."""
     lm = load_model(model, dtype="float32")
     every = replace(settings(keys, queries), layers=LayerConfig(layers="all"))
     with tempfile.TemporaryDirectory() as folder:

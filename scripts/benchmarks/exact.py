@@ -1,4 +1,4 @@
-"""Exact search beside FAISS's IndexFlatL2: the same keys and queries, and the same neighbours.
+"""Exact search against FAISS's IndexFlatL2, with the same keys, queries and neighbours.
 
 Legend: N keys, Q queries, K neighbours, D dimension.
 """
@@ -23,9 +23,10 @@ Floats = NDArray[np.float32]
 
 
 def rows(files: Sequence[Path], *, keys: int, queries: int, rounds: int, peak: float, must: float) -> Iterator[Row]:
-    """Keys from .npy files, or made up, of 256 and of 768 dimensions.
+    """Compare for keys from .npy files, or for synthetic ones of 256 and 768 dimensions.
 
-    :param peak: GFLOP/s of the machine's fastest float32 product; `must`: what its units let expect.
+    :param peak: GFLOP/s of the machine's fastest float32 product.
+    :param must: ratio expected from the machine's matrix units.
     """
     for number in range(len(files) or 2):
         vectors_ND = load(files[number], keys, queries) if files else synthetic(keys + queries, (256, 768)[number])

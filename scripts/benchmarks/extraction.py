@@ -1,4 +1,4 @@
-"""Extraction, scoring and storing beside the bare forward pass, and beside what a user would write.
+"""Extraction, scoring and storing against the bare forward pass, and against a straightforward implementation.
 
 Legend: B batch, T time, N tokens, D dimension, L layers.
 """
@@ -27,12 +27,12 @@ from knnlm.text.held_out import take_slices
 from knnlm.text.windows import Batch, TokenDocument, batches, count_targets, window_config, windows
 
 TEXT = Settings().text
-# Rows of the table of all pairs that a user's own code makes at a time.
+# Rows of the distance matrix computed at a time in the straightforward implementation.
 _PAIR_ROWS = 1024
 
 
 def rows(model: str, text: Sequence[Path], *, tokens: int, rounds: int) -> Iterator[Row]:
-    """All lines about extraction, on so many tokens."""
+    """All lines about extraction, on `tokens` tokens."""
     lm = load_model(model, dtype="float32")
     docs = documents(lm, text, tokens)
     about = {"tokens": float(count_targets(docs))}
@@ -50,7 +50,7 @@ def rows(model: str, text: Sequence[Path], *, tokens: int, rounds: int) -> Itera
 
 
 def documents(lm: LanguageModel, text: Sequence[Path], tokens: int) -> list[TokenDocument]:
-    """So many tokens, from all over the text."""
+    """Documents with `tokens` tokens, from all of the text."""
     return take_slices(tokenize(read_documents(text), lm.encode), tokens, seed=0)
 
 
@@ -67,7 +67,7 @@ def _one_layer(
 
 
 def _low_precision(model: str, docs: Sequence[TokenDocument], rounds: int) -> Row:
-    """A bfloat16 checkpoint as `--dtype auto` takes it, beside float32."""
+    """A bfloat16 checkpoint with `--dtype auto`, against float32."""
     with tempfile.TemporaryDirectory() as folder:
         full = load_model(model, dtype="float32")
         copy.deepcopy(full.model).to(torch.bfloat16).save_pretrained(folder)
@@ -102,7 +102,7 @@ def count_blocks(lm: LanguageModel) -> int:
 
 
 def truncated(lm: LanguageModel, blocks: int) -> LanguageModel:
-    """The same weights in a model of its own that has the first blocks only."""
+    """A model that has only the first blocks, with the same weights."""
     depth, short = count_blocks(lm), copy.copy(lm)
     short.model = copy.deepcopy(lm.model)
     for module in list(short.model.modules()):
@@ -114,14 +114,14 @@ def truncated(lm: LanguageModel, blocks: int) -> LanguageModel:
 
 
 def extract(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str], *, score: bool = True) -> None:
-    """Vectors of the layers, each scored and let go."""
+    """Extract vectors of the layers, scored and not kept."""
     config = window_config(TEXT, lm.name, lm.context_limit)
     scorer = LayerScorer({name: lm.dims[name] for name in layers}) if score else None
     collect(lm, docs, config, layers, scorer=scorer)
 
 
 def stored(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str]) -> None:
-    """The same, and written to disk."""
+    """Extract vectors and write them to disk."""
     dims, config = {name: lm.dims[name] for name in layers}, window_config(TEXT, lm.name, lm.context_limit)
     with tempfile.TemporaryDirectory() as folder, DatastoreWriter(folder, dims) as writer:
         collect(lm, docs, config, layers, scorer=LayerScorer(dims), writer=writer)
@@ -129,7 +129,7 @@ def stored(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[st
 
 
 def by_hand(lm: LanguageModel, docs: Sequence[TokenDocument]) -> list[float]:
-    """Dispersion of the blocks' outputs as a user would write it: everything kept, then every pair."""
+    """Dispersion of the blocks' outputs, straightforwardly: keep all vectors, then compute all pairs."""
     kept: list[list[np.ndarray]] = []
     with torch.inference_mode():
         for batch in all_batches(lm, docs):
@@ -145,7 +145,7 @@ def by_hand(lm: LanguageModel, docs: Sequence[TokenDocument]) -> list[float]:
 
 
 def pairwise(vectors_ND: np.ndarray) -> float:
-    """Mean of 1 - cos over all pairs, block of rows by block of rows."""
+    """Mean of 1 - cos over all pairs, in blocks of rows."""
     unit_ND = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     count = len(unit_ND)
     total = sum(float((unit_ND[at : at + _PAIR_ROWS] @ unit_ND.T).sum()) for at in range(0, count, _PAIR_ROWS))

@@ -1,8 +1,8 @@
-"""Requests made from the server's own description, right ones and wrong ones: none of them may be its mistake.
+"""Fuzzing of the server with valid and invalid requests generated from its OpenAPI schema.
 
-schemathesis sends what the description allows and what it does not, and checks statuses, shapes and types of the
-answers: in every other round with the name of the model put in, so that more of what is right is answered. The server's
-own counts are shown, and its memory; any status of 500 or more is a failure.
+schemathesis sends requests that the schema allows and ones that it does not, and checks statuses, shapes and types of
+the responses. In every other round the model's name is filled in, so that more requests are valid. The server's counts
+and its memory are shown; any status of 500 or more is a failure.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from serving import Server, started
 SETTINGS = """[checks.positive_data_acceptance]
 expected-statuses = ["2xx", 400, 404, 429]
 """
-"""What the description allows may still be beyond a limit of the server or of its model."""
+"""Requests that the schema allows may still exceed a limit of the server or of its model."""
 
 
 def described(server: Server, *, named: bool) -> dict[str, Any]:
-    """The server's description of itself, as it is or with the only name that `model` can have."""
+    """The server's OpenAPI schema, unchanged or with the only valid value of `model`."""
     description: dict[str, Any] = httpx.get(f"{server.url}/openapi.json").json()
     if named:
         for request in ("CompletionRequest", "ChatRequest"):
@@ -37,7 +37,7 @@ def described(server: Server, *, named: bool) -> dict[str, Any]:
 
 
 def fuzz(server: Server, description: dict[str, Any], examples: int, seed: int) -> int:
-    """Let schemathesis make about so many requests of each operation; 0 if it finds nothing wrong."""
+    """Let schemathesis make about `examples` requests of each operation; return 0 if it finds no failure."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "openapi.json").write_text(json.dumps(description), encoding="utf-8")
         Path(folder, "schemathesis.toml").write_text(SETTINGS, encoding="utf-8")
@@ -48,7 +48,7 @@ def fuzz(server: Server, description: dict[str, Any], examples: int, seed: int) 
 
 
 def counted(server: Server) -> Counter[str]:
-    """Answers by their status."""
+    """Number of responses by status."""
     text = httpx.get(f"{server.url}/metrics").text
     found: Counter[str] = Counter()
     for status, count in re.findall(r'^knnlm_requests_total{.*status="(\d+)"} (\d+)', text, re.MULTILINE):
@@ -57,7 +57,7 @@ def counted(server: Server) -> Counter[str]:
 
 
 def run(server: Server, requests: int) -> int:
-    """Fuzz until there were so many requests, with and without the model's name; the number of failures."""
+    """Fuzz for `requests` requests, with and without the model's name; return the number of failures."""
     failures, seed, examples = 0, 0, max(1, min(1000, requests // 8))
     while seed < 2 or sum(counted(server).values()) < requests:
         failures += fuzz(server, described(server, named=seed % 2 == 1), examples, seed) != 0

@@ -1,6 +1,6 @@
-"""Milliseconds a step of generate(), plain and with the memory: generation.py STORE [ROWS...].
+"""Milliseconds per step of generate(), for the plain LM and the kNN-LM: generation.py STORE [ROWS...].
 
-STORE is of `knnlm run`, which fits a λ by query.
+STORE is made by `knnlm run`, which fits a λ for each query.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STEPS, REPEATS = 32, 3
 
 
 def milliseconds(model: Any, ids_BT: torch.Tensor) -> float:  # noqa: ANN401 - any model with generate()
-    """The best of some runs, a step."""
+    """Milliseconds per step, the best of several runs."""
     taken = []
     for _ in range(REPEATS):
         start = time.perf_counter()

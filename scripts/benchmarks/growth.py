@@ -1,4 +1,4 @@
-"""How time and memory of each stage grow with the number of keys, each size in a process of its own.
+"""Growth of each stage's time and memory with the number of keys, each size in a separate process.
 
     .venv/bin/python scripts/benchmarks/growth.py KEYS.npy --sizes 10000 100000 1000000 --json growth.json
 
@@ -35,7 +35,7 @@ QUERIES, K, ROUNDS = 1024, 1024, 3
 
 
 def enlarged(keys_ND: NDArray[np.float16], size: int, file: Path) -> NDArray[np.float16]:
-    """So many keys in a file that is mapped."""
+    """`size` keys in a memory-mapped file."""
     made_ND = np.lib.format.open_memmap(file, "w+", np.float16, (size, keys_ND.shape[1]))
     for start, rows_ND in repeated(keys_ND, size):
         made_ND[start : start + len(rows_ND)] = rows_ND

@@ -1,4 +1,4 @@
-"""Kinds of FAISS index beside the peers' setting, on real keys: time a query, probability mass found, perplexity.
+"""Kinds of FAISS index against the peers' setting, on real keys: time per query, probability mass found, perplexity.
 
     .venv/bin/python scripts/benchmarks/indexes.py STORE --eval-text held-out.jsonl --json indexes.json
 
@@ -47,7 +47,7 @@ CODES = ("Flat", "SQfp16", "SQ8", "SQ4", "PQ{m}", "PQ{m}x4fs", "PQ{m2}x4fs", "Ra
 WITH_GRAPH = ("PQ{m}x4fs",)
 PROBES = (8, 16, 32, 64, 128, 256)
 OVERFETCH = (1.0, 1.5, 2.0, 3.0)
-# `nprobe` and candidates with which ours finds about as much of the weight as the peers' setting on the same lists.
+# `nprobe` and candidates with which ours finds about as much weight as the peers' setting on the same lists.
 BESIDE_PEERS = (32, 40, 48, 64), (1.0, 1.25, 1.5)
 
 
@@ -59,17 +59,17 @@ class Found:
     nprobe: int
     overfetch: float
     milliseconds: float
-    """A query, of all searched together: the median of the rounds."""
+    """Time per query when all are searched together, the median of the rounds."""
     recall: float
     mass: float
-    """Share of the weight of the exact K nearest that the neighbours found have, at the fitted temperature."""
+    """Share of the exact K nearest neighbours' weight that was found, at the fitted temperature."""
     perplexity: float
     bytes_per_key: float
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Queries, and what exact search gives them."""
+    """Queries with their exact neighbours."""
 
     queries_QD: NDArray[np.float32]
     targets_Q: NDArray[np.int32]
@@ -96,7 +96,7 @@ class Truth:
 
 
 def truth(store: Datastore, held_out: Path, queries: int) -> tuple[Truth, VectorSource, float]:
-    """Queries of held-out text, and the seconds of exact search."""
+    """Return queries of held-out text, the keys, and the seconds of exact search."""
     lm, (layer,) = load_model(store.manifest.fingerprint["model"], dtype="float32"), store.layers
     with open_queries(
         lm, documents(lm, [held_out], queries), window_config(TextConfig(), lm.name, lm.context_limit), [layer]
@@ -120,7 +120,7 @@ def centroids(keys_ND: NDArray[np.float32], lists: int) -> NDArray[np.float32]:
 
 
 def built(spec: str, keys_ND: NDArray[np.float32], means_LD: NDArray[np.float32]) -> Any:  # noqa: ANN401
-    """A FAISS index with lists that are given."""
+    """A FAISS index with given lists."""
     index = faiss.index_factory(keys_ND.shape[1], spec)
     lists = faiss.extract_index_ivf(index)
     lists.quantizer.train(means_LD)
@@ -161,7 +161,7 @@ def _search(index: Any, real: Truth, source: VectorSource, candidates: int) -> N
 
 
 def beside_the_peers(keys_ND: NDArray[np.float32], real: Truth, source: VectorSource, rounds: int) -> Iterator[Found]:
-    """The peers' setting, and the codes that `auto` takes on the same lists, by turns."""
+    """The peers' setting, and the codes that `auto` uses on the same lists, in turn."""
     means_LD, ours = centroids(keys_ND, peer.LISTS), f"IVF{peer.LISTS},PQ{keys_ND.shape[1] // 2}x4fs"
     theirs_index, ours_index = (built(spec, keys_ND, means_LD) for spec in (peer.INDEX, ours))
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The machine that ratios were measured on: its processor, what it can, and its peaks in matrix products."""
+"""Description of the machine: processor, matrix units, and peak speed of matrix products."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Of all flags of the processor, those that matrix products care for.
+# Flags of the processor that matter for matrix products.
 _UNITS = re.compile(r"avx2|avx512f|avx512_bf16|avx512_vnni|avx_vnni|amx_\w+|asimd|sve|bf16|i8mm")
 
 

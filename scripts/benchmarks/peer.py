@@ -1,4 +1,4 @@
-"""The steps of neulab/knn-transformers for one layer, written anew: save keys, train its index, evaluate.
+"""Reimplementation of neulab/knn-transformers for one layer: save keys, train the index, evaluate.
 
 Legend: B batch, T time, N keys, Q queries, K neighbours, D dimension, V vocabulary.
 """

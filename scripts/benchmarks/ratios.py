@@ -14,16 +14,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how many times as fast as the yardstick."""
+    """One line of the table: a speed relative to a yardstick."""
 
     stage: str
     against: str
     ratios: tuple[float, ...]
-    """The yardstick's seconds over ours, a round each."""
+    """The yardstick's seconds over ours, for each round."""
     must: float | None = None
-    """What the median should reach; None where nothing was promised."""
+    """Target for the median; None if there is none."""
     figures: dict[str, float | str] = field(default_factory=dict)
-    """Whatever else was measured, by name."""
+    """Other measurements, by name."""
 
     @property
     def median(self) -> float:
@@ -35,12 +35,12 @@ class Row:
 
 
 def seconds(work: Work) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     return timed(work)[0]
 
 
 def timed(work: Callable[[], Result], rounds: int = 1) -> tuple[float, Result]:
-    """The median of the seconds of some calls, and what the last one gave."""
+    """Median seconds of some calls, and the result of the last."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""As many keys as are wanted, from fewer real ones.
+"""Any number of keys from fewer real ones, by repetition with noise.
 
 Legend: N keys, D dimension.
 """

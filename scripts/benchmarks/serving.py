@@ -1,4 +1,4 @@
-"""Requests a second and latency of `knnlm serve` under load from this process, and whether its memory grows.
+"""Requests per second, latency and memory growth of `knnlm serve` under load from this process.
 
     python scripts/benchmarks/serving.py STORE --clients 1 4 16 --requests 10000
 
@@ -25,7 +25,7 @@ import numpy as np
 
 PROMPTS = ("The borrow checker", "A trait object", "When the compiler reads a crate, it", "Ownership")
 ROUND = 1000
-"""Requests between two looks at the memory."""
+"""Requests between two readings of the memory."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Server:
     name: str
     process: int
     seconds: float
-    """From the start of the process to its line that it serves."""
+    """Seconds from the start of the process to its line that it serves."""
 
     @property
     def megabytes(self) -> float:
@@ -82,7 +82,7 @@ async def ask(server: Server, requests: int, clients: int, tokens: int) -> np.nd
 
 def show_load(server: Server, args: argparse.Namespace) -> None:
     for clients in args.clients:
-        asyncio.run(ask(server, 2 * clients, clients, args.tokens))  # what is only needed once is paid here
+        asyncio.run(ask(server, 2 * clients, clients, args.tokens))  # warm-up
         start = time.perf_counter()
         seconds = asyncio.run(ask(server, args.each * clients, clients, args.tokens))
         rate = len(seconds) / (time.perf_counter() - start)

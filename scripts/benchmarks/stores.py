@@ -1,4 +1,4 @@
-"""A real model of a usual size, and datastores of any size for it, in minutes.
+"""A model of GPT-2 small's size with realistic keys, and datastores of any size for it, made in minutes.
 
 Legend: N keys, D dimension.
 """
@@ -27,7 +27,7 @@ from knnlm.store.writer import DatastoreWriter
 from knnlm.text.windows import window_config
 
 NARROW = Path(__file__).parent.parent / "demo_data" / "model"
-# GPT-2 small is so many times as wide as the demo's model, has so many blocks more, and this vocabulary.
+# GPT-2 small against the demo's model: factor of the width, additional blocks, vocabulary.
 COPIES, MORE_BLOCKS, VOCABULARY = 4, 4, 50_257
 LAYER = "-1.ffn_input"
 # Keys that the model makes; beyond, they are these again, with noise.

@@ -1,4 +1,4 @@
-"""A store under a damage: is it refused in one line, is the damage found by `verify`, does it change what is read?"""
+"""Use of a damaged store: is it refused in one line, does `verify` find the damage, does it change results?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workshop import Workshop
 
 @dataclass(frozen=True)
 class Damage:
-    """A part of a store, and what damages it while the block lasts."""
+    """A part of a store, and a context manager that damages it."""
 
     part: str
     done: AbstractContextManager[None]
@@ -34,7 +34,7 @@ def try_all(shop: Workshop, damages: Iterable[Damage]) -> None:
 
 
 def _outcome(lm: Any, shop: Workshop, whole: Any) -> list[str]:  # noqa: ANN401
-    """What happened, and what was told."""
+    """What happened, and the message."""
     from index.errors import VectorIndexError
     from knnlm.errors import KNNLMError
     from knnlm.knn.indexing import verify_store
@@ -58,7 +58,7 @@ def _outcome(lm: Any, shop: Workshop, whole: Any) -> list[str]:  # noqa: ANN401
 
 
 def _used(lm: Any, shop: Workshop) -> Any:  # noqa: ANN401
-    """All that reading the store gives: its description, and perplexity with and without its index."""
+    """Results of reading the store: its description, and perplexity with and without its index."""
     from knnlm import evaluate
     from knnlm.config import EvalConfig, KNNConfig, Settings
     from knnlm.store.datastore import Datastore
@@ -75,10 +75,10 @@ def _used(lm: Any, shop: Workshop) -> Any:  # noqa: ANN401
 
 
 def report(ended: Ended, title: str, tried: Sequence[str], tally: Tally, *, sealed: bool = False) -> None:
-    """Count what one fork's `try_all` told.
+    """Count the outcomes that one fork's `try_all` reported.
 
     :param tried: what each damage was, in order, for the one that ended the fork.
-    :param sealed: what is read may differ without a fault: whoever wrote the checksum anew is not found out.
+    :param sealed: the checksum was rewritten too, so a changed result is not a fault.
     """
     lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith('{"part"')]
     for line in lines:

@@ -1,4 +1,4 @@
-"""Damaged JSON in the place of a store's documents: one line of error, or a store that works and is whole."""
+"""Damaged JSON in place of a store's documents: a one-line error, or a store that works and is whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH = 50
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """So many damaged documents in the place of datastore.json and of index.json in turn."""
+    """Try `count` damaged documents in place of datastore.json and index.json, in turn."""
     well(command(run_words(shop, "first", "--overwrite")))
     rng = random.Random(seed)
     files = [shop.store / "datastore.json", next(shop.store.rglob("index.json"))]

@@ -1,4 +1,4 @@
-"""One flipped bit at a time in the files of a store: refused in one line, found by `verify`, or without effect."""
+"""Single bit flips in the files of a store: refused in one line, found by `verify`, or without effect."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kills import run_words, well
 from tally import Tally
 from workshop import Workshop
 
-# Flips that one fork tries: a fork that dies loses no more.
+# Flips tried by one fork; a fork that dies loses at most these.
 BATCH = 25
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """So many flips, spread over all files of a store with an index, a fit and a report."""
+    """Try `count` flips, spread over all files of a store with an index, fitted settings and a report."""
     well(command(run_words(shop, "first", "--overwrite")))
     rng = random.Random(seed)
     files = sorted(path for path in shop.store.rglob("*") if path.is_file() and path.stat().st_size)

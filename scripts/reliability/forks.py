@@ -1,4 +1,4 @@
-"""Work in forks of this process, which may be killed at any moment and cost no start-up: all is imported already.
+"""Work in forks of this process, which can be killed at any moment and start at once: everything is imported already.
 
 The parent never computes anything: a fork of a process whose thread pools run would hang.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# A fork that takes longer hangs.
+# Seconds after which a fork counts as hung.
 LIMIT_SECONDS = 120.0
 TRACEBACK = "Traceback (most recent call last)"
 
@@ -25,7 +25,7 @@ class Ended:
     """How a fork ended."""
 
     status: int
-    """Of its exit; negative: the signal that ended it."""
+    """Exit status; if negative, minus the signal that ended it."""
     output: str
     """All that it wrote to standard output and standard error."""
     seconds: float
@@ -33,7 +33,7 @@ class Ended:
 
     @property
     def traceback(self) -> bool:
-        """Whether Python told of an error that nobody caught."""
+        """Whether Python printed a traceback."""
         return TRACEBACK in self.output
 
 

@@ -1,7 +1,7 @@
 """SIGKILL at random moments of the verbs that write, and of one that reads.
 
-After each kill: whatever is at the place opens and is whole, is the old store or the new one, the user's own files are
-as they were, and the same command, given again, ends well and leaves nothing of the killed one behind.
+After each kill, the store at the target opens, is whole, and is the old or the new one; the user's own files are
+unchanged; and the same command, repeated, succeeds and leaves no leftovers of the killed one.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from tally import Tally
 from workshop import Workshop, digest
 
 LAYERS = ("--layers", "1.ffn_input,2.ffn_input", "--k", "8", "--seed", "3")
-# Kills fall up to this share of the time that the verb takes uninterrupted, so that some come just after its end.
+# Latest kill, relative to the verb's uninterrupted time, so that some come just after its end.
 REACH = 1.05
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What is killed, and what stands at the place before."""
+    """The command to kill, and the state before it."""
 
     name: str
     words: Callable[[Workshop], Sequence[object]]
     prepared: Callable[[Workshop], Sequence[object]] | None = None
-    """The command that made what is there before."""
+    """Command that makes the store that is there before."""
 
 
 def build_words(shop: Workshop, text: str, *more: object) -> list[object]:
@@ -111,7 +111,7 @@ def prepare(shop: Workshop, verb: Verb) -> Scene:
 
 
 def well(ended: Ended) -> Ended:
-    """What has to work, so that the campaign can go on."""
+    """Check that a fork succeeded; the campaign cannot continue otherwise."""
     if ended.status:
         raise SystemExit(f"the campaign cannot begin: {ended.output}")
     return ended
@@ -200,7 +200,7 @@ def _index(store: Path) -> None:
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """So many kills, spread over the verbs; fewer than there are verbs fall on some of them."""
+    """Kill `count` times, spread over the verbs; if there are fewer kills than verbs, over a sample of them."""
     rng = random.Random(seed)
     each, rest = divmod(count, len(VERBS) + 1)
     for verb in VERBS if each else rng.sample(VERBS, rest):

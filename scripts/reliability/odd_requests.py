@@ -1,4 +1,4 @@
-"""Requests made from the server's own description, and bytes that are hardly requests: none is answered with 5xx."""
+"""Requests generated from the server's OpenAPI schema, and malformed bytes: none may be answered with 5xx."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from serving import started  # noqa: E402 - a script beside these
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """So many requests by schemathesis, and a tenth of them raw."""
+    """Send `count` requests, a tenth of them malformed bytes and the rest by schemathesis."""
     well(command(run_words(shop, "first", "--overwrite")))
     if count >= DESCRIBED:
         _described(shop, count, tally)

@@ -1,11 +1,11 @@
-"""What a campaign counts: how often what came out, and every fault with what was told of it."""
+"""Counts of a campaign's outcomes, and its faults with their messages."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-# Of each kind of fault so many are kept with what was told.
+# Faults of each kind that are kept with their messages.
 SHOWN = 5
 
 
@@ -18,11 +18,11 @@ class Tally:
     told: list[str] = field(default_factory=list)
 
     def count(self, part: str, outcome: str, times: int = 1) -> None:
-        """Something that may happen."""
+        """Count an acceptable outcome."""
         self.counts.setdefault(part, Counter())[outcome] += times
 
     def fault(self, part: str, kind: str, told: str) -> None:
-        """Something that must not."""
+        """Record a fault."""
         found = self.faults.setdefault(part, Counter())
         found[kind] += 1
         if found[kind] <= SHOWN:

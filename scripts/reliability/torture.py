@@ -1,9 +1,9 @@
-"""Kills, flipped bits, damaged documents and odd requests against a tiny store, and a table of what came out.
+"""Kills, bit flips, damaged documents and odd requests against a tiny store, with a table of the outcomes.
 
     scripts/torture            about half an hour on two cores
     scripts/torture --quick    under a minute
 
-docs/reliability.md says what is promised, and has the table of the whole campaign. Exit status 1: a fault was found.
+docs/reliability.md has the guarantees and the table of the full campaign. Exit status 1: a fault was found.
 """
 
 from __future__ import annotations

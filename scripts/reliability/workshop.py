@@ -1,4 +1,4 @@
-"""What the campaign works on: a tiny random model, three texts, and files that are nobody's but the user's."""
+"""Material of the campaign: a tiny random model, three texts, and files that stand for the user's own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Workshop:
 
 
 def make(folder: Path) -> Workshop:
-    """Make all of it."""
+    """Create the model, the texts and the files."""
     shop = Workshop(folder)
     made = fork(lambda: _save_model(shop.model))
     if made.status:
@@ -65,7 +65,7 @@ def _save_model(folder: Path) -> None:
 
 
 def _some(lines: list[str]) -> str:
-    """Documents of at most so many characters together, long ones cut."""
+    """Documents with a bounded total of characters; long ones are cut."""
     found, left = [], TEXT_CHARACTERS
     for line in lines:
         text = json.loads(line)["text"][: TEXT_CHARACTERS // 8]

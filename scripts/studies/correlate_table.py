@@ -1,4 +1,4 @@
-"""Table, as Markdown, and picture of docs/correlate.md from several correlate.json.
+"""Markdown table and picture of docs/correlate.md, from several correlate.json.
 
     .venv/bin/python scripts/studies/correlate_table.py --texts nursing=a/correlate.json rust-book=b/correlate.json \
         --steps c/correlate.json --contexts d/correlate.json --picture correlate.html

@@ -1,13 +1,13 @@
-"""The label-free scores on what people want them for: the figures of docs/findings.md.
+"""Label-free scores for choosing layers, finding hard text and ranking checkpoints: the figures of docs/findings.md.
 
     F="scripts/studies/findings.py"
     .venv/bin/python $F layers study/*.json --out findings/layers.json
     .venv/bin/python $F segments MODEL... --text rust-book.jsonl sherlock-holmes.jsonl --out findings/segments.json
     .venv/bin/python $F checkpoints step-* final --text rust-book.jsonl nursing.jsonl --out findings/checkpoints.json
 
-`layers` reads what `scripts/studies/layer_study.py` wrote, takes its perplexities, and scores the text again for the
-scores that were not known then. What is done already is kept, so that a run may be stopped.
-`scripts/studies/findings_table.py` makes tables and pictures of the files.
+`layers` reads the files of `scripts/studies/layer_study.py`, takes their perplexities, and scores the text again for
+scores that they lack. Finished cases are kept, so that a run can be stopped and resumed.
+`scripts/studies/findings_table.py` makes tables and pictures from the files.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Every block and part of a model as keys, on one text: which label-free score would have chosen well?
+"""Perplexity with keys from every block and part of a model, on one text, and which label-free score chooses best.
 
     .venv/bin/python scripts/studies/layer_study.py --model MODEL --text nursing.jsonl --out study/llama-nursing.json
 
-Exact search; k, lambda and temperature fitted per layer; regret cross-fitted (docs/layers.md says how). A tenth of the
-text is held out: whole documents, or sections of one long document with a gap on either side.
-`scripts/studies/layer_table.py` makes tables of the files.
+Search is exact; k, lambda and temperature are fitted for each layer. Regret, by how much the perplexity of a choice
+exceeds that of the best layer, is cross-fitted (docs/layers.md). A tenth of the text is held out: whole documents, or
+sections of one long document with a gap on either side. `scripts/studies/layer_table.py` makes tables from the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables from the files of `scripts/studies/layer_study.py`, as Markdown.
+"""Markdown tables from the files of `scripts/studies/layer_study.py`.
 
     .venv/bin/python scripts/studies/layer_table.py study/*.json
 
@@ -35,7 +35,7 @@ def spread(value: float, interval: Sequence[float]) -> str:
 
 
 def default(study: Study) -> dict[str, Any]:
-    """What the default rule of `knnlm.scores.choose` takes in one case, and its regret."""
+    """The choice of the default rule of `knnlm.scores.choose` in one case, and its regret."""
     names = select_layers("candidates", [row["layer"] for row in study["layers"]])
     layer = by_dispersion([score_of(row) for row in study["layers"] if row["layer"] in names]).layer
     return next(one for one in study["choices"] if one["layer"] == layer)
@@ -70,7 +70,7 @@ def overview(studies: Sequence[Study]) -> Iterator[str]:
 
 
 def known_scores(studies: Sequence[Study]) -> list[str]:
-    """Those that every file has: older ones lack later scores."""
+    """Scores that every file has; older files lack later scores."""
     return [kind.name for kind in SCORES if all(kind.name in study["layers"][0] for study in studies)]
 
 

@@ -1,4 +1,4 @@
-"""Does a push-away loss help a small GPT-2, and its kNN-LM? Trainings one after the other, that can be stopped.
+"""Effect of a push-away loss on a small GPT-2 and its kNN-LM: a series of trainings that can be stopped and resumed.
 
     .venv/bin/python scripts/studies/push_away_study.py --out study --list
     .venv/bin/python scripts/studies/push_away_study.py --out study --text corpora --run "[sct]*" "weight-*"

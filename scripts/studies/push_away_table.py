@@ -1,4 +1,4 @@
-"""Tables, as Markdown, and the picture of docs/train.md from the files of `scripts/studies/push_away_study.py`.
+"""Markdown tables and picture of docs/train.md, from the files of `scripts/studies/push_away_study.py`.
 
     .venv/bin/python scripts/studies/push_away_table.py --study study --picture train.html
 

@@ -1,4 +1,4 @@
-"""Does the dispersion gap rank checkpoints as perplexity does? The figures and the picture of docs/rank-models.md.
+"""Ranking of checkpoints by dispersion gap and by perplexity: the figures and the picture of docs/rank-models.md.
 
     S=scripts/studies/rank_checkpoints.py
     .venv/bin/python $S measure MODEL... --text rust-book.jsonl --rest rest.jsonl --out scores.json
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def perplexity(model: str, documents: list[Document], max_tokens: int) -> float:
-    """Of the plain LM, in windows of 512 tokens that move by 256; the same slices of the documents for every model."""
+    """Perplexity of the plain LM, in windows of 512 tokens with stride 256, on the same slices for every model."""
     lm = load_model(model)
     slices = take_slices(tokenize(documents, lm.encode), max_tokens, seed=0)
     targets = TargetScorer(lm)

@@ -1,4 +1,4 @@
-"""What slices and their statistics show where there is nothing to find: right answers drawn by lot.
+"""Negative control for slices and their statistics: right answers assigned at random.
 
     .venv/bin/python scripts/studies/slice_control.py --model MODEL --questions questions.jsonl
 

@@ -1,1 +1,1 @@
-"""The page that shows why the kNN-LM said something."""
+"""A web page that explains the kNN-LM's predictions, and its API."""

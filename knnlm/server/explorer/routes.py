@@ -1,6 +1,6 @@
-"""The explorer's routes: the page itself, and what it asks for. The import of FastAPI.
+"""Routes of the explorer: the page, and the API that it calls.
 
-A model is of one thread: whatever touches it goes through `run`, which the server gives.
+Only the model's thread may use the model: calls go through `run`, which the server provides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from knnlm.server.wire import Error
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
-# Nothing but the page's own files and calls: text of a corpus that got into the page as markup could load nothing.
+# Only the page's own files and calls are allowed, so that corpus text injected as markup could load nothing.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -40,23 +40,23 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error, "description": "What is wrong"}}
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error, "description": "Error"}}
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "Tokens"}}
 
 
 class Run(Protocol):
-    """Runs a function on the model's thread; the result is awaited, or cancelled when nobody waits any more.
+    """Runs a function on the model's thread; awaiting returns its result, and cancelling removes it from the queue.
 
-    `admitted` says that the function goes on with what was let in: it must not be refused because others wait.
+    `admitted`: the function continues earlier work that was admitted, so a full queue must not refuse it.
     """
 
     def __call__(self, function: Callable[[], T], /, *, admitted: bool = False) -> Awaitable[T]: ...  # noqa: D102
 
 
 def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seconds) -> APIRouter:
-    """The page at `/`, and its calls below `/explorer/`, which alone tell of the datastore's text.
+    """Return the routes: the page at `/`, and below `/explorer/` its API, which alone reveals the datastore's text.
 
-    :param seconds: that an answer may take.
+    :param seconds: time limit of an answer.
     """
     router = APIRouter(route_class=_Route, responses=_ERRORS)
     for path, name, kind in (
@@ -67,7 +67,7 @@ def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seco
         router.add_api_route(path, _file(name, kind), include_in_schema=False)
 
     async def answer(request: Request, work: Callable[[], dict[str, Any]]) -> Response:
-        # The JSON too is made on the model's thread: of a long text it takes a moment, in which others would wait.
+        # JSON of a long text takes a moment, so it too is made on the model's thread and not on the event loop.
         made = Deadline(seconds).wait(run(lambda: _dump(work())))
         return Response(await unless_gone(request.receive, made), media_type="application/json", headers=_HEADERS)
 
@@ -78,19 +78,19 @@ def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seco
 
     @router.post("/explorer/explain")
     async def explain(asked: wire.ExplainRequest, request: Request) -> Response:
-        """Each token of a text with all that is needed to mix it anew."""
+        """Return each token of a text with the data needed to mix the distributions again under other settings."""
         return await answer(request, lambda: _explained(explainer, asked))
 
     @router.post("/explorer/sources")
     async def sources(asked: wire.SourcesRequest, request: Request) -> Response:
-        """The text around places in the datastore."""
+        """Return the text around rows of the datastore."""
         return await answer(request, lambda: _sources(explainer, asked))
 
     @router.post("/explorer/continue", response_class=StreamingResponse, responses=_EVENTS)
     async def go_on(asked: wire.ContinueRequest, request: Request) -> Response:
-        """New tokens, each an event with its explanation; the last event tells why there are no more, or an error."""
+        """Stream new tokens, each an event with its explanation; the last has the finish reason, or an error."""
         deadline = Deadline(seconds)
-        # What is wrong with the request shows here, while there can still be another status.
+        # Errors in the request are raised here, while the status can still be set.
         begun = deadline.wait(run(lambda: _Steps(explainer, asked)))
         steps = await unless_gone(request.receive, begun)
         events = sent_events(_documents(steps, run, deadline))
@@ -100,7 +100,7 @@ def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seco
 
 
 class _Route(APIRoute):
-    """A route whose refusals have OpenAI's shape, whatever application it is in."""
+    """A route whose errors have OpenAI's format, in any application."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -110,7 +110,7 @@ class _Route(APIRoute):
                 return await handle(request)
             except RequestValidationError as error:
                 return _refuse(invalid(error.errors()))
-            except HTTPException:  # what FastAPI makes of a body in another encoding
+            except HTTPException:  # raised by FastAPI for a body in another encoding
                 return _refuse(no_json())
             except Refusal as refusal:
                 return _refuse(refusal)
@@ -134,7 +134,7 @@ def _file(name: str, kind: str) -> Callable[[], Coroutine[Any, Any, Response]]:
 
 
 def _dump(document: object) -> str:
-    """ASCII only: what was received, and is told again, may hold what UTF-8 has no bytes for."""
+    """JSON in ASCII: received text that is quoted may hold lone surrogates, which UTF-8 cannot encode."""
     return json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
@@ -156,7 +156,7 @@ def _sources(explainer: Explainer, asked: wire.SourcesRequest) -> dict[str, Any]
 
 
 class _Steps:
-    """The events of one continuation, for the model's thread; the first one is made at once."""
+    """Events of one continuation, made on the model's thread; the first is made at once."""
 
     def __init__(self, explainer: Explainer, asked: wire.ContinueRequest) -> None:
         tokens = _checked(explainer, asked.tokens)
@@ -178,7 +178,7 @@ class _Steps:
         self.first = self.next()
 
     def next(self) -> dict[str, Any] | None:
-        """The next event; None after the last one."""
+        """Return the next event; None after the last one."""
         if self._finish_reason is not None:
             return None
         new = self._continuing.step()
@@ -190,7 +190,7 @@ class _Steps:
 
 
 async def _documents(steps: _Steps, run: Run, deadline: Deadline) -> AsyncIterator[str]:
-    """Of each step. When the client goes away this is cancelled, and no further step is taken."""
+    """Yield a document for each step. Cancelled when the client disconnects; no further step is taken then."""
     event = steps.first
     while event is not None:
         yield _dump(event)

@@ -1,7 +1,7 @@
-"""What the page asks and what it is told, as JSON. The import of pydantic.
+"""Request models and response documents of the explorer's API.
 
-Types are strict, and a field that nobody knows is refused. Long lists of numbers go as little-endian float32 in base64,
-which is half as long as digits and loses nothing.
+Types are strict, and unknown fields are refused. Long lists of numbers are sent as little-endian float32 in base64,
+which is half as long as digits and lossless.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from knnlm.knn.mixing import NEAREST
 from knnlm.server.wire import Request
 
 MAX_TOKENS = 1024
-"""Of a text; a shorter context of the model is a limit as well."""
+"""Tokens of a text; a shorter context of the model is a limit as well."""
 MAX_CHARACTERS = 20_000
 MAX_NEW_TOKENS = 200
 MAX_SOURCES = 100
 LARGEST_SEED = (1 << 53) - 1
-"""JavaScript has no larger whole numbers."""
+"""Largest integer that JavaScript represents exactly."""
 
-# A text of bounded length is looked at, and refused where it has half of a surrogate pair, as JSON can write it.
+# pydantic checks texts of bounded length for lone surrogates, which JSON can hold, and refuses them.
 Text = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=MAX_TOKENS)]
 Row = Annotated[int, Field(ge=0)]
 
 
 class ExplainRequest(Request):
-    """A text, or the tokens of one, and the layer whose keys are searched."""
+    """A text or its tokens, and the layer whose keys are searched."""
 
     text: Text | None = None
     tokens: Tokens | None = None
@@ -44,7 +44,7 @@ class ExplainRequest(Request):
 
 
 class ContinueRequest(Request):
-    """Tokens to go on with under a setting; a `temperature_lm` of 0 takes the likeliest token each time."""
+    """Tokens to continue under a setting; a `temperature_lm` of 0 takes the likeliest token each time."""
 
     tokens: Tokens
     layer: str | None = None
@@ -52,7 +52,7 @@ class ContinueRequest(Request):
     temperature: Annotated[float, Field(gt=0)]
     lam: Annotated[float, Field(alias="lambda", ge=0, le=1)]
     gated: bool = False
-    """λ moves from token to token, by the gate that the layer has."""
+    """Whether λ varies from token to token, by the layer's gate."""
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 40
     temperature_lm: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -60,13 +60,13 @@ class ContinueRequest(Request):
 
 
 class SourcesRequest(Request):
-    """Places in the datastore whose text is wanted."""
+    """Rows of the datastore whose text is requested."""
 
     rows: Annotated[list[Row], Field(max_length=MAX_SOURCES)]
 
 
 def store_document(explainer: Explainer) -> dict[str, Any]:
-    """What is explained: model, datastore, its layers with their settings, and the page's limits."""
+    """Model, datastore, its layers with their settings, and the page's limits."""
     store = explainer.store
     return {
         "model": path_tails(explainer.lm.name)[-2:][0],
@@ -84,7 +84,7 @@ def store_document(explainer: Explainer) -> dict[str, Any]:
 
 
 def max_tokens(explainer: Explainer) -> int:
-    """The longest text."""
+    """Maximum number of tokens in a text."""
     limit = explainer.lm.context_limit
     return MAX_TOKENS if limit is None else min(limit, MAX_TOKENS)
 
@@ -106,7 +106,7 @@ def _layer(explainer: Explainer, layer: str) -> dict[str, Any]:
 def texts_document(
     explainer: Explainer, tokens: Sequence[int], pieces: Sequence[str], evidence: Sequence[Evidence | None]
 ) -> dict[str, Any]:
-    """Tokens of a text with their evidence, and the text of every token that is named in it."""
+    """Tokens of a text with their evidence, and the text of every token in the evidence."""
     named = {int(token) for one in evidence if one is not None for token in one.tokens_M}
     return {
         "tokens": [token_document(*one) for one in zip(tokens, pieces, evidence, strict=True)],
@@ -115,7 +115,7 @@ def texts_document(
 
 
 def token_document(token: int, piece: str, evidence: Evidence | None) -> dict[str, Any]:
-    """A token; of its K neighbours distances, places in the datastore, and votes, which count in the M tokens."""
+    """A token with its evidence: distances, rows and votes of K neighbours; votes are indices into the M tokens."""
     if evidence is None:
         return {"token": token, "text": piece, "evidence": None}
     found = evidence.found

@@ -1,1 +1,1 @@
-"""Does dispersion go with perplexity, segment by segment? (`knnlm correlate`)"""
+"""Correlation of dispersion with perplexity over segments of a text. (`knnlm correlate`)"""

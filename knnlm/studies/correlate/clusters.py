@@ -1,8 +1,8 @@
-"""Clusters of contexts, and how far apart contexts are within and between them.
+"""Clusters of contexts, and mean cosine distances within and between them.
 
-Semantic clusters are contexts that the same n tokens follow (arXiv 2506.24106: n = 10, 100 contexts a cluster); others
-are nearest contexts, found by k-means on unit vectors. With the mean u of a cluster's n unit vectors, the mean cosine
-distance within it is exactly n / (n - 1) · (1 - |u|²), and between clusters A and B it is 1 - u_A · u_B.
+Semantic clusters are contexts followed by the same n tokens (arXiv 2506.24106: n = 10, 100 contexts in a cluster); the
+other kind is k-means clusters of unit vectors. With the mean u of a cluster's n unit vectors, the mean cosine distance
+within it is exactly n / (n - 1) · (1 - |u|²), and between clusters A and B it is 1 - u_A · u_B.
 
 Legend: S segments, T tokens of a segment, P contexts, C clusters, D dimension.
 """
@@ -26,7 +26,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ClusterDistances:
-    """Mean cosine distances of one layer; each cluster, and each pair of clusters, counts the same."""
+    """Mean cosine distances at one layer; all clusters, and all pairs of clusters, have equal weight."""
 
     within: float
     between: float
@@ -36,7 +36,7 @@ class ClusterDistances:
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """Places in segments, in the order of the text, and the cluster of each, from 0."""
+    """Positions in segments, in text order, and the cluster of each, from 0."""
 
     segment_P: Int64
     position_P: Int64
@@ -44,11 +44,11 @@ class Contexts:
 
 
 def shared_continuations(tokens_ST: NDArray[np.int32], n: int, size: int) -> Contexts:
-    """The contexts that share their next `n` tokens with at least `size - 1` others; each such n-gram is a cluster.
+    """Return contexts that share their next `n` tokens with at least `size - 1` others; each such n-gram is a cluster.
 
-    A context is a position whose next n tokens lie in its segment. Places may overlap: a passage of 12 tokens that
-    comes again and again gives three clusters of 10.
-    :raises InputError: fewer than two clusters; says what would give some.
+    A context is a position whose next n tokens lie in its segment. The n-grams may overlap: a repeated passage of 12
+    tokens gives three clusters for n = 10.
+    :raises InputError: fewer than two clusters; the message suggests settings that give some.
     """
     if not 0 < n < tokens_ST.shape[1]:
         raise InputError(f"`ngram` is {n}, but must be from 1 to {tokens_ST.shape[1] - 1}, inside a segment")
@@ -58,7 +58,7 @@ def shared_continuations(tokens_ST: NDArray[np.int32], n: int, size: int) -> Con
     tokens = tokens_ST.reshape(-1)
     place_P = np.arange(tokens.size).reshape(-1, width)[:, :-n].reshape(-1)
     cluster_P = np.zeros(len(place_P), np.int64)
-    # An n-gram stands at least as often as a longer one that begins with it: most places are out after a few tokens.
+    # An n-gram is at least as frequent as a longer one that begins with it: most positions drop out after a few tokens.
     for step in range(1, n + 1):
         pairs = cluster_P * vocabulary + tokens[place_P + step]
         _, cluster_P, counts_C = np.unique(pairs, return_inverse=True, return_counts=True)
@@ -71,7 +71,7 @@ def shared_continuations(tokens_ST: NDArray[np.int32], n: int, size: int) -> Con
 
 
 def _no_clusters(n: int, size: int, step: int, counts_C: Int64) -> InputError:
-    """`counts_C` are those of the `step`-grams, of which fewer than two come often enough."""
+    """Return the error; `counts_C` are the counts of `step`-grams, of which fewer than two are frequent enough."""
     second = int(np.sort(counts_C)[-2]) if len(counts_C) > 1 else 0
     if step > 1:
         remedy = f"`ngram={step - 1}`, a smaller `cluster_size`, or "
@@ -83,7 +83,7 @@ def _no_clusters(n: int, size: int, step: int, counts_C: Int64) -> InputError:
 
 
 class ContextSums:
-    """Sums of unit vectors for each cluster and layer; give its `add` to `measure_segments` as `look`."""
+    """Sums of unit vectors for each cluster and layer; pass `add` to `measure_segments` as `look`."""
 
     def __init__(self, contexts: Contexts, dims: Mapping[str, int]) -> None:
         self._contexts = contexts
@@ -91,19 +91,19 @@ class ContextSums:
         self._sums = {layer: np.zeros((len(self._counts_C), dim)) for layer, dim in dims.items()}
 
     def add(self, layer: str, vectors_BTD: Tensor, first: int) -> None:
-        """Add the contexts that lie in segments `first` to `first + B`."""
+        """Add the contexts in segments `first` to `first + B - 1`."""
         begin, end = np.searchsorted(self._contexts.segment_P, [first, first + len(vectors_BTD)])
         rows_P, positions_P = self._contexts.segment_P[begin:end] - first, self._contexts.position_P[begin:end]
         units_PD = unit_rows(vectors_BTD[rows_P, positions_P])
         np.add.at(self._sums[layer], self._contexts.cluster_P[begin:end], units_PD)
 
     def distances(self, layer: str) -> ClusterDistances:
-        """Within and between clusters, once all segments were seen."""
+        """Distances within and between clusters, after all segments were added."""
         return distances_from_sums(self._sums[layer], self._counts_C)
 
 
 def kmeans_distances(units_SD: NDArray[np.float32], size: int, *, seed: int) -> ClusterDistances:
-    """Clusters of nearest unit vectors, `size` in each on average; those of a single vector are left out.
+    """Distances for k-means clusters of unit vectors, with `size` in each on average; singletons are left out.
 
     :raises InputError: too few vectors for two clusters.
     """
@@ -116,7 +116,10 @@ def kmeans_distances(units_SD: NDArray[np.float32], size: int, *, seed: int) -> 
 
 
 def check_kmeans(contexts: int, size: int) -> int:
-    """The number of clusters of about `size` contexts; raises InputError where it would be below 2."""
+    """Return the number of clusters of about `size` contexts.
+
+    :raises InputError: there would be fewer than two.
+    """
     if contexts < 2 * size:
         raise InputError(
             f"{contexts} contexts make {contexts // size} cluster(s) of {size}, but distances between clusters need 2; "
@@ -126,7 +129,7 @@ def check_kmeans(contexts: int, size: int) -> int:
 
 
 def distances_from_sums(sums_CD: Float64, counts_C: Int64) -> ClusterDistances:
-    """Distances from each cluster's sum of unit vectors; NaN between fewer than two clusters of two or more vectors."""
+    """Distances from each cluster's sum of unit vectors; NaN for fewer than two clusters of at least two vectors."""
     kept_C = counts_C >= 2
     sums_CD, counts_C = sums_CD[kept_C], counts_C[kept_C]
     means_CD, clusters = sums_CD / counts_C[:, None], len(counts_C)

@@ -1,4 +1,4 @@
-"""Studies of dispersion and perplexity as the plain values of strict JSON: the document of `knnlm correlate`."""
+"""JSON document of `knnlm correlate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ FORMAT, VERSION = "knnlm-correlate", 1
 def correlate_document(
     studies: Sequence[Study], *, settings: Mapping[str, object], versions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The first study's fields, and the others under `others`. NaN becomes null, an interval `[low, high]`."""
+    """Return the first study's fields, with the other studies under `others`.
+
+    NaN becomes null, an interval `[low, high]`.
+    """
     document: dict[str, Any] = plain(
         {
             "format": FORMAT,

@@ -1,4 +1,4 @@
-"""correlate.html: the page of `knnlm correlate`, made from the object in correlate.json."""
+"""correlate.html: the page of `knnlm correlate`, made from correlate.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from knnlm.results import SCORES
 
 Study = Mapping[str, Any]
 
-# One look for each study, in the order in which they come; a dozen before they repeat.
+# Line styles of the studies, in order; twelve before they repeat.
 _COLOURS = [colour(part) for part in ("attn_input", "ffn_input", "block_output", "attn_output", "ffn_output")]
 _DASHES = ("solid", "dash", "dot")
 _CORRELATION_AXIS = {"range": [-1.05, 1.05], "zeroline": True, "zerolinecolor": MUTED}
@@ -46,7 +46,7 @@ _HEADS = (
 
 
 def write_correlate(document: Study, folder: str | Path) -> Path:
-    """Write correlate.json and correlate.html into a folder; gives the latter.
+    """Write correlate.json and correlate.html into a folder; return the path of the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -54,7 +54,7 @@ def write_correlate(document: Study, folder: str | Path) -> Path:
 
 
 def render_correlate(document: Study) -> str:
-    """The page as text."""
+    """Render the page as text."""
     studies = [document, *document["others"]]
     same_length = [study for study in studies if study["context"] == document["context"]]
     charts = [
@@ -90,7 +90,7 @@ def _headline(study: Study) -> str:
 
 
 def _kind(study: Study) -> tuple[str, int]:
-    """What is correlated, in words, and how many digits it has."""
+    """Name of the correlated score, and its number of decimals."""
     kind = next(kind for kind in SCORES if kind.name == study["score"])
     return ("dispersion" if kind.short == "within" else kind.name.replace("_", " ")), kind.digits
 
@@ -161,7 +161,7 @@ def _depth_chart(studies: Sequence[Study], kind: str) -> Chart:
 
 
 def _line(name: str, number: int, x: Sequence[object], estimates: Sequence[Study], labels: Sequence[str]) -> Trace:
-    """Spearman's correlations with their intervals, in a study's own look."""
+    """Spearman correlations with their intervals, in the style of a study."""
     shown = [
         (at, one, label) for at, one, label in zip(x, estimates, labels, strict=True) if one["spearman"] is not None
     ]
@@ -298,7 +298,7 @@ def _cluster_tables(studies: Sequence[Study]) -> Iterator[PageTable]:
 
 
 def _name(study: Study, studies: Sequence[Study]) -> str:
-    """Of the model, short."""
+    """Short name of the study's model."""
     models = list(dict.fromkeys(str(one["model"]) for one in studies))
     return short_names(models)[models.index(study["model"])]
 

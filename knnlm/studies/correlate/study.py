@@ -1,11 +1,11 @@
-"""Does dispersion go with perplexity? Segments of a text, ungrouped and grouped as in the code of arXiv 2506.24106.
+"""Correlation of dispersion with perplexity over segments, single and grouped, as in the code of arXiv 2506.24106.
 
     study = study_correlation(lm, ["wiki.txt"])[0]
     print(study.layers[-1].ungrouped.spearman, study.layers[-1].grouped.spearman)
 
-`RELEASED` says which steps are the authors' (github.com/yanhong-lbh/rep_dispersion), `OURS` which are this project's.
+`RELEASED` lists the steps of the authors' code (github.com/yanhong-lbh/rep_dispersion), `OURS` those of this project.
 
-Legend: S segments, G groups, M segments of a group, L layers.
+Legend: S segments, G groups, M segments in a group, L layers.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ CLUSTER_KINDS = ("ngram", "kmeans")
 SEGMENT_SCORES: dict[str, ScoreKind] = {
     name: kind for kind in SCORES if kind.name in SEGMENT_FUNCTIONS for name in (kind.short, kind.name)
 }
-"""By what people may call them."""
-# A correlation of two points is 1 or -1 whatever they are.
+"""Scores by the names that `score` accepts."""
+# The correlation of two points is always 1 or -1.
 FEWEST_GROUPS = 3
-# Points of the picture; a correlation is of all segments.
+# Points in the scatter chart; correlations use all segments.
 SCATTER_POINTS = 2000
-# The square of exp of more has no float64; only a broken model is as sure as that of wrong tokens.
+# The square of exp of more overflows float64; only a broken model has such a loss.
 _LARGEST_LOSS = 300.0
 
 RELEASED = (
@@ -80,31 +80,31 @@ OURS = (
 
 @dataclass(frozen=True, kw_only=True)
 class CorrelateConfig:
-    """What is correlated, and how it is grouped.
+    """Settings of the study.
 
-    :raises InputError: a value that cannot be.
+    :raises InputError: a value out of range, or an unknown name.
     """
 
     context: int = 512
-    """Tokens of a segment."""
+    """Tokens in a segment."""
     contexts: tuple[int, ...] = ()
-    """More lengths of segments to look at, each in a pass of its own."""
+    """Further segment lengths, each studied in a pass of its own."""
     layers: str = "*.block_output,final_norm"
     score: str = "within"
-    """Of a segment, in the place of its dispersion: one of `SEGMENT_FUNCTIONS`, with or without `dispersion_`."""
+    """Score of a segment: one of `SEGMENT_FUNCTIONS`, with or without `dispersion_`."""
     max_segments: int = 100_000
     join: bool = False
-    """All documents as one, joined by a space, as the released code does with WikiText's rows."""
+    """Join all documents into one with spaces, as the released code does with WikiText's rows."""
     text_field: str = "text"
     group_size: int | None = None
-    """None: 100, and no grouped correlation where that makes fewer than 3 groups."""
+    """Segments in a group; None: 100, without a grouped correlation if that makes fewer than 3 groups."""
     max_perplexity: float | None = None
-    """Groups with this mean perplexity or more are outliers, and left out."""
+    """Groups with this mean perplexity or more are left out as outliers."""
     clusters: tuple[str, ...] = ()
-    """`ngram` (contexts with the same next n tokens), `kmeans` (nearest contexts), or both."""
+    """Kinds of clusters of contexts: `ngram` (the same next n tokens), `kmeans` (nearest vectors), or both."""
     ngram: int = 10
     cluster_size: int = 100
-    """Contexts of a cluster: with `ngram` at least so many, with `kmeans` on average."""
+    """Contexts in a cluster: the minimum for `ngram`, the average for `kmeans`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -127,28 +127,28 @@ class CorrelateConfig:
 
 @dataclass(frozen=True)
 class LayerCorrelation:
-    """How one layer's dispersion goes with perplexity; NaN where there are fewer than three points."""
+    """Correlations of one layer's score with perplexity; NaN for fewer than three points."""
 
     layer: str
     depth: float
-    """From 0, the first block's input, to 1, the last one's output."""
+    """Relative depth: 0 is the first block's input, 1 the last block's output."""
     within: float
-    """Mean over segments of the dispersion in a segment."""
+    """Mean over segments of the dispersion within a segment."""
     score: float
-    """Mean over segments of the score that is correlated: `within`, unless the settings name another."""
+    """Mean over segments of the correlated score: `within`, unless the settings name another."""
     ungrouped: CorrelationEstimate
-    """Sequence-level perplexity against the score, a point for each segment."""
+    """Correlation over segments of their perplexity with the score."""
     grouped: CorrelationEstimate
     across: CorrelationEstimate
-    """Of groups: mean perplexity against the dispersion between the last vectors of their segments."""
+    """Correlation over groups of mean perplexity with the dispersion between their segments' last vectors."""
     final_ungrouped: CorrelationEstimate
-    """Final-token perplexity against the score."""
+    """Correlation over segments of final-token perplexity with the score."""
     final_grouped: CorrelationEstimate
 
 
 @dataclass(frozen=True)
 class LayerClusters:
-    """Distances within and between the clusters of one kind, at one layer."""
+    """Distances within and between clusters of one kind, at one layer."""
 
     layer: str
     depth: float
@@ -158,11 +158,11 @@ class LayerClusters:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points of the picture: perplexity and the score of the deepest layer, of segments and of groups."""
+    """Points of the scatter chart: perplexity and score at the deepest layer, for segments and groups."""
 
     layer: str
     segments: tuple[tuple[float, float], ...]
-    """At most 2,000, evenly taken from the text."""
+    """At most 2,000 segments, spread evenly over the text."""
     groups: tuple[tuple[float, float], ...]
 
 
@@ -175,22 +175,22 @@ def _cells(one: LayerCorrelation) -> Iterator[str]:
 
 @dataclass(frozen=True, repr=False)
 class Study(Shown):
-    """One model on one text at one context length."""
+    """Results for one model on one text at one segment length."""
 
     model: str
     score: str
-    """Name of the score that is correlated, as in `knnlm.results.SCORES`."""
+    """Name of the correlated score, as in `knnlm.results.SCORES`."""
     context: int
     segments: int
     documents: int
-    """With at least one segment."""
+    """Number of documents with at least one segment."""
     text_clusters: int
-    """Documents or runs of them that the intervals leave out."""
+    """Number of clusters (documents or runs of text) that the jackknife intervals leave out in turn."""
     perplexity: float
-    """exp of the mean loss of all segments."""
+    """exp of the mean loss over all segments."""
     group_size: int
     groups: int
-    """Kept of those that there are."""
+    """Number of groups kept."""
     layers: tuple[LayerCorrelation, ...]
     scatter: Scatter
     clusters: tuple[LayerClusters, ...] = ()
@@ -220,15 +220,15 @@ def study_correlation(
 ) -> tuple[Study, ...]:
     """Correlate dispersion with perplexity at `config.context`, then at each of `config.contexts`.
 
-    Clusters are of `config.context` only. Each length is one forward pass for all layers; memory holds the segments'
-    tokens and a few numbers for each segment and layer, a temporary file the segments' last vectors.
+    Clusters are measured at `config.context` only. Each length takes one forward pass for all layers. Memory holds the
+    segments' tokens and a few numbers for each segment and layer; the segments' last vectors are in a temporary file.
     :raises InputError: segments are longer than the model's limit, or the text has too few for what is asked.
-    :raises LayerError: no layer fits `config.layers`.
+    :raises LayerError: no layer matches `config.layers`.
     """
     config = config or CorrelateConfig()
     layers = check_model(lm.name, lm.layer_names, lm.context_limit, config)
     lengths = dict.fromkeys((config.context, *config.contexts))
-    # All before the first pass: a length that finds no segment is told at once.
+    # All before the first pass, so that a length without segments is reported at once.
     segments = [_read_segments(lm, text, length, config) for length in lengths]
     return tuple(_study(lm, one, layers, config, progress or Silent()) for one in segments)
 
@@ -236,7 +236,7 @@ def study_correlation(
 def check_model(
     name: str, layer_names: Sequence[str], context_limit: int | None, config: CorrelateConfig
 ) -> tuple[str, ...]:
-    """The layers of a model that are looked at; raises as `study_correlation`, before any text is read."""
+    """Return the layers to study; raises as `study_correlation`, before any text is read."""
     for length in (config.context, *config.contexts):
         field = "context" if length == config.context else "contexts"
         check_context(length, name, context_limit, field=field)
@@ -246,7 +246,7 @@ def check_model(
 def make_groups(
     perplexity_S: Float64, size: int, *, grid: int = GRID, max_perplexity: float | None = None
 ) -> list[Int64]:
-    """The groups of segments that are points, [M] each, by ascending perplexity (`RELEASED`)."""
+    """Return the groups of segments used as points, [M] each, by ascending perplexity (`RELEASED`)."""
     count = len(perplexity_S) // size
     if not count:
         return []
@@ -357,7 +357,7 @@ def _perplexity(loss: Float64 | np.float64) -> Float64 | np.float64:
 
 
 class _Side:
-    """One kind of perplexity of all segments, and its groups."""
+    """One kind of perplexity of all segments, and the groups that it gives."""
 
     def __init__(self, loss_S: Float64, size: int, max_perplexity: float | None, clusters_S: Int64) -> None:
         self.perplexity_S = np.asarray(_perplexity(loss_S))

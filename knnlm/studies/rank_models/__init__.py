@@ -1,1 +1,1 @@
-"""Checkpoints ranked by rows of their output matrix, which no model is built for. (`knnlm rank-models`)"""
+"""Ranking of checkpoints by rows of their output matrices, without loading the models. (`knnlm rank-models`)"""

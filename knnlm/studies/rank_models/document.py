@@ -1,4 +1,4 @@
-"""A ranking as the plain values of strict JSON: the document of `knnlm rank-models`."""
+"""JSON document of `knnlm rank-models`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _CORRELATION = ("spearman", "spearman_interval", "pearson", "pearson_interval")
 def ranking_document(
     ranking: Ranking, *, settings: Mapping[str, object], versions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Models in ranked order. What only measured figures tell is null without them, an interval `[low, high]`."""
+    """Return the document, models in ranked order. Fields that need measured figures are null without them.
+
+    An interval becomes `[low, high]`.
+    """
     found = ranking.correlation
     known = found is not None and math.isfinite(found.spearman)
     document: dict[str, Any] = plain(

@@ -1,4 +1,4 @@
-"""Measured figures of models, such as perplexities: read from a file, and matched with the models."""
+"""Measured figures of models, such as perplexities: read from a file and matched to the models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from knnlm.text.textfiles import decode_blocks
 
 
 def read_scores(path: str | Path, models: Sequence[str] = ()) -> dict[str, float]:
-    """Measured figures by model: a JSON object of numbers, or CSV with a model and a number in the first two columns.
+    """Read figures by model: a JSON object of numbers, or CSV with a model and a number in the first two columns.
 
-    :param models: what is no heading of CSV, whatever stands beside it.
-    :raises InputError: another form, a figure that is not finite, or a model twice.
+    :param models: names that mark the first line of CSV as a model's and not as the heading.
+    :raises InputError: another format, a figure that is not finite, or a repeated model.
     """
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}; check the path")
@@ -36,9 +36,9 @@ def read_scores(path: str | Path, models: Sequence[str] = ()) -> dict[str, float
 
 
 def match_scores(models: Sequence[str], scores: Mapping[str, float]) -> dict[str, float]:
-    """The figure of each model: under its name as given, or else the longest end of its path that has one.
+    """Return the figure of each model: under its name, or else under the longest ending of its path that has one.
 
-    :raises InputError: a model without a figure, or whose figure could as well be that of another model.
+    :raises InputError: a model without a figure, or a figure that could be that of several models.
     """
     owners = Counter(tail for model in models for tail in path_tails(model))
     return {model: _number(scores[_key(model, scores, owners)], f"the figure of {model}") for model in models}
@@ -77,7 +77,7 @@ def _json_pairs(text: str, path: str | Path) -> list[tuple[str, object]]:
 
 
 def _csv_pairs(text: str, models: Sequence[str]) -> list[tuple[str, object]]:
-    """A first line whose second column is no number, and whose first names no model, is a heading."""
+    """Return model and figure of each line. The first is a heading if it has no number and names no model."""
     rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
     pairs: list[tuple[str, object]] = [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows]
     known = {tail for model in models for tail in (model, *path_tails(model))}

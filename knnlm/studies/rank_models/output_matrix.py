@@ -1,9 +1,9 @@
-"""Rows of a checkpoint's output matrix, straight from its safetensors files: no model is built, nothing else is read.
+"""Rows of a checkpoint's output matrix, read directly from its safetensors files, without loading the model.
 
-The output matrix (LM head, unembedding) has one row for each token. It is found as transformers 5 decides it: a head
-that is stored is the head, whatever the configuration says of tying; without one, the input embeddings serve, unless
-the configuration says that they do not. A safetensors file is a length (8 bytes), a header in JSON and the numbers of
-each tensor in a row: https://github.com/huggingface/safetensors#format.
+The output matrix (LM head, unembedding) has one row for each token. It is located as in transformers 5: a stored head
+is used, whatever the configuration says about tying; without one, the input embeddings are used, unless the
+configuration says that they are not tied. A safetensors file is a length (8 bytes), a header in JSON and the data of
+each tensor: https://github.com/huggingface/safetensors#format.
 
 Legend: N wanted tokens, V vocabulary, D dimension.
 """
@@ -25,37 +25,37 @@ from knnlm.scores.dispersion import widened
 
 T = TypeVar("T")
 
-# Names end with these in the checkpoints of decoders, after prefixes such as `transformer.` or `model.decoder.`.
+# Endings of the tensors' names in decoder checkpoints, after prefixes such as `transformer.` or `model.decoder.`.
 HEADS = ("lm_head", "lm_head.linear", "embed_out", "output", "output_layer", "unembed")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed", "tok_embeddings")
-# NumPy has no bfloat16: its bits are read, `widened` makes them numbers.
+# NumPy has no bfloat16: its bits are read as integers, which `widened` converts.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-# What the format itself allows.
+# The format's own limit.
 _HEADER_BYTES = 100_000_000
 _LISTED = 8
 
 
 @dataclass(frozen=True)
 class OutputMatrix:
-    """Where a checkpoint keeps the vectors that its final states are compared with, one for each token."""
+    """Location of a checkpoint's output matrix, whose rows are multiplied with the final states to give logits."""
 
     model: str
-    """Name or folder, as it was given."""
+    """Name or folder, as given."""
     tensor: str
     tied: bool
-    """The input embeddings serve as output matrix too."""
+    """Whether the input embeddings are also the output matrix."""
     file: Path
     shape: tuple[int, int]
     """[V, D]."""
     dtype: str
-    """As safetensors names it, such as BF16."""
+    """Type in the notation of safetensors, such as BF16."""
     offset: int
-    """Where the first row begins in the file, in bytes."""
+    """Offset of the first row in the file, in bytes."""
 
     def rows(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        """Read the rows of some tokens, [N, D], and not a byte more.
+        """Read the rows of some tokens, [N, D], and nothing else.
 
-        :raises InputError: a token that is none of the matrix's.
+        :raises InputError: a token without a row.
         """
         kind, (count, dim) = np.dtype(DTYPES[self.dtype]), self.shape
         wrong = next((token for token in tokens if not 0 <= token < count), None)
@@ -71,10 +71,10 @@ class OutputMatrix:
 
 
 def find_output_matrix(model: str | Path) -> OutputMatrix:
-    """Find the output matrix of a model folder, or of a model of the hub, of which only the file with it is fetched.
+    """Find the output matrix of a model folder or a hub model, of which only the file with the matrix is fetched.
 
-    :raises ModelError: no safetensors (.bin files are pickles and are never read), a damaged file, or no tensor that
-        is known to be the output matrix; the message lists what is there.
+    :raises ModelError: no safetensors (.bin files are pickles and are never read), a damaged file, or no tensor with a
+        known name of an output matrix; the message lists the tensors.
     """
     source = str(model)
     config = _read_json(_needed(source, "config.json"))
@@ -95,7 +95,7 @@ def find_output_matrix(model: str | Path) -> OutputMatrix:
 
 
 def _names(source: str) -> Mapping[str, str]:
-    """Every tensor of a checkpoint with the name of the file that holds it."""
+    """File name of every tensor of a checkpoint."""
     if _file(source, "model.safetensors"):
         return dict.fromkeys(_header(_needed(source, "model.safetensors"))[0], "model.safetensors")
     index = _file(source, "model.safetensors.index.json")
@@ -115,7 +115,7 @@ def _ends(tensor: str, names: Sequence[str]) -> bool:
 
 
 def _field(config: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
-    """A field of the configuration, or of the text's part of that of a model which also sees or hears."""
+    """Field of the configuration, or of its text part for a multimodal model."""
     parts = (part for part in (config, config.get("text_config")) if isinstance(part, dict))
     return next((part[name] for part in parts if isinstance(part.get(name), kind)), None)
 
@@ -132,7 +132,7 @@ def _not_found(source: str, names: Mapping[str, str], vocabulary: int | None) ->
 
 
 def _matrix(source: str, name: str, file_name: str, tied: bool) -> OutputMatrix | None:
-    """The tensor of a name, if it has two dimensions."""
+    """Tensor with a given name, if it has two dimensions."""
     file = _needed(source, file_name)
     header, begin = _header(file)
     try:
@@ -166,7 +166,9 @@ def _file(source: str, name: str) -> Path | None:
     if Path(source).is_dir():
         path = Path(source, name)
         return path if path.is_file() else None
-    from knnlm.model.loading import model_file  # here: transformers takes seconds, and a folder does without
+    from knnlm.model.loading import (
+        model_file,
+    )  # imports transformers, which takes seconds and is not needed for a folder
 
     return model_file(source, name)
 
@@ -197,7 +199,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> tuple[Mapping[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their numbers begin."""
+    """Header of a safetensors file, and the offset of the tensors' data."""
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(_HEADER_BYTES, path.stat().st_size - 8):

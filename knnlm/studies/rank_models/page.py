@@ -1,4 +1,7 @@
-"""rank-models.html: the page of `knnlm rank-models`, made from the object in rank-models.json."""
+"""rank-models.html: the page of `knnlm rank-models`, made from rank-models.json.
+
+Regret is by how much the figure of the first-ranked model is worse than the best figure.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _LOOK = {"color": colour("ffn_input"), "size": 10}
 
 
 def write_rank_models(document: Document, folder: str | Path) -> Path:
-    """Write rank-models.json and rank-models.html into a folder; gives the latter.
+    """Write rank-models.json and rank-models.html into a folder; return the path of the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -26,7 +29,7 @@ def write_rank_models(document: Document, folder: str | Path) -> Path:
 
 
 def render_rank_models(document: Document) -> str:
-    """The page as text."""
+    """Render the page as text."""
     models = document["models"]
     names = short_names([one["model"] for one in models])
     measured = [one["measured"] for one in models if one["measured"] is not None]
@@ -55,7 +58,7 @@ def _lead(document: Document) -> list[str]:
 
 
 def regret_words(document: Document) -> str:
-    """How the first model's figure stands to the best one."""
+    """A sentence that compares the first model's figure with the best one."""
     worse, best = ("below", "highest") if document["higher_is_better"] else ("above", "lowest")
     if document["regret"] == 0:
         return f"The first model’s figure is the {best}."
@@ -63,7 +66,7 @@ def regret_words(document: Document) -> str:
 
 
 def _gap_chart(models: Sequence[Document], names: Sequence[str]) -> Chart:
-    # The first stands at the top.
+    # Reversed, so that the first is at the top.
     trace = {
         "type": "scatter",
         "mode": "markers",
@@ -129,6 +132,6 @@ def _token_lists(tokens: Sequence[Document]) -> Iterator[Lines]:
 
 
 def _tokens(one: Document, kind: str) -> str:
-    """Their text, or their ids where that is not known."""
+    """Text of the tokens, or their ids if the text is unknown."""
     text = one[f"{kind}_text"]
     return ", ".join(map(str, one[kind]) if text is None else (repr(each)[1:-1].replace(" ", "␣") for each in text))

@@ -1,11 +1,11 @@
-"""Which checkpoint suits a domain best, from a few rows of its output matrix: the dispersion gap of arXiv 2506.24106.
+"""Ranking of checkpoints for a domain by a few rows of their output matrices: the dispersion gap of arXiv 2506.24106.
 
     G = within(T) + between(T, general)
 
-T are tokens of the domain. `within` is the mean of 1 - cos over all pairs of their rows, `between` over all pairs of
-one of T with one of the general set (a sum, though the paper calls it a gap). No forward pass, no model: the larger G,
-the better the model is said to be. Distances come from sums of unit rows in float64, not from pairs: with the mean unit
-rows u and v, within = N/(N-1) (1 - |u|^2) and between = 1 - u.v exactly.
+T are tokens of the domain. `within` is the mean of 1 - cos over all pairs of their rows, `between` the mean over all
+pairs of one of T and one of the general set. G is a sum, though the paper calls it a gap; according to the paper, a
+larger G means a better model. No model is loaded. Distances are computed from sums of unit rows in float64: with the
+mean unit rows u and v, within = N/(N-1) (1 - |u|^2) and between = 1 - u.v exactly.
 
 Legend: N tokens, D dimension.
 """
@@ -46,7 +46,7 @@ OURS = (
 
 @dataclass(frozen=True)
 class ModelGap:
-    """The dispersion gap of one model."""
+    """Dispersion gap of one model."""
 
     model: str
     gap: float
@@ -54,26 +54,26 @@ class ModelGap:
     within: float
     """Mean of 1 - cos over pairs of domain tokens."""
     between: float
-    """Mean of 1 - cos over a domain token and a general one."""
+    """Mean of 1 - cos over pairs of a domain token and a general one."""
     domain_tokens: int
     general_tokens: int
     tensor: str
-    """Whose rows were compared."""
+    """Name of the tensor whose rows were compared."""
     tied: bool
-    """The tensor holds the input embeddings too."""
+    """Whether the tensor also holds the input embeddings."""
     measured: float | None = None
-    """What `scores` says of the model, such as its perplexity."""
+    """The model's figure in `scores`, such as its perplexity."""
 
 
 @dataclass(frozen=True)
 class UsedTokens:
-    """The two sets as models with one tokenizer have them."""
+    """The two token sets for models that share a tokenizer."""
 
     models: tuple[str, ...]
     domain: tuple[int, ...]
     general: tuple[int, ...]
     domain_text: tuple[str, ...] | None = None
-    """Of each token; None where files gave the ids, so that no tokenizer was loaded."""
+    """Text of each token; None if ids came from files, so that no tokenizer was loaded."""
     general_text: tuple[str, ...] | None = None
 
 
@@ -84,19 +84,19 @@ def _row(one: ModelGap) -> tuple[str, ...]:
 
 @dataclass(frozen=True, repr=False)
 class Ranking(Shown):
-    """Models by their gap, the largest first."""
+    """Models ranked by gap, the largest first."""
 
     models: tuple[ModelGap, ...]
     correlation: CorrelationEstimate | None = None
-    """Of the gap with what was measured: near -1 where a large gap goes with a low perplexity."""
+    """Correlation of the gap with the measured figures: near -1 if a large gap goes with a low perplexity."""
     regret: float | None = None
-    """By which share of the best figure the first model's is worse; None where figures below 0 have no ratio."""
+    """Share (0 or more) by which the first model's figure is worse than the best; None for negative figures."""
     higher_is_better: bool = False
-    """Of what was measured."""
+    """Whether higher measured figures are better."""
     notes: tuple[str, ...] = ()
-    """Sentences about what the ranking cannot tell."""
+    """Sentences on the limits of this ranking."""
     tokens: tuple[UsedTokens, ...] = ()
-    """One for each tokenizer; for all models where files gave the ids."""
+    """Token sets of each tokenizer; a single one if ids came from files."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{len(self.models)} models by dispersion gap"
@@ -117,10 +117,10 @@ def rank_models(
 ) -> Ranking:
     """Rank folders or hub names by the dispersion gap.
 
-    :param scores: measured figures to compare with, low being good.
-    :param higher_is_better: as accuracies are.
-    :raises InputError: tokens that a model does not have, or a model without a score.
-    :raises ModelError: a model without safetensors, a known output matrix or, unless `tokens` are ids, a tokenizer.
+    :param scores: measured figures to compare with, lower being better.
+    :param higher_is_better: higher measured figures are better, as for accuracies.
+    :raises InputError: a model lacks a token or a figure.
+    :raises ModelError: a model lacks safetensors, a known output matrix or, unless `tokens` are ids, a tokenizer.
     """
     names = model_names(models)
     figures = {} if scores is None else match_scores(names, scores)
@@ -144,9 +144,9 @@ def rank_models(
 
 
 def model_names(models: Sequence[str | Path]) -> tuple[str, ...]:
-    """The names of models that differ: `a/final` and `a/final/` are one.
+    """Return the distinct names of models: `a/final` and `a/final/` are the same.
 
-    :raises InputError: there are none.
+    :raises InputError: no models.
     """
     if not models:
         raise InputError("no model was given; name one or more folders or models of the hub")
@@ -155,7 +155,7 @@ def model_names(models: Sequence[str | Path]) -> tuple[str, ...]:
 
 
 def dispersion_gap(domain_ND: Float64, general_ND: Float64) -> tuple[float, float]:
-    """`within` the first set and `between` the two, from rows of any length; their sum is the gap."""
+    """Return `within` of the first set and `between` of the two, from rows of any norm; their sum is the gap."""
     domain_D, general_D = (unit_rows(rows_ND).sum(axis=0) for rows_ND in (domain_ND, general_ND))
     count = len(domain_ND)
     between = 1 - float(domain_D @ general_D) / (count * len(general_ND))
@@ -166,11 +166,13 @@ def dispersion_gap(domain_ND: Float64, general_ND: Float64) -> tuple[float, floa
 
 
 def _used_tokens(models: Sequence[str], source: TokenSource) -> tuple[UsedTokens, ...]:
-    """The sets of each tokenizer, which models share."""
+    """Token sets of each distinct tokenizer."""
     if not source.needs_tokenizer:
         sets = choose_tokens(source, None)
         return (UsedTokens(tuple(models), sets.domain, sets.general),)
-    from knnlm.model.loading import load_tokenizer  # here: transformers takes seconds, and files of ids do without
+    from knnlm.model.loading import (
+        load_tokenizer,
+    )  # imports transformers, which takes seconds and is not needed for files of ids
 
     tokenizers: dict[str, Vocabulary] = {}
     owners: dict[str, list[str]] = {}
@@ -213,7 +215,7 @@ def _rows(matrix: OutputMatrix, tokens: Sequence[int]) -> Float64:
 
 
 def _same_rows(gaps: Sequence[ModelGap]) -> list[str]:
-    """Models that the gap cannot tell apart, such as a model and one whose adapter left the output matrix alone."""
+    """Sentences on models with equal gaps, such as a model and one whose adapter does not change the output matrix."""
     alike: dict[tuple[float, float], list[str]] = {}
     for one in gaps:
         alike.setdefault((one.within, one.between), []).append(one.model)

@@ -1,7 +1,7 @@
-"""Which tokens stand for a domain, and which for everyday language: from a file of ids, from words, or from text.
+"""Token sets for a domain and for everyday language: from a file of ids, from words, or from text.
 
-Words and text are turned into ids by each model's own tokenizer, so that models with different ones can stand side by
-side. The lists and counts below are this project's: those of the paper (arXiv 2506.24106) are not published.
+Words and text are tokenized by each model's own tokenizer, so that models with different tokenizers can be compared.
+The lists and counts below are this project's: those of the paper (arXiv 2506.24106) are not published.
 
 Legend: V vocabulary.
 """
@@ -27,10 +27,10 @@ Counts = NDArray[np.float64]
 DOMAINS: dict[str, tuple[str, ...]] = {"mathematics": tuple("0123456789"), "code": tuple(keyword.kwlist)}
 """Digits for mathematics and Python's keywords for code, as in the paper."""
 TOKENS_OF_TEXT = 100
-# Leading zeros too; Python itself refuses to read numbers of thousands of digits.
+"""Number of tokens taken from a text."""
+# Digits of an id, leading zeros included; Python refuses to parse numbers of thousands of digits.
 _MOST_DIGITS = 18
-"""So many tokens are taken from a text."""
-# Everyday words that are neither keywords of Python nor numbers.
+# Everyday words, without Python keywords and numbers.
 EVERYDAY_WORDS = tuple(
     """time day night morning evening year week hour people man woman child boy girl mother father brother sister son
     daughter friend family name word story book letter house home room door window floor wall street road city town
@@ -43,26 +43,26 @@ EVERYDAY_WORDS = tuple(
 
 
 class Vocabulary(Tokenizer, Protocol):
-    """What is needed of a `transformers` tokenizer."""
+    """The part of a `transformers` tokenizer that is used."""
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Tokens that stand for no text, such as the end of a document."""
+        """Tokens without text, such as the end of a document."""
         ...
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token as the tokenizer writes it, with its id."""
+        """Id of every token, in the tokenizer's notation."""
         ...
 
-    # The name is that of transformers, which takes more than this.
+    # The parameter's name is that of transformers, which accepts more types.
     def decode(self, token_ids: list[int], /) -> Any:  # noqa: ANN401
-        """The text of tokens."""
+        """Text of tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenSets:
-    """The two sets of tokens whose rows are compared; no token is in both."""
+    """The two token sets whose rows are compared; they are disjoint."""
 
     domain: tuple[int, ...]
     general: tuple[int, ...]
@@ -70,10 +70,10 @@ class TokenSets:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSource:
-    """Where the two sets come from. For the domain one of three; for the general set a file, a text, or the built-in.
+    """Sources of the two sets. The domain has one of three sources; the general set a file, a text, or built-in words.
 
-    :raises InputError: none or several of the three, an unknown domain, a domain's text without general text, or both a
-        file and a text for the general set where only one of them is used.
+    :raises InputError: none or several sources for the domain, an unknown domain, domain text without general text, or
+        both a file and a text for the general set where only one is used.
     """
 
     domain: str | None = None
@@ -81,10 +81,10 @@ class TokenSource:
     domain_tokens: Path | None = None
     """A file with one token id a line."""
     domain_text: Path | str | None = None
-    """Text of the domain: its most characteristic tokens against `general_text` are taken."""
+    """Text of the domain, whose most characteristic tokens relative to `general_text` are taken."""
     general_tokens: Path | None = None
     general_text: Path | str | None = None
-    """Text of everyday language: its most frequent tokens are taken, unless there is a file."""
+    """Everyday text, whose most frequent tokens are taken unless there is a file."""
     text_field: str = "text"
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ class TokenSource:
 
     @property
     def words(self) -> tuple[str, str]:
-        """Where T and the everyday tokens come from."""
+        """Descriptions of the domain's and the everyday tokens."""
         if self.domain_tokens is not None:
             domain = f"ids of {self.domain_tokens}"
         elif self.domain is not None:
@@ -114,14 +114,14 @@ class TokenSource:
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether the ids depend on the model's tokenizer."""
+        """Whether the ids depend on a model's tokenizer."""
         return self.domain_tokens is None or self.general_tokens is None
 
 
 def file_tokens(path: str | Path) -> tuple[int, ...]:
-    """The ids of a file with one a line; blank lines are skipped, repeated ids count once.
+    """Read ids from a file, one a line; blank lines are skipped, repeated ids count once.
 
-    :raises InputError: no ids, or a line that is none.
+    :raises InputError: no ids, or a line that is not one.
     """
     lines = "".join(decode_blocks(_existing(path))).splitlines()
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -136,20 +136,20 @@ def file_tokens(path: str | Path) -> tuple[int, ...]:
 
 
 def word_tokens(words: Sequence[str], tokenizer: Vocabulary) -> tuple[int, ...]:
-    """The tokens that are exactly one of the words, with and without a space before it.
+    """Tokens that are exactly one of the words, with or without a leading space.
 
-    Words that the tokenizer cuts into several tokens have no row of their own and are left out.
+    Words that the tokenizer splits into several tokens have no row of their own and are left out.
     """
     vocabulary = tokenizer.get_vocab()
-    # A space is Ġ for byte-level BPE and ▁ for SentencePiece; the first GPT marks the end of a word.
+    # A space is Ġ in byte-level BPE and ▁ in SentencePiece; GPT-1 marks the end of a word instead.
     forms = [form for word in words for form in (word, f"Ġ{word}", f"▁{word}", f" {word}", f"{word}</w>")]
     return tuple(dict.fromkeys(vocabulary[form] for form in forms if form in vocabulary))
 
 
 def text_counts(text: str | Path, tokenizer: Vocabulary, *, text_field: str = "text") -> Counts:
-    """How often each token occurs in a file, folder or hub set, [V]; special tokens count 0.
+    """Counts of each token in a file, folder or hub set, [V]; 0 for special tokens.
 
-    :raises InputError: no text that can be read.
+    :raises InputError: no readable text.
     """
     encode = TextEncoder(tokenizer)
     counts_V = np.zeros(max(tokenizer.get_vocab().values()) + 1)
@@ -160,9 +160,9 @@ def text_counts(text: str | Path, tokenizer: Vocabulary, *, text_field: str = "t
 
 
 def log_odds(domain_V: Counts, general_V: Counts) -> Counts:
-    """How characteristic each token is of a domain, as a z-score, [V]; 0 for a token of neither text.
+    """z-score of how characteristic each token is of a domain, [V]; 0 for a token in neither text.
 
-    Weighted log-odds with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008, section 3.5.1): the prior is
+    Weighted log-odds with an informative Dirichlet prior (Monroe, Colaresi & Quinn 2008, section 3.5.1); the prior is
     the count in both texts together.
     """
     prior_V = domain_V + general_V
@@ -176,16 +176,16 @@ def log_odds(domain_V: Counts, general_V: Counts) -> Counts:
 
 
 def top_tokens(scores_V: Counts, count: int = TOKENS_OF_TEXT) -> tuple[int, ...]:
-    """The tokens with the highest scores above 0, at most `count`, equal ones in the order of their ids."""
+    """Tokens with the highest scores above 0, at most `count`, ties in the order of their ids."""
     order = np.argsort(-scores_V, kind="stable")[:count]
     return tuple(int(token) for token in order if scores_V[token] > 0)
 
 
 def choose_tokens(source: TokenSource, tokenizer: Vocabulary | None) -> TokenSets:
-    """The two sets for a model with this tokenizer, which is None where `source` does not need one.
+    """Return the two sets for a tokenizer, which is None if `source` does not need one.
 
-    Tokens of both sets stay in the domain's only: a distance of 0 to themselves would say nothing.
-    :raises InputError: fewer than two domain tokens, no general one, or files and text that cannot be read.
+    A token of both sets is kept only in the domain's, as its distance of 0 to itself would be meaningless.
+    :raises InputError: fewer than two domain tokens, no general token, or unreadable files or text.
     """
     general_V = None
     if source.general_text is not None:
@@ -218,7 +218,7 @@ def _general_tokens(
     if general_V is None:
         assert tokenizer is not None
         return word_tokens(EVERYDAY_WORDS, tokenizer)
-    # The domain's are left out before the best are taken, so that there are as many as there can be.
+    # The domain's tokens are removed before the top ones are taken, so that the count is reached if possible.
     others_V = general_V.copy()
     others_V[[token for token in domain if token < len(others_V)]] = 0
     return top_tokens(others_V)

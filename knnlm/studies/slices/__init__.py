@@ -1,1 +1,1 @@
-"""Sets of questions and cloze items, without labels and with them. (`knnlm slices`)"""
+"""Difficulty of sets of questions and cloze items, with and without labels. (`knnlm slices`)"""

@@ -1,4 +1,4 @@
-"""Sets and their slices as the plain values of strict JSON: the document of `knnlm slices`."""
+"""JSON document of `knnlm slices`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FORMAT, VERSION = "knnlm-slices", 1
 def slices_document(
     result: SlicesResult, *, model: str, settings: Mapping[str, object], versions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """All sets under `sets`, the hardest first; the fields of the set that was named first also at the top.
+    """Return all sets under `sets`, the hardest first, and the fields of the set given first also at the top level.
 
-    A set's slices, AUC and dispersion at the top of its object are those of its deepest layer. NaN becomes null, an
-    interval `[low, high]`; what needs labels is null without them.
+    A set's own slices, AUC and dispersion are those of its deepest layer. NaN becomes null, an interval `[low, high]`;
+    fields that need labels are null without them.
     """
     document: dict[str, Any] = plain(
         {

@@ -1,6 +1,6 @@
-"""Sets of items whose difficulty is asked for: questions with choices, and cloze items cut from text.
+"""Sets of items: multiple-choice questions, and cloze items cut from text.
 
-A cloze item is a stretch of a document and its next token; it is answered rightly when that is the most likely one.
+A cloze item is a stretch of a document and its next token; it is answered correctly if that token is the likeliest.
 
 Legend: Q items, D dimension.
 """
@@ -31,40 +31,40 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """How a model answered Q items whose right answers are known."""
+    """A model's answers to Q items with known right answers."""
 
     correct_Q: Flags
-    """By plain likelihood: lm-eval's `acc`; of a cloze item, whether the most likely token is the next one."""
+    """Whether the answer by plain likelihood is right (lm-eval's `acc`); for cloze items, the likeliest token."""
     correct_normalized_Q: Flags | None
-    """By likelihood for the length in characters: `acc_norm`; cloze items have none."""
+    """The same with likelihood normalised by length in characters (`acc_norm`); None for cloze items."""
     confidence_Q: NDArray[np.float64]
-    """The model's probability of its answer: among the choices, or among all tokens."""
+    """The model's probability of its answer, among the choices or among all tokens."""
     chance: float | None
-    """Accuracy of a guess; None for cloze items."""
+    """Accuracy of random guesses; None for cloze items."""
 
 
 @dataclass(frozen=True, eq=False)
 class ItemSet:
-    """Q items of one set, as a model sees them."""
+    """Q items of one set, with a model's vectors and answers."""
 
     name: str
     vectors: Mapping[str, PromptVectors]
-    """Of each layer: the vector of the prompt's last token, and the dispersion inside the prompt."""
+    """For each layer: the vectors of the prompts' last tokens, and the dispersion within each prompt."""
     lengths_Q: NDArray[np.int64]
-    """Tokens of each prompt that the model was given."""
+    """Number of tokens of each prompt as given to the model."""
     clusters_Q: NDArray[np.int64]
-    """What each item may depend on: itself, or its stretch of text."""
+    """Cluster of each item, for the intervals: the item itself, or its stretch of text."""
     answers: Answers | None
-    """None where the right answers are not known."""
+    """None if the right answers are unknown."""
     describe: Callable[[int], Mapping[str, Any]]
-    """An item as a row of a file that people look through."""
+    """Returns an item as a row of the file for --tail-out."""
     notes: tuple[str, ...] = ()
 
 
 def question_set(
     lm: LanguageModel, name: str, questions: Sequence[Question], layers: Sequence[str], progress: Progress
 ) -> ItemSet:
-    """Score questions with choices, or take their prompts as they are where no answer is known.
+    """Score multiple-choice questions, or only their prompts if no answers are known.
 
     :raises InputError: as `score_choices`.
     """
@@ -128,9 +128,9 @@ def cloze_set(
     text_field: str,
     seed: int,
 ) -> ItemSet:
-    """Cut a text into stretches of `context` tokens that do not overlap, and let the model name the next token of each.
+    """Cut a text into disjoint stretches of `context` tokens, and predict the next token of each.
 
-    :raises InputError: the text has no such stretch.
+    :raises InputError: the text is too short for one.
     """
     documents = tokenize(read_documents([text], text_field=text_field), lm.encode)
     segments = sample_segments(cut_segments(documents, context + 1), max_segments, seed=seed)

@@ -1,4 +1,4 @@
-"""Log-likelihood of each choice of a question, with the numbers of EleutherAI's lm-evaluation-harness (lm-eval 0.4.13).
+"""Log-likelihood of each choice of a question, equal to that of lm-evaluation-harness (lm-eval 0.4.13).
 
 The prompt is `Question.prompt`, the continuation a space and the choice; what follows is that harness's
 `TemplateLM._encode_pair`, `HFLM._loglikelihood_tokens` and `ConfigurableTask.process_results`.
@@ -27,25 +27,25 @@ Tokens = NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class ChoiceScores:
-    """How a model answers Q questions."""
+    """A model's scores of the choices of Q questions."""
 
     log_likelihoods: tuple[Float64, ...]
-    """Of each question, [C]: the sum of log p over the tokens of each choice."""
+    """For each question, [C]: the sum of log p over the tokens of each choice."""
     predicted_Q: NDArray[np.int64]
-    """The likeliest choice: what lm-eval's `acc` counts."""
+    """The likeliest choice, as in lm-eval's `acc`."""
     predicted_normalized_Q: NDArray[np.int64]
-    """The likeliest choice for its length in characters: what `acc_norm` counts."""
+    """The choice with the highest likelihood normalised by length in characters, as in `acc_norm`."""
     confidence_Q: Float64
-    """The share of the likeliest choice in the probability of all choices."""
+    """Probability of the likeliest choice, relative to that of all choices."""
     cut: int
-    """Questions whose prompt lost its beginning, because the model cannot read all of it at once."""
+    """Number of questions whose prompt was truncated at its beginning to fit the model's context."""
 
 
 def encode_pair(encode: Callable[[str], Tokens], context: str, continuation: str) -> tuple[Tokens, Tokens]:
-    """Tokens of a context and of what follows it, so that a token never depends on where the text was cut.
+    """Return the tokens of a context and of its continuation.
 
-    White space at the end of the context goes to the continuation; the whole is encoded, then cut behind as many tokens
-    as the context alone has.
+    White space at the end of the context is moved to the continuation. The whole is encoded, then split after as many
+    tokens as the context alone has.
     """
     bare = context.rstrip()
     whole, before = encode(context + continuation), encode(bare)
@@ -53,9 +53,9 @@ def encode_pair(encode: Callable[[str], Tokens], context: str, continuation: str
 
 
 def score_choices(lm: LanguageModel, questions: Sequence[Question], *, advance: Advance = ignore) -> ChoiceScores:
-    """Score the choices of questions whose answers are known; prompts too long for the model lose their beginning.
+    """Score the choices of questions with known answers; prompts too long for the model lose their beginning.
 
-    :raises InputError: a choice that the model cannot read at once, or of which the tokenizer makes no token.
+    :raises InputError: a choice longer than the model's context, or without tokens.
     """
     pairs = [_window(lm, question, choice) for question in questions for choice in range(len(question.choices))]
     borders = np.cumsum([len(question.choices) for question in questions])[:-1]

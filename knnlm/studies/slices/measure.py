@@ -1,11 +1,11 @@
-"""How hard is a set of questions or a text for a model? By dispersion, without labels; where there are labels, checked.
+"""Difficulty of a set of questions or a text for a model, by dispersion, without labels; compared with labels if given.
 
     result = measure_slices(lm, questions=["arc.jsonl"], cloze=["nursing.jsonl"])
     print([(one.name, one.layers[-1].within.value) for one in result.sets])
 
-With labels: slices of a set at 0, 10, … 100 % right answers and the dispersion between the vectors of their prompts
-(arXiv 2506.24106, on label-free accuracy). Without: each item's own dispersion, inside its prompt, ranks the items of a
-set, and its mean ranks sets. `OURS` says what is not known of the paper's protocol and was decided here.
+With labels: slices of a set with 0, 10, … 100 % right answers, and the dispersion between the vectors of their prompts
+(arXiv 2506.24106, on label-free accuracy). Without: the dispersion within an item's prompt ranks the items of a set,
+and its mean ranks sets. `OURS` lists what the paper's protocol leaves open and was decided here.
 
 Legend: Q items, D dimension.
 """
@@ -55,23 +55,23 @@ OURS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SliceConfig:
-    """What is measured.
+    """Settings of the study.
 
-    :raises InputError: a value that cannot be.
+    :raises InputError: a value out of range.
     """
 
     layers: str = FINAL
-    """Patterns of layers whose vectors are looked at; the deepest is reported first."""
+    """Patterns of layers whose vectors are used; the deepest is reported first."""
     slice_size: int = 100
     seeds: int = 10
-    """Draws of each slice."""
+    """Random draws of each slice."""
     context: int = 128
-    """Tokens before the one that a cloze item asks for."""
+    """Tokens before the predicted one of a cloze item."""
     max_segments: int = 100_000
-    """Cloze items of a text, drawn at random where it has more."""
+    """Maximum number of cloze items of a text; drawn at random if it has more."""
     text_field: str = "text"
     tail: int | None = None
-    """Items of lowest dispersion that are kept of each set; none by default."""
+    """Number of items of lowest dispersion to return for each set; none by default."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,25 +92,25 @@ class SliceConfig:
 
 @dataclass(frozen=True)
 class LayerSlices:
-    """One layer's view of a set."""
+    """Results for a set at one layer."""
 
     layer: str
     within: Estimate
-    """Mean over items of the dispersion inside the prompt: what ranks sets."""
+    """Mean over items of the dispersion within the prompt, by which sets are ranked."""
     between: float
     """Dispersion between the vectors of the prompts' last tokens; NaN for one item."""
     curve: SliceCurve | None = None
     """None without labels, or with too few right or wrong items."""
     right_minus_wrong: Estimate | None = None
     item_correlation: CorrelationEstimate | None = None
-    """Over items: the dispersion inside the prompt with being answered rightly (1 or 0)."""
+    """Correlation over items of the dispersion within the prompt with correctness (1 or 0)."""
     tail_auc: Estimate | None = None
-    """How well low dispersion inside the prompt finds the wrong answers; 0.5 is chance."""
+    """AUC of low dispersion within the prompt as a detector of wrong answers; 0.5 is chance."""
 
 
 @dataclass(frozen=True)
 class SetSlices:
-    """What was found of one set; what needs labels is None without them."""
+    """Results for one set; fields that need labels are None without them."""
 
     name: str
     items: int
@@ -120,11 +120,11 @@ class SetSlices:
     accuracy_normalized: Estimate | None = None
     chance: float | None = None
     confidence_auc: Estimate | None = None
-    """How well the model's own low confidence finds the wrong answers: what dispersion has to beat."""
+    """AUC of the model's own low confidence as a detector of wrong answers: the baseline for dispersion."""
     length_auc: Estimate | None = None
-    """How well a short prompt does; below 0.5, long ones are the harder. None where all are equally long."""
+    """AUC of short prompts as a detector; below 0.5, long ones are harder. None if all have the same length."""
     tail: tuple[Mapping[str, Any], ...] = ()
-    """Items of lowest dispersion inside the prompt at the deepest layer, the lowest first."""
+    """Items of lowest dispersion within the prompt at the deepest layer, the lowest first."""
     notes: tuple[str, ...] = ()
 
 
@@ -148,15 +148,15 @@ def _value(estimate: Estimate | None, form: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class SlicesResult(Shown):
-    """All sets, the hardest first: the lower the mean dispersion inside a prompt, the harder."""
+    """All sets, the hardest first, that is, by increasing mean dispersion within a prompt."""
 
     sets: tuple[SetSlices, ...]
     first: SetSlices
-    """The set that was named first."""
+    """The set given first."""
     set_correlation: CorrelationEstimate | None = None
-    """Over sets: the mean dispersion inside a prompt with accuracy; above 0, low dispersion does mean hard.
+    """Correlation over sets of mean dispersion within a prompt with accuracy; above 0, low dispersion means hard.
 
-    None with fewer than 3 sets with labels, or both questions and texts, whose accuracies cannot be compared."""
+    None for fewer than 3 labelled sets, or for questions mixed with texts, whose accuracies cannot be compared."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{len(self.sets)} sets, the hardest first"
@@ -178,11 +178,11 @@ def measure_slices(
     config: SliceConfig | None = None,
     progress: Progress | None = None,
 ) -> SlicesResult:
-    """Look at sets of questions (.jsonl files, hub sets) and at texts whose next tokens are asked for.
+    """Measure sets of questions (.jsonl files, hub sets) and texts whose next tokens are predicted.
 
     All questions are read before the model is used.
-    :raises InputError: no set, one twice, one that cannot be used, or `config.context` over the model's limit.
-    :raises LayerError: no layer fits `config.layers`.
+    :raises InputError: no set, a repeated or unusable one, or `config.context` over the model's limit.
+    :raises LayerError: no layer matches `config.layers`.
     """
     config = config or SliceConfig()
     sets = read_sets(questions, cloze, text_field=config.text_field)
@@ -192,14 +192,14 @@ def measure_slices(
 def check_model(
     name: str, layer_names: Sequence[str], context_limit: int | None, config: SliceConfig, *, cloze: bool
 ) -> tuple[str, ...]:
-    """The layers of a model that are looked at; raises as `measure_slices`, before the model is loaded."""
+    """Return the layers to use; raises as `measure_slices`, before the model is loaded."""
     if cloze:
         check_context(config.context, name, context_limit)
     return select_layers(config.layers, layer_names)
 
 
 def measure_sets(lm: LanguageModel, sets: GivenSets, *, config: SliceConfig, progress: Progress) -> SlicesResult:
-    """As `measure_slices`, of sets that were read."""
+    """Like `measure_slices`, for sets already read."""
     layers = check_model(lm.name, lm.layer_names, lm.context_limit, config, cloze=bool(sets.cloze))
     found = [
         _measure(question_set(lm, name, questions, layers, progress), config)

@@ -1,4 +1,4 @@
-"""slices.html: the page of `knnlm slices`, made from the object in slices.json."""
+"""slices.html: the page of `knnlm slices`, made from slices.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from knnlm.report.page import Lines, Page, PageTable, render_page, settings_line
 Set = Mapping[str, Any]
 
 _COLOURS = ("attn_input", "ffn_input", "block_output", "attn_output", "ffn_output")
-# What finds the wrong answers of a set: the field, and its words.
+# Detectors of a set's wrong answers: the field, and its name.
 _FINDERS = (
     ("tail_auc", "low dispersion inside the prompt"),
     ("confidence_auc", "the model’s low confidence"),
@@ -23,7 +23,7 @@ _FINDERS = (
 
 
 def write_slices(document: Set, folder: str | Path) -> Path:
-    """Write slices.json and slices.html into a folder; gives the latter.
+    """Write slices.json and slices.html into a folder; return the path of the latter.
 
     :raises OSError: a file cannot be written.
     """
@@ -31,7 +31,7 @@ def write_slices(document: Set, folder: str | Path) -> Path:
 
 
 def render_slices(document: Set) -> str:
-    """The page as text."""
+    """Render the page as text."""
     sets = document["sets"]
     sliced = [one for one in sets if one["slices"]]
     labelled = [one for one in sets if one["accuracy"] is not None]
@@ -112,7 +112,7 @@ def _slice_line(layer: Set, number: int) -> Trace:
         "type": "scatter",
         "mode": "lines+markers",
         "name": escape(layer["layer"]),
-        # Bars of several layers stand beside one another.
+        # Error bars of several layers are offset, so that they do not overlap.
         "x": [each["accuracy"] + 0.008 * number for each in slices],
         "y": [each["dispersion"] for each in slices],
         "error_y": _arms([(each["dispersion"], *each["interval"]) for each in slices], look),

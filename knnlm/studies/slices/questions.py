@@ -1,9 +1,9 @@
-"""Questions with choices, from JSON Lines and hub sets in the layouts of this project, ARC and MMLU.
+"""Multiple-choice questions from JSON Lines and hub sets, in the layouts of this project, ARC and MMLU.
 
     {"question": "…", "choices": ["a", "b"], "answer": 1}                                 also MMLU (cais/mmlu)
     {"question": "…", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}     ARC (allenai/ai2_arc)
 
-A set of which no answer is known is a set of prompts: of its rows only `question` is read.
+A set without answers is a set of prompts: only the field `question` is read.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ _ANSWERS = ("answer", "answerKey")
 
 @dataclass(frozen=True)
 class Question:
-    """One question, and where it came from."""
+    """One question and its source."""
 
     text: str
     choices: tuple[str, ...]
-    """At least two; none where the answer is not known."""
+    """At least two choices; none if the answer is unknown."""
     answer: int | None
-    """Index of the right choice; None where no answer of the set is known."""
+    """Index of the right choice; None if the set has no answers."""
     source: str
-    """The file's base name, or the hub set as it was named."""
+    """The file's base name, or the hub set as given."""
     number: int
-    """Line of the file, row of the hub set, from 1."""
+    """Line of the file or row of the hub set, from 1."""
     where: str
-    """For messages: `line 3 of questions.jsonl`."""
+    """Location for messages: `line 3 of questions.jsonl`."""
 
     @property
     def prompt(self) -> str:
-        """What the model is given: that of lm-eval's ARC tasks. A choice follows it after a space."""
+        """The prompt of lm-eval's ARC tasks. A choice follows it after a space."""
         return f"Question: {self.text}\nAnswer:"
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """Read all questions of a .jsonl file or a hub set such as `hf:allenai/ai2_arc/ARC-Challenge:test`.
 
-    :raises InputError: a row that is no question, some rows with an answer and others without, or no row at all.
+    :raises InputError: a row that is not a question, answers in some rows only, or no rows.
     """
     questions = [_question(row) for row in read_rows(path)]
     if not questions:

@@ -1,4 +1,4 @@
-"""The sets that a command names: questions read once, texts looked for, each under a name of its own."""
+"""The sets given to a command, under distinct names: questions are read, texts checked for existence."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from knnlm.text.hub import HUB_PREFIX
 
 @dataclass(frozen=True, eq=False)
 class GivenSets:
-    """Sets by name, in the order in which they were given."""
+    """Sets by name, in the order given."""
 
     questions: Mapping[str, Sequence[Question]]
     cloze: Mapping[str, str]
-    """Where the texts are; they are read when their turn comes."""
+    """Paths of the texts, which are read later."""
 
 
 def read_sets(
     questions: Sequence[str | Path], cloze: Sequence[str | Path] = (), *, text_field: str = "text"
 ) -> GivenSets:
-    """Read all questions, and see whether the texts are there. Files are named by the shortest end of their path.
+    """Read all questions and check that the texts exist. Files are named by the shortest distinct ending of their path.
 
-    :raises InputError: no set, the same one twice, or one that cannot be used.
+    :raises InputError: no set, a repeated one, or an unusable one.
     """
     paths = [str(path) for path in (*questions, *cloze)]
     if not paths:

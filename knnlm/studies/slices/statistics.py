@@ -1,4 +1,4 @@
-"""Slices of a set at chosen accuracies, and how well an order finds its wrong answers: arrays only, no model.
+"""Slices of a set at given accuracies, and the AUC of a score as a detector of wrong answers; works on arrays.
 
 Legend: Q queries, D dimension, G groups of clusters that the jackknife leaves out, L levels of accuracy, S draws.
 """
@@ -22,7 +22,7 @@ Flags = NDArray[np.bool_]
 LEVELS = 10
 """Accuracies of slices are multiples of 1 / LEVELS."""
 SMALLEST_SLICE = 20
-"""The dispersion of fewer queries tells nothing."""
+"""The dispersion of fewer queries is meaningless."""
 
 
 @dataclass(frozen=True)
@@ -35,42 +35,42 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Slice:
-    """Slices that mix right and wrong queries to one accuracy."""
+    """Slices that mix right and wrong queries at one accuracy."""
 
     accuracy: float
     dispersion: float
-    """Between the queries' vectors; the mean over draws."""
+    """Dispersion between the queries' vectors, the mean over draws."""
     interval: Interval
-    """In which 95 % of such draws from this set fall: mean ± t · standard deviation · √(1 + 1 / draws)."""
+    """Range of 95 % of such draws from this set: mean ± t · standard deviation · √(1 + 1 / draws)."""
 
 
 @dataclass(frozen=True)
 class SliceCurve:
-    """Dispersion against accuracy, as the paper shows it."""
+    """Dispersion against accuracy, as in the paper."""
 
     size: int
-    """Queries of a slice."""
+    """Number of queries in a slice."""
     draws: int
     slices: tuple[Slice, ...]
     correlation: CorrelationEstimate
-    """Over all draws, which share their queries: it grows with the size of the slices and says little of one query."""
+    """Correlation over all draws. They share queries, so it grows with the slice size and says little of one query."""
 
 
 def slice_size(wanted: int, right: int, wrong: int) -> int | None:
-    """The size that a set with so many right and wrong queries allows: `wanted`, or the largest multiple of `LEVELS`.
+    """Return `wanted`, or the largest multiple of `LEVELS` for which there are enough right and wrong queries.
 
-    At 0 % a slice is wrong queries only, at 100 % right ones. None where `SMALLEST_SLICE` cannot be had.
+    A slice has only wrong queries at 0 %, only right ones at 100 %. None if not even `SMALLEST_SLICE` is possible.
     """
     size = min(wanted, right, wrong) // LEVELS * LEVELS
     return size if size >= SMALLEST_SLICE else None
 
 
 def draw_slices(units_QD: Float64, correct_Q: Flags, size: int, *, draws: int, seed: int) -> SliceCurve:
-    """Draw slices of exactly 0, 10, … 100 % right queries, each without replacement.
+    """Draw slices with exactly 0, 10, … 100 % right queries, each without replacement.
 
-    :param units_QD: the queries' vectors at length 1.
-    :param size: of a slice, as `slice_size` gives it.
-    :param draws: for each accuracy, at least 2; draw s at a level depends on `seed` and s only.
+    :param units_QD: the queries' unit vectors.
+    :param size: queries in a slice, from `slice_size`.
+    :param draws: number of draws for each accuracy, at least 2; draw s depends only on `seed`, the accuracy and s.
     """
     accuracies_L = np.linspace(0, 1, LEVELS + 1)
     dispersion_LS = np.array(
@@ -110,7 +110,7 @@ def _band(values_S: Float64, size: int) -> Interval:
 
 
 def group_numbers(clusters_Q: NDArray[np.integer]) -> NDArray[np.intp]:
-    """Fold clusters, of whatever numbers, into at most `GROUPS` groups, numbered from 0."""
+    """Fold clusters into at most `GROUPS` groups, numbered from 0."""
     numbers_Q: NDArray[np.intp] = np.unique(clusters_Q, return_inverse=True)[1].reshape(-1)
     return numbers_Q % GROUPS
 
@@ -118,10 +118,10 @@ def group_numbers(clusters_Q: NDArray[np.integer]) -> NDArray[np.intp]:
 def jackknifed(
     statistic: Callable[[Flags], float], clusters_Q: NDArray[np.integer], bounds: tuple[float, float]
 ) -> Estimate:
-    """A statistic of the queries that a mask [Q] keeps, of all of them, with its interval within `bounds`."""
+    """Estimate a statistic, a function of a mask [Q] of the queries to use; its interval is clipped to `bounds`."""
     group_Q = group_numbers(clusters_Q)
     value = statistic(np.ones(len(group_Q), np.bool_))
-    groups = range(group_Q.max() + 1) if group_Q.any() else ()  # without its only group nothing is left
+    groups = range(group_Q.max() + 1) if group_Q.any() else ()  # a single group cannot be left out
     without_G = np.array([statistic(group_Q != group) for group in groups])
     return Estimate(value, jackknife_interval(value, without_G, bounds=bounds, sizes_G=np.bincount(group_Q)))
 
@@ -129,14 +129,14 @@ def jackknifed(
 def mean(
     values_Q: NDArray[np.floating] | Flags, clusters_Q: NDArray[np.integer], bounds: tuple[float, float]
 ) -> Estimate:
-    """The mean of a value of each query."""
+    """Mean of a value over queries, with its interval."""
     return jackknifed(lambda kept_Q: float(values_Q[kept_Q].mean()), clusters_Q, bounds)
 
 
 def tail_auc(scores_Q: Float64, wrong_Q: Flags, clusters_Q: NDArray[np.integer]) -> Estimate:
-    """The probability that a wrong query scores lower than a right one, ties counting half (Mann-Whitney).
+    """Probability that a wrong query has a lower score than a right one, ties counting half (Mann-Whitney).
 
-    0.5 is chance; 1 means that the lowest scores are the wrong queries. NaN where all are right or all wrong.
+    0.5 is chance; 1 means that all wrong queries have the lowest scores. NaN if all are right or all are wrong.
     """
     return jackknifed(lambda kept_Q: _auc(scores_Q[kept_Q], wrong_Q[kept_Q]), clusters_Q, (0.0, 1.0))
 
@@ -150,10 +150,10 @@ def _auc(scores_Q: Float64, wrong_Q: Flags) -> float:
 
 
 def right_minus_wrong(units_QD: Float64, correct_Q: Flags, clusters_Q: NDArray[np.integer]) -> Estimate:
-    """The dispersion between right queries minus that between wrong ones: what makes the curve of slices rise or fall.
+    """Dispersion between right queries minus that between wrong ones, which makes the curve of slices rise or fall.
 
-    The expected dispersion of a slice is a weighted mean of three figures of the set: between right queries, between
-    wrong ones, and between the two kinds. The first weighs all at 100 %, the second at 0 %.
+    The expected dispersion of a slice is a weighted mean of the dispersion between right queries, between wrong ones,
+    and between the two kinds. The first has all the weight at 100 %, the second at 0 %.
     """
     group_Q = group_numbers(clusters_Q)
     right, right_G = _left_out(units_QD[correct_Q], group_Q[correct_Q], group_Q.max() + 1)
@@ -163,7 +163,7 @@ def right_minus_wrong(units_QD: Float64, correct_Q: Flags, clusters_Q: NDArray[n
 
 
 def _left_out(units_QD: Float64, group_Q: NDArray[np.intp], groups: int) -> tuple[float, Float64]:
-    """The dispersion between vectors, and the same without each group, [G]."""
+    """Dispersion between vectors, and the same without each group, [G]."""
     sums_GD = (np.arange(groups)[:, None] == group_Q) @ units_QD
     counts_G = np.bincount(group_Q, minlength=groups)
     total_D, count = sums_GD.sum(axis=0), len(units_QD)

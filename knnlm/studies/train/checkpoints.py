@@ -1,4 +1,4 @@
-"""Checkpoints of a training, in OUT.checkpoints until it is over: whose they are, the last of them, what is kept."""
+"""Checkpoints of a training, in OUT.checkpoints until it is finished."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from knnlm.errors import DatastoreExists, InputError
 from knnlm.files import make_parents, remove_empty, write_json
 from knnlm.places import read_object
 
-# What tells one training from another; without it, a folder is not ours.
+# Record that identifies the training; a folder without it was not made by knnlm.
 RECORD, FORMAT = "training.json", "knnlm-training"
-# What a checkpoint has last: without it, the checkpoint was being written when the process died.
+# Last file written to a checkpoint: without it, the checkpoint is incomplete.
 LAST_FILE = "trainer_state.json"
-# The names of all that a training writes here; of the record also as it is before its rename.
+# Names of everything that a training writes here, with the record's temporary name before its rename.
 OURS = re.compile(r"checkpoint-\d+|training\.json|\.training\.json\.partial-[0-9a-f]{8}")
 
 
 def checkpoints_of(out: str | Path) -> Path:
-    """The folder of the checkpoints of a training whose result goes to `out`."""
+    """Folder for the checkpoints of a training whose result goes to `out`."""
     place = Path(out).resolve()
     return place.with_name(f"{place.name}.checkpoints")
 
 
 def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Find out before any work whether checkpoints can lie here.
+    """Check before any work that checkpoints can be written to a folder.
 
-    :raises DatastoreExists: the folder holds something that is not of a training.
-    :raises InputError: it holds a training that was stopped, which is neither to go on nor to be replaced.
+    :raises DatastoreExists: the folder holds something else.
+    :raises InputError: it holds a stopped training, which is to be neither resumed nor replaced.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -54,12 +54,12 @@ def check_checkpoints(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def keep_checkpoints(
     folder: Path, identity: Mapping[str, Any], *, resume: bool, overwrite: bool
 ) -> Iterator[Path | None]:
-    """Give the last whole checkpoint to go on from, if any; remove the folder when the block has ended well.
+    """Yield the last complete checkpoint to resume from, if any; remove the folder after a successful block.
 
-    Where the block fails, or is stopped, whole checkpoints are kept, and a note of the exception says where.
+    If the block fails or is stopped, complete checkpoints are kept, and a note of the exception says where.
 
-    :param identity: what two runs must share for one to go on with the other's checkpoints.
-    :raises InputError: as `check_checkpoints`, or the checkpoints are of another training; says what differs.
+    :param identity: values that must be equal for one run to resume from another's checkpoints.
+    :raises InputError: as `check_checkpoints`; or the checkpoints are of another training, and the message says why.
     """
     check_checkpoints(folder, resume=resume, overwrite=overwrite)
     last = _last(folder, identity) if resume else None
@@ -88,13 +88,13 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 
 def _others(folder: Path) -> list[str]:
-    """What is neither a checkpoint nor the record."""
+    """Names that are neither a checkpoint nor the record."""
     names = (path.name for path in sorted(folder.iterdir()))
     return [name for name in names if not OURS.fullmatch(name)]
 
 
 def _remove(folder: Path) -> None:
-    """Remove checkpoints and record; the folder too, unless something has been put into it meanwhile."""
+    """Remove checkpoints and record, and the folder unless it holds anything else."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and OURS.fullmatch(path.name):
             shutil.rmtree(path)
@@ -125,6 +125,6 @@ def _last(folder: Path, identity: Mapping[str, Any]) -> Path | None:
 
 
 def _whole(folder: Path) -> dict[int, Path]:
-    """Checkpoints that were written to their end, by step."""
+    """Complete checkpoints, by step."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{LAST_FILE}")]
     return {int(path.name.split("-")[1]): path for path in found}

@@ -14,7 +14,7 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclass(frozen=True, kw_only=True)
 class PushAway:
-    """What is added to a training loss: -λ times a distance of one layer's vectors, or λ times their uniformity."""
+    """Term added to the training loss: -λ times the mean distance of a layer's vectors, or λ times their uniformity."""
 
     weight: float = 0.0
     """λ; 0.001 to 0.1 in arXiv 2506.24106. With 0, training is a plain Trainer's to the last bit."""
@@ -22,9 +22,9 @@ class PushAway:
     """`push-away`: mean distance over batch and sequence. `uniformity`: Wang & Isola 2020. `different-tokens`: mean
     distance of contexts with different next tokens."""
     layer: str = "final_norm"
-    """A layer's name, or a pattern that fits one, such as `-1.ffn_input`; the paper takes the last layer."""
+    """A layer's name, or a pattern that matches one, such as `-1.ffn_input`; the paper uses the last layer."""
     between_domains: bool = False
-    """Mean distance between domain A and B in place of all pairs."""
+    """Mean distance over pairs between domains A and B, in place of all pairs."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -37,27 +37,27 @@ class PushAway:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a model is trained."""
+    """Settings of a training."""
 
     push_away: PushAway = PushAway()
     steps: int = 1000
     batch_size: int = 8
-    """Windows in a step; with two domains, half of them are of each."""
+    """Windows in a step; with two domains, half of them from each."""
     context: int | None = None
-    """Tokens of a window; None: the model's limit, at most 512."""
+    """Tokens in a window; None: the model's limit, at most 512."""
     learning_rate: float | None = None
-    """The highest; None: 5e-4 from scratch (as in arXiv 2506.24106) and with LoRA, 5e-5 for all weights of a model."""
+    """Peak learning rate; None: 5e-4 from scratch (as in arXiv 2506.24106) and with LoRA, else 5e-5."""
     schedule: str = "cosine"
-    """After a linear rise over a twentieth of the steps, at most 100: `cosine` falls to 0, `constant` stays."""
+    """After a linear warm-up over a twentieth of the steps, at most 100: `cosine` decays to 0, `constant` stays."""
     from_scratch: bool = False
-    """Take the model's shape and tokenizer, and new random weights."""
+    """Use the model's shape and tokenizer with new random weights."""
     lora: int | None = None
-    """Rank of low-rank changes (Hu et al. 2022) to the linear layers of all blocks, scaled by 2; None: all weights."""
+    """Rank of LoRA (Hu et al. 2022) on the linear layers of all blocks, scaled by 2; None: train all weights."""
     evaluations: int = 10
-    """On the way; a checkpoint is kept at each."""
+    """Number of evaluations during training, with a checkpoint at each."""
     text_field: str = "text"
     dtype: str = "auto"
-    """Weights are float32; products are bfloat16, or auto: bfloat16 where this machine is faster so."""
+    """Type of matrix products, with float32 weights; `auto` is bfloat16 if that is faster on this machine."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Push-away losses: how far apart the vectors of a batch are, as numbers to be raised while a model trains.
+"""Push-away losses: mean distances between the vectors of a batch, to be maximised during training.
 
     distance = mean_distance(hidden_BTD, attention_mask_BT)
     loss = cross_entropy - 0.1 * distance
@@ -82,9 +82,9 @@ def uniformity(
     """Return log of the mean over pairs of exp(-2 |u - v|²), at most 0: the loss of Wang & Isola 2020, to be lowered.
 
     Near pairs count most, unlike in `mean_distance`, where all count alike. O(N²·D): of more vectors than
-    `max_vectors`, so many are drawn anew each time.
+    `max_vectors`, a new random sample of that size is drawn in each call.
 
-    :param generator: what draws them, on its own device; None: torch's global one of the CPU.
+    :param generator: generator that draws the sample, on its own device; None: torch's global one of the CPU.
     """
     units_ND, _ = _units(vectors, mask)
     if len(units_ND) > max_vectors:

@@ -1,4 +1,4 @@
-"""What a training found, as frozen values."""
+"""Results of a training."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from knnlm.shown import Shown, Table, figure
 
 @dataclass(frozen=True)
 class Validation:
-    """A model on held-out text, in windows that do not overlap."""
+    """Evaluation on held-out text, in disjoint windows."""
 
     perplexity: float
     dispersion: float
-    """Of the trained layer: mean over batches of the mean pairwise distance in the batch."""
+    """Dispersion of the trained layer: mean over batches of the mean pairwise distance within a batch."""
 
 
 @dataclass(frozen=True)
 class TrainPoint:
-    """A training after some steps; the means are over the steps since the last point, None before the first step."""
+    """State of a training after some steps. Means are since the last point; None before the first step."""
 
     step: int
     text: Validation
     other: Validation | None = None
-    """On the other domain's text."""
+    """Evaluation on the other domain's text."""
     cross_entropy: float | None = None
     dispersion: float | None = None
     spread: float | None = None
-    """What is raised: the distance of the regularizer, or minus the uniformity."""
+    """The maximised term: the regularizer's distance, or minus the uniformity."""
 
 
 def _row(one: TrainPoint) -> tuple[str, ...]:
@@ -41,23 +41,23 @@ def _row(one: TrainPoint) -> tuple[str, ...]:
 
 @dataclass(frozen=True, repr=False)
 class TrainResult(Shown):
-    """A trained model and how it got there."""
+    """A trained model, with the history of its training."""
 
     folder: str
     points: tuple[TrainPoint, ...]
     layer: str
-    """Whose vectors the loss and the dispersions are of."""
+    """Layer of the push-away loss and the dispersions."""
     parameters: int
     trained_parameters: int
     tokens: int
-    """Seen in training, with repetitions."""
+    """Number of tokens seen in training, with repetitions."""
     text_tokens: int
-    """In the text, less what is held out."""
+    """Number of tokens in the text, without the held-out part."""
     seconds: float
     settings: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
-    """In the folder, train.json too: what `overwrite` may remove."""
+    """Names of the files in the folder, train.json included, which `overwrite` may remove."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{self.folder}: {self.trained_parameters:,} of {self.parameters:,} parameters trained"

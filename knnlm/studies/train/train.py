@@ -1,10 +1,10 @@
-"""Train a causal language model on text, with or without a push-away loss: from scratch, all weights, or by LoRA.
+"""Training of a causal language model, with or without a push-away loss: from scratch, all weights, or LoRA.
 
     result = train("my-model", ["domain.jsonl"], "my-model-on-domain", config=TrainConfig(steps=500))
     print(result.points[-1].text.perplexity)
 
-The result is an ordinary Hugging Face folder, with `train.json` beside the weights. Checkpoints lie in
-`OUT.checkpoints` until the training is over, so that one that was stopped, or failed, can go on.
+The result is an ordinary Hugging Face folder, with `train.json` beside the weights. Checkpoints are in
+`OUT.checkpoints` until the training is finished, so that a stopped or failed one can be resumed.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def train(
 ) -> TrainResult:
     """Train a model on the texts and write it to the folder `out`.
 
-    A tenth of each text is held out for validation, the same as `knnlm run` holds out of it with the same seed. With
-    `other_text`, half of each batch comes from each text, and a push-away loss is between the two. LoRA's changes are
-    merged into the weights in the end.
+    A tenth of each text is held out for validation, the same as in `knnlm run` with the same seed. With `other_text`,
+    half of each batch comes from each text, and a push-away loss is between the two. LoRA adapters are merged into the
+    weights at the end.
 
-    :param resume: go on from the last checkpoint, where an earlier call with the same arguments left one.
+    :param resume: resume from the last checkpoint that an earlier call with the same arguments left, if any.
     :raises InputError: an option or a text cannot be used, or a checkpoint is of another training.
-    :param overwrite: replace what `out` holds, if knnlm made it, and begin anew where a training was stopped.
+    :param overwrite: replace what `out` holds, if knnlm made it, and restart a stopped training.
     :param trust_remote_code: run Python code that comes with the model.
-    :raises DatastoreExists: `out` or the folder for checkpoints holds something already; nothing was done.
+    :raises DatastoreExists: `out` or the folder for checkpoints must not be replaced; nothing was done.
     """
     config, progress, begun = config or TrainConfig(), progress or Silent(), time.perf_counter()
     inputs = (str(model), *as_list(text), *as_list(other_text))
@@ -105,7 +105,7 @@ def train(
         texts = {"text": text} | ({"other_text": other_text} if other_text else {})
         domains = [_read(lm, paths, config, option) for option, paths in texts.items()]
         identity = _identity(lm, domains, config)
-        # The checkpoints go when the model is in its place.
+        # The checkpoints are removed once the model is in its place.
         with keep_checkpoints(checkpoints, identity, resume=resume, overwrite=overwrite) as last:
             with put_in_place(folder, out, allowed):
                 with progress.stage("training", "steps") as advance:
@@ -122,7 +122,7 @@ def _check_libraries(config: TrainConfig) -> None:
 
 
 def _settle(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
-    """The configuration with everything that was to be found out.
+    """Fill in the settings that depend on the model.
 
     :raises LayerError: the model has no such layer.
     :raises InputError: the context is over the model's limit.
@@ -145,7 +145,7 @@ def _read(lm: LanguageModel, paths: Paths, config: TrainConfig, field: str) -> D
 
 
 def _identity(lm: LanguageModel, domains: Sequence[Domain], config: TrainConfig) -> dict[str, Any]:
-    """What two runs must share for one to go on with the other's checkpoints."""
+    """Values that must be equal for one run to resume from another's checkpoints."""
     texts = {f"text {number}": domain.fingerprint for number, domain in enumerate(domains, 1)}
     return {f"model's {name}": value for name, value in lm.fingerprint.items()} | texts | _flat(config)
 
@@ -163,7 +163,7 @@ def _make_trainer(
     lm: LanguageModel, domains: Sequence[Domain], config: TrainConfig, folder: str, advance: Advance
 ) -> PushAwayTrainer:
     assert config.context is not None and config.learning_rate is not None
-    # Unset for GPT-2, with which the Trainer divides by a target too many in each window.
+    # Unset for GPT-2, where the Trainer would divide by one target too many in each window.
     lm.model.loss_type = "ForCausalLM"
     model: nn.Module = lm.model.requires_grad_(not config.lora)
     if config.lora:
@@ -182,7 +182,7 @@ def _make_trainer(
 
 
 def _points(log: Sequence[Mapping[str, float]]) -> Iterator[TrainPoint]:
-    """What the Trainer logged, by step; where a training went on, its first evaluation stands for the one before."""
+    """Points by step, from the Trainer's log; the first evaluation of a resumed training replaces the one before."""
     by_step: dict[int, dict[str, float]] = {}
     for entry in log:
         by_step.setdefault(int(entry["step"]), {}).update(entry)
@@ -224,7 +224,7 @@ def _result(
 
 
 def _save(trainer: PushAwayTrainer, lm: LanguageModel, result: TrainResult, folder: Path) -> TrainResult:
-    """The model, the tokenizer and train.json into the folder; the result names all of them."""
+    """Write model, tokenizer and train.json into the folder; return the result with their names."""
     model: Any = trainer.model
     if result.settings["lora"]:
         model = model.merge_and_unload()
@@ -239,6 +239,6 @@ def _save(trainer: PushAwayTrainer, lm: LanguageModel, result: TrainResult, fold
 
 
 def train_document(result: TrainResult) -> dict[str, Any]:
-    """The result as `train.json` and the command line have it."""
+    """JSON document of a training, as in `train.json`."""
     protocol = {"paper": list(PAPER), "ours": list(OURS)}
     return {"format": FORMAT, "version": VERSION} | asdict(result) | {"protocol": protocol}

@@ -1,11 +1,11 @@
-"""A Trainer of transformers with a push-away loss: L = CE - λ·d. Imports `transformers`, as a subclass needs its base.
+"""A subclass of transformers' Trainer with a push-away loss: L = CE - λ·d.
 
     trainer = PushAwayTrainer(model, arguments, push_away=PushAway(weight=0.1), train_dataset=windows)
     trainer.train()
 
-`knnlm.studies.train.train` does this from text files; here is what a loop of one's own data needs.
+`knnlm.studies.train.train` uses it for text files; use it directly for other data.
 
-Legend: B windows of a batch, T positions, D dimension.
+Legend: B windows in a batch, T positions, D dimension.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Rows = Dataset[dict[str, Tensor]]
 
 
 class PushAwayTrainer(Trainer):
-    """A Trainer whose training loss is the cross-entropy minus λ times how far apart the vectors of a layer are.
+    """A Trainer whose training loss is the cross-entropy minus λ times the mean distance between a layer's vectors.
 
-    Evaluation is the plain cross-entropy. Logs have beside `loss` the means since the last log: `cross_entropy`,
-    `dispersion` (mean distance over batch and sequence) and `spread` (what is raised: one of the distances, or minus
-    the uniformity); evaluations have `eval_dispersion`. Positions count where `labels` give them a target and
-    `attention_mask` is not 0. Each micro-batch of gradient accumulation, and each process, has pairs of its own. For
+    The evaluation loss is the plain cross-entropy. Besides `loss`, logs have means since the last log: `cross_entropy`,
+    `dispersion` (mean distance over batch and sequence) and `spread` (the maximised term: one of the distances, or
+    minus the uniformity); evaluations have `eval_dispersion`. A position counts if `labels` give it a target and
+    `attention_mask` is not 0. Pairs are formed within a micro-batch of gradient accumulation and within a process. For
     several GPUs, `accelerate launch` starts a process for each.
 
     :param model: a decoder-only causal LM, or a peft model of one.
-    :param args: with `between_domains`, they must have remove_unused_columns=False, which else drops `domain`.
+    :param args: with `between_domains`, remove_unused_columns must be False, as the Trainer else drops `domain`.
     :raises LayerError: the model has no such layer.
-    :raises InputError: the pattern fits several, or several GPUs are driven by one process.
+    :raises InputError: the pattern matches several layers, or one process drives several GPUs.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class PushAwayTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:  # noqa: ANN401 - the loss, or the loss and a transformers ModelOutput
-        """Return the loss of one batch, in training with the push-away term; see the class."""
+        """Return the loss of one batch, with the push-away term in training; see the class."""
         domain_B = inputs.get("domain")
         inputs = {name: value for name, value in inputs.items() if name != "domain"}
         learns = model.training and self.push_away.weight > 0
         counts_BT, next_BT = _targets(inputs)  # before the Trainer takes `labels` out, for label smoothing
         held: list[Tensor] = []
-        # Copied, as a later module may write to the tensor.
+        # Copied, as a later module may modify the tensor in place.
         with self._decoder.attach([self._layer], lambda _, v: held.append(v.clone()), detach=not learns):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         vectors_BTD = held[0][:, :-1]
@@ -96,7 +96,7 @@ class PushAwayTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _no_gradient(self, model: nn.Module) -> ModelError:
-        """Why the vectors do not depend on any weight that is trained."""
+        """Return the error for vectors that depend on no trained weight."""
         if any(map(_checkpoints_reentrantly, model.modules())):
             return ModelError(
                 f"gradient checkpointing with use_reentrant=True cuts layer {self._layer} off from the weights; "
@@ -105,7 +105,7 @@ class PushAwayTrainer(Trainer):
         return ModelError(f"no weight that is trained comes before layer {self._layer}; take another, deeper `layer`")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with what was measured since the last log."""
+        """Log, with means since the last log."""
         prefix = next((name.removesuffix("loss") for name in logs if name.endswith("loss")), None)
         if prefix is not None and not prefix.startswith("train"):
             found = self._means.take()
@@ -113,7 +113,7 @@ class PushAwayTrainer(Trainer):
         super().log(logs, start_time)
 
     def _share(self, model: nn.Module, num_items_in_batch: Tensor | int | None) -> float:
-        """The share of this micro-batch in a step, where the cross-entropy has been divided by the tokens of all."""
+        """Share of this micro-batch in a step, if the cross-entropy was divided by the tokens of the whole step."""
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return 1 / self.current_gradient_accumulation_steps if scaled and model.training else 1.0
 
@@ -130,15 +130,15 @@ class PushAwayTrainer(Trainer):
         return mean_distance(vectors_BTD, counts_BT)
 
     def _draw(self) -> torch.Generator:
-        """The same in a step of a training that was stopped as in one that was not; dropout's numbers stay its own."""
+        """Generator for one step: the same in a resumed training, and independent of dropout's random numbers."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
 
 
 def _targets(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Which positions but the last have a target, and that token.
+    """Return which positions except the last have a target, and these targets.
 
-    A position without one is held by nothing but the push-away loss, which would send all vectors of the last position
-    to one place opposite to the others: a model so trained predicted badly there when it was given longer text.
+    Only the push-away loss would act on a position without a target, and would push all vectors of the last position to
+    one point opposite to the others: a model trained that way predicted badly there on longer text.
     """
     next_BT = inputs["labels"][:, 1:]
     counts_BT = next_BT != -100
@@ -147,13 +147,13 @@ def _targets(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    """What it computes inside then has no gradient; only its result has."""
+    """Whether a module uses reentrant checkpointing: then only its result has a gradient, not what is inside."""
     settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
     return bool(getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"))
 
 
 class _Means:
-    """Means of numbers over batches, without waiting for the device before they are read."""
+    """Means over batches, without synchronising with the device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ class _Means:
 
 
 class Watch(TrainerCallback):
-    """Tells how far a training is, and ends it where a loss is no number any more."""
+    """Reports progress, and ends the training if a loss is NaN or infinite."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
@@ -178,11 +178,11 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object
     ) -> None:
-        """Tell the step."""
+        """Report the step."""
         self._advance(state.global_step, state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: object) -> None:
-        """Look at the newest numbers.
+        """Check the newest numbers.
 
         :raises ModelError: one of them is NaN or infinite.
         """
@@ -198,9 +198,9 @@ class Watch(TrainerCallback):
 def training_arguments(
     folder: str, config: TrainConfig, learning_rate: float, *, use_bfloat16: bool
 ) -> TrainingArguments:
-    """Return the Trainer's settings: rows in the order in which they come, an evaluation and a checkpoint now and then.
+    """Return the Trainer's settings: rows in the given order, evaluations and checkpoints at intervals.
 
-    :param folder: for checkpoints, of which the last is kept.
+    :param folder: folder for checkpoints, of which the last is kept.
     """
     every = math.ceil(config.steps / config.evaluations)
     return TrainingArguments(

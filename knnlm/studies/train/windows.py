@@ -1,4 +1,4 @@
-"""Text as a Trainer takes it: one long row of tokens for each domain, and windows of it in a fixed order.
+"""Training data: one long row of tokens for each domain, and windows of it in a fixed order.
 
 Legend: N tokens.
 """
@@ -21,15 +21,15 @@ from knnlm.text.corpus import read_documents, tokenize
 from knnlm.text.held_out import MIN_SECTION, hold_out
 from knnlm.text.windows import Fingerprint, TokenDocument
 
-# Of held-out text, in windows evenly spread over it: enough to tell losses apart, and soon done.
+# Tokens of held-out text to evaluate, in windows spread evenly over it: enough to distinguish losses, and quick.
 VALIDATION_TOKENS = 16_384
-# Some sections to train on beside one to hold out.
+# Enough sections to train on beside the one held out.
 LEAST_TOKENS = 10 * MIN_SECTION
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """The tokens of one text, to train on and to validate with; documents are closed by the tokenizer's end token."""
+    """Training and validation tokens of one text; each document ends with the tokenizer's end token."""
 
     training_N: NDArray[np.int32]
     validation_N: NDArray[np.int32]
@@ -41,7 +41,7 @@ def read_domain(
 ) -> Domain:
     """Read a text and hold out a tenth of it, as `knnlm run` does with the same seed.
 
-    :raises InputError: the text is missing, empty or shorter than a window; names the field that it was given as.
+    :raises InputError: the text is missing, empty or shorter than a window; the message names `field`.
     """
     fingerprint, documents = Fingerprint(), list(tokenize(read_documents(paths, text_field=text_field), lm.encode))
     for document in documents:
@@ -66,7 +66,7 @@ def _join(documents: Sequence[TokenDocument], end: int | None) -> NDArray[np.int
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of `context` tokens by number: domains take turns, so that every even batch holds them in equal parts."""
+    """Windows of `context` tokens by number; domains alternate, so that a batch of even size has half of each."""
 
     def __init__(self, rows: Sequence[NDArray[np.int32]], starts: Sequence[NDArray[np.int64]], context: int) -> None:
         self._rows, self._starts, self._context = rows, starts, context
@@ -75,7 +75,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return sum(map(len, self._starts))
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """`input_ids` and `labels`, [T], and the number of the `domain`."""
+        """Return `input_ids` and `labels`, [T], and the number of the `domain`."""
         position, domain = divmod(number, len(self._rows))
         start = self._starts[domain][position]
         tokens_T = torch.from_numpy(self._rows[domain][start : start + self._context]).long()
@@ -83,7 +83,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def training_windows(rows: Sequence[NDArray[np.int32]], context: int, count: int, seed: int) -> Windows:
-    """`count` windows in random order: each epoch shuffles all of a text, from another offset, so that borders move."""
+    """`count` windows in random order; each epoch shuffles the whole text with another offset of the windows."""
     rngs = np.random.default_rng(seed).spawn(len(rows))
     share = count // len(rows)
     starts = [_shuffled(len(row), context, share, rng) for row, rng in zip(rows, rngs, strict=True)]
@@ -99,7 +99,7 @@ def _shuffled(tokens: int, context: int, count: int, rng: np.random.Generator) -
 
 
 def validation_windows(row: NDArray[np.int32], context: int) -> Windows:
-    """Windows that do not overlap, at most `VALIDATION_TOKENS` tokens of them, evenly spread over the text."""
+    """Disjoint windows, at most `VALIDATION_TOKENS` tokens in all, spread evenly over the text."""
     count = min(len(row) // context, max(1, VALIDATION_TOKENS // context))
     numbers = np.linspace(0, len(row) // context - 1, count).round().astype(np.int64)
     return Windows([row], [numbers * context], context)
