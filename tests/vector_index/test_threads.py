@@ -90,6 +90,17 @@ def test_pruned_search_is_shared_out_where_torch_and_faiss_have_one_library(monk
     assert seen == [4]
 
 
+def test_pruned_search_does_not_depend_on_threads(threads, monkeypatch):
+    monkeypatch.setattr("index.exact.thread_count", lambda: threads)
+    monkeypatch.setattr("index.exact.is_fast", lambda: True)
+    monkeypatch.setattr("index.pruning.LEAST_PAIRS", 1)
+    keys_ND, queries_QD = falling(8000, 64), falling(48, 64, seed=1)
+    found = ExactIndex(ArraySource(keys_ND), Metric.L2).search(queries_QD, 10)
+    due_QN = ((queries_QD[:, None].astype(np.float64) - keys_ND[None]) ** 2).sum(axis=2)
+    assert np.allclose(found.distances_QK, np.sort(due_QN, axis=1)[:, :10], rtol=1e-5)
+    assert (found.ids_QK == np.argsort(due_QN, axis=1, kind="stable")[:, :10]).all()
+
+
 def test_exact_distances_do_not_depend_on_threads(threads, monkeypatch):
     monkeypatch.setattr("index.rerank.thread_count", lambda: threads)
     monkeypatch.setattr("index.rerank.KEY_BYTES", 4 * 8 * 16)
