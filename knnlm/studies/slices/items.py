@@ -57,7 +57,7 @@ class ItemSet:
     answers: Answers | None
     """None if the right answers are unknown."""
     describe: Callable[[int], Mapping[str, Any]]
-    """Returns an item as a row of the file for --tail-out."""
+    """Returns an item as a row of the file for `tail_out`."""
     notes: tuple[str, ...] = ()
 
 
