@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ from knnlm.places import (
     UNFINISHED,
     at_work,
     is_free,
+    is_ours,
     refuse_existing,
     refuse_inputs,
     remove_ours,
@@ -84,7 +86,7 @@ def claim_folder(path: str | Path, allowed: Allowed, inputs: Sequence[str | Path
             refuse_inputs(path, inputs)
             stack.callback(remove_empty, make_parents(target))
             temporary = stack.enter_context(_claimed(target))
-            _bring_back(target)
+            _bring_back(target, allowed.manifest)
             allowed.check(path)
         yield temporary
 
@@ -114,7 +116,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
     parent = Path(tempfile.gettempdir())
     with ExitStack() as stack:
         with disk_errors(parent, OSError, "TMPDIR"):
-            sweep(parent, prefix)
+            sweep(parent, re.escape(prefix) + ".*")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
             stack.callback(os.close, lock_folder(folder))
         yield folder
@@ -286,7 +288,7 @@ def _take_name(ready: Path, place: Path, target: Path) -> None:
 
 def _clear(place: Path, target: Path) -> None:
     """Remove the leftovers of a dead run; a complete datastore among them moves to the target, if that is free."""
-    sweep(target.parent, f"{place.name}-")
+    sweep(target.parent, re.escape(f"{place.name}-") + "[0-9a-f]{16}")
     if not os.path.lexists(place):
         return
     if not holds_lock(place):
@@ -315,7 +317,7 @@ def old_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.old"
 
 
-def _bring_back(target: Path) -> None:
+def _bring_back(target: Path, manifest: str) -> None:
     """Restore the old folder of a run that died between its two renames; delete it if the new one is in place."""
     old = old_folder(target)
     handle = take_lock(old)
@@ -324,7 +326,7 @@ def _bring_back(target: Path) -> None:
     try:
         if is_free(target):
             _publish(old, target)
-        else:
+        elif is_ours(target, manifest):  # not a user's folder that was made there meanwhile
             shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(handle)
@@ -339,14 +341,17 @@ def _publish(folder: Path, target: Path) -> None:
 def _end_badly(error: BaseException, temporary: Path, target: Path, path: str | Path) -> None:
     """After an error, keep a complete datastore if the target is free, and say so in a note with the final path."""
     _rename_in(error, str(temporary), str(path))
-    if (temporary / UNFINISHED).exists() and is_free(target):
+    kept = target
+    if isinstance(error, DatastoreExists) and not is_free(target):  # somebody took the place meanwhile
+        kept = target.with_name(f"{target.name}-{secrets.token_hex(4)}")
+    if (temporary / UNFINISHED).exists() and is_free(kept):
         with suppress(OSError):  # a full disk may refuse to sync
             _sync_tree(temporary)
         with suppress(OSError):
-            _publish(temporary, target)
+            _publish(temporary, kept)
             error.add_note(
-                f"{path} is a whole datastore, though without all that was to come (index, fitted settings, report): "
-                "use it as it is, or give the same command again"
+                f"{path if kept == target else kept} is a whole datastore, though without all that was to come (index, "
+                "fitted settings, report): use it as it is, or give the same command again"
             )
     elif not isinstance(error, Exception) and not is_free(target):
         error.add_note(f"{path} is as it was, and nothing half-written was left behind")
@@ -367,7 +372,8 @@ def _swap(temporary: Path, target: Path, manifest: str) -> None:
     try:
         old = temporary if _exchange(temporary, target) else _two_renames(temporary, target)
         fsync_folder(target.parent)
-        remove_ours(old, manifest)
+        with suppress(OSError):  # the new folder is in place; the next run removes what is left of the old one
+            remove_ours(old, manifest)
     finally:
         (target / LOCK).unlink(missing_ok=True)
         os.close(handle)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -79,9 +80,12 @@ def is_locked_by(handle: int, folder: Path) -> bool:
         return False
 
 
-def sweep(parent: Path, prefix: str) -> None:
-    """Remove the folders `parent/prefix*` that dead runs left; one without a lock file of knnlm's is never touched."""
-    for path in [path for path in parent.iterdir() if path.name.startswith(prefix)] if parent.is_dir() else []:
+def sweep(parent: Path, pattern: str) -> None:
+    """Remove the folders that dead runs left; one without a lock file of knnlm's is never touched.
+
+    :param pattern: regular expression of their whole names.
+    """
+    for path in [path for path in parent.iterdir() if re.fullmatch(pattern, path.name)] if parent.is_dir() else []:
         handle = take_lock(path)
         if handle is not None:
             shutil.rmtree(path, ignore_errors=True)

@@ -88,7 +88,9 @@ def files_of(folder: Path, manifest: str) -> frozenset[str] | None:
         return None
     if (read_object(folder / REPORTS[0]) or {}).get("format") == REPORT_FORMAT and manifest == DATASTORE:
         names |= {*REPORTS}
-    return frozenset({manifest, LOCK, BEING_WRITTEN, UNFINISHED} | {name for name in names if isinstance(name, str)})
+    if read_work(folder) is not None:
+        names |= {UNFINISHED}
+    return frozenset({manifest, LOCK, BEING_WRITTEN} | {name for name in names if isinstance(name, str)})
 
 
 def foreign(folder: Path, ours: frozenset[str] | tuple[()]) -> list[str]:
@@ -108,13 +110,15 @@ def foreign(folder: Path, ours: frozenset[str] | tuple[()]) -> list[str]:
 def remove_ours(folder: Path, manifest: str) -> None:
     """Remove the files that the manifest lists, the manifest last, and the folders left empty."""
     ours = files_of(folder, manifest) or frozenset()
-    last = folder / manifest
+    # The lock file after all others: without it a folder that a stop left behind would count as a user's.
+    last = (folder / manifest, folder / LOCK)
     for parent, _, names in os.walk(folder, topdown=False):
         for path in (Path(parent, name) for name in names):
-            if path != last and BEFORE_ITS_RENAME.sub(r"\1\2", path.relative_to(folder).as_posix()) in ours:
+            if path not in last and BEFORE_ITS_RENAME.sub(r"\1\2", path.relative_to(folder).as_posix()) in ours:
                 path.unlink()
         if Path(parent) == folder:
-            last.unlink(missing_ok=True)
+            for path in last:
+                path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: it holds files of others
             os.rmdir(parent)
 
@@ -219,6 +223,8 @@ def check_new_file(
     file = Path(path)
     if file.is_dir():
         raise InputError(f"`{field}` {file} is a folder; name a file in it")
+    if file.is_symlink() and not file.exists():
+        raise InputError(f"`{field}` {file} is a link to nothing, and would be replaced; choose another `{field}`")
     if file.exists() and not file.is_file():
         raise InputError(f"`{field}` {file} is no regular file, and would be replaced by one; choose another `{field}`")
     refuse_inputs(path, inputs, field)

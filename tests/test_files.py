@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from knnlm import files as storage
-from knnlm.errors import DatastoreError, DatastoreExists
+from knnlm.errors import DatastoreError, DatastoreExists, InputError
 from knnlm.files import all_or_none, new_folder, path_tails, short_names, temporary_folder, write_json, write_text
 from knnlm.locks import LOCK, lock_folder
-from knnlm.places import UNFINISHED, is_ours, mark_unfinished, refuse_existing
+from knnlm.places import UNFINISHED, check_new_file, is_ours, mark_unfinished, refuse_existing, remove_ours
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -401,7 +401,16 @@ def test_kill_while_one_folder_replaces_another(tmp_path, moment, left):
         with pytest.raises(DatastoreExists, match="no datastore"), new_folder(out, overwrite=True):
             pytest.fail("the block ran")
         assert (out / "new").exists()
-    assert names(tmp_path) == ["out"]
+    # What is in the place is no datastore: it may be the user's, so the old one is kept beside it.
+    assert names(tmp_path) == ([".out.old", "out"] if moment == "rename" else ["out"])
+
+
+def test_old_folder_goes_where_the_new_one_is_in_place(tmp_path):
+    make_leftover(make_ours(tmp_path / ".out.old"))
+    make_ours(tmp_path / "out")
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
 
 
 def test_old_folder_that_cannot_come_back_is_named(tmp_path, monkeypatch):
@@ -585,3 +594,55 @@ def test_names_are_as_short_as_can_be(names, short):
 
 def test_tails_begin_with_the_whole():
     assert path_tails("runs/a/final/") == ["runs/a/final", "a/final", "final"]
+
+
+# What a review with fresh eyes found
+
+
+def test_an_old_store_outlives_a_folder_that_was_made_in_its_place(tmp_path: Path) -> None:
+    # A run died between its two renames, and the user made a folder of that name.
+    old = make_leftover(make_ours(tmp_path / ".x.old"))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    with pytest.raises(DatastoreExists), new_folder(tmp_path / "x"):
+        pass
+    assert (old / "keys").read_text() == "old" and (tmp_path / "x" / "notes.txt").read_text() == "mine"
+
+
+def test_a_whole_store_whose_place_is_taken_meanwhile_is_kept_beside_it(tmp_path: Path) -> None:
+    with pytest.raises(DatastoreExists) as found, new_folder(tmp_path / "x") as folder:
+        (folder / "keys").write_text("hours")
+        mark_unfinished(folder, "work")
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "notes.txt").write_text("mine")
+    (kept,) = tmp_path.glob("x-*")
+    assert (kept / "keys").read_text() == "hours" and str(kept) in "\n".join(found.value.__notes__)
+    assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
+
+
+def test_a_lock_goes_last_when_an_old_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gone = make_leftover(make_ours(tmp_path / "x")), []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (gone.append(path.name), unlink(path, **options))[1])
+    remove_ours(folder, "datastore.json")
+    assert gone == ["keys", "datastore.json", LOCK] and not folder.exists()
+
+
+def test_dead_folder_of_another_place_is_not_swept(tmp_path: Path) -> None:
+    other = make_leftover(tmp_path / ".x.partial-two.partial")
+    with new_folder(tmp_path / "x") as folder:
+        (folder / "a").touch()
+    assert other.is_dir()
+
+
+def test_a_users_own_unfinished_json_is_foreign(tmp_path: Path) -> None:
+    store = make_ours(tmp_path / "x")
+    assert is_ours(store)
+    (store / "unfinished.json").write_text('{"mine": 1}')
+    assert not is_ours(store)
+
+
+def test_a_link_to_nothing_is_no_new_file(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "gone.json")
+    with pytest.raises(InputError, match="is a link to nothing"):
+        check_new_file(tmp_path / "link.json")
