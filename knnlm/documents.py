@@ -13,6 +13,7 @@ from index.typed import Misfit, build, shown
 from knnlm.errors import InputError
 from knnlm.files import strict_json, write_text
 from knnlm.layer_names import loosely_split
+from knnlm.places import REPORT_FORMAT
 from knnlm.results import (
     EvalResult,
     Interval,
@@ -22,7 +23,7 @@ from knnlm.results import (
     VectorScores,
 )
 
-FORMAT = "knnlm-report"
+FORMAT = REPORT_FORMAT
 VERSION = 1
 Result = TypeVar("Result")
 

@@ -165,12 +165,17 @@ def all_or_none(*paths: Path) -> Iterator[None]:
 
 def fsync_folder(folder: str | Path) -> None:
     """Make the names in a folder durable, if the file system supports it."""
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _fsync(folder)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def _fsync(path: str | Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -216,11 +221,7 @@ def remove_empty(folders: list[Path]) -> None:
 def _sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
-            handle = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(Path(parent, name))
         fsync_folder(parent)
 
 

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from index.manifest import CENTRE_FILE, INDEX_FILE
+from index.manifest import MANIFEST as INDEX_MANIFEST
 from knnlm.errors import DatastoreExists, InputError
 from knnlm.locks import BEING_WRITTEN, LOCK, is_at_work
 from knnlm.regular import open_regular
@@ -27,7 +29,7 @@ SCORES = ("score", "vectors")
 UNFINISHED = "unfinished.json"
 """Marks a datastore with all keys and values whose index or report is still to come; names the work it is part of."""
 UNFINISHED_FORMAT = "knnlm-unfinished"
-INDEX_FILES = ("index.json", "index.faiss", "centre.npy")
+INDEX_FILES = (INDEX_MANIFEST, INDEX_FILE, CENTRE_FILE)
 # The temporary name of a file or folder that a dead process was writing.
 BEFORE_ITS_RENAME = re.compile(r"(^|/)\.([^/]+)\.partial-[0-9a-f]{8}(?=/|$)")
 # A manifest takes some kB; a larger file is no manifest.

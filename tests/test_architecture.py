@@ -29,6 +29,7 @@ ROOT_MODULES = (
         "results",
         "shown",
         "statistics",
+        "utf8",
         "version",
     ),
 )

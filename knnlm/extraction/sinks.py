@@ -18,26 +18,21 @@ from knnlm.model.lm import LanguageModel
 from knnlm.scores.dispersion import NonFinite, Span, first_nonfinite
 from knnlm.scores.layer_scorer import LayerScorer
 from knnlm.store.writer import DatastoreWriter
-from knnlm.text.windows import Batch, Window
+from knnlm.text.windows import Batch
 
 
 class Sink(ABC):
-    """Receives the vectors of a batch: `begin`, then `receive` for each layer, then `end`."""
+    """Receives the vectors of a batch: `begin`, then `receive` for each layer."""
 
-    windows: Sequence[Window] = ()
     spans: Sequence[Span] = ()
 
     def begin(self, batch: Batch, spans: Sequence[Span]) -> None:
         """Called before the forward pass of a batch; the positions in `spans` count."""
-        self.windows, self.spans = batch.windows, spans
+        self.spans = spans
 
     @abstractmethod
     def receive(self, name: str, vectors_BTD: Tensor) -> None:
         """Take one layer's vectors, which are the model's own memory."""
-
-    def end(self) -> None:
-        """Called after the forward pass."""
-        self.windows = self.spans = ()
 
 
 class _Check(Sink):

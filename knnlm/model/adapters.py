@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from knnlm.errors import ModelError, first_line
+from knnlm.model.sources import ADAPTER, ADAPTER_WEIGHTS
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> nn.Module:
@@ -50,6 +51,6 @@ def merge_adapter(model: Any, folder: Path) -> Any:  # noqa: ANN401 - a PreTrain
 def digest_adapter(folder: Path) -> str:
     """Return the SHA-256 of an adapter's weights and configuration (which holds their scale)."""
     digest = hashlib.sha256()
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    for file in (ADAPTER, ADAPTER_WEIGHTS):
         digest.update((folder / file).read_bytes())
     return digest.hexdigest()

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from knnlm.utf8 import byte_places
+
 # Long text is tokenised in pieces of about this many characters.
 PIECE = 1 << 18
 # A space between two letters: `_never_joins` proves that no token spans it.
@@ -147,15 +149,6 @@ class TextEncoder:
             yield start, cut.start()
             start = cut.start() + self._gap
         yield start, len(text)
-
-
-def byte_places(text: str) -> NDArray[np.int64]:
-    """Return each character's first byte in the text's UTF-8, and finally the text's size: int64 [characters + 1]."""
-    if text.isascii():
-        return np.arange(len(text) + 1)
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    sizes = 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
-    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def own_words(tokenizer: Any) -> Iterator[str]:  # noqa: ANN401 - a transformers tokenizer, or what acts as one

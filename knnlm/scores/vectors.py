@@ -132,7 +132,7 @@ def _load(path: Path) -> NDArray[Any]:
         check_regular(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy parses the header as Python: a damaged one gives errors of many kinds
-        reason = first_line(error) or type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{path} is no .npy file of numbers ({reason}); save one with numpy.save") from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path} is an archive of arrays; save one array with numpy.save")

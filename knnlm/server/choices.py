@@ -16,8 +16,8 @@ from torch import Tensor
 from knnlm.inference.detokenizer import INCOMPLETE, Detokenizer, TokenTexts
 from knnlm.inference.sampling import choose
 from knnlm.knn.mixing import Mix
-from knnlm.model.encoding import byte_places
 from knnlm.model.lm import LanguageModel
+from knnlm.utf8 import byte_places
 
 Finish = Literal["stop", "length"]
 LEAST = -9999.0

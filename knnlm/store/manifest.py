@@ -17,9 +17,10 @@ from knnlm.config import METRICS
 from knnlm.documents import plain, score_from_document
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.files import old_folder
+from knnlm.places import DATASTORE, FORMATS
 
-NAME = "datastore.json"
-FORMAT = "knnlm-datastore"
+NAME = DATASTORE
+FORMAT = FORMATS[DATASTORE]
 VERSION = 1
 KEY_DTYPES = ("float16", "float32")
 

@@ -15,6 +15,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from knnlm.utf8 import byte_places
+
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], np.uint32)
 
 
@@ -63,8 +65,5 @@ def _words(text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Start and end of each word, in bytes."""
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     inside = np.concatenate([[False], ~np.isin(codes, _SPACES, kind="table"), [False]])
-    borders = np.flatnonzero(inside[1:] != inside[:-1])
-    if not text.isascii():
-        sizes = 1 + (codes > 0x7F).astype(np.int8) + (codes > 0x7FF) + (codes > 0xFFFF)
-        borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[borders]
+    borders = byte_places(text)[np.flatnonzero(inside[1:] != inside[:-1])]
     return borders[::2], borders[1::2]

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 # Seconds after which a fork counts as hung.
 LIMIT_SECONDS = 120.0
@@ -116,8 +115,3 @@ def load_everything() -> None:
     from tests import tiny_models  # noqa: F401
 
     torch.set_num_threads(1)
-
-
-def path_of(folder: str | Path, *parts: str) -> Path:
-    """A place in a folder."""
-    return Path(folder, *parts)

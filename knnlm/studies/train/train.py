@@ -28,7 +28,7 @@ from knnlm.model.adapters import add_lora
 from knnlm.model.hardware import trains_in_bfloat16
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model, random_model
-from knnlm.places import TRAINED, as_list, check_new_folder
+from knnlm.places import FORMATS, TRAINED, as_list, check_new_folder
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.scores.choose import one_layer
 from knnlm.studies.train.checkpoints import check_checkpoints, checkpoints_of, keep_checkpoints
@@ -40,7 +40,7 @@ from knnlm.text.windows import window_config
 from knnlm.version import versions
 
 Paths = Sequence[str | Path]
-FORMAT, VERSION = "knnlm-train", 1
+FORMAT, VERSION = FORMATS[TRAINED], 1
 DEFAULT_CONTEXT = 512
 FROM_SCRATCH_RATE, FULL_RATE = 5e-4, 5e-5
 
