@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -19,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, ge
 CHECKSUM = "checksum"
 # Levels of nesting; no document of ours has more than eight.
 DEEPEST = 64
+BRACKETS, STRINGS = re.compile(r"[][{}]"), re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 # Bound of all integers: no count, size or position of ours reaches it.
 LARGEST = 1 << 63
 # Characters of a wrong value that a message shows.
@@ -47,6 +49,29 @@ def is_sha256(text: str) -> bool:
 # Text to plain values
 
 
+def loads(text: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:  # noqa: ANN401 -- as json.loads
+    """Parse JSON that others wrote, as `json.loads`, but never into a RecursionError.
+
+    :raises ValueError: it is no JSON, or has more than `DEEPEST` levels.
+    """
+    check_levels(text)
+    return json.loads(text, object_pairs_hook=object_pairs_hook)
+
+
+def check_levels(text: str) -> None:
+    """Check the nesting before parsing: a RecursionError at the stack's end also breaks whatever Python runs there.
+
+    :raises Misfit: more than `DEEPEST` levels.
+    """
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    level = 0
+    for bracket in BRACKETS.findall(STRINGS.sub("", text)):
+        level += 1 if bracket in "[{" else -1
+        if level > DEEPEST:
+            raise Misfit(f"it has more than {DEEPEST} levels")
+
+
 def parse(text: bytes) -> object:
     """Parse strict JSON, UTF-8.
 
@@ -54,15 +79,15 @@ def parse(text: bytes) -> object:
         `DEEPEST` levels.
     """
     try:
+        decoded = text.decode("utf-8")
+        check_levels(decoded)
         document = json.loads(
-            text.decode("utf-8"),
+            decoded,
             parse_constant=_refuse_number,
             parse_float=_finite,
             parse_int=_whole,
             object_pairs_hook=_object,
         )
-    except RecursionError:
-        raise Misfit(f"it has more than {DEEPEST} levels") from None
     except ValueError as error:
         raise Misfit(str(error)) from None
     _check_values(document)

@@ -18,6 +18,7 @@ from typing import Any
 from index.manifest import CENTRE_FILE, INDEX_FILE
 from index.manifest import MANIFEST as INDEX_MANIFEST
 from knnlm.errors import DatastoreExists, InputError
+from knnlm.json_text import loads
 from knnlm.locks import BEING_WRITTEN, LOCK, is_at_work
 from knnlm.regular import open_regular
 
@@ -131,8 +132,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > MANIFEST_BYTES:
                 return None
-            document = json.load(file)
-    except (OSError, ValueError, RecursionError):
+            document = loads(file.read().decode("utf-8"))
+    except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
 

@@ -21,6 +21,7 @@ ROOT_MODULES = (
         "documents",
         "errors",
         "files",
+        "json_text",
         "layer_names",
         "locks",
         "places",
@@ -255,3 +256,14 @@ def test_a_path_of_a_machine_is_recognised(text):
 @pytest.mark.parametrize("text", ["../home/x", "https://example.org/home/x", "a/work/b", "~/work/x", "/usr/bin/env"])
 def test_a_harmless_path_is_let_be(text):
     assert not MACHINE_PATH.search(text)
+
+
+def test_json_of_others_is_parsed_in_one_place():
+    # Elsewhere deep nesting would be a RecursionError. The other two read what a tokenizer itself has just written.
+    own = {"index/typed.py", "knnlm/model/fingerprint.py", "knnlm/model/encoding.py"}
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in OURS.values()
+        if re.search(r"\bjson\.loads?\(", path.read_text("utf-8"))
+    }
+    assert found == own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm.errors import ModelError
+from knnlm.json_text import loads
 
 KNOWN = "a folder made by save_pretrained (config.json and .safetensors), a LoRA adapter's folder, or a .gguf file"
 ADAPTER = "adapter_config.json"
@@ -75,9 +75,9 @@ def _check_folder(path: Path) -> None:
 
 def _adapter(path: Path, *, trust_remote_code: bool) -> Source:
     try:
-        config = json.loads((path / ADAPTER).read_text(encoding="utf-8"))
+        config = loads((path / ADAPTER).read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path / ADAPTER} names no base model ({error}); save the adapter again") from None
     if not isinstance(base, str) or not base:
         raise ModelError(f"{path / ADAPTER} names no base model; write its folder as base_model_name_or_path")

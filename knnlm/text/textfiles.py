@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from knnlm.errors import InputError
+from knnlm.json_text import loads
 from knnlm.regular import open_regular
 
 BLOCK_BYTES = 1 << 20
@@ -95,10 +96,10 @@ def _rows_and_ends(path: Path) -> Iterator[tuple[Row, int]]:
 
 def _parse(line: str, where: str) -> Mapping[str, object]:
     try:
-        row = json.loads(line)
+        row = loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove it") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{where} cannot be read as JSON: {error}; mend or remove it") from None
     if not isinstance(row, dict):
         raise InputError(f"{where} is no JSON object but {type(row).__name__}; write one {{...}} on each line")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from knnlm.errors import InputError
 from knnlm.files import path_tails
+from knnlm.json_text import loads
 from knnlm.text.textfiles import decode_blocks
 
 
@@ -68,8 +68,8 @@ def _number(value: object, what: str) -> float:
 
 def _json_pairs(text: str, path: str | Path) -> list[tuple[str, object]]:
     try:
-        document = json.loads(text, object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
+        document = loads(text, object_pairs_hook=list)
+    except ValueError as error:
         raise InputError(f"{path} is not readable as JSON: {error}; write {{model: figure, …}}") from None
     if not text.lstrip().startswith("{"):
         raise InputError(f"{path} is no JSON object; write {{model: figure, …}}")

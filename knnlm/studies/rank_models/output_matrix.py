@@ -10,7 +10,6 @@ Legend: N wanted tokens, V vocabulary, D dimension.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.errors import InputError, ModelError
+from knnlm.json_text import loads
 from knnlm.scores.dispersion import widened
 
 T = TypeVar("T")
@@ -190,8 +190,8 @@ def _needed(source: str, name: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        document = loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{path} is not readable as JSON: {error}; save or download the model again") from None
     if not isinstance(document, dict):
         raise ModelError(f"{path} is no JSON object; save or download the model again")
@@ -205,8 +205,8 @@ def _header(path: Path) -> tuple[Mapping[str, Any], int]:
         if length > min(_HEADER_BYTES, path.stat().st_size - 8):
             raise _damaged(path, f"its header would have {length} bytes")
         try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
+            header = loads(file.read(length).decode("utf-8"))
+        except ValueError:
             raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
