@@ -126,6 +126,14 @@ def remove_ours(folder: Path, manifest: str) -> None:
             os.rmdir(parent)
 
 
+def remove_files(folder: Path, names: Sequence[str]) -> None:
+    """Remove these files of a folder, and the folder if it holds nothing else. They need not exist."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or not empty: it holds files of others
+        folder.rmdir()
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None if there is none."""
     try:

@@ -646,3 +646,15 @@ def test_a_link_to_nothing_is_no_new_file(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to(tmp_path / "gone.json")
     with pytest.raises(InputError, match="is a link to nothing"):
         check_new_file(tmp_path / "link.json")
+
+
+def test_an_old_folder_that_cannot_be_removed_does_not_fail_a_finished_run(tmp_path, monkeypatch):
+    make_ours(tmp_path / "out")
+
+    def refuse(folder: Path, manifest: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(folder))
+
+    monkeypatch.setattr(storage, "remove_ours", refuse)
+    with new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "out") == ["new"]

@@ -80,7 +80,8 @@ def score(
     from knnlm.files import all_or_none, write_json
 
     check_show(show)
-    check_out(out, overwrite, (model, *(text or ()), *(vectors or ()), labels))
+    inputs = (model, *(text or ()), *(vectors or ()), labels)
+    check_out(out, overwrite, inputs)
     screen = output.screen()
     result: ScoreResult | VectorScores
     if vectors:
@@ -95,6 +96,7 @@ def score(
     document = show_scores(result, screen, show)
     if out is not None:
         with all_or_none(out):
+            check_out(out, overwrite, inputs)  # again: by now somebody may have made a file there
             write_json(out, document)
 
 

@@ -106,7 +106,8 @@ def slices(
 
     screen = output.screen()
     questions, cloze = questions or [], cloze or []
-    _check_places(given.tail, given.tail_out, report, overwrite, [model, *questions, *cloze])
+    inputs = [model, *questions, *cloze]
+    _check_places(given.tail, given.tail_out, report, overwrite, inputs)
     sets = read_sets(questions, cloze, text_field=given.text_field)
     _check_model(model, config, bool(cloze), trust_remote_code)
     lm = load(model, compute, trust_remote_code, screen)
@@ -116,6 +117,7 @@ def slices(
     _show(result, screen)
     screen.result(document)
     if given.tail_out is not None:
+        _check_tail_out(given.tail_out, overwrite, inputs)  # again: by now somebody may have made a file there
         _write_tail(result.sets, given.tail_out)
         screen.say(f"Items of lowest dispersion: {given.tail_out}")
     if report is not None:
@@ -129,16 +131,22 @@ def _check_places(
 ) -> None:
     """Check before any work that the files can be written."""
     from knnlm.errors import InputError
-    from knnlm.places import check_new_file, check_report_folder
+    from knnlm.places import check_report_folder
 
     if (tail is None) != (tail_out is None):
         raise InputError("--tail N and --tail-out FILE go together: how many items, and where to write them")
     if tail_out is not None:
-        if tail_out.is_file():
-            _check_tail(tail_out)
-        check_new_file(tail_out, field="tail_out", overwrite=overwrite, inputs=inputs)
+        _check_tail_out(tail_out, overwrite, inputs)
     if report is not None:
         check_report_folder(report)
+
+
+def _check_tail_out(path: Path, overwrite: bool, inputs: Sequence[str]) -> None:
+    from knnlm.places import check_new_file
+
+    if path.is_file():
+        _check_tail(path)
+    check_new_file(path, field="tail_out", overwrite=overwrite, inputs=inputs)
 
 
 def _check_tail(path: Path) -> None:

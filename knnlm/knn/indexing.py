@@ -5,7 +5,6 @@ Legend: Q queries, D dimension.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from index.storage import save_index
 from knnlm.config import KNNConfig, Settings
 from knnlm.errors import DatastoreCorrupt, DatastoreError
 from knnlm.knn.searcher import checked_index, index_metric
+from knnlm.places import INDEX_FILES, remove_files
 from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
 from knnlm.store.datastore import Datastore, as_datastore
@@ -89,7 +89,7 @@ def _keep(
     folder, recall = store.index_folder(layer), measured.recall if measured else 1.0
     with store.changing():
         if layer not in store.manifest.indexes:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped between the two
+            remove_files(folder, INDEX_FILES)  # of a run that was stopped between the two
         save_index(built, folder, recall=measured)
         store.update_manifest(indexes={layer: {"metric": metric, "spec": built.spec, "recall": recall, "k": k}})
     return IndexReport(layer, built.spec, recall, k, built.size_bytes)

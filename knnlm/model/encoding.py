@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.utf8 import byte_places
+from knnlm.utf8 import byte_places, check_characters
 
 # Long text is tokenised in pieces of about this many characters.
 PIECE = 1 << 18
@@ -54,7 +54,8 @@ class TextEncoder:
         return self._words[0] if self._words else ""
 
     def __call__(self, text: str) -> NDArray[np.int32]:
-        """Return the tokens of a text."""
+        """Return the tokens of a text. Raises as `check_characters`."""
+        check_characters(text)
         parts = [np.asarray(self._ids(text[begin:end]), dtype=np.int32) for begin, end in self._pieces(text)]
         return np.concatenate([np.asarray(self._prefix, dtype=np.int32), *parts])
 
@@ -63,8 +64,9 @@ class TextEncoder:
 
         Ends refer to the text as given: characters that the tokenizer drops or normalises away count for the token
         before, white space for the token after. The bytes of a character that spans several tokens are divided among
-        them.
+        them. Raises as `check_characters`.
         """
+        check_characters(text)
         bytes_before = byte_places(text)
         tokens, ends = [np.asarray(self._prefix, np.int32)], [np.zeros(len(self._prefix), np.int64)]
         for begin, end in self._pieces(text):

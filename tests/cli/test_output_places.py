@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,24 @@ def test_folders_and_fifos_beside_the_output_are_let_be(fifo, call, gpt2_folder,
     options = ("--model", gpt2_folder, "--text", text_file, "--layers", "-1.ffn_input", "--context", 32)
     assert call("build", *options, "--out", tmp_path / "q.knn").status == 0
     assert all(path.exists() for path in others)
+
+
+def test_a_file_that_somebody_made_during_the_run_is_kept(call, monkeypatch, gpt2_folder, text_file, tmp_path) -> None:
+    scores, tail = tmp_path / "scores.json", tmp_path / "tail.jsonl"
+
+    def somebody(place: Path, verb: str) -> None:
+        module = import_module(f"knnlm.cli.{verb}")
+        show = "show_scores" if verb == "score" else "_show"
+        ours = getattr(module, show)
+        monkeypatch.setattr(module, show, lambda *args: (place.write_text("mine"), ours(*args))[1])
+
+    for verb, place, options in (
+        ("score", scores, ("--text", text_file, "--out", scores)),
+        ("slices", tail, ("--cloze", text_file, "--tail", 2, "--tail-out", tail)),
+    ):
+        for overwrite in ((), ("--overwrite",)):
+            place.unlink(missing_ok=True)
+            somebody(place, verb)
+            done = call(verb, "--model", gpt2_folder, *options, *overwrite)
+            assert done.status == 2, done.errors
+            assert place.read_text() == "mine"

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from index.errors import IndexExists
 from index.storage import read_manifest as read_index_manifest
 from knnlm.config import KNNConfig, Settings
 from knnlm.errors import DatastoreMismatch
@@ -122,3 +123,17 @@ def test_another_datastore_in_the_same_place_is_not_changed(folder: Path) -> Non
     with pytest.raises(DatastoreMismatch, match="is another datastore than the one that was opened; open it again"):
         index_layer(store, "final_norm", SETTINGS)
     assert (folder / "datastore.json").read_bytes() == before and not (folder / "index").exists()
+
+
+def test_files_of_others_in_the_place_of_an_index_are_kept(folder: Path) -> None:
+    place = folder / "index" / "final_norm"
+    place.mkdir(parents=True)
+    (place / "index.json").write_text("of a run that was stopped")
+    index_layer(folder, "final_norm", SETTINGS)
+    assert read_index_manifest(place).is_exact
+    other = folder / "index" / "0.ffn_input"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(IndexExists, match=r"0\.ffn_input is there already"):
+        index_layer(folder, "0.ffn_input", SETTINGS)
+    assert [one.name for one in other.iterdir()] == ["notes.txt"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knnlm.errors import InputError
 from knnlm.model import encoding
 from tests.tiny_models import tiny_tokenizer
 from tests.tokenizers_of_all_kinds import KINDS, digits, letters, normalizing, sentencepiece, superwords, wordpiece
@@ -120,3 +121,11 @@ def test_token_that_takes_the_space_beside_it_stays_whole(monkeypatch):
     tokenizer.add_tokens([AddedToken("stop", rstrip=True)])
     monkeypatch.setattr(encoding, "PIECE", 1)
     assert encoding.TextEncoder(tokenizer)(text).tolist() == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udc00", "é" * 9 + "\udfff"])
+def test_half_of_a_surrogate_pair_is_refused_with_its_place(text):
+    encoder = encoding.TextEncoder(tiny_tokenizer())
+    for read in (encoder, encoder.with_ends):
+        with pytest.raises(InputError, match=rf"character {len(text) - text.endswith('b')} of the text is U\+D"):
+            read(text)

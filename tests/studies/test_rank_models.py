@@ -506,3 +506,10 @@ def test_verb_refuses_in_one_line(options: tuple[str, ...], words: str, models, 
     done = call("rank-models", models[0], *options)
     assert (done.status, done.out, len(done.errors)) == (2, "", 1)
     assert words in done.errors[0]
+
+
+def test_a_csv_cell_that_is_too_large_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "figures.csv"
+    path.write_text("model," + "9" * 200_000)
+    with pytest.raises(InputError, match=r"figures\.csv is not readable as CSV: field larger than field limit"):
+        read_scores(path)

@@ -24,7 +24,7 @@ def read_scores(path: str | Path, models: Sequence[str] = ()) -> dict[str, float
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}; check the path")
     text = "".join(decode_blocks(Path(path)))
-    pairs = _json_pairs(text, path) if text.lstrip()[:1] in ("{", "[") else _csv_pairs(text, models)
+    pairs = _json_pairs(text, path) if text.lstrip()[:1] in ("{", "[") else _csv_pairs(text, path, models)
     scores: dict[str, float] = {}
     for model, figure in pairs:
         if model in scores:
@@ -76,9 +76,12 @@ def _json_pairs(text: str, path: str | Path) -> list[tuple[str, object]]:
     return [(str(model), figure) for model, figure in document]
 
 
-def _csv_pairs(text: str, models: Sequence[str]) -> list[tuple[str, object]]:
+def _csv_pairs(text: str, path: str | Path, models: Sequence[str]) -> list[tuple[str, object]]:
     """Return model and figure of each line. The first is a heading if it has no number and names no model."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
+    except csv.Error as error:
+        raise InputError(f"{path} is not readable as CSV: {error}; write a model and its figure on each line") from None
     pairs: list[tuple[str, object]] = [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in rows]
     known = {tail for model in models for tail in (model, *path_tails(model))}
     return pairs[1:] if pairs and not _is_number(pairs[0][1]) and pairs[0][0] not in known else pairs
