@@ -17,6 +17,7 @@ from knnlm.inference.model import KNNLM
 from knnlm.inference.sampling import choose
 from knnlm.knn.evidence import Evidence, find_neighbors, make_evidence, mixed_log_probs
 from knnlm.knn.mixing import Mix
+from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 
 
@@ -59,7 +60,7 @@ class Continuing:
         fresh = self._tokens if self._past is None else self._tokens[-1:]
         output, vectors_BTD = self._model.unmixed(torch.tensor([fresh], device=self._model.device), self._past)
         self._past = output.get("past_key_values")
-        log_probs_V = torch.log_softmax(output.logits[0, -1].float(), dim=-1)
+        log_probs_V = log_softmax(output.logits[0, -1:])[0]
         query_1D = vectors_BTD[0, -1:].float().cpu().numpy()
         (found,) = find_neighbors(self._model.retrieval.searcher, query_1D, self._depth)
         evidence = make_evidence(found, log_probs_V)

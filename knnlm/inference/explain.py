@@ -29,6 +29,7 @@ from knnlm.knn.evidence import (
 )
 from knnlm.knn.mixing import Floats, Mix
 from knnlm.knn.retrieval import Retrieval, open_retrieval
+from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 
 SHOWN_NEIGHBORS = 20
@@ -157,7 +158,7 @@ class Explainer:
         found = find_neighbors(model.retrieval.searcher, vectors_BTD[0].float().cpu().numpy(), self.depth(layer))
         places = zip(found, output.logits[0], tokens[1:], strict=True)
         # Row by row: log-probabilities of all positions at once would double the memory of the logits.
-        return [_evidence(one, torch.log_softmax(logits_V.float(), -1), token) for one, logits_V, token in places]
+        return [_evidence(one, log_softmax(logits_V[None])[0], token) for one, logits_V, token in places]
 
     def explain(self, text: str, layer: str | None = None) -> Explanation:
         """Explain a text under the layer's setting.

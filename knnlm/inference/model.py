@@ -25,6 +25,7 @@ from knnlm.errors import InputError, ModelError
 from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.layer_names import FINAL, check_names
 from knnlm.model.decoder import find_decoder
+from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
 from knnlm.store.datastore import Datastore, as_datastore
@@ -104,7 +105,7 @@ class KNNLM:
         keep = _Keep(given.get("logits_to_keep", 0))
         with torch.no_grad():
             output, vectors_BTD = self._plain.run(given, self.retrieval.layer, keep)
-            log_probs_NV = torch.log_softmax(output.logits.flatten(0, 1).float(), dim=-1)
+            log_probs_NV = log_softmax(output.logits.flatten(0, 1))
             rows_Q = _searched_rows(output.logits.shape[:2], keep, given, finished).to(vectors_BTD.device)
             self.retrieval.mix_in(log_probs_NV, rows_Q, vectors_BTD.flatten(0, 1)[rows_Q])
             log_probs_BTV = log_probs_NV.view(output.logits.shape)

@@ -15,6 +15,8 @@ from knnlm.errors import ModelError
 from knnlm.model.decoder import find_head
 
 Scores = Callable[[Tensor], Tensor]
+# Logits that are widened to float64 at a time: 64 MB.
+_BLOCK = 1 << 23
 
 
 def find_scores(model: nn.Module, final_BTD: Tensor, logits_BTV: Tensor) -> Scores:
@@ -75,3 +77,15 @@ def log_prob(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     shifted_NV = logits_NV.float() - largest_N1.float()
     target_N = shifted_NV.gather(1, targets_N.to(shifted_NV.device)[:, None])[:, 0]
     return target_N.cpu().double() - shifted_NV.exp_().sum(dim=-1).cpu().double().log()
+
+
+def log_softmax(logits_NV: Tensor) -> Tensor:
+    """Return the log-probabilities of the whole vocabulary, float32 [N, V], whose sum is 1 within 1e-6.
+
+    Computed in float64, as sums of 50,000 and more terms in float32 are off by up to 1e-5.
+    """
+    rows = max(1, _BLOCK // logits_NV.shape[-1])
+    # MPS has no float64.
+    wide = torch.float32 if logits_NV.device.type == "mps" else torch.float64
+    parts = [torch.log_softmax(part, -1, dtype=wide).float() for part in torch.split(logits_NV, rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

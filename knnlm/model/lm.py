@@ -25,7 +25,7 @@ from knnlm.layer_names import FINAL, check_names, list_names
 from knnlm.model.decoder import Decoder, Receive, find_decoder
 from knnlm.model.encoding import TextEncoder
 from knnlm.model.fingerprint import digest_config, digest_tokenizer, digest_weights
-from knnlm.model.head import find_scores, log_prob, near
+from knnlm.model.head import find_scores, log_prob, log_softmax, near
 from knnlm.shown import brief
 
 # Logits computed at a time (64 MB in float32).
@@ -172,7 +172,7 @@ class LanguageModel:
     def log_probs(self, final_ND: Tensor) -> Tensor:
         """Return the log-probabilities of all tokens, float32 [N, V], from `final_norm` vectors."""
         with torch.inference_mode():
-            return torch.log_softmax(self._head(final_ND).float(), dim=-1)
+            return log_softmax(self._head(final_ND))
 
     def target_log_probs(self, final_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Return the log-probability of each target, float64 [N] on the CPU, from `final_norm` vectors.
