@@ -69,6 +69,7 @@ ONLY_IN = {
     "transformers": {"knnlm/model/lm.py", "knnlm/model/loading.py", "knnlm/studies/train/trainer.py"},
     "datasets": {"knnlm/text/hub.py"},
     "peft": {"knnlm/model/adapters.py"},
+    "gguf": {"knnlm/model/gguf_files.py"},
     "lm_eval": {"knnlm/inference/harness.py"},  # a subclass needs its base
     "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/server/explorer/routes.py"},
     "pydantic": {"knnlm/server/wire.py", "knnlm/server/chat_wire.py", "knnlm/server/explorer/wire.py"},

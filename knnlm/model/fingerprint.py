@@ -16,6 +16,8 @@ def digest_config(config: Any) -> str:  # noqa: ANN401 - transformers stays in l
     """Hash a `transformers` configuration, without fields that loading adds or that do not affect vectors."""
     ignored = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache"}
     fields = {key: value for key, value in config.to_diff_dict().items() if key not in ignored}
+    if "gguf_file" in (fields.get("quantization_config") or {}):  # the file's name; its weights are unpacked
+        del fields["quantization_config"]
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

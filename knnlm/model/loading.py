@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from knnlm.errors import InputError, ModelError
 from knnlm.model.adapters import digest_adapter, merge_adapter
 from knnlm.model.decoder import find_decoder
 from knnlm.model.encoding import is_empty
+from knnlm.model.gguf_files import read_once
 from knnlm.model.hardware import pick_device, pick_dtype_on_cpu
 from knnlm.model.lm import ADVICE, LanguageModel, context_limit_of
 from knnlm.model.sources import Source, find_source
@@ -47,10 +48,10 @@ def load_model(
     """
     target = pick_device(device)
     source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
-    config = _load_config(source)
-    tokenizer = _load_tokenizer(source)
-    taken, note = _pick_dtype(dtype, source, config, target)
-    model, adapter = _load_weights(source, taken), ""
+    with _reading(source):
+        config, tokenizer = _load_config(source), _load_tokenizer(source)
+        taken, note = _pick_dtype(dtype, source, config, target)
+        model, adapter = _load_weights(source, taken), ""
     if source.adapter is not None:
         model, adapter = merge_adapter(model, source.adapter), digest_adapter(source.adapter)
     _place(model, target)
@@ -118,7 +119,8 @@ class Outline:
 def read_outline(name_or_folder: str | Path, *, trust_remote_code: bool = False) -> Outline:
     """Return a model's layers and context from its configuration alone. Raises ModelError as `load_model`."""
     source = find_source(str(name_or_folder), trust_remote_code=trust_remote_code)
-    config = _load_config(source)
+    with _reading(source):
+        config = _load_config(source)
     with torch.device("meta"):  # takes no memory and draws no random numbers
         model = _from_config(source, config, trust_remote_code)
     return Outline(find_decoder(model).names, context_limit_of(config))
@@ -129,6 +131,14 @@ def _from_config(source: Source, config: PretrainedConfig, trust_remote_code: bo
         return cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _unreadable(source, "could not be built as a causal language model", error) from error
+
+
+def _reading(source: Source) -> AbstractContextManager[None]:
+    return read_once() if _is_gguf(source) else nullcontext()
+
+
+def _is_gguf(source: Source) -> bool:
+    return "gguf_file" in source.options
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
@@ -165,7 +175,7 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     # Never a pickle, which could run arbitrary code. A GGUF file's progress bar cannot be turned off.
-    is_gguf = "gguf_file" in source.options
+    is_gguf = _is_gguf(source)
     reader = {} if is_gguf else {"use_safetensors": True}
     try:
         with _quiet(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
@@ -216,7 +226,7 @@ def _pick_dtype(
         return known[dtype], None
     if getattr(config, "quantization_config", None) is not None:
         return "auto", None
-    if "gguf_file" in source.options:  # its weights are dequantised, to any type
+    if _is_gguf(source):  # its weights are dequantised, to any type
         return torch.float32, None
     stated = config.get_text_config().dtype or _load_weights(source, "auto").dtype
     stated = getattr(torch, stated) if isinstance(stated, str) else stated

@@ -140,6 +140,34 @@ def test_gguf_file_is_the_model_that_it_was_made_of(tmp_path, capsys):
     assert "Converting" not in capsys.readouterr().err
 
 
+def test_gguf_file_is_parsed_once(tmp_path, monkeypatch):
+    """transformers alone does it four times, seconds each with a real vocabulary."""
+    gguf = pytest.importorskip("gguf")
+    write_gguf(tmp_path / "a.gguf", tiny_model("llama"), tiny_tokenizer())
+    parsed = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    names = gguf.get_tensor_name_map
+    load_model(tmp_path / "a.gguf", device="cpu")
+    assert len(parsed) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, names)
+
+
+def test_gguf_file_has_the_fingerprint_of_its_model_whatever_its_name(tmp_path):
+    pytest.importorskip("gguf")
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    write_gguf(tmp_path / "a.gguf", model, tokenizer)
+    parts = {key: value for key, value in load_model(tmp_path / "a.gguf").fingerprint.items() if key != "model"}
+    (tmp_path / "a.gguf").rename(tmp_path / "b.gguf")
+    assert load_model(tmp_path / "b.gguf").fingerprint == {"model": str(tmp_path / "b.gguf"), **parts}
+    assert parts["weights"] == load_model(save_tiny("llama", tmp_path / "folder")).fingerprint["weights"]
+
+
 def test_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(sources, "find_spec", lambda name: None)
