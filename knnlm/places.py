@@ -27,6 +27,8 @@ FORMATS = {DATASTORE: "knnlm-datastore", TRAINED: "knnlm-train"}
 REPORTS = ("report.json", "report.html")
 REPORT_FORMAT = "knnlm-report"
 SCORES = ("score", "vectors")
+HUB_PREFIX = "hf:"
+"""Begins the name of a text or datastore on the Hugging Face hub."""
 UNFINISHED = "unfinished.json"
 """Marks a datastore with all keys and values whose index or report is still to come; names the work it is part of."""
 UNFINISHED_FORMAT = "knnlm-unfinished"

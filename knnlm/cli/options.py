@@ -39,7 +39,7 @@ MaybeEvalText = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Layer whose keys are searched; default: the chosen one.")]
-Store = Annotated[Path, typer.Argument(help="Folder of a datastore.")]
+Store = Annotated[Path, typer.Argument(help="Folder of a datastore, or hf:USER/NAME[@REVISION] on the hub.")]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, -1.*, 5.attn_input,final_norm …")
 ]

@@ -29,8 +29,8 @@ def check_texts(paths: Sequence[str], *, text_field: str) -> None:
 
     :raises InputError: a path is missing, or the first document under it cannot be read or has no such field.
     """
+    from knnlm.places import HUB_PREFIX
     from knnlm.text.corpus import check_paths, read_documents
-    from knnlm.text.hub import HUB_PREFIX
 
     check_paths(paths)
     for path in paths:

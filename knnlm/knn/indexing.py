@@ -24,6 +24,7 @@ from knnlm.places import INDEX_FILES, remove_files
 from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
 from knnlm.store.datastore import Datastore, as_datastore
+from knnlm.store.hub import refuse_cached
 
 RECALL_QUERIES = 256
 
@@ -43,6 +44,7 @@ def index_layer(
     :raises index.errors.VectorIndexError: the index cannot be built; the datastore is unchanged.
     """
     store, settings = as_datastore(store), settings or Settings()
+    refuse_cached(store.folder)
     progress, knn = progress or Silent(), settings.knn
     source, metric = store.keys(layer).for_metric(knn.metric), index_metric(knn.metric)
     with progress.stage(f"indexing {layer}", "keys") as advance:

@@ -39,6 +39,7 @@ from knnlm.files import disk_error, write_json
 from knnlm.locks import locked
 from knnlm.progress import Advance
 from knnlm.shown import brief
+from knnlm.store.hub import on_disk, refuse_cached
 from knnlm.store.keys import Keys
 from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, open_folder, read_manifest
 from knnlm.store.npy import map_npy
@@ -79,7 +80,7 @@ class Datastore:
         """Read the manifest, map every file, and check its size, shape and type; the data are not read.
 
         The files stay mapped, so that the datastore stays the same even if the folder is replaced. No file descriptors
-        are held.
+        are held. `hf:USER/NAME[@REVISION]` names a datastore on the Hugging Face hub (`knnlm.store.hub`).
         :raises DatastoreError: the folder is no datastore, or made by a newer knnlm.
         :raises DatastoreCorrupt: a file is missing, short or does not fit the manifest; names the file.
         """
@@ -92,6 +93,7 @@ class Datastore:
     @classmethod
     def look(cls, folder: str | Path) -> Datastore:
         """As `open`, but errors of single files are left to `verify`."""
+        folder = on_disk(folder, cls.look)
         for _ in range(OPENINGS):
             with open_folder(Path(folder)) as opened:
                 try:
@@ -302,6 +304,7 @@ class Datastore:
         if self._changing:
             yield
             return
+        refuse_cached(self.folder)
         with locked(self.folder) as alone:
             self._read_again()
             if alone:

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.errors import InputError, first_line
+from knnlm.places import HUB_PREFIX
 from knnlm.regular import check_regular
 from knnlm.text import parquet, textfiles
-from knnlm.text.hub import HUB_PREFIX, HubSet, hub_rows, parse_hub_set
+from knnlm.text.hub import HubSet, hub_rows, parse_hub_set
 from knnlm.text.sizes import Sizes
 from knnlm.text.windows import TokenDocument
 

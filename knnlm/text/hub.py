@@ -21,7 +21,6 @@ from typing import Any
 from knnlm.errors import InputError, first_line
 from knnlm.text import textfiles
 
-HUB_PREFIX = "hf:"
 HUB_SET = re.compile(r"hf:(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>[\w.-]+))?", re.ASCII)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from knnlm.errors import InputError
 from knnlm.files import short_names
+from knnlm.places import HUB_PREFIX
 from knnlm.studies.slices.questions import Question, read_questions
 from knnlm.text.corpus import text_bytes
-from knnlm.text.hub import HUB_PREFIX
 
 
 @dataclass(frozen=True, eq=False)
