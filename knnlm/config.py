@@ -13,6 +13,10 @@ METRICS = ("l2", "cosine", "ip")
 # Padded tokens in one forward pass: enough to fill the cores, small enough that activations stay near the caches.
 BATCH_TOKENS = 4096
 LEAST_EVAL_TOKENS = 128
+# Keys of a part of a datastore, of each layer: its work is what a kill costs, and one file is copied in seconds.
+PART_ROWS = 1 << 20
+# A document is cut where a part would otherwise have this many times as many keys.
+LONGEST_PART = 2
 # FAISS keeps its seed in an int32.
 LARGEST_SEED = (1 << 31) - 1
 

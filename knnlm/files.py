@@ -28,11 +28,15 @@ from knnlm.places import (
     DATASTORE,
     UNFINISHED,
     at_work,
+    has_parts,
     is_free,
     is_ours,
+    is_whole,
+    link_unfinished,
     refuse_existing,
     refuse_inputs,
     remove_ours,
+    take_up,
     working_folder,
 )
 
@@ -53,7 +57,9 @@ def new_folder(
 
     Leftovers of dead runs are removed first, and missing parents made. An empty folder at `path` is replaced; a
     non-empty one only with `overwrite`, if all its content is knnlm's, and after the new one is complete. If the block
-    fails after `places.mark_unfinished` and `path` is free, the folder is kept there; a note on the error says so.
+    fails after `places.mark_unfinished` and `path` is free, a whole datastore is kept there, and one with finished
+    parts under its temporary name; a note on the error says so. Without `overwrite`, the folder then holds what the
+    same work has left.
 
     :param inputs, manifest, work: as in `places.refuse_inputs` and `places.refuse_existing`.
     :raises DatastoreExists: `path` holds something already (before the block runs), or another run is writing it.
@@ -85,7 +91,7 @@ def claim_folder(path: str | Path, allowed: Allowed, inputs: Sequence[str | Path
         with disk_errors(path, OSError):
             refuse_inputs(path, inputs)
             stack.callback(remove_empty, make_parents(target))
-            temporary = stack.enter_context(_claimed(target))
+            temporary = stack.enter_context(_claimed(target, allowed))
             _bring_back(target, allowed.manifest)
             allowed.check(path)
         yield temporary
@@ -256,9 +262,26 @@ def disk_errors(place: str | Path, kind: type[OSError] | None = None, named_by: 
 
 
 @contextmanager
-def _claimed(target: Path) -> Iterator[Path]:
+def _claimed(target: Path, allowed: Allowed) -> Iterator[Path]:
     """The hidden folder in which the target is built, reserved for the duration of the block."""
     place = working_folder(target)
+    sweep(target.parent, re.escape(f"{place.name}-") + "[0-9a-f]{16}")
+    work = "" if allowed.overwrite else allowed.work
+    handle = take_up(place, work)
+    if handle is None:
+        handle = _made(place, target)
+        link_unfinished(target, place, work)
+    try:
+        yield place
+    finally:
+        # Not of another run, after ours was renamed.
+        if is_locked_by(handle, place) and not (has_parts(place) and is_free(target)):
+            shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
+
+
+def _made(place: Path, target: Path) -> int:
+    """Make the hidden folder, and return its lock."""
     ready = _aside(place)
     ready.mkdir()
     try:
@@ -269,12 +292,12 @@ def _claimed(target: Path) -> Iterator[Path]:
     try:
         _clear(place, target)
         _take_name(ready, place, target)
-        yield place
+    except BaseException:
+        os.close(handle)
+        raise
     finally:
         shutil.rmtree(ready, ignore_errors=True)
-        if is_locked_by(handle, place):  # and no other run's, after ours was renamed
-            shutil.rmtree(place, ignore_errors=True)
-        os.close(handle)
+    return handle
 
 
 def _take_name(ready: Path, place: Path, target: Path) -> None:
@@ -289,7 +312,6 @@ def _take_name(ready: Path, place: Path, target: Path) -> None:
 
 def _clear(place: Path, target: Path) -> None:
     """Remove the leftovers of a dead run; a complete datastore among them moves to the target, if that is free."""
-    sweep(target.parent, re.escape(f"{place.name}-") + "[0-9a-f]{16}")
     if not os.path.lexists(place):
         return
     if not holds_lock(place):
@@ -300,7 +322,7 @@ def _clear(place: Path, target: Path) -> None:
     if handle is None:
         raise at_work(target)
     try:
-        if (place / UNFINISHED).is_file() and is_free(target):
+        if is_whole(place) and is_free(target):
             _publish(place, target)
         else:
             dead = place.rename(_aside(place))
@@ -345,7 +367,7 @@ def _end_badly(error: BaseException, temporary: Path, target: Path, path: str | 
     kept = target
     if isinstance(error, DatastoreExists) and not is_free(target):  # somebody took the place meanwhile
         kept = target.with_name(f"{target.name}-{secrets.token_hex(4)}")
-    if (temporary / UNFINISHED).exists() and is_free(kept):
+    if is_whole(temporary) and is_free(kept):
         with suppress(OSError):  # a full disk may refuse to sync
             _sync_tree(temporary)
         with suppress(OSError):
@@ -354,6 +376,8 @@ def _end_badly(error: BaseException, temporary: Path, target: Path, path: str | 
                 f"{path if kept == target else kept} is a whole datastore, though without all that was to come (index, "
                 "fitted settings, report): use it as it is, or give the same command again"
             )
+    elif has_parts(temporary) and is_free(target):
+        error.add_note("what is finished is kept: the same command goes on with it")
     elif not isinstance(error, Exception) and not is_free(target):
         error.add_note(f"{path} is as it was, and nothing half-written was left behind")
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from index.manifest import CENTRE_FILE, INDEX_FILE
 from index.manifest import MANIFEST as INDEX_MANIFEST
 from knnlm.errors import DatastoreExists, InputError
 from knnlm.json_text import loads
-from knnlm.locks import BEING_WRITTEN, LOCK, is_at_work
+from knnlm.locks import BEING_WRITTEN, LOCK, holds_lock, is_at_work, take_lock
 from knnlm.regular import open_regular
 
 DATASTORE, TRAINED = "datastore.json", "train.json"
@@ -30,8 +31,11 @@ SCORES = ("score", "vectors")
 HUB_PREFIX = "hf:"
 """Begins the name of a text or datastore on the Hugging Face hub."""
 UNFINISHED = "unfinished.json"
-"""Marks a datastore with all keys and values whose index or report is still to come; names the work it is part of."""
+"""Marks a datastore that is being made, or that is whole but for an index or report; names the work it is part of."""
 UNFINISHED_FORMAT = "knnlm-unfinished"
+FRAME, PARTS, PART = "frame", "parts", "part.json"
+PART_NAME = r"[0-9]{5,}-[0-9a-f]{8}"
+PART_FILES = (PART, "values.npy", "documents.npy")
 INDEX_FILES = (INDEX_MANIFEST, INDEX_FILE, CENTRE_FILE)
 # The temporary name of a file or folder that a dead process was writing.
 BEFORE_ITS_RENAME = re.compile(r"(^|/)\.([^/]+)\.partial-[0-9a-f]{8}(?=/|$)")
@@ -88,7 +92,7 @@ def files_of(folder: Path, manifest: str) -> frozenset[str] | None:
     if document is None or document.get("format") != FORMATS[manifest]:
         return None
     try:
-        names = set(_store_files(document) if manifest == DATASTORE else document["files"])
+        names = set(_store_files(folder, document) if manifest == DATASTORE else document["files"])
     except (KeyError, TypeError, AttributeError):
         return None
     if (read_object(folder / REPORTS[0]) or {}).get("format") == REPORT_FORMAT and manifest == DATASTORE:
@@ -161,17 +165,75 @@ def as_list(texts: Sequence[str | Path] | str | Path | None) -> list[str | Path]
     return [] if texts is None else [texts] if isinstance(texts, str | Path) else list(texts)
 
 
-def mark_unfinished(folder: Path, work: str) -> None:
-    """Mark a folder under construction as a complete datastore, to be kept if later steps fail."""
-    what = "keys and values are whole; an index, fitted settings or a report were to come"
-    document = {"format": UNFINISHED_FORMAT, "work": work, "what": what}
-    (folder / UNFINISHED).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+def mark_unfinished(
+    folder: Path, work: str, *, whole: bool = True, layers: Sequence[str] = (), scores: object = None
+) -> None:
+    """Mark a folder under construction, so that the same work goes on with what is there already.
+
+    :param whole: it is a complete datastore, to be kept if later steps fail.
+    :param layers: the layers that are stored.
+    :param scores: their scores and the choice, in JSON; None: not known yet.
+    """
+    missing = "an index, fitted settings or a report" if whole else "further keys"
+    document = {"format": UNFINISHED_FORMAT, "work": work, "whole": whole, "what": f"{missing} were to come"}
+    text = json.dumps(document | {"layers": [*layers], "scores": scores}, indent=2) + "\n"
+    temporary = folder / f".{UNFINISHED}.partial-{secrets.token_hex(4)}"
+    with temporary.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / UNFINISHED)
+
+
+def read_unfinished(folder: Path) -> dict[str, Any] | None:
+    """Return what `mark_unfinished` wrote; None for any other folder."""
+    document = read_object(folder / UNFINISHED)
+    return document if document is not None and document.get("format") == UNFINISHED_FORMAT else None
 
 
 def read_work(folder: Path) -> str | None:
     """Return the work that an unfinished datastore is part of; None for any other folder."""
-    document = read_object(folder / UNFINISHED) or {}
-    return str(document.get("work")) if document.get("format") == UNFINISHED_FORMAT else None
+    document = read_unfinished(folder)
+    return None if document is None else str(document.get("work"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Return whether an unfinished datastore has all its keys and values."""
+    return (read_unfinished(folder) or {}).get("whole") is True
+
+
+def has_parts(folder: Path) -> bool:
+    """Return whether an unfinished datastore has parts with which the same work can go on."""
+    return read_unfinished(folder) is not None and (folder / DATASTORE).is_file()
+
+
+def take_up(place: Path, work: str) -> int | None:
+    """Return the lock of what a dead run of the same work has left, to go on with it; None if there is no such thing.
+
+    :param work: empty: never.
+    """
+    left = not place.is_symlink() and holds_lock(place) and _belongs_to(place, work)
+    return take_lock(place) if left else None
+
+
+def _belongs_to(folder: Path, work: str) -> bool:
+    """Whether a folder is an unfinished datastore of this work; those of older versions never are."""
+    document = read_unfinished(folder)
+    return bool(work) and document is not None and document.get("work") == work and "layers" in document
+
+
+def link_unfinished(target: Path, place: Path, work: str) -> None:
+    """Go on with an unfinished datastore of the same work, which stays where it is: its files get second names."""
+    if not _belongs_to(target, work):
+        return
+    try:
+        for name in sorted((files_of(target, DATASTORE) or frozenset()) - {LOCK}):
+            if (target / name).is_file():
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(target / name, place / name, follow_symlinks=False)
+    except OSError:  # a file system without links: all is made anew
+        for name in (UNFINISHED, DATASTORE):
+            (place / name).unlink(missing_ok=True)
 
 
 def working_folder(target: Path) -> Path:
@@ -273,13 +335,31 @@ def _check_writable(path: Path, field: str) -> None:
         raise InputError(f"`{field}` {path} cannot be made: {there} cannot be written; choose another `{field}`")
 
 
-def _store_files(document: Mapping[str, Any]) -> Iterator[str]:
+def _store_files(folder: Path, document: Mapping[str, Any]) -> Iterator[str]:
+    layers = list(document["layers"])
+    yield from (f"index/{layer}/{name}" for layer in layers for name in INDEX_FILES)
+    if document.get("version") == 1:
+        yield from _files_of_version_1(document)
+        return
+    yield from (f"{FRAME}/{layer}.npy" for layer in layers)
+    # Those of a killed process too, which no manifest lists.
+    for name in {*(one["name"] for one in document["parts"]), *_names_of_parts(folder)}:
+        yield from (f"{PARTS}/{name}/{file}" for file in (*PART_FILES, *(f"keys/{layer}.npy" for layer in layers)))
+
+
+def _names_of_parts(folder: Path) -> Iterator[str]:
+    if (folder / PARTS).is_dir():
+        names = (BEFORE_ITS_RENAME.sub(r"\1\2", path.name) for path in (folder / PARTS).iterdir())
+        yield from (name for name in names if re.fullmatch(PART_NAME, name))
+
+
+def _files_of_version_1(document: Mapping[str, Any]) -> Iterator[str]:
+    """Files of a datastore that is no longer read, but may be replaced."""
     yield document["documents"]["file"]
     yield from (one["file"] for one in document["values"])
-    for layer, entry in document["layers"].items():
+    for entry in document["layers"].values():
         yield entry["centre"]["file"]
         yield from (one["file"] for one in entry["shards"])
-        yield from (f"index/{layer}/{name}" for name in INDEX_FILES)
 
 
 def _places(given: Path) -> Iterator[Path]:

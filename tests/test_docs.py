@@ -15,7 +15,9 @@ from index.manifest import FORMAT as INDEX_FORMAT
 from index.manifest import IndexManifest, Recall, SavedFile
 from index.typed import CHECKSUM
 from knnlm.cli.entry import FOREIGN, app
-from knnlm.store.manifest import FORMAT, VERSION, LayerKeys, Manifest, Shard
+from knnlm.store.manifest import FORMAT, VERSION, LayerKeys, Manifest, PartEntry
+from knnlm.store.part import FORMAT as PART_FORMAT
+from knnlm.store.part import Part, Shard
 from tests.source_files import ROOT
 from tests.test_architecture import MAY_IMPORT
 
@@ -184,11 +186,17 @@ def test_every_field_of_the_manifest_is_described():
         "format",
         "version",
         CHECKSUM,
-        *(field.name for kind in (Manifest, LayerKeys, Shard) for field in fields(kind)),
+        *(field.name for kind in (Manifest, LayerKeys, Shard, PartEntry) for field in fields(kind)),
     }
     part = part_of_format("The manifest")
     assert {name for name in names if f"`{name}`" not in part} == set()
     assert f'`"{FORMAT}"`' in part and f"integer, {VERSION} |" in part
+
+
+def test_every_field_of_a_part_is_described():
+    part = part_of_format("A part")
+    assert {field.name for field in fields(Part) if f"`{field.name}`" not in part} == set()
+    assert f'`"{PART_FORMAT}"`' in part
 
 
 def test_every_field_of_an_index_is_described():

@@ -29,7 +29,7 @@ def make_ours(folder: Path) -> Path:
     """A datastore of one array; what it holds is of no interest here."""
     folder.mkdir()
     one = {"file": "keys"}
-    document = {"format": "knnlm-datastore", "documents": one, "values": [one], "layers": {}}
+    document = {"format": "knnlm-datastore", "version": 1, "documents": one, "values": [one], "layers": {}}
     write_json(folder / "datastore.json", document)
     (folder / "keys").write_text("old")
     return folder
@@ -501,9 +501,44 @@ def test_same_work_replaces_what_it_left_unfinished_and_other_work_does_not(tmp_
     (out / "mine").unlink()
     with new_folder(out, work="work") as folder:
         assert (out / "keys").exists()
+        assert names(folder) == [LOCK, "datastore.json", "keys", UNFINISHED]  # the work goes on with what is there
         (folder / "new").write_text("new")
         mark_unfinished(folder, "work")
-    assert names(tmp_path) == ["out"] and names(out) == ["new"]
+    assert names(tmp_path) == ["out"] and names(out) == ["datastore.json", "keys", "new"]
+
+
+def test_overwrite_goes_on_with_nothing(tmp_path):
+    out = make_ours(tmp_path / "out")
+    mark_unfinished(out, "work")
+    with new_folder(out, work="work", overwrite=True) as folder:
+        assert names(folder) == [LOCK]
+    assert names(tmp_path) == ["out"] and names(out) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_finished_parts_stay_under_the_hidden_name(tmp_path, error):
+    out = tmp_path / "out"
+    with pytest.raises(error) as caught, new_folder(out, work="work") as folder:
+        mark_unfinished(folder, "work", whole=False)
+        write_json(folder / "datastore.json", {"parts": 1})
+        raise error
+    assert names(tmp_path) == [".out.partial"]
+    assert caught.value.__notes__ == ["what is finished is kept: the same command goes on with it"]
+    with new_folder(out, work="work") as folder:
+        assert names(folder) == [LOCK, "datastore.json", UNFINISHED]
+    assert names(tmp_path) == ["out"] and names(out) == ["datastore.json"]
+
+
+@pytest.mark.parametrize(("work", "overwrite"), [("other work", False), ("", False), ("work", True)])
+def test_other_work_and_overwrite_begin_anew(tmp_path, work, overwrite):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), new_folder(out, work="work") as folder:
+        mark_unfinished(folder, "work", whole=False)
+        write_json(folder / "datastore.json", {"parts": 1})
+        raise KeyboardInterrupt
+    with new_folder(out, work=work, overwrite=overwrite) as folder:
+        assert names(folder) == [LOCK]
+    assert names(tmp_path) == ["out"] and names(out) == []
 
 
 KILLED_WHEN_WHOLE = """

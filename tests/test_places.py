@@ -30,12 +30,12 @@ def store(tmp_path: Path) -> Path:
     """A datastore of two layers, one with an index."""
     folder = tmp_path / "store"
     folder.mkdir()
-    with DatastoreWriter(folder, {"0.ffn_input": 4, "final_norm": 4}, shard_rows=3) as writer:
+    with DatastoreWriter(folder, {"0.ffn_input": 4, "final_norm": 4}, fingerprint={}, context=8, stride=4) as writer:
         writer.begin_document(0, "a", 1)
         writer.append_values(np.arange(8))
         for layer in ("0.ffn_input", "final_norm"):
             writer.append_keys(layer, np.ones((8, 4), np.float32))
-        writer.finish(fingerprint={}, context=8, stride=4)
+        writer.finish()
     (folder / "index" / "final_norm").mkdir(parents=True)
     (folder / "index" / "final_norm" / "index.json").write_text("{}")
     write_json(folder / "report.json", {"format": "knnlm-report", "kind": "eval"})
@@ -66,9 +66,10 @@ def test_all_of_a_datastore_is_ours(store: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("notes.txt", ".git/config", "nested/datastore.json", "keys/mine.npy", "keys/final_norm/00007.npy"),
-        *("index/mine", "index/final_norm/mine", "index/.final_norm.partial-mine/x", "empty/", "keys/empty/"),
-        *(".datastore.json.partial-7", "values-00009.npy"),
+        *("notes.txt", ".git/config", "nested/datastore.json", "keys/mine.npy", "frame/mine.npy"),
+        *("index/mine", "index/final_norm/mine", "index/.final_norm.partial-mine/x", "empty/", "frame/empty/"),
+        *(".datastore.json.partial-7", "parts/mine", "parts/00001-0123abc/values.npy", "parts/00001-0123abcd/mine"),
+        "parts/00001-0123abcd/keys/mine.npy",
     ],
 )
 def test_what_the_manifest_does_not_list_is_kept(store: Path, name: str) -> None:
@@ -91,7 +92,7 @@ def test_first_three_names_are_said(store: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["link", "link to a folder", "fifo", "folder"])
 def test_what_is_no_regular_file_is_not_ours(store: Path, tmp_path: Path, kind: str) -> None:
-    place = store / ("keys" if kind == "link to a folder" else "documents.npy")
+    place = store / ("parts" if kind == "link to a folder" else "frame/final_norm.npy")
     place.rename(tmp_path / "elsewhere")
     if kind == "fifo":
         os.mkfifo(place)
@@ -99,7 +100,7 @@ def test_what_is_no_regular_file_is_not_ours(store: Path, tmp_path: Path, kind: 
         place.mkdir()
     else:
         place.symlink_to(tmp_path / "elsewhere")
-    refused(store, f"holds {place.name}, which")
+    refused(store, f"holds {place.relative_to(store)}, which")
 
 
 def test_leftovers_of_a_killed_process_inside_a_datastore_are_ours(store: Path) -> None:
@@ -107,6 +108,9 @@ def test_leftovers_of_a_killed_process_inside_a_datastore_are_ours(store: Path) 
     (store / "index" / ".0.ffn_input.partial-0123abcd").mkdir()
     (store / "index" / ".0.ffn_input.partial-0123abcd" / "index.faiss").write_text("half")
     (store / ".knnlm-lock").write_text("")
+    for name in ("00001-0123abcd", ".00002-00000000.partial-0123abcd"):
+        (store / "parts" / name / "keys").mkdir(parents=True)
+        (store / "parts" / name / "keys" / "final_norm.npy").write_text("half")
     with new_folder(store, overwrite=True):
         pass
     assert [path.name for path in store.parent.rglob("*")] == ["store"]
@@ -133,8 +137,8 @@ def test_damaged_manifest_is_of_no_datastore(tmp_path: Path, content: str) -> No
 def test_manifest_that_names_files_elsewhere_removes_none_of_them(store: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     manifest = json.loads((store / "datastore.json").read_text())
-    manifest["values"].append({"file": "../mine"})
-    manifest["values"].append({"file": str(tmp_path / "mine")})
+    manifest["parts"].append({"name": "../../mine"})
+    manifest["layers"] |= {"../../mine": {}, str(tmp_path / "mine"): {}}
     write_json(store / "datastore.json", manifest)
     with new_folder(store, overwrite=True):
         pass

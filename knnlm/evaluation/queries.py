@@ -67,7 +67,15 @@ def open_queries(
     total, scorer = count_targets(documents), TargetScorer(lm)
     with temporary_folder("knnlm-queries-") as folder:
         dims = {name: lm.dims[name] for name in layers}
-        writer = DatastoreWriter(folder, dims, key_dtype="float32", named_by="TMPDIR")
+        writer = DatastoreWriter(
+            folder,
+            dims,
+            fingerprint=lm.fingerprint,
+            context=config.context,
+            stride=config.stride,
+            key_dtype="float32",
+            named_by="TMPDIR",
+        )
         with writer, progress.stage("evaluation text through the model", "tokens") as advance:
             collect(
                 lm,
@@ -79,7 +87,7 @@ def open_queries(
                 targets=scorer,
                 advance=lambda done, _: advance(done, total),
             )
-            writer.finish(context=config.context, stride=config.stride, fingerprint=lm.fingerprint)
+            writer.finish()
         targets, sizes = scorer.targets(), target_sizes(documents)
         parts = split_parts(targets.documents_N, fitted=fitted)
         yield Queries(Datastore.open(folder), parts, targets.targets_N, targets.log_probs_N, targets.documents_N, sizes)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from knnlm.config import BATCH_TOKENS
 from knnlm.errors import InputError
 from knnlm.extraction.passes import forward, forward_to_head
+from knnlm.extraction.scorer_state import ScorerState
 from knnlm.extraction.sinks import TargetScorer, make_sinks
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Advance, ignore
@@ -18,6 +19,7 @@ from knnlm.scores.dispersion import Span
 from knnlm.scores.layer_scorer import LayerScorer
 from knnlm.store.writer import DatastoreWriter
 from knnlm.text.clusters import CLUSTER_TOKENS
+from knnlm.text.part_plan import in_parts
 from knnlm.text.windows import Batch, Fingerprint, TokenDocument, Window, WindowConfig, batches, windows
 
 
@@ -40,6 +42,7 @@ def collect(
     scorer: LayerScorer | None = None,
     writer: DatastoreWriter | None = None,
     targets: TargetScorer | None = None,
+    state: ScorerState | None = None,
     advance: Advance = ignore,
     stop: Callable[[LayerScorer], bool] | None = None,
 ) -> Collected:
@@ -47,6 +50,7 @@ def collect(
 
     :param layers: layers whose vectors the scorer and the writer get.
     :param targets: gets the vectors that enter the head, and scores every target.
+    :param state: keeps the scorer between parts, so that it too goes on where the writer does.
     :param stop: called after every batch; True ends the pass early.
     :raises ModelError: a layer gives NaN or infinite values; names the layer, the document and the position.
     :raises InputError: no document has two tokens.
@@ -54,11 +58,14 @@ def collect(
     fingerprint, clusters, sinks = Fingerprint(), _Clusters(), make_sinks(layers, scorer, writer)
     receivers = [sink.receive for sink in sinks]
     tokens = last_document = 0
-    for batch in batches(windows(_fingerprinted(documents, fingerprint), config), batch_tokens):
+    text = windows(_fingerprinted(documents, fingerprint), config)
+    for is_stored, batch in _batches(text, batch_tokens, writer, state):
         spans = clusters.spans(batch)
         for sink in sinks:
             sink.begin(batch, spans)
-        if targets is None:
+        if is_stored:
+            pass
+        elif targets is None:
             forward(lm, batch, layers, *receivers)
         else:
             targets.add(batch, spans, forward_to_head(lm, batch, layers, *receivers))
@@ -69,6 +76,18 @@ def collect(
     if not tokens:
         raise InputError("the text has fewer than two tokens, so there is no next token to learn from; give more text")
     return Collected(tokens, last_document + 1, fingerprint.hexdigest())
+
+
+def _batches(
+    text: Iterable[Window], batch_tokens: int, writer: DatastoreWriter | None, state: ScorerState | None
+) -> Iterator[tuple[bool, Batch]]:
+    """All batches, none over the border of two parts, and whether the writer has the part already."""
+    for number, part in enumerate(in_parts(text, None if writer is None else writer.part_rows)):
+        is_stored = writer is not None and writer.begin_part()
+        if state is not None and not is_stored:
+            state.between_parts(number)
+        for batch in batches(part, batch_tokens):
+            yield is_stored, batch
 
 
 def _fingerprinted(documents: Iterable[TokenDocument], fingerprint: Fingerprint) -> Iterator[TokenDocument]:

@@ -79,8 +79,9 @@ class _Store(Sink):
         """Before the forward pass."""
         super().begin(batch, spans)
         for window in batch.windows:
-            if window.document != self._document:
-                self._writer.begin_document(int(window.inputs[0]), window.source, window.number)
+            if window.document != self._document or self._writer.needs_document:
+                first, start = int(window.inputs[window.first]), window.start + window.first
+                self._writer.begin_document(first, window.source, window.number, start=start)
                 self._document = window.document
             self._writer.append_values(window.targets[window.first :])
 

@@ -15,6 +15,7 @@ from knnlm.evaluation.overlap import overlap_warning
 from knnlm.evaluation.queries import Queries, check_evaluation, open_queries
 from knnlm.evaluation.summary import summarize
 from knnlm.extraction.collect import Collected, collect
+from knnlm.extraction.scorer_state import ScorerState
 from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import check_count
 from knnlm.layer_names import select_layers
@@ -45,34 +46,41 @@ def extract(
 ) -> ScoreResult:
     """Write the layers' keys to the folder in one pass, with their scores and the choice in its manifest.
 
+    Parts that the folder holds already are not made again.
+
     :param total: approximate number of tokens, for the progress bar.
     :param sampled: scores by which the layers were already chosen; they are kept instead of new ones.
     """
-    dims = {name: job.lm.dims[name] for name in layers}
+    lm, dims = job.lm, {name: job.lm.dims[name] for name in layers}
     scorer = None if sampled else LayerScorer(dims, seed=job.settings.seed)
-    with DatastoreWriter(folder, dims, key_dtype=job.settings.key_dtype) as writer:
+    with DatastoreWriter(
+        folder,
+        dims,
+        fingerprint=lm.fingerprint,
+        context=job.window.context,
+        stride=job.window.stride,
+        key_dtype=job.settings.key_dtype,
+        resume=True,
+    ) as writer:
+        state = ScorerState(folder, scorer, writer) if scorer else None
         with job.progress.stage("extracting keys", "tokens") as advance:
             collected = collect(
-                job.lm,
+                lm,
                 documents,
                 job.window,
                 layers,
                 batch_tokens=job.batch_tokens,
                 scorer=scorer,
                 writer=writer,
+                state=state,
                 advance=toward(total, advance),
             )
         check_count(job.settings.knn, collected.tokens)
         scored = _score_result(job, scorer, collected) if scorer else sampled
         assert scored is not None
-        writer.finish(
-            fingerprint=job.lm.fingerprint,
-            context=job.window.context,
-            stride=job.window.stride,
-            corpus=collected.fingerprint,
-            scores=score_document(scored),
-            versions=versions(),
-        )
+        writer.finish(corpus=collected.fingerprint, scores=score_document(scored), versions=versions())
+        if state is not None:
+            state.remove()
     return scored
 
 

@@ -22,6 +22,7 @@ from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import is_exact, searched_layers
 from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
+from knnlm.pipeline.begun import Begun, begin, mark_whole, read_begun
 from knnlm.pipeline.job import Clock, Job, Paths
 from knnlm.pipeline.plan import check_choice, check_query_room, estimate_tokens, make_plan
 from knnlm.pipeline.steps import (
@@ -34,11 +35,11 @@ from knnlm.pipeline.steps import (
     split_text,
     windows_like,
 )
-from knnlm.places import as_list, mark_unfinished, work_of
+from knnlm.places import as_list, work_of
 from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
 from knnlm.store.datastore import Datastore, as_datastore
-from knnlm.text.windows import count_targets
+from knnlm.text.windows import TokenDocument, count_targets
 
 
 def score(
@@ -75,18 +76,23 @@ def build(
     settings = settings or Settings()
     job, work = Job(lm, settings, progress or Silent()), work_of("build", lm.name, text, settings)
     with new_folder(out, overwrite=overwrite, inputs=(lm.name, *as_list(text)), work=work) as folder:
-        wanted = settings.layers
-        check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), settings)
         total = estimate_tokens(lm, text, settings.text)
-        sampled = choose_on_sample(job, text, total)
-        named = sampled.choice.layer if sampled else wanted.layers or wanted.select
-        layers = select_layers(named, lm.layer_names)
-        scored = extract(job, job.documents(text), layers, folder, total=total, sampled=sampled)
-        mark_unfinished(folder, work)
+        begun = read_begun(folder) or _begin_build(job, text, total, folder, work)
+        scored = extract(job, job.documents(text), begun.layers, folder, total=total, sampled=begun.scored)
+        mark_whole(folder, work, begun, scored)
         _, warnings = try_index(Datastore.open(folder), scored.choice.layer, settings, job.progress)
         for warning in warnings:
             job.progress.note(warning)
     return Datastore.open(Path(out))
+
+
+def _begin_build(job: Job, text: Paths, total: int | None, folder: Path, work: str) -> Begun:
+    """Choose what is stored, and write that down."""
+    lm, wanted = job.lm, job.settings.layers
+    check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
+    sampled = choose_on_sample(job, text, total)
+    named = sampled.choice.layer if sampled else wanted.layers or wanted.select
+    return begin(folder, work, select_layers(named, lm.layer_names), sampled)
 
 
 def evaluate(
@@ -137,7 +143,8 @@ def run(
     If the index cannot be built, the result has a warning.
 
     `out` appears only once it is complete. If a run fails or is stopped after the keys are stored, and nothing was at
-    `out`, the datastore is kept there without the rest.
+    `out`, the datastore is kept there without the rest. The same call goes on with what is finished, unless `overwrite`
+    is given.
 
     :param report: called with the result and the folder that becomes `out`, to write further files into it.
     :raises DatastoreExists: `out` exists and must not be replaced; nothing was done.
@@ -150,12 +157,12 @@ def run(
             given = job.evaluation_documents(eval_text) if eval_text else None
             if given is not None:
                 check_evaluation(given)
-            plan = make_plan(lm, text, folder, job.settings, given)
-            job.progress.note(plan.sentence)
+            begun = read_begun(folder) or _begin_run(job, text, given, folder, work)
             training, evaluation = split_text(job, text, given)
-            scored = extract(job, training, plan.layers, folder, total=plan.tokens)
+            total = estimate_tokens(lm, text, settings.text)
+            scored = extract(job, training, begun.layers, folder, total=total, sampled=begun.scored)
             documents = evaluation()
-        mark_unfinished(folder, work)
+        mark_whole(folder, work, begun, scored)
         store = Datastore.open(folder)
         with (
             clock.time("evaluate and index"),
@@ -167,3 +174,10 @@ def run(
         if report is not None:
             report(result, folder)
     return result
+
+
+def _begin_run(job: Job, text: Paths, given: list[TokenDocument] | None, folder: Path, work: str) -> Begun:
+    """Plan what is stored, and write that down."""
+    plan = make_plan(job.lm, text, folder, job.settings, given)
+    job.progress.note(plan.sentence)
+    return begin(folder, work, plan.layers)

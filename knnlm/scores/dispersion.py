@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +197,26 @@ class DispersionScorer:
         self._within_segments += other._within_segments
         self._last_sum_D += other._last_sum_D
         self._num_segments += other._num_segments
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return all that it keeps, as arrays."""
+        groups = sorted(self._group_sums)
+        return {
+            "groups": np.array(groups, np.int64),
+            "counts": np.array([self._group_counts[group] for group in groups], np.int64),
+            "sums": np.array([self._group_sums[group] for group in groups], np.float64).reshape(-1, self.dim),
+            "last": self._last_sum_D,
+            "within": np.array(self._within_sum),
+            "segments": np.array([self._within_segments, self._num_segments], np.int64),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take the place of the scorer that gave this state."""
+        groups = state["groups"].tolist()
+        self._group_counts = dict(zip(groups, state["counts"].tolist(), strict=True))
+        self._group_sums = dict(zip(groups, state["sums"].copy(), strict=True))
+        self._last_sum_D, self._within_sum = state["last"].copy(), float(state["within"])
+        self._within_segments, self._num_segments = state["segments"].tolist()
 
     def result(self) -> DispersionResult:
         """The scores so far.

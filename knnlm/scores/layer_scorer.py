@@ -121,6 +121,20 @@ class LayerScorer:
         self._dispersion[name].add_batch(vectors_BTD, self._spans)
         self._samples[name].write(vectors_BTD, self._update)
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return what it keeps of all layers, as arrays, except what `begin_batch` alone determines."""
+        kept = {f"{name} sample": sample.sample().vectors_MD for name, sample in self._samples.items()}
+        for name, scorer in self._dispersion.items():
+            kept |= {f"{name} {what}": array for what, array in scorer.state().items()}
+        return kept
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take the place of the scorer that gave this state; every batch before it was begun again."""
+        for name, scorer in self._dispersion.items():
+            own = {key.removeprefix(f"{name} "): array for key, array in state.items() if key.startswith(f"{name} ")}
+            self._samples[name].restore(own["sample"])
+            scorer.restore(own)
+
     def dispersion(self, name: str) -> float:
         """Return the layer's pooled dispersion so far."""
         return self._dispersion[name].result().pooled

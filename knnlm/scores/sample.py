@@ -120,6 +120,10 @@ class LayerSample:
         position_U = torch.from_numpy(update.position_U).to(vectors_BTD.device)
         self._vectors_MD[update.slot_U] = vectors_BTD.detach()[row_U, position_U].float().cpu().numpy()
 
+    def restore(self, vectors_MD: Float32) -> None:
+        """Take the vectors of the sample that the plan has drawn so far."""
+        self._vectors_MD[: len(vectors_MD)] = vectors_MD
+
     def sample(self) -> Sample:
         """Return the sample so far, as a view that is valid until the next write."""
         return Sample(self._vectors_MD[: self._plan.size], self._plan.next_token_M, self._plan.cluster_M)

@@ -1,13 +1,12 @@
 """A datastore on disk: the keys of one or more layers of a model over a text, and the token that followed each.
 
     nursing.knn/
-      datastore.json                 the manifest, written last: counts, checksums, the model's fingerprint, scores
-      values-00000.npy ...           int32 next tokens in the text's order, shared by all layers
-      documents.npy                  int64 [documents, 4]: first row among the values, first token (no value, as it
-                                     has no predecessor), number of its source, number inside the source
-      keys/11.ffn_input/00000.npy    float16 or float32 [n, D]: (vector - centre) / scale
-      keys/11.ffn_input/centre.npy   float32 [D]
-      index/11.ffn_input/...         written by the index package
+      datastore.json              the manifest, written last: the frame, the parts, scores
+      frame/11.ffn_input.npy      the centre of a layer's keys
+      parts/00000-5f1c09aa/       values, documents and keys (knnlm.store.part), which never change
+      index/11.ffn_input/...      written by the index package
+
+Documents can be removed: their rows stay in their part, but nobody sees them. Rows are numbered over all that count.
 
 Subtracting a constant from all vectors does not change squared L2, but reduces rounding in float16: the constant is the
 centre, the mean of the layer's first few thousand vectors. File headers are checked against the manifest when a
@@ -18,35 +17,35 @@ Legend: N keys, D dimension.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import CorruptIndex
-from index.mapped import OpenFolder, Stamp, stamp_of
+from index.mapped import OpenFolder, stamp_of
 from index.saved import SavedIndex
 from knnlm.errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch
 from knnlm.files import disk_error, write_json
 from knnlm.locks import locked
+from knnlm.places import PARTS
 from knnlm.progress import Advance
 from knnlm.shown import brief
+from knnlm.store.document_table import PartDocuments, document_table, live_rows
 from knnlm.store.hub import on_disk, refuse_cached
 from knnlm.store.keys import Keys
-from knnlm.store.manifest import NAME, LayerKeys, Manifest, Shard, open_folder, read_manifest
-from knnlm.store.npy import map_npy
+from knnlm.store.live import LiveRows
+from knnlm.store.manifest import MODEL_PARTS, NAME, LayerKeys, Manifest, centre_file, open_folder, read_manifest
+from knnlm.store.npy import digest_of
+from knnlm.store.opening import is_changed, map_file, open_saved_index
+from knnlm.store.part import DOCUMENTS, VALUES, PartFile, part_files, read_part
 
-# Two models with these hashes in common give the same vectors. The name may differ: folders move.
-MODEL_PARTS = ("config", "weights", "tokenizer")
-VERIFY_BYTES = 1 << 24
 # The end of the name of a file or an index that is being written.
 PARTIAL = "partial-" + 8 * "[0-9a-f]"
 # Attempts to open a datastore that is replaced meanwhile.
@@ -72,8 +71,9 @@ class Datastore:
         self._keys: dict[str, Keys] = {}
         self._changing = False
         # Opens every file now: later its name may refer to another file.
-        self._files = {one.shard.file: _map_file(opened, one) for one in _described(manifest)}
-        self._indexes = {layer: _open_index(self.index_folder(layer)) for layer in manifest.indexes}
+        self._parts = tuple(read_part(opened, entry.name, entry.checksum) for entry in manifest.parts)
+        self._files = {one.file: map_file(opened, one) for one in self._described()}
+        self._indexes = {layer: open_saved_index(self.index_folder(layer)) for layer in manifest.indexes}
 
     @classmethod
     def open(cls, folder: str | Path) -> Datastore:
@@ -88,6 +88,7 @@ class Datastore:
         for found in store._files.values():
             if isinstance(found, DatastoreCorrupt):
                 raise found
+        store._live  # noqa: B018  (removals that do not fit are refused now)
         return store
 
     @classmethod
@@ -96,14 +97,15 @@ class Datastore:
         folder = on_disk(folder, cls.look)
         for _ in range(OPENINGS):
             with open_folder(Path(folder)) as opened:
+                manifest = read_manifest(opened)
                 try:
-                    store = cls(Path(folder), read_manifest(opened), opened)
+                    store = cls(Path(folder), manifest, opened)
                 except DatastoreError:
-                    if not opened.is_replaced:
+                    if not is_changed(opened, manifest):
                         raise
                     continue
                 broken = any(isinstance(found, DatastoreCorrupt) for found in store._files.values())
-                if not (broken and opened.is_replaced):
+                if not (broken and is_changed(opened, manifest)):
                     return store
         raise DatastoreError(f"{folder} is replaced again and again while it is opened; try again when that is over")
 
@@ -138,22 +140,44 @@ class Datastore:
     def values(self) -> NDArray[np.int32]:
         """The next token of each key, int32 [N], read-only.
 
-        Memory-mapped if it is one shard (up to 536 million tokens), else loaded (4 x N bytes). The checksum is checked,
-        which is quick compared with reading keys: a token outside the vocabulary could crash the process anywhere.
+        Memory-mapped if it is one part without removals, else loaded (4 x N bytes). The checksum is checked, which is
+        quick compared with reading keys: a token outside the vocabulary could crash the process anywhere.
         :raises DatastoreCorrupt: the values have changed since they were written.
         """
-        shards = [self._checked_array(shard) for shard in self._manifest.values]
-        values: NDArray[np.int32] = shards[0] if len(shards) == 1 else np.concatenate(shards)
+        parts = [self._checked_array(one) for one in self._described(()) if one.file.endswith(f"/{VALUES}")]
+        values: NDArray[np.int32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._live is not None:
+            values = self._live.pick(values)
         values.flags.writeable = False
         return values
 
-    @cached_property
+    @property
     def documents(self) -> NDArray[np.int64]:
-        """int64 [documents, 4]: first row, first token, place in `manifest.sources`, number in the source.
+        """int64 [documents, 4]: first row, first token, place in `sources`, number in the source.
 
-        :raises DatastoreCorrupt: the file has changed since it was written.
+        :raises DatastoreCorrupt: a file has changed since it was written.
         """
-        return self._checked_array(self._manifest.documents)
+        return self._table[0]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the texts; the third column of `documents` counts in them. Raises as `documents`."""
+        return self._table[1]
+
+    @cached_property
+    def _table(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        return document_table(self.part_documents, self._live)
+
+    @cached_property
+    def part_documents(self) -> tuple[PartDocuments, ...]:
+        """The documents of each part, removed ones too. Raises as `documents`."""
+        found = [self._checked_array(one) for one in self._described(()) if one.file.endswith(f"/{DOCUMENTS}")]
+        return tuple(map(PartDocuments, self._manifest.parts, self._parts, found))
+
+    @cached_property
+    def _live(self) -> LiveRows | None:
+        """The rows that count; None: all."""
+        return live_rows(self.part_documents) if any(part.removed for part in self._manifest.parts) else None
 
     def keys(self, layer: str) -> Keys:
         """Return the layer's keys: vector - centre, in float32.
@@ -163,8 +187,9 @@ class Datastore:
         """
         if layer not in self._keys:
             entry = self._layer(layer)
-            centre = np.array(self._checked_array(entry.centre))
-            self._keys[layer] = Keys([self._array(one) for one in entry.shards], centre, entry.scale)
+            centre_of, *parts = [one for one in self._described({layer}) if one.layer]
+            centre = np.array(self._checked_array(centre_of))
+            self._keys[layer] = Keys([self._array(one) for one in parts], centre, entry.scale, live=self._live)
         return self._keys[layer]
 
     def saved_index(self, layer: str) -> SavedIndex:
@@ -173,7 +198,7 @@ class Datastore:
         :raises index.errors.CorruptIndex: there is no index, or one of its files is missing or short.
         """
         if layer not in self._indexes:
-            self._indexes[layer] = _open_index(self.index_folder(layer))
+            self._indexes[layer] = open_saved_index(self.index_folder(layer))
         found = self._indexes[layer]
         if isinstance(found, CorruptIndex):
             raise found
@@ -187,7 +212,7 @@ class Datastore:
     def document_of(self, row: int) -> tuple[str, int]:
         """Return the name of the source of a row's document, and the document's number in it."""
         _, _, source, number = self.documents[self._document(row)].tolist()
-        return self._manifest.sources[source], number
+        return self.sources[source], number
 
     def context(self, row: int, width: int) -> NDArray[np.int32]:
         """Return the `width` tokens before the value of a row, or all that its document has."""
@@ -231,12 +256,12 @@ class Datastore:
         :param advance: called with the bytes read and their total.
         :param layers: check only the keys of these layers; None: all.
         """
-        files = list(_described(self._manifest, layers))
+        files = list(self._described(layers))
         total = sum(one.data_bytes for one in files)
         problems: list[str] = []
         done = 0
         for one in files:
-            problems += self._problems(one.shard)
+            problems += self._problems(one)
             done += one.data_bytes
             advance(done, total)
         return tuple(problems or self._document_problems())
@@ -246,12 +271,12 @@ class Datastore:
 
         :raises DatastoreCorrupt: a file was written to and has changed; results obtained meanwhile may be wrong.
         """
-        for one in _described(self._manifest):
-            found = self._files[one.shard.file]
-            now = stamp_of(self.folder / one.shard.file)
+        for one in self._described():
+            found = self._files[one.file]
+            now = stamp_of(self.folder / one.file)
             if isinstance(found, DatastoreCorrupt) or now is None or now[:2] != found.stamp[:2] or now == found.stamp:
                 continue
-            for problem in self._problems(one.shard):
+            for problem in self._problems(one):
                 raise DatastoreCorrupt(f"{problem}; it was written to while it was read, so that no result is shown")
 
     def describe(self) -> dict[str, Any]:
@@ -261,8 +286,11 @@ class Datastore:
             "folder": str(self.folder),
             "model": manifest.model,
             "keys": manifest.count,
-            "documents": manifest.documents.rows,
-            "sources": len(manifest.sources),
+            "documents": len(self.documents),
+            "sources": len(self.sources),
+            "parts": len(manifest.parts),
+            "removed": sum(part.rows - part.live for part in manifest.parts),
+            "generation": manifest.generation,
             "layers": {name: self._describe_keys(one) for name, one in manifest.layers.items()},
             "context": manifest.context,
             "stride": manifest.stride,
@@ -324,7 +352,7 @@ class Datastore:
 
     def _read_again(self) -> None:
         ours, now = self._manifest, read_manifest(self.folder)
-        if (now.layers, now.values, now.documents) != (ours.layers, ours.values, ours.documents):
+        if (now.frame, now.parts) != (ours.frame, ours.parts):
             raise DatastoreMismatch(f"{self.folder} is another datastore than the one that was opened; open it again")
         self._manifest = now
 
@@ -332,6 +360,7 @@ class Datastore:
         old = self._manifest
         new = replace(
             old,
+            generation=old.generation + 1,
             scores=old.scores if scores is None else scores,
             fitted=old.fitted if fitted is None else fitted,
             indexes={**old.indexes, **indexes},
@@ -355,88 +384,41 @@ class Datastore:
             raise IndexError(f"row {row} of {self.count} keys")
         return int(np.searchsorted(self.documents[:, 0], row, side="right")) - 1
 
-    def _array(self, shard: Shard) -> NDArray[Any]:
-        found = self._files[shard.file]
+    def _described(self, layers: Collection[str] | None = None) -> Iterator[PartFile]:
+        """All files of the frame and the parts; with `layers`, the shared files and those of these layers."""
+        wanted = {name: one for name, one in self._manifest.layers.items() if layers is None or name in layers}
+        for name, layer in wanted.items():
+            yield PartFile(centre_file(name), layer.centre, "float32", (), name)
+        kinds = {name: (layer.dim, layer.dtype) for name, layer in wanted.items()}
+        for entry, part in zip(self._manifest.parts, self._parts, strict=True):
+            yield from part_files(entry.name, part, kinds)
+
+    def _array(self, one: PartFile) -> NDArray[Any]:
+        found = self._files[one.file]
         if isinstance(found, DatastoreCorrupt):
             raise found
         return found.array
 
-    def _checked_array(self, shard: Shard) -> NDArray[Any]:
+    def _checked_array(self, one: PartFile) -> NDArray[Any]:
         """The array of a small file, verified: it is read as a whole anyway."""
-        for problem in self._problems(shard):
+        for problem in self._problems(one):
             raise DatastoreCorrupt(problem)
-        return self._array(shard)
+        return self._array(one)
 
-    def _problems(self, shard: Shard) -> Iterator[str]:
-        path = self.folder / shard.file
+    def _problems(self, one: PartFile) -> Iterator[str]:
+        path = self.folder / one.file
         try:
-            data = self._array(shard).reshape(-1)
+            data = self._array(one).reshape(-1)
         except DatastoreCorrupt as error:
             yield str(error)
             return
-        digest, finite = hashlib.sha256(), True
-        step = VERIFY_BYTES // data.itemsize
-        for start in range(0, len(data), step):
-            part = data[start : start + step]
-            digest.update(part.data)
-            finite &= part.dtype.kind != "f" or bool(np.isfinite(part).all())
-        if digest.hexdigest() != shard.sha256:
+        digest, finite = digest_of(data)
+        if digest != one.shard.sha256:
             yield f"{path} has changed: its data do not give the checksum in the manifest; build the datastore again"
         if not finite:
             yield f"{path} holds NaN or infinite values; build the datastore again"
 
     def _document_problems(self) -> Iterator[str]:
-        first_rows, _, sources, _ = self.documents.T
-        if (
-            not len(first_rows)
-            or first_rows[0]
-            or first_rows[-1] > self.count
-            or np.any(np.diff(first_rows) < 0)
-            or not np.all((sources >= 0) & (sources < len(self._manifest.sources)))
-        ):
-            yield f"{self.folder / self._manifest.documents.file} does not fit the values; build the datastore again"
-
-
-class _Described(NamedTuple):
-    """A file of the manifest, with the type of its numbers and the shape of a row."""
-
-    shard: Shard
-    dtype: str
-    row_shape: tuple[int, ...]
-
-    @property
-    def data_bytes(self) -> int:
-        return self.shard.rows * math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
-
-
-class _File(NamedTuple):
-    """A mapped file."""
-
-    array: NDArray[Any]
-    stamp: Stamp
-
-
-def _described(manifest: Manifest, layers: Collection[str] | None = None) -> Iterator[_Described]:
-    """All files of the manifest; with `layers`, the shared files and the keys of these layers."""
-    yield _Described(manifest.documents, "int64", (4,))
-    for shard in manifest.values:
-        yield _Described(shard, "int32", ())
-    for name, layer in manifest.layers.items():
-        if layers is None or name in layers:
-            yield _Described(layer.centre, "float32", ())
-            for shard in layer.shards:
-                yield _Described(shard, layer.dtype, (layer.dim,))
-
-
-def _map_file(opened: OpenFolder, one: _Described) -> _File | DatastoreCorrupt:
-    try:
-        return _File(*map_npy(opened, one.shard.file, one.dtype, (one.shard.rows, *one.row_shape)))
-    except DatastoreCorrupt as error:
-        return error
-
-
-def _open_index(folder: Path) -> SavedIndex | CorruptIndex:
-    try:
-        return SavedIndex.open(folder)
-    except CorruptIndex as error:
-        return error
+        for one in self.part_documents:
+            if problem := one.problem():
+                yield f"{self.folder / PARTS / one.entry.name / DOCUMENTS} {problem}; build the datastore again"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from knnlm.config import METRICS
 from knnlm.errors import InputError
 from knnlm.store.half import to_float32
+from knnlm.store.live import LiveRows
 
 # Rows that `take` gathers at a time: the float16 copy between the file and the float32 result stays in cache.
 TAKE_ROWS = 1 << 10
@@ -30,12 +31,21 @@ class Keys:
     float16 and BLAS is much smaller for small numbers.
     """
 
-    def __init__(self, shards: Sequence[NDArray[Any]], centre: Floats, scale: float = 1.0, metric: str = "l2") -> None:
+    def __init__(
+        self,
+        shards: Sequence[NDArray[Any]],
+        centre: Floats,
+        scale: float = 1.0,
+        metric: str = "l2",
+        live: LiveRows | None = None,
+    ) -> None:
+        """:param live: the rows of the shards that count; None: all."""
         self.centre = centre
         """float32 [D], the constant that was subtracted from every vector."""
         self.metric = _checked(metric)
         self._shards, self._scale = tuple(shards), np.float32(scale)
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._live = live
 
     @property
     def dim(self) -> int:
@@ -43,7 +53,7 @@ class Keys:
         return len(self.centre)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._live is None else len(self._live)
 
     def for_metric(self, metric: str) -> Keys:
         """Return the keys transformed such that an index's distance is the metric's, up to a constant per query.
@@ -52,7 +62,7 @@ class Keys:
         which shifts all of a query's inner products by one number and leaves p_kNN unchanged.
         :raises InputError: an unknown metric.
         """
-        return Keys(self._shards, self.centre, float(self._scale), metric)
+        return Keys(self._shards, self.centre, float(self._scale), metric, self._live)
 
     def prepare_queries(self, vectors_QD: NDArray[Any], metric: str | None = None) -> Floats:
         """Return raw vectors of the layer as queries under a metric (by default this view's), a new array [Q, D]."""
@@ -74,13 +84,21 @@ class Keys:
         stop = min(stop, len(self))
         if not 0 <= start <= stop:
             raise IndexError(f"rows {start} to {stop} of {len(self)} keys")
-        rows_ND = np.empty((stop - start, self.dim), np.float32)
-        for shard, end in zip(self._shards, self._ends.tolist(), strict=True):
-            first, last = max(start, end - len(shard)), min(stop, end)
-            if first < last:
-                begin = end - len(shard)
-                _copy(shard[first - begin : last - begin], rows_ND[first - start : last - start])
+        rows_ND, done = np.empty((stop - start, self.dim), np.float32), 0
+        for first, last in [(start, stop)] if self._live is None else self._live.runs(start, stop):
+            self._read(first, last, rows_ND[done : done + last - first])
+            done += last - first
         return self._finish(rows_ND)
+
+    def _read(self, start: int, stop: int, rows_ND: Floats) -> None:
+        """Stored rows start to stop."""
+        for number in range(int(np.searchsorted(self._ends, start, side="right")), len(self._shards)):
+            shard, end = self._shards[number], int(self._ends[number])
+            begin = end - len(shard)
+            if begin >= stop:
+                return
+            first, last = max(start, begin), min(stop, end)
+            _copy(shard[first - begin : last - begin], rows_ND[first - start : last - start])
 
     def take(self, ids_N: NDArray[np.int64]) -> Floats:
         """Return the rows of any ids, in the order of the ids, float32 [N, D].
@@ -89,6 +107,8 @@ class Keys:
         """
         if len(ids_N) and not (0 <= ids_N.min() and ids_N.max() < len(self)):
             raise IndexError(f"ids {ids_N.min()} to {ids_N.max()} of {len(self)} keys")
+        if self._live is not None:
+            ids_N = self._live.stored(ids_N)
         rows_ND = np.empty((len(ids_N), self.dim), np.float32)
         for start in range(0, len(ids_N), TAKE_ROWS):
             part = slice(start, start + TAKE_ROWS)

@@ -5,55 +5,68 @@ The dataclasses define the document and the ranges of its fields; reading, writi
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from index.mapped import OpenFolder
-from index.typed import Misfit, build, check_seal, demand, is_sha256, parse, sealed, shown
+from index.typed import CHECKSUM, Misfit, build, check_seal, demand, is_sha256, parse, sealed, shown
 from knnlm.config import METRICS
 from knnlm.documents import plain, score_from_document
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.files import old_folder
-from knnlm.places import DATASTORE, FORMATS
+from knnlm.places import DATASTORE, FORMATS, FRAME, PART_NAME
+from knnlm.store.part import Shard
 
 NAME = DATASTORE
 FORMAT = FORMATS[DATASTORE]
-VERSION = 1
+VERSION = 2
 KEY_DTYPES = ("float16", "float32")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One .npy file: its path in the datastore (with `/`), its rows, the SHA-256 of its data without the header."""
-
-    file: str
-    rows: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        demand(_is_inside(self.file), f"{shown(self.file)} is no name inside a datastore")
-        demand(self.rows >= 1, f"rows is {self.rows}, but must be at least 1")
-        demand(is_sha256(self.sha256), f"sha256 is {shown(self.sha256)}, which is no SHA-256")
+# Two models with these hashes in common give the same vectors. The name may differ: folders move.
+MODEL_PARTS = ("config", "weights", "tokenizer")
 
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """The keys of one layer: stored = (vector - centre) / scale."""
+    """How the keys of one layer are stored, in all parts: (vector - centre) / scale."""
 
     dim: int
     dtype: str
     scale: float
     centre: Shard
-    shards: tuple[Shard, ...]
 
     def __post_init__(self) -> None:
         demand(self.dtype in KEY_DTYPES, f"dtype is {shown(self.dtype)}, but must be one of {', '.join(KEY_DTYPES)}")
         demand(self.dim >= 1, f"dim is {self.dim}, but must be at least 1")
         demand(self.centre.rows == self.dim, f"the centre has {self.centre.rows} numbers, but dim is {self.dim}")
         demand(_is_scale(self.scale, self.dtype), f"scale is {self.scale}, but must be 1, or of float16 a power of two")
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """A part as the manifest lists it; the rest is in its part.json."""
+
+    name: str
+    checksum: str
+    """That of its part.json."""
+    rows: int
+    """Rows that are stored."""
+    live: int
+    """Rows of documents that are not removed."""
+    removed: tuple[tuple[int, int], ...] = ()
+    """Runs of removed documents: the first one's number in the part, and the number after the last one's."""
+
+    def __post_init__(self) -> None:
+        demand(bool(re.fullmatch(PART_NAME, self.name)), f"{shown(self.name)} is no name of a part")
+        demand(is_sha256(self.checksum), f"checksum is {shown(self.checksum)}, which is no SHA-256")
+        demand(0 <= self.live <= self.rows, f"live is {self.live} of {self.rows} rows")
+        demand(bool(self.removed) or self.live == self.rows, f"live is {self.live} of {self.rows}, none is removed")
+        ends = [0, *itertools.chain.from_iterable(self.removed)]
+        demand(ends == sorted(ends) and all(a < b for a, b in self.removed), "removed is not in order")
 
 
 @dataclass(frozen=True)
@@ -110,22 +123,22 @@ class BuiltWith:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a datastore. `values` and the shards of every layer have `count` rows each."""
+    """The content of a datastore: the frame (fingerprint, layers, context, stride), and the parts made with it."""
 
     fingerprint: Mapping[str, str]
     """The model's name, and hashes of its config, weights and tokenizer."""
     layers: Mapping[str, LayerKeys]
     count: int
-    values: tuple[Shard, ...]
-    documents: Shard
-    sources: tuple[str, ...]
-    """Names of the texts; the third column of documents.npy indexes them."""
+    """Keys of each layer, without removed ones."""
+    parts: tuple[PartEntry, ...]
     context: int
     """Tokens of a window."""
     stride: int
     """New tokens in each window after the first."""
-    corpus: str
-    """Fingerprint of the text's tokens."""
+    generation: int = 1
+    """Rises with every change; 0 while the first parts are made."""
+    corpus: str = ""
+    """Fingerprint of the text's tokens; empty once documents were added or removed."""
     scores: Any = None
     """The layers' scores and the choice, as `knnlm.documents.score_document` returns them."""
     fitted: Any = None
@@ -136,9 +149,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """:raises InputError: a value that no datastore can have."""
-        for name in ("fingerprint", "sources", "scores", "fitted", "indexes", "versions"):
-            value = plain(getattr(self, name))
-            object.__setattr__(self, name, tuple(value) if name == "sources" else value)
+        for name in ("fingerprint", "scores", "fitted", "indexes", "versions"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         try:
             _check_counts(self)
             _check_layers(self)
@@ -162,14 +174,26 @@ class Manifest:
             )
         return str(self.indexes[layer]["metric"])
 
-    def shards(self) -> tuple[Shard, ...]:
-        """Return every file of the datastore except the manifest and the indexes."""
-        keys = [shard for layer in self.layers.values() for shard in (layer.centre, *layer.shards)]
-        return (*self.values, self.documents, *keys)
+    @property
+    def frame(self) -> str:
+        """Checksum of what every part is made with: model, layers, windows."""
+        return frame_checksum(self.fingerprint, self.layers, self.context, self.stride)
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of datastore.json, with a checksum of itself."""
         return sealed({"format": FORMAT, "version": VERSION} | asdict(self))
+
+
+def frame_checksum(fingerprint: Mapping[str, str], layers: Mapping[str, LayerKeys], context: int, stride: int) -> str:
+    """Return the checksum of a frame. The model's name does not count: folders move."""
+    model = {part: fingerprint.get(part, "") for part in MODEL_PARTS}
+    kept = {name: asdict(layer) for name, layer in layers.items()}
+    return str(sealed({"model": model, "layers": kept, "context": context, "stride": stride})[CHECKSUM])
+
+
+def centre_file(layer: str) -> str:
+    """Return the path of a layer's centre in a datastore."""
+    return f"{FRAME}/{layer}.npy"
 
 
 def read_manifest(folder: Path | OpenFolder) -> Manifest:
@@ -217,17 +241,21 @@ def from_json(document: object, path: Path) -> Manifest:
         raise DatastoreError(f"{path} is not the manifest of a datastore; choose another folder")
     version = document.get("version")
     if version != VERSION or isinstance(version, bool):
-        newer = (
-            "was made by a newer knnlm" if isinstance(version, int) and version > VERSION else "is of an unknown format"
-        )
-        raise DatastoreError(
-            f"{path} {newer} (format {shown(version)}, this one reads {VERSION}); upgrade knnlm, or build it again"
-        )
+        raise DatastoreError(_other_version(path, version))
     try:
         check_seal(document)
         return build(Manifest, document)
     except Misfit as error:
         raise DatastoreCorrupt(f"{path} is damaged ({error}); build the datastore again") from None
+
+
+def _other_version(path: Path, version: object) -> str:
+    whole = isinstance(version, int) and not isinstance(version, bool)
+    of = f"(format {shown(version)}, this one reads {VERSION})"
+    if whole and version == 1:
+        return f"{path} was made by an older knnlm {of}; build it again, with `overwrite=True` at the same place"
+    newer = "was made by a newer knnlm" if isinstance(version, int) and version > VERSION else "is of an unknown format"
+    return f"{path} {newer} {of}; upgrade knnlm, or build it again"
 
 
 def _no_datastore(folder: Path) -> DatastoreError:
@@ -245,17 +273,14 @@ def _is_scale(scale: float, dtype: str) -> bool:
 
 def _check_counts(manifest: Manifest) -> None:
     demand(1 <= manifest.stride <= manifest.context, f"context is {manifest.context} and stride {manifest.stride}")
-    demand(bool(manifest.sources), "sources is empty")
     demand(bool(manifest.layers), "layers is empty")
-    _check_rows("the values", manifest.values, manifest.count)
-    for layer, keys in manifest.layers.items():
+    for layer in manifest.layers:
         demand("/" not in layer and _is_inside(layer), f"{shown(layer)} is no name inside a datastore")
-        _check_rows(f"the keys of {layer}", keys.shards, manifest.count)
-
-
-def _check_rows(what: str, shards: Sequence[Shard], count: int) -> None:
-    rows = sum(shard.rows for shard in shards)
-    demand(rows == count and bool(shards), f"{what} have {rows} rows, the datastore has {count}")
+    live, names = sum(part.live for part in manifest.parts), {part.name for part in manifest.parts}
+    demand(live == manifest.count, f"the parts have {live} rows, the datastore has {manifest.count}")
+    demand(manifest.count >= 1, f"count is {manifest.count}, but must be at least 1")
+    demand(manifest.generation >= 0, f"generation is {manifest.generation}, but must be at least 0")
+    demand(len(names) == len(manifest.parts), "a part is listed twice")
 
 
 def _check_layers(manifest: Manifest) -> None:

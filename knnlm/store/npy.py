@@ -20,6 +20,8 @@ from knnlm.errors import DatastoreCorrupt
 
 # Magic string of version 1.0.
 MAGIC = b"\x93NUMPY\x01\x00"
+# Bytes that are read and checked at a time.
+VERIFY_BYTES = 1 << 24
 # A whole header, for messages only.
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '(?P<descr>[<>|=][biufcO]\d{0,2})' *, "
@@ -148,6 +150,17 @@ def open_npy(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[An
     """Return the array in a .npy file, read-only and memory-mapped. Raises as `map_npy`."""
     with OpenFolder(path.parent) as folder:
         return map_npy(folder, path.name, dtype, shape)[0]
+
+
+def digest_of(data_N: NDArray[Any]) -> tuple[str, bool]:
+    """Return the SHA-256 of an array of one axis, and whether it has neither NaN nor infinity."""
+    digest, finite = hashlib.sha256(), True
+    step = VERIFY_BYTES // data_N.itemsize
+    for start in range(0, len(data_N), step):
+        part = data_N[start : start + step]
+        digest.update(part.data)
+        finite &= part.dtype.kind != "f" or bool(np.isfinite(part).all())
+    return digest.hexdigest(), finite
 
 
 def _difference(begin: bytes, path: Path, kind: np.dtype[Any], shape: tuple[int, ...]) -> str:

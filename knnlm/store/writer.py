@@ -1,13 +1,11 @@
-"""Writing a datastore: values and keys as they arrive, with counts and checksums; the manifest last.
+"""Writing a datastore: values and keys as they arrive, part by part, with counts and checksums; the manifest last.
 
 Legend: N keys, D dimension.
 """
 
 from __future__ import annotations
 
-import math
 import platform
-from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,27 +17,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnlm.errors import DatastoreError, InputError, ModelError
+from index.mapped import OpenFolder
+from knnlm.config import LONGEST_PART, PART_ROWS
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.files import disk_error, write_json
-from knnlm.store.half import FLOAT16_MAX, all_finite, to_float16
-from knnlm.store.manifest import KEY_DTYPES, NAME, LayerKeys, Manifest, Shard
-from knnlm.store.npy import NpyWriter
+from knnlm.store.manifest import (
+    KEY_DTYPES,
+    NAME,
+    LayerKeys,
+    Manifest,
+    PartEntry,
+    centre_file,
+    frame_checksum,
+    read_manifest,
+)
+from knnlm.store.npy import map_npy
+from knnlm.store.part import part_files, read_part
+from knnlm.store.part_writer import INT32, BadKey, LayerFrame, PartWriter, StoredPart, remove_unlisted
 from knnlm.version import __version__
 
-# A shard's maximum size, so that copying or checking one takes seconds.
-SHARD_BYTES = 1 << 31
 # Bytes of keys queued for the writing thread; beyond this, extraction waits.
 PENDING_BYTES = 256 << 20
-# Files synced to disk at once.
-CLOSING_THREADS = 8
-# Numbers converted, checksummed and written at a time: they stay in cache, and up to this many torch converts in the
-# calling thread; for more it waits for threads on the cores that the model computes on.
-BLOCK = 1 << 15
-# A layer is scaled so that its first keys stay below the largest float16 by this factor.
-HEADROOM = 64
-# If all components are smaller, float16 loses bits of the small ones (subnormals begin at 6e-5): scaled up to about 1.
-FLOAT16_SMALL = 2.0**-4
-INT32 = np.dtype(np.int32)
 INT32_MAX = np.iinfo(INT32).max
 
 
@@ -50,12 +48,19 @@ class DatastoreWriter:
     distances do not depend on it, and for float16 any constant near the mean will do. float32 keys are centred, never
     scaled.
 
+    A part is finished when the next one begins: it then has its final name, and a manifest lists it. With `resume`, a
+    writer on the same folder goes on after the finished parts: the same documents and values are given to it from the
+    beginning, and of a part that is there already they are compared; its keys are not given (`begin_part`).
+
     Conversion, checksums and writing run in a separate thread, whose errors are raised by the next call.
 
     :param layers: name and vector size of each layer.
-    :param shard_rows: rows of every shard; by default as many as fit into 2 GiB, for the widest layer and for values.
+    :param fingerprint, context, stride: the manifest's fields: the model, and the windows it was run on.
+    :param part_rows: keys after which the next document begins a new part; at twice as many a document is cut.
+    :param resume: go on with the parts that the folder holds.
     :param named_by: the field or variable that named the folder, for errors of the disk: `out` or TMPDIR.
     :raises InputError: no layers, or an unknown `key_dtype`.
+    :raises DatastoreError: the folder holds a datastore already; with `resume`, one of other layers.
     """
 
     def __init__(
@@ -63,8 +68,12 @@ class DatastoreWriter:
         folder: str | Path,
         layers: Mapping[str, int],
         *,
+        fingerprint: Mapping[str, str],
+        context: int,
+        stride: int,
         key_dtype: str = "float16",
-        shard_rows: int | None = None,
+        part_rows: int | None = None,
+        resume: bool = False,
         named_by: str = "`out`",
     ) -> None:
         if key_dtype not in KEY_DTYPES:
@@ -72,28 +81,61 @@ class DatastoreWriter:
         if not layers:
             raise InputError("a datastore needs at least one layer; give `layers`")
         self._folder, self._named_by = Path(folder), named_by
-        dtype = np.dtype(key_dtype)
-        rows = shard_rows or max(1, SHARD_BYTES // (max(layers.values()) * dtype.itemsize))
-        # Values in a single file, up to 536 million, are memory-mapped and never loaded.
-        values_rows = shard_rows or SHARD_BYTES // INT32.itemsize
-        self._values = _ShardWriter(self._folder, "values-{:05d}.npy", INT32, None, values_rows)
-        self._layers = {name: _LayerWriter(self._folder, name, dim, dtype, rows) for name, dim in layers.items()}
+        self._fingerprint, self._context, self._stride = dict(fingerprint), context, stride
+        self.part_rows = part_rows or PART_ROWS
+        """Keys after which the next document begins a new part."""
+        self._frames = {name: LayerFrame(name, dim, np.dtype(key_dtype)) for name, dim in layers.items()}
+        self._kept: dict[str, LayerKeys] = {}
+        self._stored: list[StoredPart] = []
+        if (self._folder / NAME).exists():
+            if not resume:
+                raise DatastoreError(f"{folder} holds a datastore already; write into an empty folder")
+            self._take_up()
+        self._entries: list[PartEntry] = []
+        self._part: PartWriter | StoredPart | None = None
+        self._last_token = 0
         self._counts = dict.fromkeys(layers, 0)
-        self._documents = array("q")
-        self._sources: dict[str, int] = {}
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._pending_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="knnlm-datastore")
         self._closed = False
 
-    def begin_document(self, first_token: int, source: str, number: int) -> None:
+    @property
+    def stored_parts(self) -> int:
+        """Finished parts that the folder held when the writer was made."""
+        return len(self._stored)
+
+    def use_stored(self, parts: int) -> None:
+        """Go on after the first `parts` finished ones; the others are made again."""
+        del self._stored[parts:]
+
+    @property
+    def needs_document(self) -> bool:
+        """Whether values must not come before `begin_document`: the part has none yet."""
+        return self._part is None or not len(self._part.documents)
+
+    def begin_part(self) -> bool:
+        """Finish the part that is being written, and begin the next one.
+
+        Return whether it is stored already: then its documents and values are still to be given, its keys are not.
+        :raises DatastoreError: layers differ in their number of keys; the part that ends is stored and differs.
+        """
+        with self._guard():
+            self._end_part()
+            return isinstance(self._open_part(), StoredPart)
+
+    def begin_document(self, first_token: int, source: str, number: int, *, start: int = 0) -> None:
         """Start a document with its first token, which has no predecessor, and its origin.
 
+        A part that has `part_rows` keys ends before it.
         :param source: name of the text.
         :param number: the document's number in that text.
+        :param start: position of the first token in the document; not 0 where a part continues it.
         """
-        source_number = self._sources.setdefault(source, len(self._sources))
-        self._documents.extend((self._values.rows, int(first_token), source_number, int(number)))
+        with self._guard():
+            if self._has_rows(self.part_rows):
+                self._end_part()
+            self._open_part().documents.add(self._open_part().rows, first_token, source, number, start)
 
     def append_values(self, next_tokens_N: NDArray[np.integer[Any]]) -> None:
         """Append the next tokens of N further positions of the document, [N].
@@ -101,14 +143,16 @@ class DatastoreWriter:
         :raises DatastoreError: a token does not fit into int32, there is no document, or as `append_keys`.
         """
         with self._guard():
-            if not self._documents:
+            if self._part is None or self.needs_document:
                 raise DatastoreError("values came before begin_document; begin a document first")
             tokens = np.asarray(next_tokens_N)
             if tokens.size and not (0 <= tokens.min() and tokens.max() <= INT32_MAX):
                 raise DatastoreError(
                     f"tokens from {tokens.min()} to {tokens.max()} cannot be stored; take 0 to {INT32_MAX}"
                 )
-            self._values.append(tokens.astype(INT32, copy=False))
+            self._cut_long_part()
+            self._part.append_values(tokens.astype(INT32, copy=False))
+            self._last_token = int(tokens[-1]) if tokens.size else self._last_token
 
     def append_keys(self, layer: str, vectors_ND: NDArray[np.floating[Any]]) -> None:
         """Append the layer's raw (not centred) vectors of the next N positions, [N, D].
@@ -120,51 +164,39 @@ class DatastoreWriter:
         :raises ModelError: an earlier vector has NaN or infinite values.
         """
         with self._guard():
-            writer = self._layers.get(layer)
-            if writer is None:
-                raise DatastoreError(f"the datastore was begun without layer {layer}; it has {', '.join(self._layers)}")
-            if vectors_ND.ndim != 2 or vectors_ND.shape[1] != writer.dim:
-                raise DatastoreError(f"layer {layer} gave vectors {vectors_ND.shape}, but takes [n, {writer.dim}]")
+            frame = self._frames.get(layer)
+            if frame is None:
+                raise DatastoreError(f"the datastore was begun without layer {layer}; it has {', '.join(self._frames)}")
+            if vectors_ND.ndim != 2 or vectors_ND.shape[1] != frame.dim:
+                raise DatastoreError(f"layer {layer} gave vectors {vectors_ND.shape}, but takes [n, {frame.dim}]")
+            self._cut_long_part()
+            part = self._open_part()
+            if not isinstance(part, PartWriter):
+                raise DatastoreError("the part is stored already; begin the next one with begin_part")
             self._wait(PENDING_BYTES - vectors_ND.nbytes)
             self._counts[layer] += len(vectors_ND)
-            self._pending.append((self._thread.submit(writer.append, vectors_ND), vectors_ND.nbytes))
+            self._pending.append((self._thread.submit(part.append_keys, layer, vectors_ND), vectors_ND.nbytes))
             self._pending_bytes += vectors_ND.nbytes
 
     def finish(
         self,
         *,
-        fingerprint: Mapping[str, str],
-        context: int,
-        stride: int,
         corpus: str = "",
         scores: object = None,
         fitted: object = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        """Wait for the thread, close all files, and write documents.npy and, last, the manifest.
+        """Wait for the thread, finish the last part, and write the manifest.
 
         The parameters are the manifest's fields. Numbers in `scores` that are not finite become null.
         :raises DatastoreError: nothing was written, or a layer's number of keys differs from that of values.
         """
         with self._guard():
-            self._check_counts()
-            self._wait(-1)
-            manifest = Manifest(
-                fingerprint=dict(fingerprint),
-                layers=self._close_layers(),
-                count=self._values.rows,
-                values=self._values.close(),
-                documents=self._write_documents(),
-                sources=tuple(self._sources),
-                context=context,
-                stride=stride,
-                corpus=corpus,
-                scores=scores,
-                fitted=fitted,
-                versions={"python": platform.python_version(), "numpy": np.__version__, "knnlm": __version__}
-                | dict(versions or {}),
-            )
-            write_json(self._folder / NAME, manifest.to_json())
+            self._end_part()
+            if not self._entries:
+                raise DatastoreError("no next tokens were written, so there is nothing to retrieve; give more text")
+            self._write_manifest(1, corpus, scores, fitted, versions)
+            remove_unlisted(self._folder, {entry.name for entry in self._entries})
         self.close()
 
     def close(self) -> None:
@@ -172,8 +204,8 @@ class DatastoreWriter:
         self._closed = True
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
-        for shards in (self._values, *(writer.shards for writer in self._layers.values())):
-            shards.abort()
+        if self._part is not None:
+            self._part.abort()
 
     def __enter__(self) -> DatastoreWriter:
         return self
@@ -192,8 +224,8 @@ class DatastoreWriter:
             yield
         except BaseException as error:
             self.close()
-            if isinstance(error, _BadKey):
-                raise error.located(self._where(error.row)) from None
+            if isinstance(error, BadKey) and self._part is not None:
+                raise error.located(self._part.documents.place(error.row)) from None
             if isinstance(error, OSError):
                 raise disk_error(error, f"in {self._folder.parent}", self._named_by) from error
             raise
@@ -205,167 +237,98 @@ class DatastoreWriter:
             self._pending_bytes -= size
             future.result()
 
-    def _check_counts(self) -> None:
-        count = self._values.rows
-        if not count:
-            raise DatastoreError("no next tokens were written, so there is nothing to retrieve; give more text")
+    def _has_rows(self, rows: int) -> bool:
+        """Whether so many rows of a part are written, and each value has its keys."""
+        part = self._part
+        if not isinstance(part, PartWriter) or part.rows < rows:
+            return False
+        return all(keys == part.rows for keys in self._counts.values())
+
+    def _open_part(self) -> PartWriter | StoredPart:
+        """The part that is being written; the next one, if there is none."""
+        if self._part is None:
+            number = len(self._entries)
+            stored = number < len(self._stored)
+            self._part = self._stored[number] if stored else PartWriter(self._folder, number, self._frames)
+        return self._part
+
+    def _cut_long_part(self) -> None:
+        """Begin a part inside of a document that is too long for one."""
+        if self._part is None or not self._has_rows(LONGEST_PART * self.part_rows):
+            return
+        source, number, position = self._part.documents.position(self._part.rows)
+        self._end_part()
+        self._open_part().documents.add(0, self._last_token, source, number, position)
+
+    def _end_part(self) -> None:
+        """Finish the part, if one with values is being written, and list it in a manifest."""
+        if self._part is None:
+            return
+        self._wait(-1)
+        self._check_counts(self._part)
+        if not self._part.rows:
+            return
+        if not self._kept:
+            self._kept = {name: frame.write_centre(self._folder) for name, frame in self._frames.items()}
+        frame = frame_checksum(self._fingerprint, self._kept, self._context, self._stride)
+        self._entries.append(self._part.finish(frame))
+        if isinstance(self._part, PartWriter):
+            self._write_manifest(0)
+        self._part, self._counts = None, dict.fromkeys(self._counts, 0)
+
+    def _check_counts(self, part: PartWriter | StoredPart) -> None:
         for layer, keys in self._counts.items():
-            if keys != count:
+            if keys != part.rows and isinstance(part, PartWriter):
                 raise DatastoreError(
-                    f"layer {layer} has {keys} keys, but there are {count} values; each value needs one key"
+                    f"layer {layer} has {keys} keys, but there are {part.rows} values; each value needs one key"
                 )
 
-    def _close_layers(self) -> dict[str, LayerKeys]:
-        """Close layers concurrently: syncing forty files at once takes half the time of one after another."""
-        with ThreadPoolExecutor(CLOSING_THREADS, thread_name_prefix="knnlm-close") as threads:
-            closed = threads.map(_LayerWriter.close, self._layers.values())
-            return dict(zip(self._layers, closed, strict=True))
+    def _write_manifest(
+        self,
+        generation: int,
+        corpus: str = "",
+        scores: object = None,
+        fitted: object = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        manifest = Manifest(
+            fingerprint=self._fingerprint,
+            layers=self._kept,
+            count=sum(entry.rows for entry in self._entries),
+            parts=tuple(self._entries),
+            context=self._context,
+            stride=self._stride,
+            generation=generation,
+            corpus=corpus,
+            scores=scores,
+            fitted=fitted,
+            versions={"python": platform.python_version(), "numpy": np.__version__, "knnlm": __version__}
+            | dict(versions or {}),
+        )
+        write_json(self._folder / NAME, manifest.to_json())
 
-    def _write_documents(self) -> Shard:
-        documents = np.frombuffer(self._documents, np.int64).reshape(-1, 4)
-        with NpyWriter(self._folder / "documents.npy", np.int64, 4) as file:
-            file.append(documents)
-        return Shard("documents.npy", file.rows, file.sha256)
-
-    def _where(self, row: int) -> str:
-        """Name the document of a key, or only the key if no document was begun."""
-        documents = np.array(self._documents, np.int64).reshape(-1, 4)
-        at = int(np.searchsorted(documents[:, 0], row, side="right")) - 1
-        if at < 0:
-            return f"key {row}"
-        first, _, source, number = documents[at].tolist()
-        return f"token {row - first} of {list(self._sources)[source]}, document {number}"
-
-
-class _BadKey(Exception):
-    """A key that cannot be stored, identified by its row; the writer adds the document."""
-
-    def __init__(self, row: int, kind: type[DatastoreError] | type[ModelError], message: str) -> None:
-        super().__init__(message)
-        self.row, self._kind, self._message = row, kind, message
-
-    def located(self, where: str) -> DatastoreError | ModelError:
-        return self._kind(self._message.format(where=where))
-
-
-class _ShardWriter:
-    """Rows over consecutive .npy files of `shard_rows` rows each."""
-
-    def __init__(self, folder: Path, pattern: str, dtype: np.dtype[Any], columns: int | None, shard_rows: int) -> None:
-        self._folder, self._pattern = folder, pattern
-        self._dtype, self._columns, self._shard_rows = dtype, columns, shard_rows
-        self._file: NpyWriter | None = None
-        self._done: list[Shard] = []
-        self.rows = 0
-
-    def append(self, rows: NDArray[Any]) -> None:
-        start = 0
-        while start < len(rows):
-            file = self._file = self._file or self._open()
-            stop = min(len(rows), start + self._shard_rows - file.rows)
-            file.append(rows[start:stop])
-            self.rows += stop - start
-            start = stop
-            if file.rows == self._shard_rows:
-                self._close_file(file)
-
-    def close(self) -> tuple[Shard, ...]:
-        if self._file is not None:
-            self._close_file(self._file)
-        return tuple(self._done)
-
-    def abort(self) -> None:
-        if self._file is not None:
-            self._file.abort()
-
-    def _open(self) -> NpyWriter:
-        path = self._folder / self._pattern.format(len(self._done))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return NpyWriter(path, self._dtype, self._columns)
-
-    def _close_file(self, file: NpyWriter) -> None:
-        file.close()
-        self._done.append(Shard(self._pattern.format(len(self._done)), file.rows, file.sha256))
-        self._file = None
+    def _take_up(self) -> None:
+        """Read frame and finished parts of the folder; from the first part that is not whole on, all are made again."""
+        with OpenFolder(self._folder) as opened:
+            manifest = read_manifest(opened)
+            ours = {name: (frame.dim, frame.dtype.name) for name, frame in self._frames.items()}
+            if {name: (layer.dim, layer.dtype) for name, layer in manifest.layers.items()} != ours:
+                raise DatastoreError(f"{self._folder} holds keys of other layers; begin anew with `overwrite=True`")
+            for name, layer in manifest.layers.items():
+                frame = self._frames[name]
+                frame.centre = np.array(map_npy(opened, centre_file(name), np.float32, (layer.dim,))[0])
+                frame.scale = layer.scale
+            self._kept = dict(manifest.layers)
+            for entry in manifest.parts:
+                try:
+                    self._stored.append(_stored_part(opened, entry, manifest.layers))
+                except DatastoreCorrupt:
+                    break
 
 
-class _LayerWriter:
-    """One layer's keys; everything except the constructor runs in the writing thread."""
-
-    def __init__(self, folder: Path, name: str, dim: int, dtype: np.dtype[Any], shard_rows: int) -> None:
-        self.dim = dim
-        self.shards = _ShardWriter(folder, f"keys/{name}/{{:05d}}.npy", dtype, dim, shard_rows)
-        self._folder, self._name, self._dtype = folder, name, dtype
-        self._centre: NDArray[np.float32] | None = None
-        self._scale = 1.0
-
-    def append(self, vectors_ND: NDArray[np.floating[Any]]) -> None:
-        if not len(vectors_ND):
-            return
-        vectors_ND = vectors_ND.astype(np.float32, copy=False)
-        if self._centre is None:
-            self._check(vectors_ND, math.inf)
-            self._centre, self._scale = self._frozen(vectors_ND)
-        rows = max(1, BLOCK // self.dim)
-        for start in range(0, len(vectors_ND), rows):
-            self._append_block(vectors_ND[start : start + rows], self._centre)
-
-    def _append_block(self, vectors_ND: NDArray[np.float32], centre: NDArray[np.float32]) -> None:
-        stored_ND = vectors_ND - centre
-        if self._dtype == np.float32:
-            self._check(stored_ND, math.inf)
-            self.shards.append(stored_ND)
-            return
-        if self._scale != 1:
-            stored_ND *= np.float32(1 / self._scale)  # exact: a power of two
-        halves_ND = to_float16(stored_ND)
-        if not all_finite(halves_ND):
-            self._check(stored_ND, FLOAT16_MAX)
-        self.shards.append(halves_ND)
-
-    def close(self) -> LayerKeys:
-        assert self._centre is not None
-        name = f"keys/{self._name}/centre.npy"
-        with NpyWriter(self._folder / name, np.float32) as file:
-            file.append(self._centre)
-        centre = Shard(name, file.rows, file.sha256)
-        return LayerKeys(self.dim, self._dtype.name, self._scale, centre, self.shards.close())
-
-    def _frozen(self, vectors_ND: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
-        """The centre and the scale of all keys, from the first ones."""
-        centre = vectors_ND.mean(axis=0, dtype=np.float64).astype(np.float32)
-        if self._dtype == np.float32:
-            return centre, 1.0
-        return centre, _scale(_peak(vectors_ND), _peak(vectors_ND - centre))
-
-    def _check(self, rows_ND: NDArray[np.float32], limit: float) -> None:
-        peak = _peak(rows_ND)
-        if math.isfinite(peak) and peak <= limit:
-            return
-        sizes_N = np.abs(rows_ND).max(axis=1)
-        row = int(np.flatnonzero(~(np.isfinite(sizes_N) & (sizes_N <= limit)))[0])
-        place = self.shards.rows + row
-        if math.isfinite(sizes_N[row]):
-            message = f"layer {self._name} overflows float16 at {{where}}; take `key_dtype='float32'`"
-            raise _BadKey(place, DatastoreError, message)
-        message = f"layer {self._name} gives NaN or infinite values at {{where}}; leave the layer out with `layers`"
-        raise _BadKey(place, ModelError, message)
-
-
-def _peak(rows_ND: NDArray[np.float32]) -> float:
-    """The largest absolute component; NaN if there is one."""
-    return float(np.maximum(rows_ND.max(), -rows_ND.min()))
-
-
-def _scale(raw_peak: float, centred_peak: float) -> float:
-    """1 if float16 represents keys well, else a power of two; from the largest components of the first vectors."""
-    if 0 < raw_peak < FLOAT16_SMALL:
-        return _power_of_two(raw_peak)
-    # The raw peak counts too: if the first append is a single vector, the centred peak is zero.
-    needed = max(centred_peak, raw_peak / HEADROOM) * HEADROOM / FLOAT16_MAX
-    return _power_of_two(needed) if needed > 1 else 1.0
-
-
-def _power_of_two(number: float) -> float:
-    """The smallest one at or above a number, clipped so that its inverse is exact in float32 too."""
-    return 2.0 ** min(max(math.ceil(math.log2(number)), -100), 100)
+def _stored_part(opened: OpenFolder, entry: PartEntry, layers: Mapping[str, LayerKeys]) -> StoredPart:
+    """A finished part, whose files have the right sizes; raises DatastoreCorrupt."""
+    part = read_part(opened, entry.name, entry.checksum)
+    files = part_files(entry.name, part, {name: (one.dim, one.dtype) for name, one in layers.items()})
+    documents, *_ = [map_npy(opened, one.file, one.dtype, one.shape)[0] for one in files]
+    return StoredPart(entry, part, documents)

@@ -123,9 +123,14 @@ def extract(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[s
 def stored(lm: LanguageModel, docs: Iterable[TokenDocument], layers: Sequence[str]) -> None:
     """Extract vectors and write them to disk."""
     dims, config = {name: lm.dims[name] for name in layers}, window_config(TEXT, lm.name, lm.context_limit)
-    with tempfile.TemporaryDirectory() as folder, DatastoreWriter(folder, dims) as writer:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        DatastoreWriter(
+            folder, dims, fingerprint=lm.fingerprint, context=config.context, stride=config.stride
+        ) as writer,
+    ):
         collect(lm, docs, config, layers, scorer=LayerScorer(dims), writer=writer)
-        writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
+        writer.finish()
 
 
 def by_hand(lm: LanguageModel, docs: Sequence[TokenDocument]) -> list[float]:

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/benchmarks/growth.py KEYS.npy --sizes 10000 100000 1000000 --json growth.json
 
-KEYS.npy holds real keys, such as a shard of a datastore (store/keys/7.ffn_input/00000.npy). A size above their number
+KEYS.npy holds real keys, such as a part's (store/parts/00000-*/keys/7.ffn_input.npy). A size above their number
 takes them again, each time with noise of a tenth of every dimension's deviation: the spectrum stays that of real keys.
 Peak memory is that of the whole process, Python and FAISS included.
 

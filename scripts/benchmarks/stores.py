@@ -94,12 +94,14 @@ def enlarged_store(lm: LanguageModel, text: Sequence[Path], folder: Path, count:
     (layer,) = select_layers(LAYER, lm.layer_names)
     config = window_config(TextConfig(), lm.name, lm.context_limit)
     folder.mkdir()
-    with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
+    with DatastoreWriter(
+        folder, {layer: lm.dims[layer]}, fingerprint=lm.fingerprint, context=config.context, stride=config.stride
+    ) as writer:
         writer.begin_document(int(tokens_N[0]), "enlarged", 0)
         for start, rows_ND in repeated(own_ND, count):
             writer.append_keys(layer, np.tile(rows_ND, COPIES))
             writer.append_values(tokens_N[np.arange(start, start + len(rows_ND)) % len(tokens_N)])
-        writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
+        writer.finish()
     store = Datastore.open(folder)
     index_layer(store, layer, settings)
     return Datastore.open(folder)
@@ -110,9 +112,11 @@ def _own_keys(text: Sequence[Path], folder: Path, count: int) -> tuple[NDArray[n
     (layer,) = select_layers(LAYER, lm.layer_names)
     config = window_config(TextConfig(), lm.name, lm.context_limit)
     folder.mkdir()
-    with DatastoreWriter(folder, {layer: lm.dims[layer]}) as writer:
+    with DatastoreWriter(
+        folder, {layer: lm.dims[layer]}, fingerprint=lm.fingerprint, context=config.context, stride=config.stride
+    ) as writer:
         collect(lm, documents(lm, text, min(count, OWN_KEYS)), config, [layer], writer=writer)
-        writer.finish(fingerprint=lm.fingerprint, context=config.context, stride=config.stride)
+        writer.finish()
     store = Datastore.open(folder)
     keys = store.keys(layer)
     return keys.read(0, store.count) + keys.centre, store.values[: store.count]

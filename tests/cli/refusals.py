@@ -29,10 +29,9 @@ def check_complete(call, folder: Path) -> None:
     there = {path.name for path in (folder / "out").iterdir()}
     assert there == {
         "datastore.json",
-        "documents.npy",
+        "frame",
         "index",
-        "keys",
-        "values-00000.npy",
+        "parts",
         "report.html",
         "report.json",
     }

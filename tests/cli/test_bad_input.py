@@ -403,9 +403,9 @@ def test_file_of_a_datastore_is_gone(
     command: str, check_refused, store_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(store_folder, tmp_path / "store")
-    (tmp_path / "store" / "values-00000.npy").unlink()
+    next((tmp_path / "store" / "parts").glob("*/values.npy")).unlink()
     text = ("--eval-text", text_file) if command == "eval" else ()
-    words = ("values-00000.npy is missing", "build the datastore again")
+    words = ("values.npy is missing", "build the datastore again")
     check_refused(command, tmp_path / "store", *text, words=words)
 
 
@@ -594,7 +594,7 @@ def test_interrupt_of_a_real_process(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
-    while not list(out.parent.glob(".store.*/keys/*/*.npy")) and time.monotonic() < deadline:
+    while not list(out.parent.glob(".store.*/parts/.*/keys/*.npy")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(number)

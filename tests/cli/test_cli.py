@@ -216,11 +216,11 @@ def test_info_shows_the_datastore(call, gpt2_folder: Path, text_file: Path, tmp_
 def test_info_of_a_datastore_without_index_and_scores(call, tmp_path: Path) -> None:
     from knnlm.store.writer import DatastoreWriter
 
-    with DatastoreWriter(tmp_path, {"final_norm": 2}) as writer:
+    with DatastoreWriter(tmp_path, {"final_norm": 2}, fingerprint={"model": "mine"}, context=8, stride=4) as writer:
         writer.begin_document(0, "text.txt", 1)
         writer.append_values(np.array([1, 2, 3], np.int32))
         writer.append_keys("final_norm", np.eye(3, 2, dtype=np.float32))
-        writer.finish(fingerprint={"model": "mine"}, context=8, stride=4)
+        writer.finish()
     lines = call("info", tmp_path).out.splitlines()
     assert ["final_norm", "2", "float16", "12", "bytes", *["–"] * 5] in [line.split() for line in lines]
     assert not any(line.startswith(("Chosen", "Note", "λ by query")) for line in lines)
@@ -307,7 +307,7 @@ def test_eval_verifies_first_where_it_is_asked_to(call, store_folder: Path, text
     asked = ("--eval-text", text_file, "--eval-tokens", 600, "--verify")
     assert call("eval", store_folder, *asked).status == 0
     shutil.copytree(store_folder, tmp_path / "store")
-    keys = tmp_path / "store" / "keys" / "1.ffn_input" / "00000.npy"
+    keys = next((tmp_path / "store" / "parts").glob("*/keys/1.ffn_input.npy"))
     keys.write_bytes(keys.read_bytes()[:-2] + b"\x01\x02")
     assert call("eval", tmp_path / "store", *asked, "--layers", "2.ffn_input").status == 0
     done = call("eval", tmp_path / "store", *asked)
@@ -353,7 +353,7 @@ def test_verify_names_what_is_damaged(call, store_folder: Path, tmp_path: Path) 
     """One byte in the keys, and one in the index: both are named, and the status is 2."""
     store = tmp_path / "[a] store"  # square brackets are markup to rich
     shutil.copytree(store_folder, store)
-    keys = store / "keys" / "1.ffn_input" / "00000.npy"
+    keys = next((store / "parts").glob("*/keys/1.ffn_input.npy"))
     index = store / "index" / "2.ffn_input" / "index.json"
     keys.write_bytes(keys.read_bytes()[:-1] + b"\x01")
     index.write_text("{}")
@@ -366,8 +366,9 @@ def test_verify_names_what_is_damaged(call, store_folder: Path, tmp_path: Path) 
 
 
 DAMAGE = {
-    "keys/1.ffn_input/00000.npy": (b"cut", ("1.ffn_input/00000.npy cannot be read", "values-00000.npy is missing")),
-    "datastore.json": (b'{"format": "knnlm-datastore", "version": 1}', ("datastore.json is damaged",)),
+    "parts/*/keys/1.ffn_input.npy": (b"cut", ("1.ffn_input.npy cannot be read", "values.npy is missing")),
+    "parts/*/part.json": (b"{}", ("part.json cannot be read",)),
+    "datastore.json": (b'{"format": "knnlm-datastore", "version": 2}', ("datastore.json is damaged",)),
 }
 
 
@@ -377,8 +378,8 @@ def test_verify_names_all_that_keeps_a_datastore_from_being_opened(
 ) -> None:
     content, words = DAMAGE[name]
     shutil.copytree(store_folder, tmp_path / "store")
-    (tmp_path / "store" / "values-00000.npy").unlink()
-    (tmp_path / "store" / name).write_bytes(content)
+    next((tmp_path / "store" / "parts").glob("*/values.npy")).unlink()
+    next((tmp_path / "store").glob(name)).write_bytes(content)
     done = call("verify", tmp_path / "store", "--json")
     document = json.loads(done.out)
     assert (done.status, done.errors) == (2, ())

@@ -35,12 +35,12 @@ def folder(tmp_path: Path) -> Path:
 def write(folder: Path, seed: int) -> Path:
     folder.mkdir()
     rows = np.random.default_rng(seed).normal(size=(40, 4)).astype(np.float32)
-    with DatastoreWriter(folder, dict.fromkeys(LAYERS, 4)) as writer:
+    with DatastoreWriter(folder, dict.fromkeys(LAYERS, 4), fingerprint={}, context=8, stride=4) as writer:
         writer.begin_document(0, "a", 1)
         writer.append_values(np.arange(40))
         for layer in LAYERS:
             writer.append_keys(layer, rows)
-        writer.finish(fingerprint={}, context=8, stride=4)
+        writer.finish()
     return folder
 
 

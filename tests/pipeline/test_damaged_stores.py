@@ -146,7 +146,7 @@ def test_a_store_that_is_replaced_while_it_is_evaluated(stage, store, outcome, l
 
 
 def test_a_store_that_is_written_to_while_it_is_evaluated(store, outcome):
-    path = store / "keys" / "1.ffn_input" / "00000.npy"
+    path = next((store / "parts").glob("*/keys/1.ffn_input.npy"))
 
     def write():
         with path.open("r+b") as file:
@@ -173,12 +173,12 @@ def test_check_before_use_reads_what_will_be_read(store, lm):
         check_before_use(Datastore.open(store), layers, Silent(), **options)
 
     check(LAYERS)
-    path = store / "keys" / "1.ffn_input" / "00000.npy"
+    path = next((store / "parts").glob("*/keys/1.ffn_input.npy"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     check(["2.ffn_input"])
-    with pytest.raises(DatastoreCorrupt, match=r"1\.ffn_input/00000\.npy has changed"):
+    with pytest.raises(DatastoreCorrupt, match=r"1\.ffn_input\.npy has changed"):
         check(LAYERS)
     damage("index/2.ffn_input/index.faiss")
     check(["2.ffn_input"], exact=True)

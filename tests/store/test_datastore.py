@@ -34,13 +34,14 @@ from knnlm.files import new_folder, write_json
 from knnlm.store import writer as datastore_writer
 from knnlm.store.datastore import Datastore, open_datastore
 from knnlm.store.manifest import from_json
+from knnlm.store.npy import NpyWriter
 from knnlm.store.writer import DatastoreWriter
 from tests.damage import TEXTS, damaged_documents, flip_bit, rewrite
 from tests.sample_results import sample_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"model": "tiny", "config": "c" * 64, "weights": "a" * 64, "tokenizer": "f" * 64}
-FINISH = {"fingerprint": MODEL, "context": 8, "stride": 4}
+FRAME = {"fingerprint": MODEL, "context": 8, "stride": 4}
 LAYERS = {"0.ffn_input": 3, "final_norm": 5}
 FITTED = {"k": 8, "lambda": 0.25, "temperature": 2.0, "gate": None}
 ENTRY = {"metric": "cosine", "spec": "exact", "recall": 1.0, "k": 8}
@@ -59,16 +60,41 @@ def write_values(writer):
         writer.append_values(np.array(tokens, np.int32))
 
 
-def write_store(folder, *, layers=LAYERS, shard_rows=4, chunk=3, make=vectors, **options):
+def write_documents(writer, documents, rows, chunk):
+    """Values and keys together, in pieces, as a model gives them."""
+    done = 0
+    for first, source, number, tokens in documents:
+        writer.begin_document(first, source, number)
+        for start in range(0, len(tokens), chunk):
+            piece = np.array(tokens[start : start + chunk], np.int32)
+            writer.append_values(piece)
+            for name, one in rows.items():
+                writer.append_keys(name, one[done : done + len(piece)])
+            done += len(piece)
+
+
+def write_store(folder, *, layers=LAYERS, part_rows=3, chunk=3, make=vectors, documents=DOCUMENTS, **options):
     folder.mkdir(exist_ok=True)
-    with DatastoreWriter(folder, layers, shard_rows=shard_rows, **options) as writer:
-        write_values(writer)
-        for name, dim in layers.items():
-            rows = make(10, dim)
-            for start in range(0, 10, chunk):
-                writer.append_keys(name, rows[start : start + chunk])
-        writer.finish(**FINISH, corpus="corpus", scores=SCORES, versions={"torch": "2"})
+    with DatastoreWriter(folder, layers, part_rows=part_rows, **FRAME, **options) as writer:
+        write_documents(writer, documents, {name: make(10, dim) for name, dim in layers.items()}, chunk)
+        writer.finish(corpus="corpus", scores=SCORES, versions={"torch": "2"})
     return Datastore.open(folder)
+
+
+def part(store, number, name):
+    """The path of a file of a part."""
+    return store.folder / "parts" / store.manifest.parts[number].name / name
+
+
+def described(store):
+    """Every file but the manifest, by kind."""
+    return {
+        "documents": part(store, 0, "documents.npy"),
+        "values": part(store, 1, "values.npy"),
+        "centre": store.folder / "frame" / "final_norm.npy",
+        "keys": part(store, 0, "keys/final_norm.npy"),
+        "other keys": part(store, 1, "keys/0.ffn_input.npy"),
+    }
 
 
 @pytest.fixture
@@ -90,29 +116,26 @@ def _no_waiting_for_the_disk():
 @hypothesis.given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(sum),
     dims=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    shard_rows=st.integers(1, 12),
+    part_rows=st.integers(1, 12),
     chunk=st.integers(1, 11),
     dtype=st.sampled_from(["float16", "float32"]),
     exponent=st.integers(-3, 5),
     seed=st.integers(0, 99),
 )
-def test_round_trip(tmp_path_factory, lengths, dims, shard_rows, chunk, dtype, exponent, seed):
+def test_round_trip(tmp_path_factory, lengths, dims, part_rows, chunk, dtype, exponent, seed):
     folder, count = tmp_path_factory.mktemp("store"), sum(lengths)
     tokens = np.random.default_rng(seed).integers(0, 2**31, count).astype(np.int32)
     size = 10.0**exponent
     rows = {
         f"{place}.ffn_input": vectors(count, dim, seed=seed, mean=size, size=size) for place, dim in enumerate(dims)
     }
-    with DatastoreWriter(
-        folder, {name: one.shape[1] for name, one in rows.items()}, key_dtype=dtype, shard_rows=shard_rows
-    ) as writer:
-        for number, part in enumerate(np.split(tokens, np.cumsum(lengths)[:-1])):
-            writer.begin_document(number, f"text {number % 2}", number)
-            writer.append_values(part)
-        for start in range(0, count, chunk):
-            for name, one in rows.items():
-                writer.append_keys(name, one[start : start + chunk])
-        writer.finish(**FINISH)
+    pieces = np.split(tokens, np.cumsum(lengths)[:-1])
+    documents = [(number, f"text {number % 2}", number, one) for number, one in enumerate(pieces)]
+    dims = {name: one.shape[1] for name, one in rows.items()}
+    with DatastoreWriter(folder, dims, key_dtype=dtype, part_rows=part_rows, **FRAME) as writer:
+        write_documents(writer, documents, rows, chunk)
+        writer.finish()
+    first = min(chunk, next(length for length in lengths if length))
     store = Datastore.open(folder)
     assert store.verify() == () and store.layers == tuple(rows) and store.count == len(store) == count
     assert np.array_equal(store.values, tokens) and store.values.dtype == np.int32
@@ -120,7 +143,7 @@ def test_round_trip(tmp_path_factory, lengths, dims, shard_rows, chunk, dtype, e
     for name, one in rows.items():
         keys = store.keys(name)
         assert len(keys) == count and keys.dim == one.shape[1]
-        assert np.array_equal(keys.centre, one[:chunk].mean(0, dtype=np.float64).astype(np.float32))
+        assert np.array_equal(keys.centre, one[:first].mean(0, dtype=np.float64).astype(np.float32))
         read = keys.read(0, count)
         # float16 has 11 bits, float32 24.
         step = 2.0**-10 if dtype == "float16" else 2.0**-22
@@ -128,18 +151,22 @@ def test_round_trip(tmp_path_factory, lengths, dims, shard_rows, chunk, dtype, e
         assert read.dtype == np.float32 and np.abs(read + keys.centre - one).max() <= step * largest
         assert np.array_equal(keys.take(ids), read[ids])
         assert np.array_equal(keys.read(count // 3, count // 2), read[count // 3 : count // 2])
+    firsts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    assert store.documents[:, [0, 1, 3]].tolist() == [[row, i, i] for i, row in enumerate(firsts)]
+    assert [store.sources[number] for number in store.documents[:, 2]] == [f"text {i % 2}" for i in range(len(lengths))]
 
 
 def test_files_are_as_described(store):
     files = sorted(path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*") if path.is_file())
-    shards = [f"keys/{name}/{part}.npy" for name in LAYERS for part in ("00000", "00001", "00002", "centre")]
-    values = [f"values-0000{part}.npy" for part in range(3)]
-    assert files == sorted(["datastore.json", "documents.npy", *shards, *values])
-    assert np.load(store.folder / "keys/final_norm/00002.npy").shape == (2, 5)
+    names = ("part.json", "values.npy", "documents.npy", *(f"keys/{name}.npy" for name in LAYERS))
+    parts = [f"parts/{one.name}/{name}" for one in store.manifest.parts for name in names]
+    assert files == sorted(["datastore.json", *parts, *(f"frame/{name}.npy" for name in LAYERS)])
+    assert [one.name[:6] for one in store.manifest.parts] == ["00000-", "00001-"]
+    assert np.load(part(store, 1, "keys/final_norm.npy")).shape == (6, 5)
     manifest = json.loads((store.folder / "datastore.json").read_text())
-    assert (manifest["format"], manifest["version"], manifest["count"]) == ("knnlm-datastore", 1, 10)
+    assert (manifest["format"], manifest["version"], manifest["count"]) == ("knnlm-datastore", 2, 10)
     assert manifest["layers"]["final_norm"]["scale"] == 1 and manifest["versions"]["torch"] == "2"
-    assert manifest["sources"] == ["a.txt", "b.txt"] and manifest["corpus"] == "corpus"
+    assert store.sources == ("a.txt", "b.txt") and manifest["corpus"] == "corpus" and manifest["generation"] == 1
     assert store.size_bytes == sum((store.folder / name).stat().st_size for name in files)
 
 
@@ -150,29 +177,36 @@ def test_manifest_comes_back_the_same(store):
         again.count = 3
 
 
-def test_one_shard_of_values_is_mapped_and_many_are_joined(tmp_path, store):
-    one = write_store(tmp_path / "one", shard_rows=None)
+def test_values_of_one_part_are_mapped_and_of_many_are_joined(tmp_path, store):
+    one = write_store(tmp_path / "one", part_rows=None)
     assert np.array_equal(one.values, store.values) and np.array_equal(one.values, np.arange(1, 11))
+    assert one.values.base is not None
     for values in (one.values, store.values):
         assert not values.flags.writeable
 
 
-def test_values_stay_one_mapped_file_when_keys_fill_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("knnlm.store.writer.SHARD_BYTES", 10 * 4)
-    store = write_store(tmp_path / "store", shard_rows=None)
-    assert len(store.manifest.layers["0.ffn_input"].shards) > 1
-    assert len(store.manifest.values) == 1 and store.values.base is not None
+@pytest.mark.parametrize("part_rows", [1, 2, 3, 4, 9, None])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 10])
+def test_a_document_that_is_cut_is_one(tmp_path, part_rows, chunk):
+    """However the rows are spread over parts, what is read is the same."""
+    store = write_store(tmp_path / "store", part_rows=part_rows, chunk=chunk, key_dtype="float32")
+    assert len(store.manifest.parts) > 2 or part_rows not in (1, 2) or chunk > 2
+    assert store.documents.tolist() == [[0, 70, 0, 1], [4, 80, 1, 7], [4, 90, 0, 2]]
+    assert store.context(9, 9).tolist() == [90, 5, 6, 7, 8, 9] and store.continuation(0, 9).tolist() == [2, 3, 4]
+    keys = store.keys("final_norm")
+    np.testing.assert_allclose(keys.read(0, 10) + keys.centre, vectors(10, 5), atol=1e-6)
+    assert store.verify() == ()
 
 
 def test_layers_may_come_before_their_values_and_in_any_order(tmp_path):
     rows = {name: vectors(10, dim) for name, dim in LAYERS.items()}
-    with DatastoreWriter(tmp_path, LAYERS) as writer:
+    with DatastoreWriter(tmp_path, LAYERS, **FRAME) as writer:
         writer.append_keys("final_norm", rows["final_norm"])
         write_values(writer)
         writer.append_keys("0.ffn_input", rows["0.ffn_input"][:9])
         writer.append_keys("0.ffn_input", np.empty((0, 3), np.float32))
         writer.append_keys("0.ffn_input", rows["0.ffn_input"][9:])
-        writer.finish(**FINISH)
+        writer.finish()
     store = open_datastore(tmp_path)
     for name, one in rows.items():
         keys = store.keys(name)
@@ -286,8 +320,8 @@ def test_unknown_metric_and_wrong_queries_are_refused(store):
 
 def test_take_gathers_over_many_shards_and_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("knnlm.store.keys.TAKE_ROWS", 3)
-    many = write_store(tmp_path / "many", shard_rows=1).keys("final_norm")
-    one = write_store(tmp_path / "one", shard_rows=None).keys("final_norm")
+    many = write_store(tmp_path / "many", part_rows=1, chunk=1).keys("final_norm")
+    one = write_store(tmp_path / "one", part_rows=None, chunk=1).keys("final_norm")
     ids = np.random.default_rng(0).integers(0, 10, 50)
     assert np.array_equal(many.take(ids), one.take(ids)) and np.array_equal(one.take(ids), one.read(0, 10)[ids])
 
@@ -370,16 +404,16 @@ def test_counts_must_agree(tmp_path):
     with new_store_must_fail(
         tmp_path, DatastoreError, "layer final_norm has 9 keys, but there are 10 values"
     ) as folder:
-        with DatastoreWriter(folder, LAYERS) as writer:
+        with DatastoreWriter(folder, LAYERS, **FRAME) as writer:
             write_values(writer)
             writer.append_keys("0.ffn_input", vectors(10, 3))
             writer.append_keys("final_norm", vectors(9, 5))
-            writer.finish(**FINISH)
+            writer.finish()
 
 
 def test_nothing_written_is_refused(tmp_path):
-    with DatastoreWriter(tmp_path, LAYERS) as writer, pytest.raises(DatastoreError, match="give more text"):
-        writer.finish(**FINISH)
+    with DatastoreWriter(tmp_path, LAYERS, **FRAME) as writer, pytest.raises(DatastoreError, match="give more text"):
+        writer.finish()
 
 
 @pytest.mark.parametrize(
@@ -393,7 +427,7 @@ def test_nothing_written_is_refused(tmp_path):
     ],
 )
 def test_wrong_appends_are_refused_and_close_the_writer(tmp_path, act, message):
-    with DatastoreWriter(tmp_path, LAYERS) as writer:
+    with DatastoreWriter(tmp_path, LAYERS, **FRAME) as writer:
         with pytest.raises(DatastoreError, match=message):
             act(writer)
         with pytest.raises(DatastoreError, match="closed"):
@@ -403,7 +437,7 @@ def test_wrong_appends_are_refused_and_close_the_writer(tmp_path, act, message):
 @pytest.mark.parametrize(("layers", "dtype"), [({}, "float16"), (LAYERS, "bfloat16"), (LAYERS, "int8")])
 def test_wrong_options_are_refused(tmp_path, layers, dtype):
     with pytest.raises(InputError):
-        DatastoreWriter(tmp_path, layers, key_dtype=dtype)
+        DatastoreWriter(tmp_path, layers, key_dtype=dtype, **FRAME)
 
 
 def writing_threads():
@@ -412,7 +446,7 @@ def writing_threads():
 
 def test_exception_in_the_block_stops_the_thread_and_leaves_nothing(tmp_path):
     with new_store_must_fail(tmp_path, KeyboardInterrupt, None) as folder:
-        with DatastoreWriter(folder, LAYERS) as writer:
+        with DatastoreWriter(folder, LAYERS, **FRAME) as writer:
             write_values(writer)
             writer.append_keys("final_norm", vectors(4, 5))
             raise KeyboardInterrupt
@@ -421,26 +455,26 @@ def test_exception_in_the_block_stops_the_thread_and_leaves_nothing(tmp_path):
 
 def test_waiting_keys_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(datastore_writer, "PENDING_BYTES", 100)
-    with DatastoreWriter(tmp_path, {"a": 5}) as writer:
+    with DatastoreWriter(tmp_path, {"a": 5}, **FRAME) as writer:
         writer.begin_document(0, "a", 1)
         for _ in range(20):
             writer.append_keys("a", vectors(4, 5))
             assert writer._pending_bytes <= 100
             writer.append_values(np.arange(4, dtype=np.int32))
-        writer.finish(**FINISH)
+        writer.finish()
     assert Datastore.open(tmp_path).count == 80 and not writing_threads()
 
 
 @pytest.mark.parametrize("where", ["keys", "values", "documents", "manifest"])
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, where):
-    write = datastore_writer.NpyWriter._write
+    write = NpyWriter._write
 
     def full(self, data):
         if where in str(self.path.relative_to(self.path.parents[2])):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, data)
 
-    monkeypatch.setattr(datastore_writer.NpyWriter, "_write", full)
+    monkeypatch.setattr(NpyWriter, "_write", full)
     if where == "manifest":
         monkeypatch.setattr(datastore_writer, "write_json", lambda *_: full_disk())
     with new_store_must_fail(
@@ -451,7 +485,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, where):
 
 
 def test_full_disk_names_what_chose_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datastore_writer.NpyWriter, "_write", lambda *_: full_disk())
+    monkeypatch.setattr(NpyWriter, "_write", lambda *_: full_disk())
     with pytest.raises(DatastoreError, match=r"No space left on device; free .* another TMPDIR$"):
         write_store(tmp_path / "queries", named_by="TMPDIR")
 
@@ -465,7 +499,8 @@ KILLED = """
     import numpy as np
     from knnlm.store.writer import DatastoreWriter
     from knnlm.files import new_folder
-    with new_folder(sys.argv[1]) as folder, DatastoreWriter(folder, {"a": 4}, shard_rows=8) as writer:
+    frame = {"fingerprint": {}, "context": 8, "stride": 4}
+    with new_folder(sys.argv[1]) as folder, DatastoreWriter(folder, {"a": 4}, **frame) as writer:
         writer.begin_document(0, "a", 1)
         for number in range(100):
             writer.append_values(np.arange(4, dtype=np.int32))
@@ -491,18 +526,12 @@ def test_killed_run_leaves_no_datastore_and_the_next_run_cleans_up(tmp_path):
 # What was changed is refused
 
 
-FILES = (
-    "documents.npy",
-    "values-00001.npy",
-    "keys/final_norm/centre.npy",
-    "keys/final_norm/00000.npy",
-    "keys/0.ffn_input/00002.npy",
-)
+FILES = ("documents", "values", "centre", "keys", "other keys")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_missing_and_truncated_files_are_named_when_opened(store, name):
-    path = store.folder / name
+@pytest.mark.parametrize("kind", FILES)
+def test_missing_and_truncated_files_are_named_when_opened(store, kind):
+    path = described(store)[kind]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DatastoreCorrupt, match="bytes") as caught:
         Datastore.open(store.folder)
@@ -514,9 +543,9 @@ def test_missing_and_truncated_files_are_named_when_opened(store, name):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_changed_byte_is_found_by_verify(store, name):
-    path = store.folder / name
+@pytest.mark.parametrize("kind", FILES)
+def test_changed_byte_is_found_by_verify(store, kind):
+    path = described(store)[kind]
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
@@ -524,19 +553,34 @@ def test_changed_byte_is_found_by_verify(store, name):
     assert len(problems) == 1 and str(path) in problems[0] and "checksum" in problems[0]
 
 
-def test_swapped_shards_are_found_by_verify(store):
-    one, other = (store.folder / f"keys/final_norm/0000{part}.npy" for part in (0, 1))
+def test_swapped_keys_are_found_by_verify(tmp_path):
+    documents = [(0, "a", number, [1, 2, 3]) for number in range(3)]
+    store = write_store(tmp_path / "store", documents=documents)
+    one, other = (part(store, number, "keys/final_norm.npy") for number in (0, 1))
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
     assert len(Datastore.open(store.folder).verify()) == 2
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut", "another", "no json"])
+def test_damaged_part_json_is_one_line(store, damage):
+    one, other = (part(store, number, "part.json") for number in (0, 1))
+    if damage == "missing":
+        one.unlink()
+    else:
+        data = one.read_bytes()
+        one.write_bytes({"cut": data[:-20], "another": other.read_bytes(), "no json": b"[]"}[damage])
+    with pytest.raises(DatastoreCorrupt, match=r"part\.json (is missing|cannot be read)") as caught:
+        Datastore.open(store.folder)
+    assert "\n" not in str(caught.value) and str(one) in str(caught.value)
+
+
 def test_changed_header_is_refused(store):
-    path = store.folder / "keys/final_norm/00000.npy"
-    path.write_bytes(path.read_bytes().replace(b"(4, 5)", b"(5, 4)"))
+    path = part(store, 1, "keys/final_norm.npy")
+    path.write_bytes(path.read_bytes().replace(b"(6, 5)", b"(5, 6)"))
     with pytest.raises(
-        DatastoreCorrupt, match=r"00000\.npy holds float16 \(5, 4\), but the manifest says float16 \(4, 5\)"
+        DatastoreCorrupt, match=r"final_norm\.npy holds float16 \(5, 6\), but the manifest says float16 \(6, 5\)"
     ):
         Datastore.open(store.folder)
 
@@ -545,40 +589,51 @@ def edit(store, change):
     rewrite(store.folder / "datastore.json", change)
 
 
+def edit_part(store, number, change):
+    """Change a part.json, with right checksums there and in the manifest."""
+    path = part(store, number, "part.json")
+    rewrite(path, change)
+    checksum = json.loads(path.read_text())["checksum"]
+    edit(store, lambda one: one["parts"][number].update(checksum=checksum))
+
+
+def checksum_of(rows):
+    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+
+
 def test_nan_with_a_right_checksum_is_found_by_verify(store):
-    path = store.folder / "keys/final_norm/00002.npy"
+    path = part(store, 1, "keys/final_norm.npy")
     rows = np.load(path)
     rows[1, 2] = np.nan
-    np.save(path, rows)
-    checksum = datastore_writer.NpyWriter(store.folder / "x", np.float16, 5)
-    checksum.append(rows)
-    checksum.abort()
-    edit(store, lambda one: one["layers"]["final_norm"]["shards"][2].update(sha256=checksum.sha256))
+    path.write_bytes(path.read_bytes()[: -rows.nbytes] + rows.tobytes())
+    edit_part(store, 1, lambda one: one["keys"]["final_norm"].update(sha256=checksum_of(rows)))
     assert [problem.split(" ", 1)[1][:9] for problem in Datastore.open(store.folder).verify()] == ["holds NaN"]
 
 
 @pytest.mark.parametrize(
     "rows",
     [
-        [[1, 0, 0, 0]],
-        [[0, 0, 0, 0], [11, 0, 0, 0]],
-        [[0, 0, 0, 0], [5, 0, 0, 0], [4, 0, 0, 0]],
-        [[0, 0, 2, 0]],
-        [[0, 0, -1, 0]],
+        [[1, 0, 0, 0, 0]],
+        [[0, 0, 0, 0, 0], [11, 0, 0, 0, 0]],
+        [[0, 0, 0, 0, 0], [5, 0, 0, 0, 0], [4, 0, 0, 0, 0]],
+        [[0, 0, 2, 0, 0]],
+        [[0, 0, -1, 0, 0]],
+        [[0, 0, 0, 0, -1]],
     ],
 )
 def test_documents_that_do_not_fit_are_found_by_verify(store, rows):
-    (store.folder / "documents.npy").unlink()
-    with datastore_writer.NpyWriter(store.folder / "documents.npy", np.int64, 4) as file:
+    path = part(store, 1, "documents.npy")
+    path.unlink()
+    with NpyWriter(path, np.int64, 5) as file:
         file.append(np.array(rows))
-    edit(store, lambda one: one["documents"].update(rows=file.rows, sha256=file.sha256))
+    edit_part(store, 1, lambda one: one["documents"].update(rows=file.rows, sha256=file.sha256))
     assert ["does not fit" in problem for problem in Datastore.open(store.folder).verify()] == [True]
 
 
 def test_verify_tells_its_progress(store):
     told = []
     assert store.verify(lambda done, total: told.append((done, total))) == ()
-    total = 3 * 4 * 8 + 10 * 4 + sum(4 * dim + 10 * 2 * dim for dim in LAYERS.values())
+    total = 3 * 5 * 8 + 10 * 4 + sum(4 * dim + 10 * 2 * dim for dim in LAYERS.values())
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted(done for done, _ in told)
 
 
@@ -586,24 +641,28 @@ def test_verify_tells_its_progress(store):
     ("change", "message"),
     [
         (lambda one: one.update(count=11), "have 10 rows, the datastore has 11"),
-        (lambda one: one["values"].pop(), "the values have 8 rows"),
-        (lambda one: one["layers"]["final_norm"]["shards"].pop(), "the keys of final_norm have 8 rows"),
+        (lambda one: one["parts"].pop(), "the parts have 4 rows"),
+        (lambda one: one["parts"].append(one["parts"][0] | {"live": 0, "removed": [[0, 1]]}), "a part is listed twice"),
+        (lambda one: one["parts"][0].update(live=3), "live is 3 of 4, none is removed"),
+        (lambda one: one["parts"][0].update(live=5), "live is 5 of 4 rows"),
+        (lambda one: one["parts"][0].update(removed=[[1, 1]]), "removed is not in order"),
+        (lambda one: one["parts"][0].update(removed=[[2, 3], [0, 1]]), "removed is not in order"),
+        (lambda one: one["parts"][0].update(name="../x"), "no name of a part"),
+        (lambda one: one["parts"][0].update(name="/00000-00000000"), "no name of a part"),
+        (lambda one: one["parts"][0].update(checksum="x"), r"parts.0.: checksum is 'x', which is no SHA-256"),
         (lambda one: one.pop("stride"), "no 'stride'"),
         (lambda one: one.update(layers=[]), "layers is a list of 0, but must be an object"),
         (lambda one: one["layers"]["final_norm"].update(scale=0), "scale is 0"),
         (lambda one: one["layers"]["final_norm"].update(scale=3.0), "scale is 3.0"),
         (lambda one: one["layers"]["final_norm"].update(scale="nan"), "scale is 'nan', but must be a number"),
         (lambda one: one["layers"]["final_norm"].update(dtype="object"), "dtype is 'object'"),
-        (lambda one: one["values"][0].update(file="../secret.npy"), "no name inside"),
-        (lambda one: one["values"][0].update(file="/secret.npy"), "no name inside"),
+        (lambda one: one["layers"]["final_norm"]["centre"].update(sha256="x"), "'x', which is no SHA-256"),
         (lambda one: one["layers"].update({"../x": one["layers"]["final_norm"]}), "no name inside"),
         (lambda one: one["layers"].update({"\x1b[31m": one["layers"]["final_norm"]}), r"'.x1b.31m' is no name inside"),
         (lambda one: one.update(context=0), "context is 0"),
         (lambda one: one.update(stride=9), "context is 8 and stride 9"),
         (lambda one: one.update(count=True), "count is True, but must be a whole number"),
-        (lambda one: one.update(sources=[]), "sources is empty"),
-        (lambda one: one.update(sources=[7]), r"sources.0. is 7, but must be a text"),
-        (lambda one: one["values"][0].update(sha256="x"), r"values.0.: sha256 is 'x', which is no SHA-256"),
+        (lambda one: one.update(generation=-1), "generation is -1"),
         (lambda one: one.update(fitted=[]), "fitted is a list"),
         (lambda one: one.update(fitted={"final_norm": {}}), r"no 'k' in fitted.'final_norm'."),
         (lambda one: one.update(fitted={"0.x": FITTED}), "fitted names the layer '0.x', which is not stored"),
@@ -629,7 +688,8 @@ def test_damaged_manifest_is_refused(store, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda one: one.update(version=2), "made by a newer knnlm .format 2, this one reads 1.; upgrade knnlm"),
+        (lambda one: one.update(version=3), "made by a newer knnlm .format 3, this one reads 2.; upgrade knnlm"),
+        (lambda one: one.update(version=1), "made by an older knnlm .format 1, this one reads 2.; build it again"),
         (lambda one: one.update(version="x"), "of an unknown format"),
         (lambda one: one.update(format="other"), "not the manifest of a datastore"),
     ],
@@ -653,7 +713,7 @@ def test_folders_that_are_no_datastore_are_refused(tmp_path):
 def test_text_that_is_hardly_json_is_one_line(store, text):
     path = store.folder / "datastore.json"
     whole = path.read_text()
-    for damaged in (text, whole.replace('"count": 10', f'"count": {text}'), whole.replace('"a.txt"', text)):
+    for damaged in (text, whole.replace('"count": 10', f'"count": {text}'), whole.replace('"tiny"', text)):
         path.write_text(damaged)
         with pytest.raises(DatastoreError) as caught:
             Datastore.open(store.folder)
@@ -728,7 +788,7 @@ def test_a_datastore_that_is_replaced_while_it_is_opened_is_the_new_one(store, t
     other, real = write_store(tmp_path / "other", make=lambda rows, dim: vectors(rows, dim, seed=9)), OpenFolder.map
 
     def replaced(self, name):
-        if name == "values-00000.npy" and other.folder.exists():
+        if name.endswith("values.npy") and other.folder.exists():
             shutil.rmtree(store.folder)
             other.folder.rename(store.folder)
         return real(self, name)
@@ -739,22 +799,22 @@ def test_a_datastore_that_is_replaced_while_it_is_opened_is_the_new_one(store, t
 
 
 def test_a_file_that_is_written_to_while_it_is_read_is_told(store):
-    path = store.folder / "keys/final_norm/00001.npy"
+    path = part(store, 1, "keys/final_norm.npy")
     data = path.read_bytes()
     os.utime(path, ns=(1, 1))
     store.check_untouched()  # of another time, and of the same bytes
     with path.open("r+b") as file:
         file.write(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(DatastoreCorrupt, match=r"00001\.npy .* written to while it was read"):
+    with pytest.raises(DatastoreCorrupt, match=r"final_norm\.npy .* written to while it was read"):
         store.check_untouched()
 
 
 def test_what_is_read_as_a_whole_is_checked_when_it_is_read(store):
     for name, read in (
-        ("documents.npy", lambda one: one.documents),
-        ("keys/final_norm/centre.npy", lambda one: one.keys("final_norm")),
+        ("documents", lambda one: one.documents),
+        ("centre", lambda one: one.keys("final_norm")),
     ):
-        path = store.folder / name
+        path = described(store)[name]
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(DatastoreCorrupt, match="checksum"):
@@ -763,9 +823,9 @@ def test_what_is_read_as_a_whole_is_checked_when_it_is_read(store):
 
 
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(store):
-    for name in ("datastore.json", "values-00000.npy"):
-        (store.folder / name).unlink()
-        os.mkfifo(store.folder / name)
+    for path in (store.folder / "datastore.json", part(store, 0, "part.json"), part(store, 0, "values.npy")):
+        path.unlink()
+        os.mkfifo(path)
         with pytest.raises(DatastoreCorrupt, match="no regular file"):
             Datastore.open(store.folder)
 

@@ -72,7 +72,7 @@ def store_document(explainer: Explainer) -> dict[str, Any]:
         "model": path_tails(explainer.lm.name)[-2:][0],
         "store": store.folder.resolve().name,
         "keys": store.count,
-        "documents": store.manifest.documents.rows,
+        "documents": len(store.documents),
         "layers": [_layer(explainer, layer) for layer in store.layers],
         "max_tokens": max_tokens(explainer),
         "max_characters": MAX_CHARACTERS,
