@@ -124,8 +124,8 @@ def test_new_score_is_in_the_documents_and_the_report(store: Path) -> None:
 
 
 def test_new_format_is_read_and_its_size_known(run: Run, store: Path, papers: Path) -> None:
-    manifest = json.loads((store / "datastore.json").read_text(encoding="utf-8"))
-    assert {source.rpartition(".")[2] for source in manifest["sources"]} == {"tex"}
+    part = json.loads(next((store / "parts").glob("*/part.json")).read_text(encoding="utf-8"))
+    assert {source.rpartition(".")[2] for source in part["sources"]} == {"tex"}
     found = json.loads(run("lengths", "--text", papers, "--json"))
     # Without the comment, but with the end of its line.
     assert found == {"documents": 24, "median": np.median([len(f"\n{text}\n") for text in texts(0, 24)])}

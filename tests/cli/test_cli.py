@@ -207,7 +207,7 @@ def test_info_shows_the_datastore(call, gpt2_folder: Path, text_file: Path, tmp_
         ends = [str(fitted["k"]), f"{fitted['lambda']:.3f}", f"{fitted['temperature']:.4g}"]
         size = f"{told['layers'][layer]['bytes'] / 1000:.1f}"
         assert cells == [layer, *["◀", "chosen"][: 2 * chosen], "32", "float16", size, "kB", *middle, *ends]
-        keys = (tmp_path / "out" / "keys" / layer).glob("0*.npy")
+        keys = (tmp_path / "out" / "parts").glob(f"*/keys/{layer}.npy")
         assert told["layers"][layer]["bytes"] == sum(path.stat().st_size - 128 for path in keys)  # without headers
     assert list(told["indexes"]) == [told["choice"]["layer"]]
     assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
