@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.base import VectorIndex
-from index.faiss_index import pair_distances, scan_block, thread_count
+from index.faiss_index import pair_distances, thread_count
 from index.int8 import Codes, Matches, is_fast, one_thread
 from index.neighbors import nearest
 from index.pruning import (
@@ -30,6 +30,7 @@ from index.pruning import (
     make_plan,
 )
 from index.rerank import exact_distances as exact_distances
+from index.scan import scan_block
 from index.source import BLOCK_BYTES, centre_of, centred_queries, rows_in, spread_ids
 from index.threads import share_out
 

@@ -1,4 +1,4 @@
-"""The only module that imports FAISS: the three kernels of exact search, and FAISS's own indexes.
+"""The only module that imports FAISS: the kernel of exact distances, and FAISS's own indexes.
 
 FAISS proposes ids, which are row numbers; its distances are discarded (index/rerank.py computes exact ones).
 
@@ -35,12 +35,6 @@ _KMEANS_ROUNDS = 25
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-
-
-def scan_block(queries_QD: Floats, keys_ND: Floats, k: int, metric: Metric) -> tuple[Floats, Ids]:
-    """The k <= N nearest keys of each query by brute force, through BLAS: fast, and inexact where norms are large."""
-    values_QK, ids_QK = faiss.knn(queries_QD, keys_ND, k, _METRICS[metric])
-    return (values_QK if metric is Metric.L2 else np.negative(values_QK)), ids_QK
 
 
 def thread_count() -> int:

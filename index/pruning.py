@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from index.faiss_index import scan_block
 from index.int8 import MOST_OF_KEY, MOST_OF_QUERY, Codes, Matches, Split, floors, split
 from index.metric import Metric
 from index.neighbors import nearest
+from index.scan import scan_block
 
 # One key in this many is sampled, at that share of the cost of a full scan.
 SAMPLE_SHARE = 32

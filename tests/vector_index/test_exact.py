@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from index.errors import DimensionMismatch, InvalidKeys, InvalidQuery
 from index.exact import ExactIndex, exact_distances
-from index.faiss_index import scan_block
 from index.metric import Metric
 from index.rerank import LEAST_PAIRS, PAIRS, _ranges, rerank
+from index.scan import scan_block
 from index.source import ArraySource
 from tests.vector_oracle import all_distances, assert_exact, clustered, massive
 
