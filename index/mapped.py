@@ -84,6 +84,22 @@ class OpenFolder:
             os.close(handle)
 
 
+def release(array: NDArray[Any]) -> None:
+    """Take a mapped array's pages out of this process's memory; they are loaded again when they are next read.
+
+    An array that is no part of a mapped file is left as it is.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if not (isinstance(owner, memoryview) and isinstance(owner.obj, ctypes.Array)):  # as `_map` makes them
+        return
+    first = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = array.ctypes.data + array.nbytes - first
+    if size > 0:
+        _system().madvise(first, size, mmap.MADV_DONTNEED)
+
+
 def stamp_of(path: Path) -> Stamp | None:
     """Return the stamp of the file now at a path; None if there is none."""
     try:
@@ -114,4 +130,5 @@ def _system() -> Any:  # noqa: ANN401  (ctypes has no types)
     library.mmap.restype = ctypes.c_void_p
     library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
     library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library

@@ -48,7 +48,10 @@ class Queries:
     def vectors(self, layer: str) -> NDArray[np.float32]:
         """The layer's raw vectors, [Q, D]."""
         keys = self.store.keys(layer)
-        return keys.read(0, len(keys)) + keys.centre
+        vectors_QD = keys.read(0, len(keys))
+        vectors_QD += keys.centre
+        keys.release()
+        return vectors_QD
 
 
 @contextmanager

@@ -48,7 +48,10 @@ class LayerSearcher:
     def cached(
         self, vectors_QD: NDArray[np.float32], targets_Q: NDArray[np.int32], k: int, advance: Advance = ignore
     ) -> Search:
-        """Search once for all queries; keep distances, whether each value equals the target, and the nearest values."""
+        """Search once for all queries; keep distances, whether each value equals the target, and the nearest values.
+
+        The keys leave memory afterwards: those of all layers together would take as much as the datastore.
+        """
         count = len(targets_Q)
         distances_QK = np.empty((count, k), np.float32)
         hits_QK = np.empty((count, k), np.bool_)
@@ -62,6 +65,7 @@ class LayerSearcher:
             hits_QK[rows] = values_QK == targets_Q[rows, None]
             values_QJ[rows] = values_QK[:, :NEAREST]
             advance(rows.stop, count)
+        self.store.keys(self.layer).release()
         return Search(distances_QK, hits_QK, values_QJ)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from index.mapped import release
 from knnlm.config import METRICS
 from knnlm.errors import InputError
 from knnlm.store.half import to_float32
@@ -114,6 +115,11 @@ class Keys:
             part = slice(start, start + TAKE_ROWS)
             _copy(self._gather(ids_N[part]), rows_ND[part])
         return self._finish(rows_ND)
+
+    def release(self) -> None:
+        """Take the keys' pages out of this process's memory, until they are read again: layers are used one by one."""
+        for shard in self._shards:
+            release(shard)
 
     def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
         """The rows as stored: gathered in half precision, so that conversion to float32 runs once and in order."""
