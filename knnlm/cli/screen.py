@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
+
+from knnlm.cli.telling import Teller
+from knnlm.progress import Forecast
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
-    from knnlm.progress import Advance
+    from knnlm.progress import Advance, Stage
 
 
 # Control characters except tabs and line breaks, which terminals obey; lone surrogates, which cannot be encoded.
@@ -44,6 +48,24 @@ def _console(**options: Any) -> Console:  # noqa: ANN401
     return VisibleConsole(**options)
 
 
+@contextmanager
+def _regularly(work: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Do the work now and then during the block, in a thread, as the block may compute for minutes without a word."""
+    ended = Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            work()
+
+    thread = Thread(target=repeat, daemon=True, name="knnlm-progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 class Screen:
     """Tables go to standard output, progress and notes to standard error; with --json, standard output is JSON only."""
 
@@ -53,29 +75,36 @@ class Screen:
         # A file or pipe has no width of its own, and shows no progress bar.
         self.out: Console = _console(width=None if sys.stdout.isatty() else 140)
         self.err: Console = _console(stderr=True)
+        self._teller = Teller(Forecast(), self.note)
+
+    def plan(self, stages: Sequence[Stage]) -> None:
+        """Take the stages of the whole, whose time is then told."""
+        self._teller.plan(stages)
 
     @contextmanager
     def stage(self, name: str, unit: str) -> Iterator[Advance]:
-        """Show a progress bar with rate and time left; it disappears at the end of the stage."""
+        """Show one bar for the whole, with the stage's name and the time left; without a terminal, a line at times."""
+        self._teller.begin(name, unit)
+        try:
+            with self._bar() if self.err.is_terminal else _regularly(self._teller.line_if_due, seconds=1):
+                yield self._teller.advance
+        finally:
+            self._teller.end()
+
+    @contextmanager
+    def _bar(self) -> Iterator[None]:
         from rich import progress as bars
 
-        columns = (
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.TaskProgressColumn(),
-            bars.TextColumn("{task.fields[rate]}"),
-            bars.TimeElapsedColumn(),
-            bars.TimeRemainingColumn(),
-        )
-        with bars.Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as shown:
-            task = shown.add_task(name, total=None, rate="")
+        columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), bars.TaskProgressColumn())
+        with bars.Progress(*columns, console=self.err, transient=True) as shown:
+            task = shown.add_task(self._teller.line(), total=None)
 
-            def advance(done: int, total: int | None) -> None:
-                elapsed = shown.tasks[0].elapsed or 0
-                rate = f"{done / elapsed:,.0f} {unit}/s" if elapsed > 0 else ""
-                shown.update(task, completed=done, total=total, rate=rate)
+            def update() -> None:
+                share = self._teller.share()
+                shown.update(task, description=self._teller.line(), completed=share or 0, total=share and 1.0)
 
-            yield advance
+            with _regularly(update, seconds=0.5):
+                yield
 
     def note(self, line: str) -> None:
         """Print a note to standard error."""

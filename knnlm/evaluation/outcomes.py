@@ -54,13 +54,12 @@ def evaluate_layers(
     """Search, fit and score the layers one by one."""
     check_k(knn.k, store.count)
     progress, k = progress or Silent(), min(knn.search_k, store.count)
-    for layer in layers:
-        searcher = open_searcher(store, layer, knn.metric, exact=exact)
-        with progress.stage(f"searching {layer}", "queries") as advance:
-            search = searcher.cached(queries.vectors(layer), queries.targets_Q, k, advance)
-        with progress.stage(f"fitting k, λ and T for {layer}", "settings"):
-            found = outcome(layer, search, queries, knn)
-        yield found
+    with progress.stage("evaluating", "layers") as advance:
+        for number, layer in enumerate(layers, start=1):
+            searcher = open_searcher(store, layer, knn.metric, exact=exact)
+            search = searcher.cached(queries.vectors(layer), queries.targets_Q, k)
+            yield outcome(layer, search, queries, knn)
+            advance(number, len(layers))
 
 
 def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> LayerOutcome:

@@ -47,7 +47,7 @@ def index_layer(
     refuse_cached(store.folder)
     progress, knn = progress or Silent(), settings.knn
     source, metric = store.keys(layer).for_metric(knn.metric), index_metric(knn.metric)
-    with progress.stage(f"indexing {layer}", "keys") as advance:
+    with progress.stage("indexing", "keys") as advance:
         built = build_index(source, knn.index, metric=metric, recall_target=None, seed=settings.seed, progress=advance)
     k = min(knn.search_k, max(1, store.count - 1))
     measured = None  # exact search has a recall of 1, and measuring it would read every key twice

@@ -52,13 +52,21 @@ def make_plan(
     if tokens and settings.knn.k and settings.knn.k > SURELY_TOO_MANY * tokens:
         raise InputError(f"`k` is {settings.knn.k}, but the text gives only about {tokens:,} keys; take a smaller k")
     plan = _plan_keys(lm, tokens, out, settings)
-    if evaluation is None:
-        bounds = [bound for bound in (settings.evaluation.eval_tokens, tokens and tokens // 10) if bound]
-        queries = min(bounds, default=0)
-    else:
-        queries = count_targets(evaluation)
+    queries = query_count(settings, tokens, evaluation)
     check_query_room(lm, plan.layers, queries, out=out.parent, taken=plan.key_bytes or 0)
     return plan
+
+
+def query_count(settings: Settings, tokens: int | None, evaluation: Sequence[TokenDocument] | None) -> int:
+    """Tokens that will be evaluated; 0 if that is not known.
+
+    :param tokens: estimated tokens of the text.
+    :param evaluation: the evaluation text; None where it will be held out of the text.
+    """
+    if evaluation is not None:
+        return count_targets(evaluation)
+    bounds = [bound for bound in (settings.evaluation.eval_tokens, tokens and tokens // 10) if bound]
+    return min(bounds, default=0)
 
 
 def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Settings) -> RunPlan:

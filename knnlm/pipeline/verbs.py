@@ -23,9 +23,11 @@ from knnlm.knn.searcher import is_exact, searched_layers
 from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.begun import Begun, begin, mark_whole, read_begun
+from knnlm.pipeline.expected import build_stages, evaluate_stages, run_stages, score_stages
 from knnlm.pipeline.job import Clock, Job, Paths
-from knnlm.pipeline.plan import check_choice, check_query_room, estimate_tokens, make_plan
+from knnlm.pipeline.plan import check_choice, check_query_room, estimate_tokens, make_plan, query_count
 from knnlm.pipeline.steps import (
+    SAMPLE_TOKENS,
     choose_on_sample,
     compare_layers,
     extract,
@@ -56,7 +58,10 @@ def score(
     :param stop_early: stop once it is settled which candidate dispersion chooses.
     :param share: read only this share of the text (0 to 1), spread evenly over it.
     """
-    return score_layers(Job(lm, settings or Settings(), progress or Silent()), text, stop_early=stop_early, share=share)
+    job = Job(lm, settings or Settings(), progress or Silent())
+    layers = select_layers(job.settings.layers.layers or "all", lm.layer_names)
+    job.progress.plan(score_stages(lm, layers, estimate_tokens(lm, text, job.settings.text)))
+    return score_layers(job, text, stop_early=stop_early, share=share)
 
 
 def build(
@@ -119,6 +124,8 @@ def evaluate(
     documents = job.evaluation_documents(eval_text)
     check_evaluation(documents)
     check_query_room(lm, layers, count_targets(documents))
+    k = min(settings.knn.search_k, store.count)
+    job.progress.plan(evaluate_stages(lm, layers, store.count, count_targets(documents), k))
     scores = store.manifest.scores  # null where Python code wrote the datastore without any
     scored = None if scores is None else score_from_document(scores)
     with compare_layers(job, store, documents, layers, scored, exact=is_exact(settings.knn.index)) as compared:
