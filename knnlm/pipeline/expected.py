@@ -86,8 +86,10 @@ def build_stages(lm: LanguageModel, layers: Sequence[str], tokens: int | None, s
     :param sample: tokens on which the layer is chosen, 0 if it is named.
     """
     here = reckon()
-    chosen = score_stages(lm, lm.layer_names, sample) if sample else []
-    return [*chosen, _through_model("extracting keys", tokens), *_indexing(lm, layers, tokens, here)]
+    extracting = _through_model("extracting keys", tokens)
+    chosen = [*score_stages(lm, lm.layer_names, sample), extracting]
+    named = [extracting, _scoring(lm, layers, tokens, here)]
+    return [*(chosen if sample else named), *_indexing(lm, layers, tokens, here)]
 
 
 def evaluate_stages(lm: LanguageModel, layers: Sequence[str], keys: int, queries: int, k: int) -> list[Stage]:
