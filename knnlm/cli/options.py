@@ -87,6 +87,7 @@ Show = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, such as the type that a model is computed in.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if knnlm made all of it.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")]
 
@@ -198,13 +199,14 @@ class Output:
 
     call: typer.Context
     json: Json = False
+    verbose: Verbose = False
 
     def screen(self) -> Screen:
         """The screen, which translates fields into the verb's options."""
-        return open_screen(self.call, as_json=self.json)
+        return open_screen(self.call, as_json=self.json, verbose=self.verbose)
 
 
-def open_screen(call: typer.Context, *, as_json: bool = False) -> Screen:
+def open_screen(call: typer.Context, *, as_json: bool = False, verbose: bool = False) -> Screen:
     """The screen of a verb."""
     options = options_of(call.command)
     return Screen(as_json, lambda line: in_options(line, options))

@@ -69,9 +69,9 @@ def _regularly(work: Callable[[], None], seconds: float) -> Iterator[None]:
 class Screen:
     """Tables go to standard output, progress and notes to standard error; with --json, standard output is JSON only."""
 
-    def __init__(self, as_json: bool, words: Callable[[str], str] = str) -> None:
+    def __init__(self, as_json: bool, words: Callable[[str], str] = str, *, verbose: bool = False) -> None:
         """:param words: translates the library's lines, for example fields into options."""
-        self.as_json, self._words = as_json, words
+        self.as_json, self._words, self._verbose = as_json, words, verbose
         # A file or pipe has no width of its own, and shows no progress bar.
         self.out: Console = _console(width=None if sys.stdout.isatty() else 140)
         self.err: Console = _console(stderr=True)
@@ -109,6 +109,11 @@ class Screen:
     def note(self, line: str) -> None:
         """Print a note to standard error."""
         self.err.print(self._words(line), highlight=False, markup=False, soft_wrap=True)
+
+    def detail(self, line: str) -> None:
+        """Print a note that only a user who asks for it wants to see."""
+        if self._verbose:
+            self.note(line)
 
     def say(self, line: Any) -> None:  # noqa: ANN401  (whatever rich can render)
         """Print a line or table of the result; nothing with --json."""

@@ -41,7 +41,7 @@ def check_texts(paths: Sequence[str], *, text_field: str) -> None:
 def load(
     name: str, compute: ComputeOptions, trust: bool, screen: Screen, *, layers: LayerConfig | None = None
 ) -> LanguageModel:
-    """Load a model; its notes, such as why float32 was taken, go to the screen.
+    """Load a model; its notes go to the screen, and with --verbose its details, such as why float32 was taken.
 
     :param layers: layer settings to check against the model before its weights are read.
     """
@@ -53,6 +53,8 @@ def load(
         lm = load_model(name, dtype=compute.dtype, device=compute.device, trust_remote_code=trust)
     for note in lm.notes:
         screen.note(note)
+    for detail in (f"computed in {str(lm.dtype).removeprefix('torch.')} on {lm.device}", *lm.details):
+        screen.detail(detail)
     return lm
 
 

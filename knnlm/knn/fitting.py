@@ -33,19 +33,25 @@ _PRIOR_TOKENS = 10.0
 
 
 def fit_lambda(lm_log_probs: Floats, knn: Floats, *, steps: int = 40) -> float:
-    """Return the lambda in (0, 1) that maximises the mean log-probability, by bisection: it is concave in lambda.
+    """Return the lambda in (0, 1) that maximises the mean log-probability, by bisection: it is concave in lambda."""
+    return float(_fit_lambdas(lm_log_probs, knn[None], steps)[0])
+
+
+def _fit_lambdas(lm_log_probs: Floats, knn_SQ: Floats, steps: int) -> Floats:
+    """The lambda of each setting, [S], all in one array: of a thousand queries the calls cost more than the sums.
 
     The derivative's terms (p_kNN - p_LM) / p are scaled by the larger of the two to avoid underflow.
     """
-    top = np.maximum(lm_log_probs, knn)
-    lm = np.exp(lm_log_probs - top)
-    more = np.exp(knn - top) - lm
-    low, high = LEAST_LAMBDA, MOST_LAMBDA
+    top_SQ = np.maximum(lm_log_probs, knn_SQ)
+    lm_SQ = np.exp(lm_log_probs - top_SQ)
+    more_SQ = np.exp(knn_SQ - top_SQ) - lm_SQ
+    low_S, high_S = (np.full(len(knn_SQ), end) for end in (LEAST_LAMBDA, MOST_LAMBDA))
     for _ in range(steps):
-        middle = (low + high) / 2
-        rising = np.mean(more / (lm + middle * more)) > 0
-        low, high = (middle, high) if rising else (low, middle)
-    return (low + high) / 2
+        middle_S = (low_S + high_S) / 2
+        rising_S = np.mean(more_SQ / (lm_SQ + middle_S[:, None] * more_SQ), axis=1) > 0
+        low_S, high_S = np.where(rising_S, middle_S, low_S), np.where(rising_S, high_S, middle_S)
+    found_S: Floats = (low_S + high_S) / 2
+    return found_S
 
 
 def distance_scale(search: Search) -> float:
@@ -102,14 +108,12 @@ def fit(
 def _best_over_k(
     lm_log_probs: Floats, knn_SQ: Floats, ks: Sequence[int], temperature: float, lam: float | None
 ) -> tuple[float, Mix]:
-    options = []
-    for k, knn_Q in zip(ks, knn_SQ, strict=True):
-        weight = fit_lambda(lm_log_probs, knn_Q, steps=12) if lam is None else lam
-        options.append((-float(np.mean(mix(lm_log_probs, knn_Q, weight))), k, knn_Q))
+    weights_S = _fit_lambdas(lm_log_probs, knn_SQ, steps=12) if lam is None else np.full(len(ks), float(lam))
+    losses_S = np.broadcast_to(-np.mean(mix(lm_log_probs, knn_SQ, weights_S[:, None]), axis=-1), len(ks))
     # Losses tie if lambda is 0, or if it is 1 and a target that no neighbour has makes all infinite.
-    loss, k, knn_Q = min(options, key=lambda option: (option[0], -option[1]))
-    weight = fit_lambda(lm_log_probs, knn_Q) if lam is None else lam
-    return loss, Mix(k, temperature, weight)
+    best = min(range(len(ks)), key=lambda number: (losses_S[number], -ks[number]))
+    weight = fit_lambda(lm_log_probs, knn_SQ[best]) if lam is None else lam
+    return float(losses_S[best]), Mix(ks[best], temperature, weight)
 
 
 def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float = _PRIOR_TOKENS) -> Mix:

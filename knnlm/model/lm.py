@@ -55,7 +55,9 @@ class LanguageModel:
     vocabulary: int
     """The number of tokens that the head scores."""
     notes: tuple[str, ...]
-    """Sentences for the user, such as why the model is not computed in the checkpoint's type."""
+    """Sentences for the user, such as which layers cannot be read."""
+    details: tuple[str, ...]
+    """Sentences for a user who asks, such as why the model is not computed in the checkpoint's type."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str,
-        notes: Sequence[str] = (),
+        details: Sequence[str] = (),
         adapter: str = "",
     ) -> None:
         self.name, self._adapter = name, adapter
@@ -80,7 +82,8 @@ class LanguageModel:
         self.vocabulary = logits.shape[-1]
         self._head = find_scores(model, vectors[FINAL], logits)
         unread = [layer for layer in self._decoder.names if layer not in vectors]
-        self.notes = (*notes, *([f"{name} has layers that cannot be read: {list_names(unread)}"] if unread else []))
+        self.notes = (f"{name} has layers that cannot be read: {list_names(unread)}",) if unread else ()
+        self.details = tuple(details)
 
     def __repr__(self) -> str:
         limit = f"at most {self.context_limit:,} tokens" if self.context_limit else "input of any length"

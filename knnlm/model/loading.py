@@ -41,8 +41,8 @@ def load_model(
     `gguf`.
 
     `dtype` is float32, bfloat16, float16 or auto: the checkpoint's own type, except on a CPU. There a bfloat16
-    checkpoint is computed in bfloat16 only if the CPU is measured to be fast at it; otherwise, like float16, in
-    float32. `device` is cpu, cuda, mps or auto.
+    checkpoint is computed in bfloat16 only if the CPU has units for it; otherwise, like float16, in float32. `device`
+    is cpu, cuda, mps or auto.
 
     Raises ModelError for anything but a decoder-only causal LM with a tokenizer, InputError for a wrong option.
     """
@@ -55,7 +55,7 @@ def load_model(
     if source.adapter is not None:
         model, adapter = merge_adapter(model, source.adapter), digest_adapter(source.adapter)
     _place(model, target)
-    return LanguageModel(model, tokenizer, name=source.name, notes=[note] if note else [], adapter=adapter)
+    return LanguageModel(model, tokenizer, name=source.name, details=[note] if note else [], adapter=adapter)
 
 
 def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:

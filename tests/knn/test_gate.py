@@ -189,7 +189,7 @@ def test_absent_neighbours_of_an_index_have_no_token() -> None:
     """Their id is -1, which is a place in the values too: the last one's token would count as a different one."""
     ids_QK, distances_QK = np.array([[0, 2, -1], [-1, -1, -1]]), np.array([[1, 2, np.inf], [np.inf] * 3], np.float32)
     index = SimpleNamespace(search=lambda queries, k: Neighbors(distances_QK, ids_QK))
-    keys = SimpleNamespace(prepare_queries=lambda vectors, metric: vectors)
+    keys = SimpleNamespace(prepare_queries=lambda vectors, metric: vectors, release=lambda: None)
     store = SimpleNamespace(values=np.array([5, 6, 5, 7], np.int32), keys=lambda layer: keys)
     searcher = LayerSearcher(store, "layer", "l2", index)  # type: ignore[arg-type]
     vectors_QD, setting = np.zeros((2, 1), np.float32), replace(SETTING, k=3)

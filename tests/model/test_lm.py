@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -477,9 +478,9 @@ def half_folders(tmp_path_factory):
             torch.bfloat16,
             1.2,
             torch.float32,
-            "bfloat16 and computed in float32: this CPU's bfloat16 products are 1.2",
+            "bfloat16 and computed in float32, in which this CPU multiplies faster",
         ),
-        (torch.bfloat16, 0.003, torch.float32, "products are 0.003 times as fast as float32's"),
+        (torch.bfloat16, 0.003, torch.float32, "in which this CPU multiplies faster"),
         (torch.float16, 2.0, torch.float32, "float16 and computed in float32, which holds its weights exactly"),
         (torch.float16, 0.003, torch.float32, "float16 and computed in float32"),
     ],
@@ -487,26 +488,26 @@ def half_folders(tmp_path_factory):
 def test_half_checkpoint_is_computed_in_what_the_cpu_does_fast(
     stored, speed, computed, note, half_folders, monkeypatch
 ):
-    monkeypatch.setattr(hardware, "bfloat16_speed", lambda: speed)
+    of_a_cpu_that_does_not_say(monkeypatch, speed)
     lm = load_model(half_folders[stored], device="cpu")
     assert lm.dtype == computed
-    assert (lm.notes == ()) if note is None else (note in lm.notes[0])
+    assert lm.notes == () and ((lm.details == ()) if note is None else (note in lm.details[0]))
     assert torch.isfinite(target_log_probs(lm, TOKENS)).all()
 
 
 def test_float32_checkpoint_stays_float32_whatever_the_cpu(folder, monkeypatch):
-    monkeypatch.setattr(hardware, "bfloat16_speed", lambda: 9.0)
+    of_a_cpu_that_does_not_say(monkeypatch, 9.0)
     assert load_model(folder).dtype == torch.float32
 
 
 def test_checkpoint_whose_configuration_names_no_type(half_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "bfloat16_speed", lambda: 0.1)
+    of_a_cpu_that_does_not_say(monkeypatch, 0.1)
     copy = shutil.copytree(half_folders[torch.bfloat16], tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
     del config["dtype"]
     (copy / "config.json").write_text(json.dumps(config))
     lm = load_model(copy)
-    assert lm.dtype == torch.float32 and "the checkpoint is bfloat16" in lm.notes[0]
+    assert lm.dtype == torch.float32 and "the checkpoint is bfloat16" in lm.details[0]
 
 
 def test_dtype_that_is_asked_for_is_taken(folder, half_folders):
@@ -518,6 +519,37 @@ def test_dtype_that_is_asked_for_is_taken(folder, half_folders):
 def test_half_precision_agrees_with_float32_roughly(folder):
     full, half = load_model(folder), load_model(folder, dtype="bfloat16")
     torch.testing.assert_close(target_log_probs(half, TOKENS), target_log_probs(full, TOKENS), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        ("fpu avx2 avx512f avx512_bf16", torch.bfloat16),
+        ("fpu avx512f amx_tile amx_bf16 amx_int8", torch.bfloat16),
+        ("fpu avx2 avx512f avx512_vnni amx_int8", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("speed", [0.05, 9.0])
+def test_x86_cpu_is_taken_by_its_word_whatever_a_busy_moment_measures(flags, taken, speed, tmp_path, monkeypatch):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: x\nflags\t\t: {flags}\nbugs\t: none\n")
+    of_a_cpu_that_does_not_say(monkeypatch, speed)
+    monkeypatch.setattr(hardware, "_CPUINFO", cpuinfo)
+    assert hardware.pick_dtype_on_cpu(torch.bfloat16)[0] == taken
+    assert hardware.pick_dtype_on_cpu(torch.float16)[0] == torch.float32
+
+
+def of_a_cpu_that_does_not_say(monkeypatch, speed):
+    """Such as one of a Mac: no flags, so that its speed is measured."""
+    hardware.multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(hardware, "_CPUINFO", Path("nowhere", "cpuinfo"))
+    monkeypatch.setattr(hardware, "bfloat16_speed", lambda: speed)
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_cpu():
+    yield
+    hardware.multiplies_bfloat16.cache_clear()
 
 
 def test_bfloat16_speed_is_a_plausible_ratio():

@@ -15,9 +15,9 @@ from index.exact import ExactIndex
 from index.metric import Metric
 from index.source import ArraySource
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
+from knnlm.knn.reckoning import Reckoning, reckon
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build, evaluate, run, score
-from knnlm.pipeline.expected import Reckoning, reckon
 from knnlm.progress import Advance, Silent, Stage, ignore
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model, tiny_tokenizer
