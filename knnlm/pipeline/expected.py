@@ -16,20 +16,17 @@ _SHORT = 1.0
 
 
 def score_stages(lm: LanguageModel, layers: Sequence[str], tokens: int | None) -> list[Stage]:
-    """What `score` expects."""
+    """What `score` expects, and a sample on which a layer is chosen."""
     return [_through_model("scoring layers", tokens), _scoring(lm, layers, tokens, reckon())]
 
 
-def build_stages(lm: LanguageModel, layers: Sequence[str], tokens: int | None, sample: int) -> list[Stage]:
-    """What `build` expects.
+def build_stages(lm: LanguageModel, layers: Sequence[str], tokens: int | None, *, scored: bool) -> list[Stage]:
+    """What `build` expects once its layers are settled.
 
-    :param sample: tokens on which the layer is chosen, 0 if it is named.
+    :param scored: they were chosen by scores; otherwise all keys are scored.
     """
     here = reckon()
-    extracting = _through_model("extracting keys", tokens)
-    chosen = [*score_stages(lm, lm.layer_names, sample), extracting]
-    named = [extracting, _scoring(lm, layers, tokens, here)]
-    return [*(chosen if sample else named), *_indexing(lm, layers, tokens, here)]
+    return [*_extracting(lm, layers, tokens, here, scored=scored), *_indexing(lm, layers, tokens, here)]
 
 
 def evaluate_stages(lm: LanguageModel, layers: Sequence[str], keys: int, queries: int, k: int) -> list[Stage]:
@@ -37,17 +34,25 @@ def evaluate_stages(lm: LanguageModel, layers: Sequence[str], keys: int, queries
     return _evaluating(lm, layers, keys, queries, k, reckon())
 
 
-def run_stages(lm: LanguageModel, layers: Sequence[str], keys: int | None, queries: int, k: int) -> list[Stage]:
-    """What `run` expects."""
+def run_stages(
+    lm: LanguageModel, layers: Sequence[str], keys: int | None, queries: int, k: int, *, scored: bool
+) -> list[Stage]:
+    """What `run` expects once its layers are settled; see `build_stages`."""
     here = reckon()
     return [
-        _through_model("extracting keys", keys),
-        _scoring(lm, layers, keys, here),
+        *_extracting(lm, layers, keys, here, scored=scored),
         *_evaluating(lm, layers, keys, queries, k, here),
         *_indexing(lm, layers, keys, here),
         _short("perplexity through the index", "indexing"),
         _short("writing the report", "evaluating"),
     ]
+
+
+def _extracting(
+    lm: LanguageModel, layers: Sequence[str], tokens: int | None, here: Reckoning, *, scored: bool
+) -> list[Stage]:
+    scores = [] if scored else [_scoring(lm, layers, tokens, here)]
+    return [_through_model("extracting keys", tokens), *scores]
 
 
 def _through_model(name: str, tokens: float | None) -> Stage:

@@ -40,6 +40,7 @@ from knnlm.pipeline.steps import (
 from knnlm.places import as_list, work_of
 from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
+from knnlm.scores.choose import SCORES_THAT_CHOOSE
 from knnlm.store.datastore import Datastore, as_datastore
 from knnlm.text.windows import TokenDocument, count_targets
 
@@ -83,6 +84,7 @@ def build(
     with new_folder(out, overwrite=overwrite, inputs=(lm.name, *as_list(text)), work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
         begun = read_begun(folder) or _begin_build(job, text, total, folder, work)
+        job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None))
         scored = extract(job, job.documents(text), begun.layers, folder, total=total, sampled=begun.scored)
         mark_whole(folder, work, begun, scored)
         _, warnings = try_index(Datastore.open(folder), scored.choice.layer, settings, job.progress)
@@ -95,6 +97,9 @@ def _begin_build(job: Job, text: Paths, total: int | None, folder: Path, work: s
     """Choose what is stored, and write that down."""
     lm, wanted = job.lm, job.settings.layers
     check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
+    if wanted.layers is None and wanted.select in SCORES_THAT_CHOOSE:
+        sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
+        job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True)])
     sampled = choose_on_sample(job, text, total)
     named = sampled.choice.layer if sampled else wanted.layers or wanted.select
     return begin(folder, work, select_layers(named, lm.layer_names), sampled)
@@ -167,6 +172,8 @@ def run(
             begun = read_begun(folder) or _begin_run(job, text, given, folder, work)
             training, evaluation = split_text(job, text, given)
             total = estimate_tokens(lm, text, settings.text)
+            queries, is_scored = query_count(settings, total, given), begun.scored is not None
+            job.progress.plan(run_stages(lm, begun.layers, total, queries, settings.knn.search_k, scored=is_scored))
             scored = extract(job, training, begun.layers, folder, total=total, sampled=begun.scored)
             documents = evaluation()
         mark_whole(folder, work, begun, scored)
