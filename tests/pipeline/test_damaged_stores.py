@@ -131,7 +131,7 @@ class Doing(Silent):
             yield advance
 
 
-@pytest.mark.parametrize("stage", ["evaluation text through the model", "searching 2.ffn_input", "finding examples"])
+@pytest.mark.parametrize("stage", ["evaluation text through the model", "evaluating", "finding examples"])
 def test_a_store_that_is_replaced_while_it_is_evaluated(stage, store, outcome, lm, held_out, tmp_path):
     expected = outcome(store)
     text = write_jsonl(tmp_path / "text.jsonl", texts(90, 6))
