@@ -1,4 +1,4 @@
-"""Products of 8-bit integers, which CPUs compute two to eight times as fast as float32. The only use of torch here.
+"""Products of 8-bit integers, which CPUs compute two to eight times as fast as float32. In torch, as `index.scan`.
 
 Legend: N keys, Q queries, D dimension, M coordinates, G keys of a group, P pairs of a query and a key.
 """
