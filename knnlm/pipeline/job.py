@@ -11,8 +11,9 @@ from pathlib import Path
 
 from knnlm.config import Settings
 from knnlm.model.lm import LanguageModel
+from knnlm.pipeline.plan import take_share
 from knnlm.progress import Progress
-from knnlm.text.corpus import measured, read_documents, read_text_rows, thin, tokenize_measured
+from knnlm.text.corpus import measured, read_documents, read_text_rows, text_bytes, thin, tokenize_measured
 from knnlm.text.held_out import take_slices
 from knnlm.text.windows import TokenDocument, WindowConfig, rows_to_groups, window_config
 
@@ -38,14 +39,25 @@ class Job:
         return self.settings.text.batch_tokens(self.window.context)
 
     def documents(self, text: Paths, share: float = 1) -> Iterator[TokenDocument]:
-        """Tokenised text, or a share of it: documents, or groups of rows, by protocol."""
+        """Tokenised text, or a share of it: documents, or groups of rows, by protocol.
+
+        `max_tokens` come evenly from all of the text; where its size is not known (a hub set), from its beginning.
+        """
         config = self.settings.text
         if config.protocol == "documents":
             documents = read_documents(text, text_field=config.text_field)
-            wanted = documents if share >= 1 else thin(documents, share)
+            taken = take_share(self.lm, text, config)
+            share = min(share, taken.share)
+            wanted = documents if share >= 1 else thin(documents, share, section=taken.section)
             return tokenize_measured(wanted, self.lm.encode_with_ends, max_tokens=config.max_tokens)
         rows = read_text_rows(text, text_field=config.text_field)
         return rows_to_groups((measured(row, self.lm.encode_with_ends) for row in rows), self.window)
+
+    def tell_what_is_taken(self, text: Paths) -> None:
+        """Note where `max_tokens` are not taken evenly from all of the text."""
+        config = self.settings.text
+        if config.max_tokens and text_bytes(text, text_field=config.text_field) is None:
+            self.progress.note(f"the size of a hub set is not known: the first {config.max_tokens:,} tokens are taken")
 
     def evaluation_documents(self, text: Paths) -> list[TokenDocument]:
         """The evaluation text, cut to its budget; groups of rows are never cut, as that would move their windows."""

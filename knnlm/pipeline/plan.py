@@ -21,6 +21,9 @@ from knnlm.text.windows import TokenDocument, count_targets
 
 # Text tokenised to estimate the bytes per token.
 PROBE_CHARACTERS = 200_000
+# A part of a text is taken in at least 16 sections where these have 256 characters, and in more where they would have
+# more than 16,384; as sizes are estimated, a little more is read.
+LEAST_SECTIONS, LEAST_SECTION, SECTION_CHARACTERS, SPARE = 16, 256, 16_384, 1.05
 # A k above this many times the estimated keys is refused at once; estimates are right to a few percent.
 SURELY_TOO_MANY = 1.5
 
@@ -137,14 +140,39 @@ def key_bytes(lm: LanguageModel, layers: Sequence[str], tokens: int, key_dtype: 
     return KEY_BYTES[key_dtype] * tokens * sum(lm.dims[name] for name in layers)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The share of a text that gives `max_tokens`, and the characters of the sections that it is taken in."""
+
+    share: float = 1.0
+    section: int = SECTION_CHARACTERS
+
+
+def take_share(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> Share:
+    """Return how `max_tokens` are spread over the text; all of it where they are not set or the size is not known."""
+    size = None if config.max_tokens is None else _estimate_size(lm, text, config)
+    if config.max_tokens is None or size is None or size[1] <= config.max_tokens:
+        return Share()
+    share, characters = config.max_tokens / size[1], size[0] * config.max_tokens // size[1]
+    return Share(SPARE * share, max(LEAST_SECTION, min(SECTION_CHARACTERS, characters // LEAST_SECTIONS)))
+
+
 def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> int | None:
     """Tokens of the text, estimated from its size and the bytes per token at its beginning; at most `max_tokens`.
 
     Where the size is unknown: `max_tokens`, or None.
     """
+    size = _estimate_size(lm, text, config)
+    if size is None:
+        return config.max_tokens
+    return min(size[1], config.max_tokens or size[1])
+
+
+def _estimate_size(lm: LanguageModel, text: Sequence[str | Path], config: TextConfig) -> tuple[int, int] | None:
+    """Bytes and tokens of the text; None where they are not known."""
     total = text_bytes(text, text_field=config.text_field)
     if total is None:
-        return config.max_tokens
+        return None
     bytes_seen, tokens_seen = 0, 0
     for document in itertools.islice(read_documents(text, text_field=config.text_field), 100):
         piece = document.text[:PROBE_CHARACTERS]
@@ -152,8 +180,7 @@ def estimate_tokens(lm: LanguageModel, text: Sequence[str | Path], config: TextC
         tokens_seen += len(lm.encode(piece))
         if bytes_seen > PROBE_CHARACTERS:
             break
-    estimate = int(total * tokens_seen / max(bytes_seen, 1))
-    return min(estimate, config.max_tokens or estimate)
+    return total, int(total * tokens_seen / max(bytes_seen, 1))
 
 
 def _size(count: float) -> str:

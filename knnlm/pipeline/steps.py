@@ -106,13 +106,11 @@ def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: floa
     return _score_result(job, scorer, collected, stopped_early=settled.met)
 
 
-def choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | None:
+def choose_on_sample(job: Job, text: Paths) -> ScoreResult | None:
     """Scores of all layers on a sample that ends once the choice is settled; None if layers are named.
 
     Layers that are not candidates are scored too, so that the probe (next-token agreement of nearest keys) can point to
     a better one among them.
-
-    :param total: approximate number of tokens in the text; the sample is spread over them.
     """
     settings, layers = job.settings, job.settings.layers
     if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
@@ -120,8 +118,7 @@ def choose_on_sample(job: Job, text: Paths, total: int | None) -> ScoreResult | 
     tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
     # By documents, whatever the datastore's protocol: the protocol knn-transformers cannot take part of a text.
     sample = replace(settings, text=replace(settings.text, max_tokens=tokens, protocol="documents"))
-    stop_early, share = layers.select == "dispersion", min(1.0, tokens / max(1, total or tokens))
-    sampled = score_layers(replace(job, settings=sample), text, stop_early=stop_early, share=share)
+    sampled = score_layers(replace(job, settings=sample), text, stop_early=layers.select == "dispersion")
     job.progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
     if sampled.choice.disagreement:
         job.progress.note(sampled.choice.disagreement)

@@ -61,6 +61,7 @@ def score(
     """
     job = Job(lm, settings or Settings(), progress or Silent())
     layers = select_layers(job.settings.layers.layers or "all", lm.layer_names)
+    job.tell_what_is_taken(text)
     job.progress.plan(score_stages(lm, layers, estimate_tokens(lm, text, job.settings.text)))
     return score_layers(job, text, stop_early=stop_early, share=share)
 
@@ -96,11 +97,12 @@ def build(
 def _begin_build(job: Job, text: Paths, total: int | None, folder: Path, work: str) -> Begun:
     """Choose what is stored, and write that down."""
     lm, wanted = job.lm, job.settings.layers
+    job.tell_what_is_taken(text)
     check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
     if wanted.layers is None and wanted.select in SCORES_THAT_CHOOSE:
         sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
         job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True)])
-    sampled = choose_on_sample(job, text, total)
+    sampled = choose_on_sample(job, text)
     named = sampled.choice.layer if sampled else wanted.layers or wanted.select
     return begin(folder, work, select_layers(named, lm.layer_names), sampled)
 
@@ -194,4 +196,5 @@ def _begin_run(job: Job, text: Paths, given: list[TokenDocument] | None, folder:
     """Plan what is stored, and write that down."""
     plan = make_plan(job.lm, text, folder, job.settings, given)
     job.progress.note(plan.sentence)
+    job.tell_what_is_taken(text)
     return begin(folder, work, plan.layers)

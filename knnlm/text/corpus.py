@@ -78,7 +78,7 @@ def thin(documents: Iterable[Document], share: float, *, section: int = 16_384) 
 
     Sections, not documents, because one document can be half of the text.
     """
-    due = 0.0
+    due = section / 2  # so that the number of sections is rounded, not cut
     for document in documents:
         for start in range(0, len(document.text), section):
             piece = document.text[start : start + section]

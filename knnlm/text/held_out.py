@@ -73,14 +73,17 @@ def split_documents(
 def _split_documents(
     documents: Iterator[TokenDocument], period: int, seed: int, section: int, gap: int
 ) -> Iterator[tuple[bool, TokenDocument]]:
-    peeked = list(itertools.islice(documents, ENOUGH_DOCUMENTS))
+    # The parts of one document, such as `thin` takes of it, are on one side.
+    wholes = (list(parts) for _, parts in itertools.groupby(documents, key=lambda one: (one.source, one.number)))
+    peeked = list(itertools.islice(wholes, ENOUGH_DOCUMENTS))
     if len(peeked) < ENOUGH_DOCUMENTS:
-        yield from _split_sections(peeked, period, seed, section, gap)
+        yield from _split_sections(list(itertools.chain.from_iterable(peeked)), period, seed, section, gap)
         return
     # Among the documents known to exist, so that at least one is held out however small the share.
     offset = _offset(period, ENOUGH_DOCUMENTS, seed)
-    for number, document in enumerate(itertools.chain(peeked, documents)):
-        yield number % period == offset, document
+    for number, parts in enumerate(itertools.chain(peeked, wholes)):
+        for document in parts:
+            yield number % period == offset, document
 
 
 def _offset(period: int, count: int, seed: int) -> int:
