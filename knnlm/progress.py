@@ -147,9 +147,9 @@ class Forecast:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the open stage has been measured on more than its first report, which may be slow."""
+        """Whether the open stage has been measured on two units after its first, which may be slow."""
         one = self._open
-        return one is not None and one.stage.rate_of in self._rates and one.reports > 1
+        return one is not None and one.stage.rate_of in self._rates and one.reports > 2
 
     def done(self) -> tuple[float, float | None]:
         """Units of the open stage that are done, and all of them where that is known."""

@@ -2,7 +2,8 @@
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes, without the layer table
-    scripts/bench --only extraction    one group: extraction, evaluation, table, exact
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, real
+    scripts/bench --only real --model SMOLLM2 --text TEXT --held-out TEXT     the verbs on a real pretrained model
 
 Figures are ratios of speeds, measured in turn in one process; docs/performance.md explains each line. Without --model
 and --text the small model and text of the repository are used; docs/performance.md names those of its figures.
@@ -24,6 +25,7 @@ import evaluation
 import exact
 import extraction
 import machine
+import real
 from ratios import Row
 from rich.console import Console
 from rich.table import Table
@@ -43,12 +45,24 @@ class Size:
     queries: int
     table_keys: int
     searched: int
+    real: tuple[int, int]
+    """Tokens that are stored and evaluated by the verbs on a real model."""
 
 
 # Units that multiply 8-bit or bfloat16 numbers faster than float32.
 FAST_UNITS = {"avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "bf16", "i8mm"}
-FULL = Size(tokens=12_000, rounds=3, keys=(100_000, 1_000_000), queries=4096, table_keys=100_000, searched=1_000_000)
-QUICK = Size(tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=5_000, searched=60_000)
+FULL = Size(
+    tokens=12_000,
+    rounds=3,
+    keys=(100_000, 1_000_000),
+    queries=4096,
+    table_keys=100_000,
+    searched=1_000_000,
+    real=(60_000, 3_000),
+)
+QUICK = Size(
+    tokens=4_096, rounds=3, keys=(20_000,), queries=1024, table_keys=5_000, searched=60_000, real=(20_000, 2_000)
+)
 
 
 def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Mapping[str, Callable[[], Iterator[Row]]]:
@@ -64,6 +78,7 @@ def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Ma
         "table": lambda: iter(
             [evaluation.layer_table(args.model, args.text, args.held_out, keys=size.table_keys, queries=size.queries)]
         ),
+        "real": lambda: real.rows(args.model, args.text, args.held_out, sizes=size.real, rounds=size.rounds),
     }
 
 
@@ -110,8 +125,8 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(every)}")
     rows, begun = [], time.perf_counter()
-    # The table waits for a peer's k-means of 4,096 lists, over a minute however few the keys are.
-    for name in args.only or [group for group in every if not (args.quick and group == "table")]:
+    # A real model is not in the repository. The table waits for a peer's k-means of 4,096 lists, over a minute.
+    for name in args.only or [group for group in every if group != "real" and not (args.quick and group == "table")]:
         for row in every[name]():
             rows.append(row)
             print(f"{time.perf_counter() - begun:.0f} s: {row.stage}: {row.median:.2f}", file=sys.stderr, flush=True)

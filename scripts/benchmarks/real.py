@@ -1,6 +1,7 @@
 """The verbs on a real pretrained model, beside the bare forward pass of the same tokens: time and peak memory.
 
-    .venv/bin/python scripts/benchmarks/real.py --model SMOLLM2 --text rust-book.jsonl --held-out nursing.jsonl
+    scripts/bench --only real --model SMOLLM2 --text rust-book.jsonl --held-out sherlock-holmes.jsonl
+    .venv/bin/python scripts/benchmarks/real.py …the same… --tokens 20000 --queries 2000     other sizes
 
 Each is measured in a fresh process, from the loaded model to the finished folder, report included. A ratio is of
 processor time, which other work on the machine disturbs less.
@@ -35,9 +36,15 @@ WANTED = {"run": 1.5, "run --layers all": 3.0, "build": 1.1}
 PEAK_MB = 3000
 
 
-def rows(model: str, text: Sequence[Path], held_out: Path, *, tokens: int, queries: int, rounds: int) -> Iterator[Row]:
-    """A line for each verb; every round measures the bare pass and then the verb."""
-    for verb, wanted in WANTED.items():
+def rows(
+    model: str, text: Sequence[Path], held_out: Path, *, sizes: tuple[int, int], rounds: int, verbs: Sequence[str] = ()
+) -> Iterator[Row]:
+    """A line for each verb; every round measures the bare pass and then the verb.
+
+    :param sizes: tokens to store, and to evaluate.
+    """
+    tokens, queries = sizes
+    for verb in verbs or WANTED:
         pairs = [
             [_measured(model, text, held_out, tokens, queries, one) for one in ("forward", verb)] for _ in range(rounds)
         ]
@@ -49,7 +56,9 @@ def rows(model: str, text: Sequence[Path], held_out: Path, *, tokens: int, queri
             "wall, s": ours["wall"],
             "wall of the pass, s": bare["wall"],
         }
-        yield Row(f"{verb}, {tokens:,} + {queries:,} tokens", "the bare forward pass", ratios, 1 / wanted, figures)
+        yield Row(
+            f"{verb}, {tokens:,} + {queries:,} tokens", "the bare forward pass", ratios, 1 / WANTED[verb], figures
+        )
 
 
 def _measured(
@@ -102,13 +111,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--queries", type=int, default=3_000)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--verbs", nargs="+", choices=list(WANTED), default=())
     parser.add_argument("--one", choices=("forward", *WANTED), help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_freed_memory()  # as the command line does
     if args.one:
         print(json.dumps(one(args)))
         return
-    for row in rows(args.model, args.text, args.held_out, tokens=args.tokens, queries=args.queries, rounds=args.rounds):
+    sizes = args.tokens, args.queries
+    for row in rows(args.model, args.text, args.held_out, sizes=sizes, rounds=args.rounds, verbs=args.verbs):
         print(row.stage, json.dumps(row.figures), flush=True)
 
 
