@@ -95,13 +95,15 @@ class Screen:
     def _bar(self) -> Iterator[None]:
         from rich import progress as bars
 
-        columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), bars.TaskProgressColumn())
+        # Narrow, so that the time left is seen in 80 columns too.
+        columns = (bars.BarColumn(15), bars.TaskProgressColumn(), bars.TextColumn("{task.description}", markup=False))
         with bars.Progress(*columns, console=self.err, transient=True) as shown:
-            task = shown.add_task(self._teller.line(), total=None)
+            task = shown.add_task(self._teller.line(counted=False), total=None)
 
             def update() -> None:
                 share = self._teller.share()
-                shown.update(task, description=self._teller.line(), completed=share or 0, total=share and 1.0)
+                line = self._teller.line(counted=False)
+                shown.update(task, description=line, completed=share or 0, total=share and 1.0)
 
             with _regularly(update, seconds=0.5):
                 yield

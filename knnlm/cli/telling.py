@@ -51,12 +51,15 @@ class Teller:
             self._say(self.line())
         self._last_line = min(self._last_line, elapsed)  # another whole has begun
 
-    def line(self) -> str:
-        """The stage, how far it is, and the time left to the end of the whole."""
+    def line(self, *, counted: bool = True) -> str:
+        """The stage, how far it is, and the time left to the end of the whole.
+
+        :param counted: with units done, such as tokens, where there is no bar; layers are always counted.
+        """
         done, total = self._forecast.done()
         if self._unit == "layers" and total:
             place = f", layer {min(int(done) + 1, int(total))} of {int(total)}"
-        elif done:
+        elif done and counted:
             place = f", {int(done):,} of {int(total):,} {self._unit}" if total else f", {int(done):,} {self._unit}"
         else:
             place = ""

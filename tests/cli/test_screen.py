@@ -13,7 +13,7 @@ from knnlm.cli.screen import Screen
 from knnlm.progress import Stage
 
 STAGES = [
-    Stage(name="extracting keys", amount=1000, part="through the model", seconds=0.2),
+    Stage(name="evaluation text through the model", amount=1000, part="through the model", seconds=0.2),
     Stage(name="evaluating", amount=17, part="evaluating", seconds=10.0),
 ]
 
@@ -21,24 +21,26 @@ STAGES = [
 def shown(terminal: bool, seconds: float) -> str:
     """What a stage of some seconds shows."""
     screen, written = Screen(as_json=False), io.StringIO()
-    screen.err = screens._console(file=written, force_terminal=terminal, width=120)
+    screen.err = screens._console(file=written, force_terminal=terminal, width=80)
     screen.plan(STAGES)
-    with screen.stage("extracting keys", "tokens") as advance:
-        advance(0, None)
+    with screen.stage("evaluation text through the model", "tokens") as advance:
+        advance(1, None)
         time.sleep(seconds)
     return written.getvalue()
 
 
-def test_a_terminal_shows_one_bar_for_the_whole_with_the_time_left():
+def test_a_terminal_of_80_columns_shows_one_bar_for_the_whole_with_the_time_left():
     lines = shown(terminal=True, seconds=0.7)
-    assert "extracting keys, about 6 min" in lines
-    assert "━" in lines
+    assert re.search(r"━.*0%.* evaluation text through the model, about 6 min( \d\d s)? left", lines)
 
 
 def test_without_a_terminal_there_is_a_line_at_times(monkeypatch):
     monkeypatch.setattr("knnlm.cli.telling.LINE_SECONDS", 0.5)
     lines = shown(terminal=False, seconds=1.3).splitlines()
-    assert lines and all(re.fullmatch(r"extracting keys, about \d min( \d\d s)? left", line) for line in lines)
+    assert lines and all(
+        re.fullmatch(r"evaluation text through the model, 1 of 1,000 tokens, about \d min( \d\d s)? left", line)
+        for line in lines
+    )
 
 
 @pytest.mark.parametrize("terminal", [True, False])
