@@ -11,8 +11,8 @@ from pathlib import Path
 
 from knnlm.config import Settings
 from knnlm.model.lm import LanguageModel
-from knnlm.pipeline.plan import take_share
-from knnlm.progress import Progress
+from knnlm.pipeline.plan import estimate_tokens, take_share
+from knnlm.progress import Progress, toward
 from knnlm.text.corpus import measured, read_documents, read_text_rows, text_bytes, thin, tokenize_measured
 from knnlm.text.held_out import take_slices
 from knnlm.text.windows import TokenDocument, WindowConfig, rows_to_groups, window_config
@@ -64,8 +64,9 @@ class Job:
         settings = self.settings
         whole = replace(self, settings=replace(settings, text=replace(settings.text, max_tokens=None)))
         budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
+        total = estimate_tokens(self.lm, text, whole.settings.text)
         with self.progress.stage("reading the evaluation text", "tokens") as advance:
-            told = _told(whole.documents(text), lambda tokens: advance(tokens, None))
+            told = _told(whole.documents(text), lambda tokens: toward(total, advance)(tokens, None))
             return take_slices(told, budget, seed=settings.seed)
 
     def record(self) -> Mapping[str, object]:

@@ -484,7 +484,7 @@ PHASES = {
     "moving the datastore": (stop_in_call, "knnlm.files._swap", False),
     "overlap": (stop_in_stage, "looking for the evaluation text", True),
     "evaluation text": (stop_in_stage, "evaluation text through the model", True),
-    "evaluating": (stop_in_stage, "searching 2.ffn_input", True),
+    "evaluating": (stop_in_stage, "evaluating", True),
     "examples": (stop_in_call, "knnlm.pipeline.steps.find_examples", True),
     "indexing": (stop_in_stage, "indexing", True),
     "writing the index": (stop_in_call, "index.storage._write_manifest", True),

@@ -263,7 +263,6 @@ STAGES = {
 }
 WITHOUT_TOTAL = {
     "loading the model",
-    "reading the evaluation text",
     "finding examples",
     "tuning the index",
     "measuring recall",
