@@ -15,12 +15,12 @@ LAYERS, COUNT, DIM = ("a", "b", "c", "d"), 16_384, 256
 @linux
 def test_keys_of_one_layer_are_in_memory_at_a_time(tmp_path):
     rng = np.random.default_rng(0)
-    with DatastoreWriter(tmp_path, dict.fromkeys(LAYERS, DIM)) as writer:
+    with DatastoreWriter(tmp_path, dict.fromkeys(LAYERS, DIM), fingerprint={}, context=8, stride=4) as writer:
         writer.begin_document(0, "text", 1)
         writer.append_values(rng.integers(0, 50, COUNT))
         for layer in LAYERS:
             writer.append_keys(layer, rng.standard_normal((COUNT, DIM), np.float32))
-        writer.finish(fingerprint={}, context=8, stride=4)
+        writer.finish()
     store, layer_bytes = Datastore.open(tmp_path), COUNT * DIM * 2
     queries_QD, targets_Q = rng.standard_normal((4, DIM), np.float32), np.zeros(4, np.int32)
     before = file_bytes_in_memory()
