@@ -15,7 +15,7 @@ from torch import Tensor
 from knnlm.config import KNNConfig
 from knnlm.errors import InputError
 from knnlm.inference.continuing import Continuing
-from knnlm.inference.detokenizer import Detokenizer, TokenTexts
+from knnlm.inference.detokenizer import TokenTexts, pieces_of
 from knnlm.inference.model import KNNLM
 from knnlm.knn.evidence import (
     LIKELIEST,
@@ -143,11 +143,8 @@ class Explainer:
         return tokens
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Each token's part of the text; a character made of several tokens belongs to the last of them."""
-        text = Detokenizer(self.lm, (), ())
-        pieces = [text.put(token) for token in tokens]
-        pieces[-1] += text.rest()
-        return pieces
+        """Each token's part of the text, as `pieces_of`."""
+        return pieces_of(self.lm, tokens)
 
     def evidence(self, tokens: Sequence[int], layer: str | None = None) -> list[Evidence]:
         """Evidence for each token but the first, from one forward pass and one search. Raises as `model`."""
