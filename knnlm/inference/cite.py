@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,8 +67,12 @@ class Memory:
     """The datastore's documents and text, as citations need them. Made once for a datastore."""
 
     def __init__(self, store: Datastore) -> None:
-        self.documents = DocumentMap(store)
-        self.text = StoreText(store, self.documents)
+        self._store, self.documents = store, DocumentMap(store)
+
+    @cached_property
+    def text(self) -> StoreText:
+        """All tokens and where they stand; made on first use, which sorts them."""
+        return StoreText(self._store, self.documents)
 
 
 class Citations:
