@@ -162,9 +162,9 @@ def _text(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def _citation(pieces: Sequence[Piece]) -> wire.Citation | None:
+def _citation(pieces: Sequence[Piece]) -> wire.ChoiceCitation | None:
     found = pieces[-1].citation
-    return None if found is None else wire.Citation.model_validate(asdict(found))
+    return None if found is None else wire.ChoiceCitation.model_validate(asdict(found))
 
 
 def _scores(pieces: Sequence[Piece]) -> list[TokenScore]:

@@ -122,7 +122,7 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class CitedDocument(BaseModel):
+class ChoiceDocument(BaseModel):
     """A document behind a choice: its share of the probability, and what that would have been without it."""
 
     document: str
@@ -134,12 +134,12 @@ class CitedDocument(BaseModel):
     verbatim: str
 
 
-class Citation(BaseModel):
+class ChoiceCitation(BaseModel):
     """The documents behind a choice, and the plain LM's share; null stands for an infinite number."""
 
     log_prob: float | None
     lm_share: float
-    documents: list[CitedDocument]
+    documents: list[ChoiceDocument]
 
 
 class CompletionChoice(BaseModel):
@@ -149,7 +149,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
-    citations: Citation | None = None
+    citations: ChoiceCitation | None = None
 
 
 class Usage(BaseModel):

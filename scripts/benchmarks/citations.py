@@ -26,7 +26,7 @@ from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.pipeline import build
 from knnlm.text.corpus import read_documents
 
-PROMPT, ANSWER, REPEATS, WINDOW, WINDOWS = 32, 64, 5, 256, 12
+PROMPT, ANSWER, REPEATS, WINDOW, WINDOWS = 32, 64, 3, 256, 8
 K, TEMPERATURE, LAMBDA = 1024, 10.0, 0.4
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import math
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -141,3 +143,27 @@ def test_what_cannot_be_cited_is_refused(stores) -> None:
         model.cite("x" * 200)
     with pytest.raises(InputError, match="tokens 3 to 3 are no part"):
         model.cite("the nurse").span(3, 3)
+
+
+ASKED = ("--layer", LAYER, "--k", 64, "--temperature", 4, "--lambda", 0.6)
+
+
+def test_explain_cites_on_the_command_line(call, store_folder) -> None:
+    words = texts(0, 24)[3][:150]
+    document = json.loads(call("explain", store_folder, "--text", words, *ASKED, "--cite", "--json").out)
+    cited = KNNLM.from_store(store_folder, LAYER, 64, 4.0, 0.6).cite(words)
+    assert document["citation"] == json.loads(json.dumps(asdict(cited.whole)))
+    assert [one["log_prob"] for one in document["token_citations"]] == [one.log_prob for one in cited.tokens]
+    shown = call("explain", store_folder, "--text", words, *ASKED, "--cite").out
+    first = cited.whole.documents[0]
+    assert f"{first.gain / math.log(2):+.1f} bits" in shown and f"{first.overlap} tokens" in shown
+    assert f"of the probability of the {len(cited)} tokens" in shown
+
+
+def test_generate_has_a_guard_on_the_command_line(call, store_folder) -> None:
+    asked = ("generate", store_folder, "--prompt", "each patient", "--max-new-tokens", 16, *ASKED)
+    free, held = (call(*asked, *more).out for more in ((), ("--max-copy", 1)))
+    assert free != held
+    refused = call(*asked, "--max-copy", 0)
+    assert refused.status == 2
+    assert refused.errors == ("knnlm: --max-copy is 0, but must be at least 1; leave it out for no limit",)
