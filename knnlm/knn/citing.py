@@ -28,7 +28,7 @@ class DocumentMap:
     """Which document each row of a datastore is of; parts of a document, with one source and number, are one."""
 
     def __init__(self, store: Datastore) -> None:
-        self._sources, self._starts = store.manifest.sources, store.documents[:, 0]
+        self._sources, self._starts = store.sources, store.documents[:, 0]
         self._named, document_of = np.unique(store.documents[:, 2:4], axis=0, return_inverse=True)
         self._document_of = document_of.ravel()
         rows = np.diff(self._starts, append=store.count)

@@ -40,9 +40,7 @@ def make_text(documents: list[list[int]]) -> StoreText:
     rows = np.cumsum([0, *lengths[:-1]])
     table = np.array([[row, one[0], 0, number] for number, (row, one) in enumerate(zip(rows, documents, strict=True))])
     values = np.concatenate([np.array(one[1:], np.int32) for one in documents])
-    store = SimpleNamespace(
-        documents=table, values=values, count=len(values), manifest=SimpleNamespace(sources=("a.jsonl",))
-    )
+    store = SimpleNamespace(documents=table, values=values, count=len(values), sources=("a.jsonl",))
     return StoreText(store, DocumentMap(store))
 
 

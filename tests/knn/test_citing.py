@@ -24,9 +24,7 @@ def make_store(rng: np.random.Generator, documents: int) -> SimpleNamespace:
     rows = [[0, 1, 0, 1], *[[start, 1, number % 2, 2 + number] for number, start in enumerate(starts)]]
     rows[-1][2:] = rows[-2][2:]
     values = rng.integers(0, 6, KEYS).astype(np.int32)
-    return SimpleNamespace(
-        documents=np.array(rows), count=KEYS, values=values, manifest=SimpleNamespace(sources=("a", "b"))
-    )
+    return SimpleNamespace(documents=np.array(rows), count=KEYS, values=values, sources=("a", "b"))
 
 
 class Line:
