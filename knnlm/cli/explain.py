@@ -74,9 +74,9 @@ def _document(explanation: Explanation) -> dict[str, object]:
 
 def _cited_document(citations: Citations) -> dict[str, object]:
     """The whole text's citation with all documents, and each token's."""
-    from dataclasses import asdict
+    from knnlm.documents import plain
 
-    return {"citation": asdict(citations.whole), "token_citations": [asdict(one) for one in citations.tokens]}
+    return {"citation": plain(citations.whole), "token_citations": plain(citations.tokens)}
 
 
 def _cited_table(citation: Citation) -> Table:

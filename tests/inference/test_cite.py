@@ -157,6 +157,8 @@ def test_explain_cites_on_the_command_line(call, store_folder) -> None:
     shown = call("explain", store_folder, "--text", words, *ASKED, "--cite").out
     first = cited.whole.documents[0]
     assert f"{first.gain / math.log(2):+.1f} bits" in shown and f"{first.overlap} tokens" in shown
+    certain = call("explain", store_folder, "--text", "zq zq zq", *ASKED[:-1], 1, "--cite", "--json").out
+    assert json.loads(certain)["citation"]["log_prob"] is None  # no neighbour has a token, and λ is 1
     assert f"of the probability of the {len(cited)} tokens" in shown
 
 
