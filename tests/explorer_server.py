@@ -39,15 +39,16 @@ FITTED = {
     "1.ffn_input": {"k": 40, "temperature": 9.0, "lambda": 0.35},
     "2.ffn_input": {"k": 64, "temperature": 4.0, "lambda": 0.625, "gate": GATE},
 }
+SETTINGS = Settings(
+    text=TextConfig(context=32, stride=16), layers=LayerConfig(layers=",".join(FITTED)), key_dtype="float32"
+)
 
 
 def make_explainer(folder: Path) -> Explainer:
     """Of a tiny GPT-2 with 128 positions, whose datastore has a document of markup, and two layers."""
     lm = LanguageModel.from_model(tiny_model("gpt2"), tiny_tokenizer(), name="some/where/tiny")
-    settings = Settings(
-        text=TextConfig(context=32, stride=16), layers=LayerConfig(layers=",".join(FITTED)), key_dtype="float32"
-    )
-    store = build(lm, [write_jsonl(folder / SOURCE, [*texts(0, 6), MARKUP])], folder / "tiny.knn", settings=settings)
+    text = write_jsonl(folder / SOURCE, [*texts(0, 6), MARKUP])
+    store = build(lm, [text], folder / "tiny.knn", settings=SETTINGS)
     store.update_manifest(fitted=FITTED)
     return Explainer(lm, open_retrieval(store, "2.ffn_input"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,15 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from knnlm.inference.cite import Citation, Citations
     from knnlm.inference.explain import ExplainedToken, Explanation
 
 Given = Annotated[str | None, typer.Option("--text", help="Text to explain; default: standard input.")]
+Cite = Annotated[bool, typer.Option("--cite", help="Also the documents behind the text.")]
 HEADS = ("token", "p_LM", "p_kNN", "λ", "p_mixed", "change", "nearest neighbour → its token")
+CITED_HEADS = ("document", "no.", "share", "worth", "verbatim", "longest run of the text that stands in it")
+CITED = 10
+"""Documents in the table."""
 SNIPPET = 56
 """Characters of a neighbour's context in the table."""
 
@@ -26,6 +32,7 @@ def explain(
     *,
     store: options.Store,
     text: Given = None,
+    cite: Cite = False,
     retrieving: options.RetrievalOptions,
     model: options.OtherModel = None,
     compute: options.ComputeOptions,
@@ -44,11 +51,16 @@ def explain(
     screen = output.screen()
     given = text if text is not None else read_standard_input("--text", screen)
     lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
-    explanation = Explainer(lm, retrieval).explain(given)
+    explainer = Explainer(lm, retrieval)
+    explanation = explainer.explain(given)
     screen.say(_table(explanation))
     screen.say(_summary(explanation))
+    citations = explainer.model().cite(given) if cite else None
+    if citations is not None:
+        screen.say(_cited_table(citations.whole))
+        screen.say(_cited_summary(citations))
     known = {"store": str(store), "model": lm.name, "text": given, **setting_document(retrieval)}
-    screen.result(known | _document(explanation))
+    screen.result(known | _document(explanation) | ({} if citations is None else _cited_document(citations)))
 
 
 def _document(explanation: Explanation) -> dict[str, object]:
@@ -58,6 +70,37 @@ def _document(explanation: Explanation) -> dict[str, object]:
         "beginning": explanation.beginning,
         "tokens": [with_lambda(one) for one in explanation.tokens],
     }
+
+
+def _cited_document(citations: Citations) -> dict[str, object]:
+    """The whole text's citation with all documents, and each token's."""
+    from knnlm.documents import plain
+
+    return {"citation": plain(citations.whole), "token_citations": plain(citations.tokens)}
+
+
+def _cited_table(citation: Citation) -> Table:
+    from rich.text import Text
+
+    from knnlm.cli.tables import compact_table
+    from knnlm.report.examples import flow_start, visible
+    from knnlm.report.numbers import probability
+
+    table = compact_table(CITED_HEADS, left=(CITED_HEADS[0], CITED_HEADS[-1]))
+    for one in citation.documents[:CITED]:
+        worth, run = f"{one.gain / math.log(2):+.1f} bits", f"{one.overlap} tokens"
+        cells = (visible(one.document), f"{one.number}", probability(one.share), worth, run)
+        table.add_row(*map(Text, cells), Text(flow_start(one.verbatim, SNIPPET)))
+    return table
+
+
+def _cited_summary(citations: Citations) -> str:
+    whole = citations.whole
+    more = f" and {len(whole.documents) - CITED} more documents" if len(whole.documents) > CITED else ""
+    return (
+        f"The model alone has {whole.lm_share:.0%} of the probability of the {len(citations)} tokens; these{more} have "
+        "the rest. Worth: how much likelier the text is than without the document's keys."
+    )
 
 
 def _table(explanation: Explanation) -> Table:

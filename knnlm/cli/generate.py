@@ -36,6 +36,7 @@ def generate(
     max_new_tokens: Length = 64,
     temperature_lm: Sharpness = None,
     top_p: TopP = None,
+    max_copy: options.MaxCopy = None,
     seed: options.Seed = 0,
     stream: Stream = False,
     retrieving: options.RetrievalOptions,
@@ -56,7 +57,7 @@ def generate(
     from knnlm.inference.writer import Decoding, Writer
     from knnlm.store.datastore import Datastore
 
-    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p)
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p, max_copy=max_copy)
     opened = Datastore.open(store)
     retrieval = retrieving.open(opened)
     screen = output.screen()

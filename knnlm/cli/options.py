@@ -52,6 +52,10 @@ Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Temperature of the softmax over distances; default: fitted.")
 ]
 Lambda = Annotated[float | None, typer.Option("--lambda", help="Weight of p_kNN, 0 to 1; default: fitted.")]
+MaxCopy = Annotated[
+    int | None,
+    typer.Option("--max-copy", help="Longest run of tokens taken verbatim from one document; default: no limit."),
+]
 Metric = Annotated[str, typer.Option("--metric", help="Distance: l2, cosine or ip.")]
 Index = Annotated[str, typer.Option("--index", help="Index: auto, exact, or a FAISS factory string.")]
 Context = Annotated[

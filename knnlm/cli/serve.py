@@ -39,6 +39,7 @@ def serve(
     retrieving: options.RetrievalOptions,
     max_prompt_tokens: PromptTokens = 8192,
     max_completion_tokens: CompletionTokens = 2048,
+    max_copy: options.MaxCopy = None,
     max_batch: MaxBatch = 16,
     max_queue: MaxQueue = 128,
     max_seconds: MaxSeconds = 120.0,
@@ -78,7 +79,9 @@ def serve(
         opened = Datastore.open(store)
         retrieval = retrieving.open(opened)
         lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
-        service = Service(Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits)
+        service = Service(
+            Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy
+        )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
         page = explorer_router(Explainer(lm, retrieval), service.thread.run, limits.seconds)

@@ -15,7 +15,8 @@ import torch
 from knnlm.inference.detokenizer import end_tokens
 from knnlm.inference.model import KNNLM
 from knnlm.inference.sampling import choose
-from knnlm.knn.evidence import Evidence, find_neighbors, make_evidence, mixed_log_probs
+from knnlm.knn.citing import deep_neighbors
+from knnlm.knn.evidence import Evidence, make_evidence, mixed_log_probs
 from knnlm.knn.mixing import Mix
 from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
@@ -34,7 +35,7 @@ class NextToken:
 class Continuing:
     """A continuation: each `step` chooses a token by `knnlm.inference.sampling.choose`; the cache is kept.
 
-    :param depth: neighbours retrieved by a search, of which the setting's k nearest vote.
+    :param depth: neighbours that a search retrieves at least, also without any one document; the k nearest vote.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Continuing:
         self._past = output.get("past_key_values")
         log_probs_V = log_softmax(output.logits[0, -1:])[0]
         query_1D = vectors_BTD[0, -1:].float().cpu().numpy()
-        (found,) = find_neighbors(self._model.retrieval.searcher, query_1D, self._depth)
+        searcher = self._model.retrieval.searcher
+        documents = self._model.citer.memory(searcher.store).documents
+        (found,) = deep_neighbors(searcher, query_1D, self._depth, documents)
         evidence = make_evidence(found, log_probs_V)
         mixed_V = mixed_log_probs(evidence, log_probs_V, self._setting)
         token = choose(mixed_V, self._temperature, self._top_p, self._random)

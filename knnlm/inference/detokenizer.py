@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 from knnlm.errors import InputError
-from knnlm.inference.model import KNNLM
 from knnlm.model.lm import LanguageModel
 
 # A decoder's output for bytes that are not, or not yet, a character.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Last tokens of the prompt that are decoded along with the continuation: more than any one character has.
 _WINDOW = 8
+
+
+class Generates(Protocol):
+    """A model of `transformers` that generates."""
+
+    generation_config: Any
 
 
 class Detokenizer:
@@ -64,11 +70,19 @@ class TokenTexts:
         return self._known[token]
 
 
-def end_tokens(model: KNNLM, lm: LanguageModel) -> frozenset[int]:
+def end_tokens(model: Generates, lm: LanguageModel) -> frozenset[int]:
     """End tokens: those of the model's generation settings, else the tokenizer's."""
     ends = model.generation_config.eos_token_id
     ends = ends if ends is not None else lm.tokenizer.eos_token_id
     return frozenset(ends if isinstance(ends, list) else [ends]) - {None}
+
+
+def pieces_of(lm: LanguageModel, tokens: Sequence[int]) -> list[str]:
+    """Each token's part of the text; a character made of several tokens belongs to the last of them."""
+    text = Detokenizer(lm, (), ())
+    pieces = [text.put(token) for token in tokens]
+    pieces[-1] += text.rest()
+    return pieces
 
 
 def encode_prompt(lm: LanguageModel, prompt: str) -> list[int]:

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from knnlm.config import KNNConfig
 from knnlm.errors import InputError
+from knnlm.inference.cite import Memory
 from knnlm.inference.continuing import Continuing
-from knnlm.inference.detokenizer import Detokenizer, TokenTexts
+from knnlm.inference.detokenizer import TokenTexts, pieces_of
 from knnlm.inference.model import KNNLM
+from knnlm.knn.citing import deep_neighbors
 from knnlm.knn.evidence import (
     LIKELIEST,
     Evidence,
     Neighborhood,
     NeighborSource,
     SourcedNeighbor,
-    find_neighbors,
     make_evidence,
     read_source,
 )
@@ -109,6 +110,11 @@ class Explainer:
             self._models[layer] = KNNLM.from_retrieval(self.lm, self.retrieval(layer))
         return self._models[layer]
 
+    @property
+    def memory(self) -> Memory:
+        """The datastore's documents and their text."""
+        return self.model().citer.memory(self.store)
+
     def retrieval(self, layer: str | None = None) -> Retrieval:
         """Retrieval from a layer's keys with its default setting. Raises as `model`."""
         layer = layer or self.first
@@ -126,7 +132,10 @@ class Explainer:
         return bool(fitted) and fitted.items() >= numbers.items() and gated
 
     def depth(self, layer: str | None = None) -> int:
-        """Neighbours retrieved by a search: the larger of the layer's k and the largest k that fitting tries."""
+        """Least number of neighbours of a search: the larger of the layer's k and the largest k that fitting tries.
+
+        So many remain without any one document too, for what the probability would be without it.
+        """
         return min(max(self.retrieval(layer).setting.k, KNNConfig.max_k), self.store.count)
 
     def encode(self, text: str) -> list[int]:
@@ -143,11 +152,8 @@ class Explainer:
         return tokens
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Each token's part of the text; a character made of several tokens belongs to the last of them."""
-        text = Detokenizer(self.lm, (), ())
-        pieces = [text.put(token) for token in tokens]
-        pieces[-1] += text.rest()
-        return pieces
+        """Each token's part of the text, as `pieces_of`."""
+        return pieces_of(self.lm, tokens)
 
     def evidence(self, tokens: Sequence[int], layer: str | None = None) -> list[Evidence]:
         """Evidence for each token but the first, from one forward pass and one search. Raises as `model`."""
@@ -155,7 +161,8 @@ class Explainer:
             return []
         model = self.model(layer)
         output, vectors_BTD = model.unmixed(torch.tensor([tokens[:-1]], device=self.lm.device))
-        found = find_neighbors(model.retrieval.searcher, vectors_BTD[0].float().cpu().numpy(), self.depth(layer))
+        vectors_TD = vectors_BTD[0].float().cpu().numpy()
+        found = deep_neighbors(model.retrieval.searcher, vectors_TD, self.depth(layer), self.memory.documents)
         places = zip(found, output.logits[0], tokens[1:], strict=True)
         # Row by row: log-probabilities of all positions at once would double the memory of the logits.
         return [_evidence(one, log_softmax(logits_V[None])[0], token) for one, logits_V, token in places]

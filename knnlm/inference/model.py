@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from knnlm.errors import InputError, ModelError
+from knnlm.inference.cite import Citations, Citer
+from knnlm.inference.copying import CopyGuard
 from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.layer_names import FINAL, check_names
 from knnlm.model.decoder import find_decoder
@@ -47,6 +49,8 @@ class KNNLM:
     """The model's own."""
     retrieval: Retrieval
     """Layer, index and setting; may be replaced by another `Retrieval` of the same layer."""
+    citer: Citer
+    """Finds the documents behind tokens."""
     _plain: _Plain
 
     @classmethod
@@ -83,6 +87,7 @@ class KNNLM:
         plain = _Plain(model)
         model.__class__ = _class_for(cast(Any, type(lm.model)))
         model.tokenizer, model.retrieval, model._plain = lm.tokenizer, retrieval, plain
+        model.citer = Citer(lm, model.unmixed)
         return cast(KNNLM, model)
 
     def __repr__(self) -> str:
@@ -113,14 +118,35 @@ class KNNLM:
         mixed = type(output)(**{**output, "logits": log_probs_BTV, **loss})
         return mixed.to_tuple() if as_tuple else mixed
 
-    def unmixed(self, tokens_BT: Tensor, past: Any = None) -> tuple[Any, Tensor]:
+    def unmixed(self, tokens_BT: Tensor, past: Any = None, *, last: int = 0) -> tuple[Any, Tensor]:
         """The plain LM's output and the layer's vectors [B, T, D], for callers that mix only some positions.
 
         :param past: the cache (`past_key_values`) of the tokens before these.
+        :param last: logits and vectors of so many last positions are enough; 0 for all. There may be more.
         """
         cached = {} if past is None else {"past_key_values": past, "use_cache": True}
+        keep = {"logits_to_keep": last} if self._plain.takes("logits_to_keep") else {}
         with torch.no_grad():
-            return self._plain.run({"input_ids": tokens_BT, **cached}, self.retrieval.layer, _Keep(0))
+            return self._plain.run({"input_ids": tokens_BT, **cached, **keep}, self.retrieval.layer, _Keep(last))
+
+    def cite(self, text: str, prompt: str = "") -> Citations:
+        """Return the documents behind a text: their shares of its probability, and what that is without each of them.
+
+        `whole` of the result is the text's citation, `tokens` are those of its tokens, `span(first, last)` is that of
+        some of them.
+
+        :param text: at most as long as the model takes, with the prompt.
+        :param prompt: what the text follows; it is not cited.
+        :raises InputError: the text is too long, or has no token that something predicts.
+        """
+        return self.citer.text(text, prompt, self.retrieval)
+
+    def copy_guard(self, max_copy: int) -> CopyGuard:
+        """Return a guard against runs of more than `max_copy` generated tokens from one document.
+
+        :raises InputError: `max_copy` is below 1.
+        """
+        return CopyGuard(self.citer.memory(self.retrieval.searcher.store).text, max_copy)
 
     def _sample(self, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
         """Greedy search and sampling; `forward` does not search for rows that are finished."""
@@ -173,6 +199,10 @@ class _Plain:
         self._forward: Callable[..., Any] = vars(model).pop("forward", model.forward)
         self._decoder = find_decoder(model)
         self._lock = Lock()
+
+    def takes(self, name: str) -> bool:
+        """Whether forward has an argument of this name."""
+        return name in self._names
 
     def named(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """Positional arguments of forward by name."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knnlm.errors import InputError
+from knnlm.inference.copying import GuardProcessor
 from knnlm.inference.detokenizer import Detokenizer, encode_prompt, end_tokens
 from knnlm.inference.model import KNNLM
 from knnlm.model.lm import LanguageModel
@@ -26,8 +27,12 @@ class Decoding:
     """Temperature of sampling: below 1 sharpens the distribution, above 1 flattens it."""
     top_p: float | None = None
     """Nucleus sampling: draw among the likeliest tokens that together have this probability."""
+    max_copy: int | None = None
+    """The longest run of generated tokens that may stand verbatim in one document of the datastore; None: any."""
 
     def __post_init__(self) -> None:
+        if self.max_copy is not None and self.max_copy < 1:
+            raise InputError(f"`max_copy` is {self.max_copy}, but must be at least 1; leave it out for no limit")
         if self.max_new_tokens < 1:
             raise InputError(f"`max_new_tokens` is {self.max_new_tokens}, but must be at least 1")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
@@ -89,6 +94,8 @@ class Writer:
         pieces = _Pieces(self._lm, tokens, self._ends, write or (lambda piece: None))
         ids = torch.tensor([tokens], device=self._lm.device)
         options = {**self._decoding.options, "attention_mask": torch.ones_like(ids)}
+        if self._decoding.max_copy is not None:
+            options["logits_processor"] = [GuardProcessor(self._model.copy_guard(self._decoding.max_copy), len(tokens))]
         new = self._model.generate(ids, streamer=pieces, **options)[0, len(tokens) :].tolist()
         return Continuation(prompt, pieces.text, len(new), new[-1] in self._ends)
 

@@ -50,6 +50,10 @@ class Neighborhood:
     values_K: NDArray[np.int32]
     """The token that followed each."""
 
+    def part(self, chosen_K: NDArray[np.bool_]) -> Neighborhood:
+        """Return some of the neighbours."""
+        return Neighborhood(self.distances_K[chosen_K], self.rows_K[chosen_K], self.values_K[chosen_K])
+
     def weights(self, setting: Mix) -> Floats:
         """Return the share of p_kNN of each of the nearest k; their sum is 1, or 0 if there are none."""
         nearest_1K = self.distances_K[None, : setting.k]

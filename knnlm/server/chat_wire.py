@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from knnlm.server.wire import Count, Ignored, Request, Sampling, Text, Usage, integral
+from knnlm.server.wire import ChoiceCitation, Count, Ignored, Request, Sampling, Text, Usage, integral
 
 
 class TextPart(Request):
@@ -89,6 +89,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    citations: ChoiceCitation | None = None
 
 
 class Delta(BaseModel):
@@ -105,6 +106,7 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    citations: ChoiceCitation | None = None
 
 
 class ChatCompletion(BaseModel):

@@ -13,10 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnlm.errors import InputError
+from knnlm.inference.cite import Citation
+from knnlm.inference.copying import CopyGuard
 from knnlm.inference.detokenizer import INCOMPLETE, Detokenizer, TokenTexts
 from knnlm.inference.sampling import choose
 from knnlm.knn.mixing import Mix
 from knnlm.model.lm import LanguageModel
+from knnlm.server.refusals import Refusal
 from knnlm.utf8 import byte_places
 
 Finish = Literal["stop", "length"]
@@ -66,9 +70,13 @@ class Piece:
     finish: Finish | None = None
     tokens: int = 0
     """Number of tokens generated for the choice so far, with the end token."""
+    citation: Citation | None = None
+    """With the last piece, if wanted: the documents behind all generated tokens."""
 
 
 Emit = Callable[[Piece | Exception], object]
+Cite = Callable[[Sequence[int], int], Citation]
+"""Cites the tokens from the given number on."""
 
 
 class Words:
@@ -153,7 +161,8 @@ class AnswerChoice:
         self._words, self._wish, self._index, self._random = words, prompt.wish, index, random
         self._pieces = Detokenizer(words.lm, prompt.tokens, words.ends)
         self._base = len(prompt.text) if prompt.wish.echo else 0
-        self._text, self._shown, self._count, self._cut = "", 0, 0, False
+        self._text, self._shown, self._cut = "", 0, False
+        self._prompt, self._tokens = prompt, list[int]()
         self._scores: list[TokenScore] = []
 
     def begin(self, text: str, scores: Sequence[TokenScore]) -> Piece:
@@ -163,13 +172,15 @@ class AnswerChoice:
 
     def take(self, log_probs_V: Tensor) -> Piece:
         """Choose the next token and return the piece that it adds. `log_probs_V` is on the CPU."""
+        if self._prompt.guard is not None:
+            log_probs_V = self._prompt.guard.apply(self._tokens, log_probs_V)
         self.token = choose(log_probs_V, self._wish.temperature, self._wish.top_p, self._random)
-        self._count += 1
+        self._tokens.append(self.token)
         piece = self._pieces.put(self.token)
         self._score(log_probs_V, piece)
         self._grow(piece)
         ended = self.token in self._words.ends
-        if self.finish is None and (ended or self._count == self._wish.max_tokens):
+        if self.finish is None and (ended or len(self._tokens) == self._wish.max_tokens):
             self._grow(self._pieces.rest())
             if not self._cut:
                 self.finish = "stop" if ended else "length"
@@ -200,7 +211,10 @@ class AnswerChoice:
         shown = len(self._text) - (0 if self.finish else self._held())
         whole = self.finish and not self._cut  # then tokens without text, such as the end token, are reported too
         scores = [one for one in self._scores if whole or one.offset < self._base + shown]
-        piece = Piece(self._index, self._text[self._shown : shown], tuple(scores), self.finish, self._count)
+        told, count, cite = self._text[self._shown : shown], len(self._tokens), self._prompt.cite
+        read = self._prompt.tokens
+        citation = cite([*read, *self._tokens], len(read)) if cite is not None and self.finish else None
+        piece = Piece(self._index, told, tuple(scores), self.finish, count, citation)
         self._shown, self._scores = max(self._shown, shown), self._scores[len(scores) :]
         return piece
 
@@ -211,6 +225,8 @@ class Prompt:
     :param text: the text given by the client, or that of the given tokens.
     :param first: index of its first choice in the answer.
     :param seed: the same seed gives the same choices; None is random.
+    :param guard: against runs of the datastore's text in an answer.
+    :param cite: finds the documents behind an answer, if they are wanted.
     """
 
     cancelled = False
@@ -229,7 +245,10 @@ class Prompt:
         first: int,
         n: int,
         seed: int | None,
+        guard: CopyGuard | None = None,
+        cite: Cite | None = None,
     ) -> None:
+        self.guard, self.cite = guard, cite
         self.tokens, self.text, self.setting, self.wish, self._words = tokens, text, setting, wish, words
         self._first = first
         self._offsets, self._names = words.places(tokens, text) if self.is_scored else ([], [])
@@ -264,8 +283,12 @@ class Prompt:
             self.emit(choice.begin(self.text if self.wish.echo else "", self._scores))
 
     def advance(self, choice: AnswerChoice, log_probs_V: Tensor) -> None:
-        """Emit the next piece of a choice."""
-        self.emit(choice.take(log_probs_V))
+        """Emit the next piece of a choice; if the guard leaves no token, the request ends with that, and no other."""
+        try:
+            self.emit(choice.take(log_probs_V))
+        except InputError as error:
+            self.cancelled = True
+            self.emit(Refusal(400, str(error), param="knn.max_copy"))
 
 
 def _generator(seed: int | None, choice: int) -> np.random.Generator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from knnlm.server import chat_wire, wire
@@ -65,7 +65,11 @@ class CompletionForm:
     def _choice(self, pieces: Sequence[Piece]) -> wire.CompletionChoice:
         logprobs = self._logprobs(_scores(pieces)) if self._scored else None
         return wire.CompletionChoice(
-            index=pieces[-1].choice, text=_text(pieces), logprobs=logprobs, finish_reason=pieces[-1].finish
+            index=pieces[-1].choice,
+            text=_text(pieces),
+            logprobs=logprobs,
+            finish_reason=pieces[-1].finish,
+            citations=_citation(pieces),
         )
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> wire.Logprobs:
@@ -111,6 +115,7 @@ class ChatForm:
                 message=chat_wire.AssistantMessage(content=_text(pieces)),
                 logprobs=self._logprobs(pieces),
                 finish_reason=pieces[-1].finish,
+                citations=_citation(pieces),
             )
             for pieces in choices
         ]
@@ -128,6 +133,7 @@ class ChatForm:
             delta=delta,
             logprobs=self._logprobs([piece]),
             finish_reason=piece.finish,
+            citations=_citation([piece]),
         )
         document = chat_wire.ChatChunk(id=head.id, created=head.created, model=head.model, choices=[choice])
         return document.model_dump_json()
@@ -154,6 +160,11 @@ class ChatForm:
 
 def _text(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
+
+
+def _citation(pieces: Sequence[Piece]) -> wire.ChoiceCitation | None:
+    found = pieces[-1].citation
+    return None if found is None else wire.ChoiceCitation.model_validate(asdict(found))
 
 
 def _scores(pieces: Sequence[Piece]) -> list[TokenScore]:

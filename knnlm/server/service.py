@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from knnlm.errors import InputError
 from knnlm.inference.batch import RowModel
+from knnlm.inference.copying import CopyGuard
 from knnlm.inference.detokenizer import encode_prompt, end_tokens
 from knnlm.inference.model import KNNLM
 from knnlm.knn.mixing import Mix
+from knnlm.knn.retrieval import Retrieval
 from knnlm.model.lm import LanguageModel
 from knnlm.server.chat_wire import ChatRequest, Message
-from knnlm.server.choices import Prompt, Wish, Words
+from knnlm.server.choices import Cite, Prompt, Wish, Words
 from knnlm.server.forms import ChatForm, CompletionForm
 from knnlm.server.limits import Limits
 from knnlm.server.metrics import Metrics
@@ -29,12 +31,29 @@ class Service:
     active = 0
     """Number of requests being answered."""
 
-    def __init__(self, name: str, lm: LanguageModel, model: KNNLM, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        lm: LanguageModel,
+        model: KNNLM,
+        limits: Limits | None = None,
+        *,
+        max_copy: int | None = None,
+    ) -> None:
+        """Serve a model; its thread is not yet started.
+
+        :param max_copy: the longest run of generated tokens that may stand verbatim in one document. A request may set
+            a smaller one.
+        :raises InputError: `max_copy` is below 1.
+        """
         self.name, self.lm, self.limits = name, lm, limits or Limits()
         self.created = int(time.time())
         self.metrics = Metrics()
         self.thread = ModelThread(RowModel(model, lm.vocabulary), self.limits, self.metrics)
         self._words = Words(lm, end_tokens(model, lm))
+        self._model, self._searcher = model, model.retrieval.searcher
+        self._guard = None if max_copy is None else model.copy_guard(max_copy)
+        self._max_copy = max_copy
         self._setting, self._count = model.retrieval.setting, model.retrieval.searcher.store.count
 
     def check_model(self, name: str) -> None:
@@ -108,14 +127,26 @@ class Service:
         """
         given, n = _one_by_one(request), request.n or 1
         setting, wish = self._setting_of(request), self._wish(request)
+        guard, cite = self._guard_of(request), self._cite_of(request, setting)
         tokens = [self._encode(one, wish.max_tokens) for one in given]
         if wish.scores_prompt:
             self._check_scored(n * sum(map(len, tokens)))
         found = []
         for number, one in enumerate(given):
             text = one if isinstance(one, str) else self._words.text(one)
-            first = number * n
-            found.append(Prompt(self._words, tokens[number], text, setting, wish, first=first, n=n, seed=request.seed))
+            prompt = Prompt(
+                self._words,
+                tokens[number],
+                text,
+                setting,
+                wish,
+                first=number * n,
+                n=n,
+                seed=request.seed,
+                guard=guard,
+                cite=cite,
+            )
+            found.append(prompt)
         return found
 
     def _check_scored(self, tokens: int) -> None:
@@ -148,6 +179,18 @@ class Service:
             own.lam if asked.lam is None else asked.lam,
             own.gate if asked.lam is None else None,  # a given lambda is the same for all tokens
         )
+
+    def _guard_of(self, request: CompletionRequest) -> CopyGuard | None:
+        asked = None if request.knn is None else request.knn.max_copy
+        if asked is None or (self._max_copy is not None and self._max_copy <= asked):
+            return self._guard
+        return self._model.copy_guard(asked)
+
+    def _cite_of(self, request: CompletionRequest, setting: Mix) -> Cite | None:
+        if not (request.knn and request.knn.citations):
+            return None
+        retrieval = Retrieval(self._searcher, setting)
+        return lambda tokens, first: self._model.citer.tokens(tokens, first, retrieval).whole
 
     def _wish(self, request: CompletionRequest) -> Wish:
         tokens = 16 if request.max_tokens is None else request.max_tokens  # the defaults are those of OpenAI's API

@@ -66,6 +66,8 @@ class KnnOptions(Request):
     lam: Annotated[float | None, Field(alias="lambda", ge=0, le=1)] = None
     k: Positive | None = None
     temperature: Annotated[float | None, Field(gt=0)] = None
+    citations: bool | None = None
+    max_copy: Positive | None = None
 
 
 class StreamOptions(Request):
@@ -120,6 +122,26 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
+class ChoiceDocument(BaseModel):
+    """A document behind a choice: its share of the probability, and what that would have been without it."""
+
+    document: str
+    number: int
+    share: float
+    log_prob_without: float | None
+    gain: float | None
+    overlap: int
+    verbatim: str
+
+
+class ChoiceCitation(BaseModel):
+    """The documents behind a choice, and the plain LM's share; null stands for an infinite number."""
+
+    log_prob: float | None
+    lm_share: float
+    documents: list[ChoiceDocument]
+
+
 class CompletionChoice(BaseModel):
     """One continuation of a prompt, or a chunk of it."""
 
@@ -127,6 +149,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    citations: ChoiceCitation | None = None
 
 
 class Usage(BaseModel):

@@ -5,7 +5,8 @@
 Beside fixed λ: the gate of `knnlm.knn.mixing`; λ by buckets of the nearest distance (Drozdov et al. 2022; here with
 a prior, and falling), which the library does not have; both also fitted on short stretches of the tuning part; and what
 it would save, and cost, not to search where the LM is certain. A tenth of the text is held out as in `layer_study.py`.
-With `--elsewhere OTHER` also what both, as fitted on the text, are worth on another one.
+With `--elsewhere OTHER` also what both, as fitted on the text, are worth on another one. "Carried" is the gate whose λ
+is multiplied by the posterior probability that the text so far is of the store: docs/mixing.md.
 Shapes: Q queries, B buckets.
 """
 
@@ -43,6 +44,8 @@ BUCKETS, PRIOR_TOKENS = 8, 30
 STRETCH, STRETCHES = 500, 8
 # Of perplexity on the tuning part: what not searching may cost there.
 COST = 0.001
+# Carried: the probability a token that the text changes its domain; the least posterior with which the memory speaks.
+SWITCH, SILENT = 1 / 1000, 0.01
 Lambdas = Callable[[Search], Floats]
 
 
@@ -96,6 +99,24 @@ def _posterior(lm_Q: Floats, knn_Q: Floats, lam: float, count: int) -> float:
     only_knn, only_lm = np.zeros(ours + theirs), np.zeros(ours + theirs)
     only_knn[ours:], only_lm[:ours] = -np.inf, -np.inf
     return fit_lambda(np.append(lm_Q, only_lm), np.append(knn_Q, only_knn))
+
+
+def carried(part: Part, setting: Mix, documents_Q: NDArray[np.int64]) -> Lambdas:
+    """The gate's λ times the posterior of the gated mixture, against the plain LM, before each token of a document.
+
+    Fixed share of two forecasters (Herbster & Warmuth 1998): odds times p_gated / p_LM of each token, then a switch.
+    """
+    lambdas_Q = setting.lambdas(part.search.distances_QK, part.search.values_QJ)
+    gains_Q = -part.lm_Q - part.losses(setting, lambda search: lambdas_Q)
+    trust_Q, trust = np.empty(len(gains_Q)), 0.5
+    for place, gain in enumerate(gains_Q):
+        if place == 0 or documents_Q[place] != documents_Q[place - 1]:
+            trust = 0.5
+        trust_Q[place] = trust
+        odds = trust / (1 - trust) * np.exp(min(gain, 500.0))
+        trust = (1 - SWITCH) * odds / (1 + odds) + SWITCH / (1 + odds)
+    silenced_Q = np.where(trust_Q < SILENT, 0.0, lambdas_Q * trust_Q)
+    return lambda search: silenced_Q
 
 
 def on_stretches(tuning: Part, reporting: Part, rule: Callable[[Part, Mix], Lambdas]) -> Floats:
@@ -164,12 +185,22 @@ def compare(whole: Part, queries: Queries) -> Mix:
     return fit_gate(tuning.search, tuning.lm_Q, setting)
 
 
-def elsewhere(part: Part, setting: Mix, clusters_Q: NDArray[np.int64]) -> None:
+def at_home(whole: Part, queries: Queries, setting: Mix) -> None:
+    """The carried gate against the gate, on the reporting part."""
+    chosen, clusters_Q = queries.parts.reporting_Q, queries.parts.clusters_Q
+    losses_Q = whole.losses(setting, carried(whole, setting, queries.documents_Q))[chosen]
+    gated_Q = whole.losses(setting, lambda search: setting.lambdas(search.distances_QK, search.values_QJ))[chosen]
+    kept = (-whole.lm_Q[chosen] - losses_Q).mean() / (-whole.lm_Q[chosen] - gated_Q).mean()
+    report("carried", losses_Q, gated_Q, clusters_Q[chosen], f"against the gate; {kept:.1%} of its gain kept")
+
+
+def elsewhere(part: Part, setting: Mix, queries: Queries) -> None:
     """The plain LM is what fixed λ and gate are compared with."""
     print(f"elsewhere: LM {np.exp(-part.lm_Q.mean()):.2f}")
     gated = part.losses(setting, lambda search: setting.lambdas(search.distances_QK, search.values_QJ))
-    for name, losses_Q in (("fixed", part.losses(setting)), ("gate", gated)):
-        report(name, losses_Q, -part.lm_Q, clusters_Q, "against the LM")
+    silent = part.losses(setting, carried(part, setting, queries.documents_Q))
+    for name, losses_Q in (("fixed", part.losses(setting)), ("gate", gated), ("carried", silent)):
+        report(name, losses_Q, -part.lm_Q, queries.parts.clusters_Q, "against the LM")
 
 
 def main() -> None:
@@ -190,9 +221,10 @@ def main() -> None:
         store = build(lm, [training], Path(folder) / "store", settings=settings)
         with searched(lm, store, [held_out], args.eval_tokens, settings) as (whole, queries):
             setting = compare(whole, queries)
+            at_home(whole, queries, setting)
         if args.elsewhere:
             with searched(lm, store, [args.elsewhere], args.eval_tokens, settings) as (whole, queries):
-                elsewhere(whole, setting, queries.parts.clusters_Q)
+                elsewhere(whole, setting, queries)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,11 @@ def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seco
         """Return the text around rows of the datastore."""
         return await answer(request, lambda: _sources(explainer, asked))
 
+    @router.post("/explorer/overlaps")
+    async def overlaps(asked: wire.OverlapsRequest, request: Request) -> Response:
+        """Return the longest run of a text's tokens in each document."""
+        return await answer(request, lambda: wire.overlaps_document(explainer, _checked(explainer, asked.tokens)))
+
     @router.post("/explorer/continue", response_class=StreamingResponse, responses=_EVENTS)
     async def go_on(asked: wire.ContinueRequest, request: Request) -> Response:
         """Stream new tokens, each an event with its explanation; the last has the finish reason, or an error."""

@@ -65,6 +65,12 @@ class SourcesRequest(Request):
     rows: Annotated[list[Row], Field(max_length=MAX_SOURCES)]
 
 
+class OverlapsRequest(Request):
+    """Tokens of a text whose longest runs in the documents are requested."""
+
+    tokens: Tokens
+
+
 def store_document(explainer: Explainer) -> dict[str, Any]:
     """Model, datastore, its layers with their settings, and the page's limits."""
     store = explainer.store
@@ -108,15 +114,21 @@ def texts_document(
 ) -> dict[str, Any]:
     """Tokens of a text with their evidence, and the text of every token in the evidence."""
     named = {int(token) for one in evidence if one is not None for token in one.tokens_M}
+    known = explainer.memory.documents
+    documents = [None if one is None else known.of(one.found.rows_K) for one in evidence]
+    cited = {int(document) for one in documents if one is not None for document in one}
     return {
-        "tokens": [token_document(*one) for one in zip(tokens, pieces, evidence, strict=True)],
+        "tokens": [token_document(*one) for one in zip(tokens, pieces, evidence, documents, strict=True)],
+        "documents": {str(document): known.name(document) for document in sorted(cited)},
         "texts": {str(token): explainer.token_text(token) for token in sorted(named)},
     }
 
 
-def token_document(token: int, piece: str, evidence: Evidence | None) -> dict[str, Any]:
-    """A token with its evidence: distances, rows and votes of K neighbours; votes are indices into the M tokens."""
-    if evidence is None:
+def token_document(
+    token: int, piece: str, evidence: Evidence | None, documents_K: NDArray[np.int64] | None
+) -> dict[str, Any]:
+    """A token with its evidence: distances, rows, documents and votes (places among the M tokens) of K neighbours."""
+    if evidence is None or documents_K is None:
         return {"token": token, "text": piece, "evidence": None}
     found = evidence.found
     votes_K = np.searchsorted(evidence.tokens_M, found.values_K)
@@ -126,6 +138,7 @@ def token_document(token: int, piece: str, evidence: Evidence | None) -> dict[st
         "distances": _floats(found.distances_K),
         "votes": votes_K.tolist(),
         "rows": found.rows_K.tolist(),
+        "documents": documents_K.tolist(),
     }
     return {"token": token, "text": piece, "evidence": told}
 
@@ -133,6 +146,12 @@ def token_document(token: int, piece: str, evidence: Evidence | None) -> dict[st
 def sources_document(explainer: Explainer, rows: Iterable[int]) -> dict[str, Any]:
     """The text around each of the rows."""
     return {"sources": [asdict(explainer.source(row)) for row in rows]}
+
+
+def overlaps_document(explainer: Explainer, tokens: Sequence[int]) -> dict[str, Any]:
+    """For each document with one of the tokens, the length of the longest run of them that stands in it."""
+    runs = explainer.memory.text.longest_runs(tokens)
+    return {"overlaps": {str(document): run.tokens for document, run in runs.items()}}
 
 
 def _floats(values: NDArray[Any]) -> str:

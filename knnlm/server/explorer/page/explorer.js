@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const FULL_BITS = 6; // of change from which on a token has its full colour
 const UNCHANGED_BITS = 0.2; // below which it has none: 15 % more or less
-const state = { store: null, layer: "", setting: null, tokens: [], texts: new Map(), chosen: -1, voters: null, cuts: [], byLayer: new Map(), stop: null };
+const state = { store: null, layer: "", setting: null, tokens: [], texts: new Map(), chosen: -1, voters: null, cuts: [], byLayer: new Map(), stop: null, documents: new Map(), overlaps: {}, without: null };
 
 // Distributions
 
@@ -17,6 +17,19 @@ function lambdaOf({ distances, votes }, { k, lambda, gate }) {
   const moved = gate.offset + gate.distance * Math.sqrt(Math.max(distances[0], 0)) + gate.different * Math.log(different);
   return Math.min((1 + Math.tanh((Math.log(lambda) - Math.log1p(-lambda) + moved) / 2)) / 2, 1 - 1e-4);
 }
+
+/** Evidence without the neighbours of one document; those beyond k follow up. */
+function masked(evidence, document) {
+  if (document === null) return evidence;
+  if (evidence.masked?.document === document) return evidence.masked;
+  const kept = [...evidence.documents.keys()].filter((i) => evidence.documents[i] !== document);
+  const [distances, votes, rows, documents] = ["distances", "votes", "rows", "documents"].map((name) => kept.map((i) => evidence[name][i]));
+  evidence.masked = { ...evidence, distances, votes, rows, documents, document };
+  return evidence.masked;
+}
+
+/** The evidence as it is shown: without the document that is switched off. */
+const seen = (evidence) => masked(evidence, state.without);
 
 /** The three distributions of a token's evidence under a setting; probabilities at its M tokens. */
 function predict(evidence, setting) {
@@ -39,9 +52,42 @@ function predict(evidence, setting) {
   return { lm, knn, mixed, weights, lambda };
 }
 
+/** What each document among the k nearest gave to the token: its share of p, and log2 p minus that without it. */
+function supports(evidence, setting) {
+  const { distances, votes, documents, lm, at } = evidence;
+  const weights = Array.from(distances, (distance) => Math.exp((distances[0] - distance) / setting.temperature));
+  const [totals, hits] = [[0], [0]];
+  for (const [i, weight] of weights.entries()) {
+    totals.push(totals[i] + weight);
+    hits.push(hits[i] + (votes[i] === at ? weight : 0));
+  }
+  const k = Math.min(setting.k, weights.length);
+  const lambda = k ? lambdaOf(evidence, setting) : 0;
+  const mix = (hit, total) => (total ? (lambda * hit) / total : 0) + (1 - lambda) * lm[at];
+  const p = mix(hits[k], totals[k]);
+  const places = new Map();
+  documents.forEach((document, i) => (places.has(document) ? places.get(document).push(i) : places.set(document, [i])));
+  const found = [];
+  for (const [document, all] of places) {
+    if (all[0] >= k) continue;
+    const gone = all.filter((i, before) => i - before < setting.k); // the others move up
+    const sum = (chosen) => chosen.reduce((total, i) => total + weights[i], 0);
+    const votesFor = (chosen) => chosen.filter((i) => votes[i] === at);
+    const end = Math.min(setting.k + gone.length, weights.length);
+    const without =
+      all[0] < state.store.nearest // then λ may be another one, and sums that differ would round
+        ? predict(masked({ ...evidence, masked: null }, document), setting).mixed[at]
+        : mix(hits[end] - sum(votesFor(gone)), totals[end] - sum(gone));
+    const share = totals[k] && p ? (lambda * sum(votesFor(all.filter((i) => i < k)))) / totals[k] / p : 0;
+    found.push({ document, share, gain: p === without ? 0 : Math.log2(p / without) });
+  }
+  return found;
+}
+
 /** Tokens as the server tells them, ready for `predict`. */
 function unpack(answer) {
   for (const [token, text] of Object.entries(answer.texts)) state.texts.set(Number(token), text);
+  for (const [document, name] of Object.entries(answer.documents)) state.documents.set(Number(document), name);
   return answer.tokens.map(({ token, text, evidence }) => {
     if (!evidence) return { token, text, evidence };
     const lm = Float64Array.from(floats(evidence.lm), Math.exp);
@@ -155,8 +201,10 @@ async function explainText(signal) {
   state.byLayer.clear();
   state.texts.clear();
   state.cuts = [];
+  state.without = null;
   show(unpack(answer));
   read(true);
+  await measureOverlaps(signal);
 }
 
 const goOn = () =>
@@ -167,10 +215,18 @@ const goOn = () =>
     const from = { tokens: state.tokens.map((one) => one.token), layer: state.layer, ...setting, gated: Boolean(gate) };
     const response = await ask("explorer/continue", { ...from, max_new_tokens: Number($("count").value), ...drawn }, signal);
     state.byLayer.clear();
+    switchOff(null);
     state.cuts.push(state.tokens.length);
     $("tokens").append(cut());
     for await (const event of events(response)) addToken(event);
+    await measureOverlaps(signal);
   });
+
+async function measureOverlaps(signal) {
+  const tokens = state.tokens.map((one) => one.token);
+  state.overlaps = (await (await ask("explorer/overlaps", { tokens }, signal)).json()).overlaps;
+  showDocuments();
+}
 
 function addToken(event) {
   if (event.error) throw new Error(event.error.message);
@@ -234,7 +290,7 @@ function show(tokens, chosen = mostHelped(tokens)) {
 function mostHelped(tokens) {
   const gains = tokens.map(({ evidence }) => {
     if (!evidence) return -Infinity;
-    const { lm, mixed } = predict(evidence, state.setting);
+    const { lm, mixed } = predict(seen(evidence), state.setting);
     return mixed[evidence.at] - lm[evidence.at];
   });
   return gains.indexOf(Math.max(...gains));
@@ -262,7 +318,7 @@ function paint(at, element = options()[at]) {
     element.title = "The first token: nothing predicts it";
     return;
   }
-  const { lm, mixed } = predict(evidence, state.setting);
+  const { lm, mixed } = predict(seen(evidence), state.setting);
   const [before, after] = [lm[evidence.at], mixed[evidence.at]];
   const bits = before === after ? 0 : Math.log2(after / before);
   element.classList.add(Math.abs(bits) < UNCHANGED_BITS ? "same" : bits > 0 ? "helped" : "hurt");
@@ -273,12 +329,12 @@ function paint(at, element = options()[at]) {
 }
 
 function showSummary() {
-  const told = state.tokens.filter((one) => one.evidence).map(({ evidence }) => [evidence, predict(evidence, state.setting)]);
+  const told = state.tokens.filter((one) => one.evidence).map(({ evidence }) => [evidence, predict(seen(evidence), state.setting)]);
   if (!told.length) return $("status").replaceChildren();
   const perplexity = (name) => Math.exp(-told.reduce((sum, [{ at }, under]) => sum + Math.log(under[name][at]), 0) / told.length);
   const [plain, mixed] = [perplexity("lm"), perplexity("mixed")];
   const number = (value) => make("data", { value }, make("b", {}, Number.isFinite(value) ? significant(value, 3) : "∞"));
-  $("status").replaceChildren(`${count(state.tokens.length, "token")}. Perplexity `, number(plain), " for the model alone, ", number(mixed), " with its memory.");
+  $("status").replaceChildren(`${count(state.tokens.length, "token")}. Perplexity `, number(plain), " for the model alone, ", number(mixed), " with its memory", state.without === null ? "." : ` without ${documentName(state.without)}.`);
 }
 
 /** After a change of the setting: everything that depends on it. */
@@ -286,6 +342,7 @@ function update() {
   options().forEach((element, at) => paint(at, element));
   if (!state.stop) showSummary();
   showToken();
+  showDocumentsSoon();
 }
 
 let due = 0;
@@ -342,16 +399,17 @@ function showToken() {
     $("detail-title").textContent = "The first token: nothing predicts it";
     return;
   }
-  const under = predict(evidence, state.setting);
+  const shown = seen(evidence);
+  const under = predict(shown, state.setting);
   $("detail-title").textContent = `The memory ${change(under.lm[evidence.at], under.mixed[evidence.at])}`;
   $("knn-how").textContent = count(under.weights.length, "neighbour");
   $("mixed-how").textContent = `${percent(under.lambda)} memory, ${percent(1 - under.lambda)} model`;
   const top = Math.max(...under.lm, ...under.knn);
   for (const name of ["lm", "knn", "mixed"]) {
     $(`${name}-share`).replaceChildren(share(under[name][evidence.at]));
-    $(name).replaceChildren(...shares(under[name], evidence, top));
+    $(name).replaceChildren(...shares(under[name], shown, top));
   }
-  showNeighbors(evidence, under.weights);
+  showNeighbors(shown, under.weights);
 }
 
 /** The likeliest tokens of a distribution, and the one that came, each a bar; what has votes can be asked for them. */
@@ -429,6 +487,69 @@ function neighbor(evidence, i, weight, heaviest) {
   return make("li", { class: evidence.votes[i] === evidence.at ? "agrees" : "" }, text, make("div", { class: "where" }, ...where));
 }
 
+// The documents
+
+const DOCUMENTS = 12;
+const documentName = (document) => `${flow(state.documents.get(document)[0])}, no. ${state.documents.get(document)[1]}`;
+
+/** The documents behind the text, the one that is worth most first: its mean share, its gain in bits, where it helps. */
+function cited() {
+  const found = new Map();
+  const told = state.tokens.filter((one) => one.evidence);
+  state.tokens.forEach(({ evidence }, at) => {
+    if (!evidence) return;
+    for (const { document, share, gain } of supports(evidence, state.setting)) {
+      const all = found.get(document) ?? { document, share: 0, gain: 0, places: [] };
+      all.share += share / told.length;
+      all.gain += gain;
+      if (gain >= UNCHANGED_BITS) all.places.push(at);
+      found.set(document, all);
+    }
+  });
+  return [...found.values()].sort((a, b) => b.gain - a.gain);
+}
+
+let later = 0;
+const showDocumentsSoon = () => {
+  clearTimeout(later);
+  later = setTimeout(showDocuments, 120);
+};
+
+function showDocuments() {
+  clearTimeout(later);
+  const all = state.tokens.length ? cited() : [];
+  const shown = all.slice(0, DOCUMENTS);
+  const off = all.find((one) => one.document === state.without);
+  if (off && !shown.includes(off)) shown.push(off);
+  const focused = document.activeElement?.closest("#documents button")?.dataset.document;
+  $("documents-card").hidden = !shown.length;
+  $("documents-note").textContent = `${count(all.length, "document")} ${all.length === 1 ? "has" : "have"} neighbours that vote here. Point at one to see the tokens it supports; switch it off to see the text without it.`;
+  $("documents").replaceChildren(...shown.map(documentElement));
+  $("with-all").hidden = state.without === null;
+  mark([]);
+  document.querySelector(`#documents button[data-document="${focused}"]`)?.focus();
+}
+
+function documentElement({ document, share: part, gain, places }) {
+  const facts = make("span", { class: "where" }, make("span", {}, "share ", make("b", {}, share(part))), make("span", {}, "worth ", make("b", {}, make("data", { value: gain }, `${gain.toFixed(1)} bits`))), make("span", {}, "verbatim ", make("b", {}, count(state.overlaps[document] ?? 0, "token"))));
+  const button = make("button", { class: "quiet", "data-document": document, "aria-pressed": state.without === document }, "Without");
+  button.setAttribute("aria-label", `Without ${documentName(document)}`);
+  button.onclick = () => switchOff(state.without === document ? null : document);
+  const element = make("li", { class: state.without === document ? "off" : "" }, make("div", {}, make("span", { class: "name", dir: "auto" }, documentName(document)), facts), button);
+  element.onmouseenter = element.onfocusin = () => mark(places);
+  element.onmouseleave = element.onfocusout = () => mark([]);
+  return element;
+}
+
+/** Mark the tokens that a document supports. */
+const mark = (places) => options().forEach((element, at) => element.classList.toggle("supported", places.includes(at)));
+
+function switchOff(document) {
+  state.without = document;
+  update();
+  showDocuments();
+}
+
 // The setting
 
 const sorted = (values) => [...new Set(values)].sort((a, b) => a - b);
@@ -497,6 +618,7 @@ function listen() {
     updateSoon();
   };
   $("all").onclick = () => showVoters(null);
+  $("with-all").onclick = () => switchOff(null);
   $("text").onkeydown = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) explain();
   };

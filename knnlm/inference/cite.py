@@ -1,0 +1,184 @@
+"""Citations: the documents behind a text's probability, and what it would have been without each of them.
+
+Shapes: T cited tokens, P pairs of a token and a document among its neighbours, M documents of the datastore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm.errors import InputError
+from knnlm.inference.detokenizer import pieces_of
+from knnlm.inference.store_text import LongestRun, StoreText
+from knnlm.knn.citing import DocumentMap, Support, deep_neighbors, support
+from knnlm.knn.mixing import Floats
+from knnlm.knn.retrieval import Retrieval
+from knnlm.model.head import log_prob
+from knnlm.model.lm import LanguageModel
+from knnlm.store.datastore import Datastore
+
+
+class Reads(Protocol):
+    """`KNNLM.unmixed`."""
+
+    def __call__(self, tokens_BT: Tensor, /, *, last: int) -> tuple[Any, Tensor]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class CitedDocument:
+    """What a document gave to a text or a part of it."""
+
+    document: str
+    """The file's name, or the hub set."""
+    number: int
+    """Line, row or part in it, from 1."""
+    share: float
+    """Its share of the tokens' probability, 0 to 1, their mean."""
+    log_prob_without: float
+    """log p of the tokens with a datastore without it, in nats: its keys masked, and as many others in their place."""
+    gain: float
+    """log p with it minus that, in nats: what it is worth here. Below 0 where it speaks for other tokens."""
+    overlap: int
+    """Tokens of the longest run that stands in it verbatim: a long one is copied, a short one in other words."""
+    verbatim: str
+    """The text of that run."""
+
+
+@dataclass(frozen=True)
+class Citation:
+    """The documents behind some consecutive tokens, the one with the largest gain first."""
+
+    log_prob: float
+    """log p of the tokens, in nats."""
+    lm_share: float
+    """The plain LM's share of the tokens' probability, their mean; it and the documents' add up to 1."""
+    documents: tuple[CitedDocument, ...]
+
+
+class Memory:
+    """The datastore's documents and text, as citations need them. Made once for a datastore."""
+
+    def __init__(self, store: Datastore) -> None:
+        self._store, self.documents = store, DocumentMap(store)
+
+    @cached_property
+    def text(self) -> StoreText:
+        """All tokens and where they stand; made on first use, which sorts them."""
+        return StoreText(self._store, self.documents)
+
+
+class Citations:
+    """The citations of a text's tokens, each alone or any of them together: see `KNNLM.cite`."""
+
+    def __init__(self, memory: Memory, tokens: Sequence[int], pieces: Sequence[str], found: Sequence[Support]) -> None:
+        self._memory, self._tokens, self.pieces = memory, list(tokens), tuple(pieces)
+        """`pieces` are the cited tokens' texts."""
+        sizes = [len(one.documents_M) for one in found]
+        self._log_probs_T: Floats = np.array([one.log_prob for one in found])
+        self._lm_shares_T: Floats = np.array([one.lm_share for one in found])
+        self._tokens_P: NDArray[np.int64] = np.repeat(np.arange(len(found)), sizes)
+        self._documents_P = np.concatenate([one.documents_M for one in found])
+        self._shares_P = np.concatenate([one.shares_M for one in found])
+        self._gains_P = np.concatenate([_gains(one) for one in found])
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __repr__(self) -> str:
+        return f"<Citations of {len(self)} tokens: {''.join(self.pieces)!r}>"
+
+    @property
+    def whole(self) -> Citation:
+        """The documents behind all tokens together."""
+        return self.span(0, len(self))
+
+    @property
+    def tokens(self) -> tuple[Citation, ...]:
+        """The documents behind each token."""
+        return tuple(self.span(place, place + 1) for place in range(len(self)))
+
+    def span(self, first: int, last: int) -> Citation:
+        """Return the documents behind the tokens from `first` to before `last`, numbered from 0.
+
+        :raises InputError: there are no such tokens.
+        """
+        if not 0 <= first < last <= len(self):
+            raise InputError(f"tokens {first} to {last} are no part of the {len(self)} that are cited; give others")
+        inside_P = (self._tokens_P >= first) & (self._tokens_P < last)
+        named, at_P = np.unique(self._documents_P[inside_P], return_inverse=True)
+        shares_M = np.bincount(at_P, self._shares_P[inside_P], len(named)) / (last - first)
+        gains_M = np.bincount(at_P, self._gains_P[inside_P], len(named))
+        log_prob = float(self._log_probs_T[first:last].sum())
+        runs = self._memory.text.longest_runs(self._tokens[first:last])
+        documents = []
+        for at in np.argsort(-gains_M, kind="stable"):
+            run, gain = runs.get(int(named[at]), LongestRun(0, -1)), float(gains_M[at])
+            verbatim = "".join(self.pieces[first + run.last + 1 - run.tokens : first + run.last + 1])
+            name = self._memory.documents.name(int(named[at]))
+            told = CitedDocument(*name, float(shares_M[at]), log_prob - gain, gain, run.tokens, verbatim)
+            documents.append(told)
+        return Citation(log_prob, float(self._lm_shares_T[first:last].mean()), tuple(documents))
+
+
+def _gains(one: Support) -> Floats:
+    """Log p minus that without each document; 0 where the token is impossible with it and without."""
+    with np.errstate(invalid="ignore"):
+        gains_M = one.log_prob - one.without_M
+    return np.where(np.isnan(gains_M), 0.0, gains_M)
+
+
+class Citer:
+    """Finds the documents behind tokens.
+
+    :param reads: the model's `unmixed`.
+    """
+
+    def __init__(self, lm: LanguageModel, reads: Reads) -> None:
+        self._lm, self._reads = lm, reads
+        self._memories: dict[Datastore, Memory] = {}
+
+    def memory(self, store: Datastore) -> Memory:
+        """The documents and the text of a datastore, read on first use."""
+        if store not in self._memories:
+            self._memories = {store: Memory(store)}
+        return self._memories[store]
+
+    def text(self, text: str, prompt: str, retrieval: Retrieval) -> Citations:
+        """Cite a text that follows a prompt.
+
+        :raises InputError: it has no token that something predicts, or too many for the model with the prompt's.
+        """
+        tokens, ends = self._lm.encode_with_ends(prompt + text)
+        # A token that is of both is cited too.
+        first = int(np.searchsorted(ends, len(prompt.encode()), side="right")) if prompt else 0
+        limit = self._lm.context_limit
+        if limit is not None and len(tokens) > limit:
+            raise InputError(f"the text has {len(tokens)} tokens, but {self._lm.name} takes {limit}; shorten it")
+        return self.tokens(tokens.tolist(), max(first, 1), retrieval)
+
+    def tokens(self, tokens: Sequence[int], first: int, retrieval: Retrieval) -> Citations:
+        """Cite the tokens from `first` on, at least 1: one forward pass over all, and one search for those cited.
+
+        :raises InputError: there are none.
+        """
+        if first >= len(tokens):
+            raise InputError("the text has no token that something predicts; give a longer text")
+        setting, memory = retrieval.setting, self.memory(retrieval.searcher.store)
+        count = len(tokens) - first
+        output, vectors_BTD = self._reads(torch.tensor([tokens[:-1]], device=self._lm.device), last=count)
+        lm_T = log_prob(output.logits[0, -count:], torch.tensor(tokens[first:])).numpy()
+        vectors_TD = vectors_BTD[0, -count:].float().cpu().numpy()
+        near = deep_neighbors(retrieval.searcher, vectors_TD, setting.k, memory.documents)
+        found = [
+            support(one, memory.documents.of(one.rows_K), token, float(lm), setting)
+            for one, token, lm in zip(near, tokens[first:], lm_T, strict=True)
+        ]
+        return Citations(memory, tokens[first:], pieces_of(self._lm, tokens)[first:], found)

@@ -1,0 +1,121 @@
+"""Citations and the copying guard over HTTP: whole answers, the last event of a stream, chats, and among others."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from knnlm import KNNLM
+from knnlm.errors import InputError
+from knnlm.inference.writer import Decoding, Writer
+from knnlm.server.service import Service
+from tests.evaluation.test_evaluate_oracle import texts
+from tests.inference.test_copying import longest_copied
+from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, make_service, running
+
+PROMPT = "the nurse counts a pulse"
+GREEDY = {"max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(store_folder):
+    with running(make_service(store_folder)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.client() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def knn(server, store_folder):
+    """The same kNN-LM, not the server's."""
+    return KNNLM.from_store(store_folder, LAYER, K, TEMPERATURE, LAMBDA, lm=server.service.lm)
+
+
+def ask(client: openai.OpenAI, prompt=PROMPT, *, knn: dict, **options):
+    return client.completions.create(model=NAME, prompt=prompt, extra_body={"knn": knn}, **options)
+
+
+def test_citations_of_an_answer_are_those_of_its_tokens(client, server, knn) -> None:
+    answer = ask(client, knn={"citations": True}, logprobs=0, **GREEDY).choices[0]
+    prompt = server.service.lm.encode(PROMPT).tolist()
+    told, new = answer.citations, server.service.lm.encode(PROMPT + answer.text).tolist()[len(prompt) :]
+    assert told["log_prob"] == pytest.approx(sum(answer.logprobs.token_logprobs), abs=1e-4)
+    assert told["lm_share"] + sum(one["share"] for one in told["documents"]) == pytest.approx(1, abs=1e-5)
+    due = knn.citer.tokens([*prompt, *new], len(prompt), knn.retrieval).whole
+    for one, expected in zip(told["documents"][:5], due.documents, strict=False):
+        assert (one["document"], one["number"], one["overlap"]) == (
+            expected.document,
+            expected.number,
+            expected.overlap,
+        )
+        assert one["gain"] == pytest.approx(expected.gain, abs=1e-5)
+        assert one["log_prob_without"] == pytest.approx(expected.log_prob_without, abs=1e-4)
+
+
+def test_only_who_asks_is_told_and_a_stream_tells_at_its_end(client) -> None:
+    whole = ask(client, knn={"citations": True}, seed=3, n=2, max_tokens=9)
+    pieces = list(ask(client, knn={"citations": True}, seed=3, n=2, max_tokens=9, stream=True))
+    for choice in whole.choices:
+        own = [one.choices[0] for one in pieces if one.choices and one.choices[0].index == choice.index]
+        assert [one.citations is None for one in own] == [True] * (len(own) - 1) + [False]
+        assert own[-1].citations["documents"][0]["gain"] == pytest.approx(
+            choice.citations["documents"][0]["gain"], abs=1e-5
+        )
+    assert ask(client, knn={}, **GREEDY).choices[0].citations is None
+    assert ask(client, knn={"citations": True}, max_tokens=0).choices[0].citations is None
+
+
+def test_a_request_has_its_own_guard_among_others(client, server, knn) -> None:
+    alone = {n: Writer(knn, server.service.lm, Decoding(max_new_tokens=12, max_copy=n))(PROMPT).text for n in (1, 2, 4)}
+    free = Writer(knn, server.service.lm, Decoding(max_new_tokens=12))(PROMPT).text
+    assert len({*alone.values(), free}) > 2
+    with ThreadPoolExecutor(4) as pool:
+        asked = [{"max_copy": 1}, {"max_copy": 2}, {"max_copy": 4}, {}]
+        found = [one.choices[0].text for one in pool.map(lambda knn: ask(client, knn=knn, **GREEDY), asked)]
+    assert found == [*alone.values(), free]
+
+
+def test_the_server_has_a_guard_that_no_request_widens(store_folder) -> None:
+    made = make_service(store_folder)
+    model = KNNLM.from_store(store_folder, LAYER, 2, 1.0, 0.999, lm=made.lm)
+    documents = [made.lm.encode(text).tolist() for text in texts(0, 24)]
+    prompt = made.lm.encode(PROMPT).tolist()
+    with running(Service(NAME, made.lm, model, max_copy=3)) as server, server.client() as client:
+        for knn in ({}, {"max_copy": 50}, {"max_copy": 2}):
+            answer = ask(client, [prompt], knn=knn, max_tokens=30, temperature=0, logprobs=0).choices[0]
+            names = {made.lm.decode([token]): token for token in range(made.lm.vocabulary)}
+            tokens = [names[name] for name in answer.logprobs.tokens if name in names]
+            assert longest_copied(tokens, documents) <= knn.get("max_copy", 3) <= 50
+        free = ask(client, [prompt], knn={"lambda": 0}, max_tokens=30, temperature=0)
+        assert free.choices[0].finish_reason == "length"
+    with pytest.raises(InputError, match="`max_copy` is 0"):
+        Service(NAME, made.lm, model, max_copy=0)
+
+
+@pytest.mark.parametrize("knn", [{"max_copy": 0}, {"max_copy": True}, {"citations": 1}, {"citation": True}])
+def test_wrong_fields_are_refused(knn, client) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"knn.{next(iter(knn))}"):
+        ask(client, knn=knn, **GREEDY)
+
+
+def test_a_guard_that_leaves_no_token_ends_its_own_request_only(client, server, monkeypatch) -> None:
+    real = server.service._model.copy_guard
+
+    class Harsh:
+        def apply(self, generated, log_probs_V):
+            if len(generated) == 3:
+                raise InputError("each possible token would be one more than `max_copy=7`")
+            return log_probs_V
+
+    monkeypatch.setattr(server.service._model, "copy_guard", lambda n: Harsh() if n == 7 else real(n))
+    with ThreadPoolExecutor(2) as pool:
+        good = pool.submit(ask, client, knn={}, **GREEDY)
+        with pytest.raises(openai.BadRequestError, match="one more than"):
+            ask(client, knn={"max_copy": 7}, **GREEDY)
+        assert good.result().choices[0].finish_reason == "length"
