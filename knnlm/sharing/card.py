@@ -34,7 +34,7 @@ def datastore_card(store: Datastore, repo: str, license: str, size: int) -> str:
         _table(("", ""), _facts(store, about, license, size, result)),
         _table(_HEADS, (_layer(about, layer, result) for layer in store.layers)),
         f"**The text** has the licence `{license}` and can be read back from the datastore, which holds every token in "
-        f"order. Sources: {_sources(store.manifest.sources)}.",
+        f"order. Sources: {_sources(store.sources)}.",
         "\n".join(("```python", *_use(store, f"{HUB_PREFIX}{repo}"), "```")),
         "The model's fingerprint, SHA-256, which a model is compared with before it is used:",
         _table(("", ""), ((name, _code(one)) for name, one in store.manifest.fingerprint.items() if name != "model")),
