@@ -11,7 +11,7 @@ Names are loaded lazily, on first use, so that `import knnlm` is fast. `help(knn
 
 models    load_model, random_model, LanguageModel
 verbs     run, score, build, evaluate, rank_models, score_vectors
-store     open_datastore, Datastore, index_layer
+store     open_datastore, Datastore, index_layer, push
 use       KNNLM for generate(), register_lm_eval for lm-evaluation-harness
 settings  Settings, TextConfig, LayerConfig, KNNConfig, EvalConfig
 results   EvalResult, LayerResult, Perplexity, ByQuery, Choice, Regret, Correlation, IndexReport, Interval
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         VectorScores,
     )
     from knnlm.scores.vectors import score_vectors
+    from knnlm.sharing.push import push
     from knnlm.store.datastore import Datastore, open_datastore
     from knnlm.studies.correlate.study import CorrelateConfig, Study, study_correlation
     from knnlm.studies.rank_models.ranking import ModelGap, Ranking, rank_models
@@ -134,6 +135,7 @@ if TYPE_CHECKING:
         "mean_distance",
         "measure_slices",
         "open_datastore",
+        "push",
         "random_model",
         "rank_models",
         "register_lm_eval",
@@ -197,6 +199,7 @@ _NAMES = {
         "VectorScores",
     ),
     "scores.vectors": ("score_vectors",),
+    "sharing.push": ("push",),
     "store.datastore": (
         "Datastore",
         "open_datastore",

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ import pytest
 
 if TYPE_CHECKING:
     from selenium import webdriver
+
+    from tests.hub_server import Hub
 
 # Before anything imports transformers or datasets, which read these once. The caches are of this run only.
 _CACHE = tempfile.TemporaryDirectory(prefix="knnlm-tests-", ignore_cleanup_errors=True)
@@ -104,6 +107,43 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path, te
     settings = Settings(text=TextConfig(context=32, stride=16), layers=LayerConfig(layers="1.ffn_input,2.ffn_input"))
     out = tmp_path_factory.mktemp("stores") / "store"
     return build(load_model(gpt2_folder), [text_file], out, settings=settings).folder
+
+
+# For datastores on the hub: its client, led to a stand-in on this machine.
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty hub, and a client of it with an empty cache and no token.
+
+    huggingface_hub reads its environment when it is imported, so that the same is set here in its constants.
+    """
+    from huggingface_hub import constants
+
+    from tests.hub_server import hub_server
+
+    with hub_server() as server:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield server
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """A block in which the hub is not reached."""
+    from huggingface_hub import constants
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            yield
+
+    return block
 
 
 # For the pages, which are looked at in one real browser.

@@ -89,8 +89,9 @@ class Hub(ThreadingHTTPServer):
         self.fetched: Counter[str] = Counter()
         """Downloads of each file, by path."""
         self.calls: list[str] = []
-        self.on_part: Callable[[int], None] = lambda parts: None
-        """Called with the number of parts that have arrived, before the answer to the last of them."""
+        self.writes = 0
+        self.on_write: Callable[[int], None] = lambda count: None
+        """Called with the number of changes that were asked for, before the next of them is made."""
         self.damage: dict[str, int] = {}
         """For a path, how many downloads get one wrong byte."""
 
@@ -298,9 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         return one | {"actions": {"upload": upload, "verify": verify}}
 
     def part(self, body: bytes, sha256: str, part: str) -> None:
+        self._count_write()
         self.server.parts.setdefault(sha256, {})[int(part)] = body
         self.server.sent[sha256] += len(body)
-        self.server.on_part(sum(map(len, self.server.parts.values())))
         self._send(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
 
     def complete(self, body: bytes, sha256: str) -> Any:
@@ -317,8 +318,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.blobs[sha256] = data
         return {"success": True}
 
+    def _count_write(self) -> None:
+        self.server.writes += 1
+        self.server.on_write(self.server.writes)
+
     def commit(self, body: bytes, name: str, revision: str) -> Any:
         self._check_token()
+        self._count_write()
         oid, files = self._commit_of(name, revision)
         header, *changes = (json.loads(line) for line in body.splitlines())
         parent = header["value"].get("parentCommit")

@@ -112,7 +112,8 @@ def told_of(name: str) -> Iterator[None]:
         fact = f"{name} is no datastore, or not all of it was sent: it has no {DATASTORE}"
         raise DatastoreError(f"{fact}; choose another, or push it again") from error
     except Exception as error:
-        raise DatastoreError(f"{name}: the hub's client says: {first_line(error)}") from error
+        cause = f" ({first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else ""
+        raise DatastoreError(f"{name}: the hub's client says: {first_line(error)}{cause}") from error
 
 
 def _fetch(hub: HubStore) -> Path:

@@ -1,0 +1,1 @@
+"""A datastore to the Hugging Face hub."""
