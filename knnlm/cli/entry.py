@@ -21,6 +21,7 @@ from knnlm.cli import (
     generate,
     lm_eval,
     rank_models,
+    reproduce,
     run,
     score,
     serve,
@@ -55,6 +56,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "slices": slices.slices,
     "rank-models": rank_models.rank_models,
     "train": train.train,
+    "reproduce": reproduce.reproduce,
 }
 
 
