@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from index.approximate import ApproximateIndex
 from index.faiss_index import FaissIndex, create_index
 from index.metric import Metric
 from index.source import VectorSource
@@ -69,10 +68,10 @@ class RawKeys:
 
 
 class TheirIndex(NamedTuple):
-    """FAISS's index, and the same with exact distances of what it finds."""
+    """FAISS's index, and the keys that it indexes."""
 
     native: FaissIndex
-    exact: ApproximateIndex
+    keys: VectorSource
 
 
 def build_their_index(keys: VectorSource, settings: TheirSettings, advance: Advance = ignore) -> TheirIndex:
@@ -89,8 +88,7 @@ def build_their_index(keys: VectorSource, settings: TheirSettings, advance: Adva
         native.add(keys.read(start, min(start + settings.rows_at_a_time, count)))
         advance(len(native), count)
     native.set_effort("nprobe", settings.probes)
-    nowhere_D = np.zeros(keys.dim, np.float32)
-    return TheirIndex(native, ApproximateIndex(keys, Metric.L2, spec=spec, native=native, centre_D=nowhere_D))
+    return TheirIndex(native, keys)
 
 
 class Losses(NamedTuple):
@@ -127,8 +125,19 @@ def _searches(
 ) -> Iterator[Search]:
     distances_QK, ids_QK = index.native.search(queries_QD, k)
     yield _search(np.where(distances_QK >= ABSENT, np.inf, distances_QK), ids_QK, values_N, targets_Q)
-    found = index.exact.search(queries_QD, k)
-    yield _search(found.distances_QK, found.ids_QK, values_N, targets_Q)
+    exact_QK = _exact_distances(index.keys, queries_QD, ids_QK)
+    order_QK = np.argsort(exact_QK, axis=1)
+    sorted_QK, ids_QK = np.take_along_axis(exact_QK, order_QK, 1), np.take_along_axis(ids_QK, order_QK, 1)
+    yield _search(sorted_QK, ids_QK, values_N, targets_Q)
+
+
+def _exact_distances(keys: VectorSource, queries_QD: Floats, ids_QK: NDArray[np.int64]) -> Floats:
+    """Squared L2 of each query and the keys that were found for it; infinite where there is none."""
+    distances_QK = np.full(ids_QK.shape, np.inf, np.float32)
+    for query_D, ids_K, distances_K in zip(queries_QD, ids_QK, distances_QK, strict=True):
+        there = ids_K >= 0
+        distances_K[there] = np.sum((keys.take(ids_K[there]) - query_D) ** 2, axis=1)
+    return distances_QK
 
 
 def _search(
