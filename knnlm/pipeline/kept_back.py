@@ -26,7 +26,7 @@ from knnlm.text.windows import TokenDocument, count_targets
 SHARE, LEAST_TOKENS, MOST_TOKENS, MOST_SHARE = 0.01, 2_000, 20_000, 0.1
 
 
-class Split(NamedTuple):
+class TextSplit(NamedTuple):
     """The text of a build."""
 
     documents: Iterator[TokenDocument]
@@ -48,7 +48,7 @@ def share_to_keep(tokens: int | None) -> float:
     return wanted / tokens if wanted >= LEAST_EVAL_TOKENS else 0.0
 
 
-def split_off(job: Job, text: Paths, eval_text: Paths | None, total: int | None) -> Split:
+def split_off(job: Job, text: Paths, eval_text: Paths | None, total: int | None) -> TextSplit:
     """Divide the text into what is stored and what is fitted on.
 
     :param eval_text: the text to fit on; None: a share of the text is kept back.
@@ -59,15 +59,15 @@ def split_off(job: Job, text: Paths, eval_text: Paths | None, total: int | None)
     if eval_text:
         given = job.evaluation_documents(eval_text)
         check_evaluation(given)
-        return Split(documents, lambda: given, count_targets(given))
+        return TextSplit(documents, lambda: given, count_targets(given))
     share = share_to_keep(total)
     reason = "" if share else f"a text of about {total:,} tokens is too short to keep some back"
     if settings.text.protocol != "documents":
         reason = f"`protocol={settings.text.protocol!r}` stores the whole text"
     if reason:
-        return Split(documents, lambda: _nothing(job, reason), 0)
+        return TextSplit(documents, lambda: _nothing(job, reason), 0)
     held_out = keep_back(documents, share=share, max_tokens=settings.evaluation.eval_tokens, seed=settings.seed)
-    return Split(held_out.training, lambda: _told(job, held_out.evaluation), int(share * (total or 0)))
+    return TextSplit(held_out.training, lambda: _told(job, held_out.evaluation), int(share * (total or 0)))
 
 
 def _nothing(job: Job, reason: str) -> list[TokenDocument]:
