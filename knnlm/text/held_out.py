@@ -66,17 +66,22 @@ def keep_back(
 
 
 def _mark_share(documents: Iterator[TokenDocument], share: float, seed: int) -> Iterator[tuple[bool, TokenDocument]]:
-    peeked = list(itertools.islice(documents, ENOUGH_DOCUMENTS))
+    # The parts of one document, such as `thin` takes of it, are on one side.
+    wholes = (list(parts) for _, parts in itertools.groupby(documents, key=lambda one: (one.source, one.number)))
+    peeked = list(itertools.islice(wholes, ENOUGH_DOCUMENTS))
     if len(peeked) < ENOUGH_DOCUMENTS:
-        yield from _split_sections(peeked, round(1 / share), seed, SHORT_SECTION, SHORT_SECTION // 8)
+        few = list(itertools.chain.from_iterable(peeked))
+        yield from _split_sections(few, round(1 / share), seed, SHORT_SECTION, SHORT_SECTION // 8)
         return
     first = int(np.random.default_rng(seed).integers(ENOUGH_DOCUMENTS // 2))
-    seen, next_place = 0, float(sum(len(document.tokens) for document in peeked[:first]))
-    for document in itertools.chain(peeked, documents):
-        is_kept_back = seen >= next_place
-        next_place += len(document.tokens) / share if is_kept_back else 0
-        seen += len(document.tokens)
-        yield is_kept_back, document
+    sizes = (sum(len(document.tokens) for document in parts) for parts in peeked[:first])
+    seen, next_place = 0, float(sum(sizes))
+    for parts in itertools.chain(peeked, wholes):
+        tokens, is_kept_back = sum(len(document.tokens) for document in parts), seen >= next_place
+        next_place += tokens / share if is_kept_back else 0
+        seen += tokens
+        for document in parts:
+            yield is_kept_back, document
 
 
 def split_documents(
