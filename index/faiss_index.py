@@ -147,8 +147,13 @@ class FaissIndex:
 
     def propose(self, queries_QD: Floats, k: int) -> Ids:
         """Return ids of about the k nearest keys, nearest first; -1 where fewer are found."""
+        return self.search(queries_QD, k)[1]
+
+    def search(self, queries_QD: Floats, k: int) -> tuple[Floats, Ids]:
+        """As `propose`, with FAISS's own distances: of codes, where the index keeps codes."""
         with _faiss_errors():
-            return np.asarray(self._native.search(queries_QD, k)[1], np.int64)
+            values_QK, ids_QK = self._native.search(queries_QD, k)
+        return values_QK if self.metric is Metric.L2 else np.negative(values_QK), np.asarray(ids_QK, np.int64)
 
     @property
     def effort(self) -> Effort | None:

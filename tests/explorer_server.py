@@ -47,8 +47,8 @@ SETTINGS = Settings(
 def make_explainer(folder: Path) -> Explainer:
     """Of a tiny GPT-2 with 128 positions, whose datastore has a document of markup, and two layers."""
     lm = LanguageModel.from_model(tiny_model("gpt2"), tiny_tokenizer(), name="some/where/tiny")
-    text = write_jsonl(folder / SOURCE, [*texts(0, 6), MARKUP])
-    store = build(lm, [text], folder / "tiny.knn", settings=SETTINGS)
+    text = [write_jsonl(folder / SOURCE, [*texts(0, 6), MARKUP])]
+    store = build(lm, text, folder / "tiny.knn", eval_text=text, settings=SETTINGS)
     store.update_manifest(fitted=FITTED)
     return Explainer(lm, open_retrieval(store, "2.ffn_input"))
 

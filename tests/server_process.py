@@ -59,7 +59,7 @@ class Running:
 
 def make_service(store: Path, name: str = NAME, **limits) -> Service:
     """A service of its own model, so that no test sees another's."""
-    lm = load_model(Datastore.open(store).manifest.model)
+    lm = load_model(Datastore.open(store).model)
     model = KNNLM.from_store(store, LAYER, K, TEMPERATURE, LAMBDA, lm=lm)
     return Service(name, lm, model, Limits(**limits))
 

@@ -47,7 +47,10 @@ MAY_IMPORT = {
     "inference": {"root", "model", "store", "knn"},
     "server": {"root", "model", "knn", "inference"},
     "report": {"root"},
-    "studies": {"root", "text", "model", "scores", "extraction", "report", "index"},
+    "studies": {
+        *("root", "text", "model", "scores", "store", "knn", "extraction", "evaluation", "pipeline"),
+        *("report", "index"),
+    },
     "cli": {
         "root",
         "text",

@@ -148,7 +148,7 @@ def test_what_people_print_has_a_table() -> None:
 
 def test_store_and_models_are_a_few_lines(store_folder) -> None:
     store = knnlm.open_datastore(store_folder)
-    lm = knnlm.load_model(store.manifest.model, device="cpu")
+    lm = knnlm.load_model(store.model, device="cpu")
     model = knnlm.KNNLM.from_store(store, store.layers[0], 8, 4.0, 0.5, lm=lm)
     for shown in (repr(store), repr(lm), repr(model), str(model)):
         assert shown.count("\n") < 12 and "Linear" not in shown and "<bound" not in shown

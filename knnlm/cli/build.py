@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from knnlm.cli import options
+from knnlm.cli.groups import Place
 from knnlm.cli.shared import check_texts, load
 from knnlm.cli.store import show_store
 
 if TYPE_CHECKING:
     from knnlm.config import Settings
+
+FitText = Annotated[
+    list[str] | None,
+    typer.Option("--eval-text", help="Text to fit k, λ and T on; default: about 1 % of the text is kept back."),
+    Place(),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +55,25 @@ def build(
     model: options.Model,
     text: options.Text,
     out: options.Out,
+    eval_text: FitText = None,
     given: BuildOptions,
     output: options.Output,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Build a datastore: choose a layer on a sample (or take --layers), store its keys, index them.
+    """Build a datastore: choose a layer on a sample (or take --layers), store its keys, index them, fit k, λ and T.
 
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = given.settings()
-    from knnlm.places import check_new_folder, work_of
+    from knnlm.places import as_list, check_new_folder, work_of
 
-    work = work_of("build", model, text, settings)
-    check_new_folder(out, overwrite=overwrite, inputs=(model, *text), work=work)
-    check_texts(text, text_field=given.rows.text_field)
+    work = work_of("build", model, text, eval_text, settings)
+    check_new_folder(out, overwrite=overwrite, inputs=(model, *text, *as_list(eval_text)), work=work)
+    check_texts([*text, *(eval_text or ())], text_field=given.rows.text_field)
     screen = output.screen()
     lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline
 
-    store = build_pipeline(lm, text, out, settings=settings, overwrite=overwrite, progress=screen)
+    store = build_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
     show_store(store.describe(), screen)

@@ -22,6 +22,7 @@ from knnlm.cli import (
     lm_eval,
     push,
     rank_models,
+    reproduce,
     run,
     score,
     serve,
@@ -57,6 +58,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "slices": slices.slices,
     "rank-models": rank_models.rank_models,
     "train": train.train,
+    "reproduce": reproduce.reproduce,
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import check_show, check_texts, load, show_evaluation
+from knnlm.cli.shared import check_show, check_texts, load_own, show_evaluation
 
 if TYPE_CHECKING:
     from knnlm.config import Settings
@@ -55,6 +55,7 @@ def evaluate(
         bool, typer.Option("--verify", help="First verify the checksums of the files that are read.")
     ] = False,
     report: Report = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do not store the fitted k, λ and T.")] = False,
     show: options.Show = None,
     output: options.Output,
     trust_remote_code: options.Trust = False,
@@ -78,10 +79,10 @@ def evaluate(
     screen = output.screen()
     if verify:
         check_before_use(opened, layers_read, screen, exact=is_exact(settings.knn.index))
-    lm = load(model or opened.manifest.model, given.passes.compute, trust_remote_code, screen)
+    lm = load_own(opened, model, given.passes.compute, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
-    result = evaluate_pipeline(lm, opened, eval_text, settings=settings, progress=screen)
+    result = evaluate_pipeline(lm, opened, eval_text, settings=settings, dry_run=dry_run, progress=screen)
     show_evaluation(result, screen, report, show)
     if report is not None:
         screen.say(f"Report: {report / 'report.html'}")

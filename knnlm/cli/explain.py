@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load, read_standard_input, setting_document, with_lambda
+from knnlm.cli.shared import load_own, read_standard_input, setting_document, with_lambda
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,7 @@ def explain(
     retrieval = retrieving.open(opened)
     screen = output.screen()
     given = text if text is not None else read_standard_input("--text", screen)
-    lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
+    lm = load_own(opened, model, compute, trust_remote_code, screen)
     explainer = Explainer(lm, retrieval)
     explanation = explainer.explain(given)
     screen.say(_table(explanation))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load, read_standard_input, setting_document
+from knnlm.cli.shared import load_own, read_standard_input, setting_document
 
 if TYPE_CHECKING:
     from knnlm.inference.writer import Writer
@@ -62,7 +62,7 @@ def generate(
     retrieval = retrieving.open(opened)
     screen = output.screen()
     prompts = prompt or [read_standard_input("--prompt", screen)]
-    lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
+    lm = load_own(opened, model, compute, trust_remote_code, screen)
     writer = Writer(KNNLM.from_retrieval(lm, retrieval), lm, decoding)
     for one in prompts:
         writer.encode(one)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from knnlm.cli import options
-from knnlm.cli.shared import load
+from knnlm.cli.shared import load_own
 
 Host = Annotated[
     str, typer.Option("--host", help="Address to listen on; other than a loopback address, it needs a key.")
@@ -78,7 +78,7 @@ def serve(
     with listen(host, port) as listener:
         opened = Datastore.open(store)
         retrieval = retrieving.open(opened)
-        lm = load(model or opened.manifest.model, compute, trust_remote_code, screen)
+        lm = load_own(opened, model, compute, trust_remote_code, screen)
         service = Service(
             Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy
         )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from knnlm.knn.retrieval import Retrieval
     from knnlm.model.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
+    from knnlm.store.datastore import Datastore
 
 
 def check_texts(paths: Sequence[str], *, text_field: str) -> None:
@@ -56,6 +57,16 @@ def load(
     for detail in (f"computed in {str(lm.dtype).removeprefix('torch.')} on {lm.device}", *lm.details):
         screen.detail(detail)
     return lm
+
+
+def load_own(
+    store: Datastore, model: str | None, compute: ComputeOptions, trust: bool, screen: Screen
+) -> LanguageModel:
+    """Load a datastore's model, or the one given in its place. Raises as `own_model`."""
+    from knnlm.inference.own_model import own_model
+
+    with own_model(store, model) as name:
+        return load(name, compute, trust, screen)
 
 
 def _check_layers(model: str, layers: LayerConfig, trust: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from knnlm.errors import InputError
 from knnlm.inference.model import KNNLM
+from knnlm.inference.own_model import own_model
 from knnlm.knn.retrieval import open_retrieval
 from knnlm.model.loading import load_model
 from knnlm.store.datastore import Datastore, as_datastore
@@ -67,8 +68,8 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
             raise InputError(f"knnlm has no argument {', '.join(others)}; see docs/lm-eval.md for those that it has")
         opened = as_datastore(store if isinstance(store, Datastore) else str(store))  # lm-eval parses 7 as a number
         retrieval = open_retrieval(opened, layer, k, temperature, lam)
-        source = str(model or opened.manifest.model)
-        lm = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        with own_model(opened, model) as source:
+            lm = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         super().__init__(
             KNNLM.from_retrieval(lm, retrieval),
             backend="causal",

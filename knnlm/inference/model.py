@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from knnlm.errors import InputError, ModelError
 from knnlm.inference.cite import Citations, Citer
 from knnlm.inference.copying import CopyGuard
+from knnlm.inference.own_model import own_model
 from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.layer_names import FINAL, check_names
 from knnlm.model.decoder import find_decoder
@@ -71,11 +72,14 @@ class KNNLM:
         :param lm: the model, if it is already loaded or has moved since the datastore was made. Its weights are shared.
         :raises InputError: a value is neither given nor fitted, or is out of range.
         :raises DatastoreMismatch: the datastore was made with another model, or has no such layer.
-        :raises ModelError: the model is wrapped, as adapters are by peft.
+        :raises ModelError: the model is wrapped, as adapters are by peft; or the datastore's is not where it was.
         """
         store = as_datastore(store)
         retrieval = open_retrieval(store, layer, k, temperature, lam)
-        return cls.from_retrieval(lm or load_model(store.manifest.model), retrieval)
+        if lm is None:
+            with own_model(store, field="lm") as name:
+                lm = load_model(name)
+        return cls.from_retrieval(lm, retrieval)
 
     @staticmethod
     def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
@@ -93,7 +97,7 @@ class KNNLM:
     def __repr__(self) -> str:
         kind, mix, store = f"KNNLM[{type(self).__name__}]", self.retrieval.setting, self.retrieval.searcher.store
         return (
-            f"{kind}: the model of {store.manifest.model} with the memory {store.folder}\n"
+            f"{kind}: the model of {store.model} with the memory {store.folder}\n"
             f"  keys of {self.retrieval.layer}, {store.count:,}; k {mix.k}, λ {mix.lam:.3g}"
             f"{', moved by the query' if mix.gate else ''}, T {mix.temperature:.4g}"
         )

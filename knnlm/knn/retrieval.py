@@ -98,11 +98,16 @@ def open_retrieval(
     :raises DatastoreMismatch: the layer is not stored.
     """
     layer = layer or _chosen_layer(store)
-    metric = str(store.manifest.indexes.get(layer, built_with(store)).get("metric", "l2"))
+    metric = search_metric(store, layer)
     searcher = open_searcher(store, layer, metric)
     setting = _setting(store, layer, KNNConfig(k=k, temperature=temperature, lam=lam, metric=metric))
     check_k(setting.k, store.count)
     return Retrieval(searcher, setting)
+
+
+def search_metric(store: Datastore, layer: str) -> str:
+    """Return the metric that a layer is searched with: its index's, else the one that the datastore was built with."""
+    return str(store.manifest.indexes.get(layer, built_with(store)).get("metric", "l2"))
 
 
 def _chosen_layer(store: Datastore) -> str:

@@ -11,6 +11,16 @@ from typing import Any
 import numpy as np
 
 _ALONE = Lock()
+# `general.file_type` of files whose numbers are whole; all others are quantized.
+_WHOLE = {0: "float32", 1: "float16", 32: "bfloat16"}
+
+
+def stated_type(path: str) -> str:
+    """Return the type of a file's numbers: bfloat16 for quantized ones, which are coarser than that."""
+    import gguf
+
+    field = gguf.GGUFReader(path).get_field("general.file_type")
+    return "float32" if field is None else _WHOLE.get(int(field.parts[-1][0]), "bfloat16")
 
 
 @contextmanager

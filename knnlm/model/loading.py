@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +27,7 @@ from knnlm.errors import InputError, ModelError
 from knnlm.model.adapters import digest_adapter, merge_adapter
 from knnlm.model.decoder import find_decoder
 from knnlm.model.encoding import is_empty
-from knnlm.model.gguf_files import read_once
+from knnlm.model.gguf_files import read_once, stated_type
 from knnlm.model.hardware import pick_device, pick_dtype_on_cpu
 from knnlm.model.lm import ADVICE, LanguageModel, context_limit_of
 from knnlm.model.sources import Source, find_source
@@ -176,7 +177,7 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     # Never a pickle, which could run arbitrary code. A GGUF file's progress bar cannot be turned off.
     is_gguf = _is_gguf(source)
-    reader = {} if is_gguf else {"use_safetensors": True}
+    reader = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {"use_safetensors": True}
     try:
         with _quiet(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -226,10 +227,14 @@ def _pick_dtype(
         return known[dtype], None
     if getattr(config, "quantization_config", None) is not None:
         return "auto", None
-    if _is_gguf(source):  # its weights are dequantised, to any type
-        return torch.float32, None
-    stated = config.get_text_config().dtype or _load_weights(source, "auto").dtype
-    stated = getattr(torch, stated) if isinstance(stated, str) else stated
+    stated = _stated_type(source, config)
     if device.type != "cpu":
         return stated, None
     return pick_dtype_on_cpu(stated)
+
+
+def _stated_type(source: Source, config: PretrainedConfig) -> torch.dtype:
+    if _is_gguf(source):
+        return cast(torch.dtype, getattr(torch, stated_type(str(Path(source.place, source.options["gguf_file"])))))
+    stated = config.get_text_config().dtype or _load_weights(source, "auto").dtype
+    return cast(torch.dtype, getattr(torch, stated) if isinstance(stated, str) else stated)

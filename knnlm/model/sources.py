@@ -46,7 +46,8 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> Source:
         _check_folder(path)
         return Source(name, name, options, tokenizer=name)
     if path.is_file() and path.suffix.lower() == ".gguf":
-        _require("gguf", "gguf", f"{name} is a GGUF file, and reading one")
+        for library in ("gguf", "accelerate"):
+            _require(library, "gguf", f"{name} is a GGUF file, and reading one")
         options["gguf_file"] = path.name
         return Source(name, str(path.parent), options, tokenizer=str(path.parent))
     if path.exists():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from knnlm.config import KNNConfig
 from knnlm.knn.reckoning import SAMPLED, Reckoning, reckon
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Stage
@@ -20,13 +21,22 @@ def score_stages(lm: LanguageModel, layers: Sequence[str], tokens: int | None) -
     return [_through_model("scoring layers", tokens), _scoring(lm, layers, tokens, reckon())]
 
 
-def build_stages(lm: LanguageModel, layers: Sequence[str], tokens: int | None, *, scored: bool) -> list[Stage]:
+def build_stages(
+    lm: LanguageModel, layers: Sequence[str], tokens: int | None, *, scored: bool, queries: int
+) -> list[Stage]:
     """What `build` expects once its layers are settled.
 
     :param scored: they were chosen by scores; otherwise all keys are scored.
+    :param queries: tokens that k, lambda and T are fitted on.
     """
     here = reckon()
-    return [*_extracting(lm, layers, tokens, here, scored=scored), *_indexing(lm, layers, tokens, here)]
+    _, through_model, evaluating, _ = _evaluating(lm, layers, tokens, queries, KNNConfig.max_k, here)
+    return [
+        *_extracting(lm, layers, tokens, here, scored=scored),
+        *([through_model] if queries else []),
+        *_indexing(lm, layers, tokens, here),
+        *([evaluating] if queries else []),
+    ]
 
 
 def evaluate_stages(lm: LanguageModel, layers: Sequence[str], keys: int, queries: int, k: int) -> list[Stage]:

@@ -26,6 +26,7 @@ from knnlm.results import EvalResult, LayerResult, ScoreResult
 from knnlm.scores.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
 from knnlm.scores.layer_scorer import LayerScorer, Settled
 from knnlm.store.datastore import Datastore
+from knnlm.store.model_place import relative_place
 from knnlm.store.writer import DatastoreWriter
 from knnlm.text.held_out import hold_out
 from knnlm.text.windows import TokenDocument
@@ -56,7 +57,7 @@ def extract(
     with DatastoreWriter(
         folder,
         dims,
-        fingerprint=lm.fingerprint,
+        fingerprint={**lm.fingerprint, "model": relative_place(lm.name, folder)},
         context=job.window.context,
         stride=job.window.stride,
         key_dtype=job.settings.key_dtype,

@@ -18,13 +18,13 @@ from knnlm.config import Settings
 from knnlm.documents import score_from_document
 from knnlm.evaluation.queries import check_evaluation
 from knnlm.files import new_folder
-from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import is_exact, searched_layers
 from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.begun import Begun, begin, mark_whole, read_begun
 from knnlm.pipeline.expected import build_stages, evaluate_stages, run_stages, score_stages
 from knnlm.pipeline.job import Clock, Job, Paths
+from knnlm.pipeline.kept_back import index_and_fit, keep_fit, split_off
 from knnlm.pipeline.plan import check_choice, check_query_room, estimate_tokens, make_plan, query_count
 from knnlm.pipeline.steps import (
     SAMPLE_TOKENS,
@@ -71,26 +71,29 @@ def build(
     text: Paths,
     out: str | Path,
     *,
+    eval_text: Paths | None = None,
     settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Datastore:
-    """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys and index them.
+    """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys, index and fit them.
 
+    k, lambda, T and the gate are fitted on `eval_text`; without it about 1 % of the text is kept back for that (2,000
+    to 20,000 tokens, at most a tenth) and not stored. Notes say what was kept back, and what the memory is worth on it.
     If the index cannot be built, the datastore is searched exactly, and a note says so.
     :raises DatastoreExists: `out` exists and must not be replaced; nothing was done.
     """
     settings = settings or Settings()
-    job, work = Job(lm, settings, progress or Silent()), work_of("build", lm.name, text, settings)
-    with new_folder(out, overwrite=overwrite, inputs=(lm.name, *as_list(text)), work=work) as folder:
+    job, work = Job(lm, settings, progress or Silent()), work_of("build", lm.name, text, eval_text, settings)
+    inputs = (lm.name, *as_list(text), *as_list(eval_text))
+    with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
+        split = split_off(job, text, eval_text, total)
         begun = read_begun(folder) or _begin_build(job, text, total, folder, work)
-        job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None))
-        scored = extract(job, job.documents(text), begun.layers, folder, total=total, sampled=begun.scored)
+        job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None, queries=split.queries))
+        scored = extract(job, split.documents, begun.layers, folder, total=total, sampled=begun.scored)
         mark_whole(folder, work, begun, scored)
-        _, warnings = try_index(Datastore.open(folder), scored.choice.layer, settings, job.progress)
-        for warning in warnings:
-            job.progress.note(warning)
+        index_and_fit(job, Datastore.open(folder), scored.choice.layer, split.kept_back())
     return Datastore.open(Path(out))
 
 
@@ -101,7 +104,7 @@ def _begin_build(job: Job, text: Paths, total: int | None, folder: Path, work: s
     check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
     if wanted.layers is None and wanted.select in SCORES_THAT_CHOOSE:
         sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
-        job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True)])
+        job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True, queries=0)])
     sampled = choose_on_sample(job, text)
     named = sampled.choice.layer if sampled else wanted.layers or wanted.select
     return begin(folder, work, select_layers(named, lm.layer_names), sampled)
@@ -113,14 +116,19 @@ def evaluate(
     eval_text: Paths,
     *,
     settings: Settings | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Perplexity of the plain LM and of the kNN-LM for every layer that the datastore holds.
+
+    What it fits is stored in the datastore, for generation, unless k, lambda, T or another search than the datastore's
+    own was given.
 
     A layer with an index is searched through it, unless `settings.knn.index` is `exact`. The settings given to `build`
     or `run` can be passed here too.
 
     :param store: a datastore, or its folder.
+    :param dry_run: store nothing.
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; the message says which.
     """
@@ -136,7 +144,10 @@ def evaluate(
     scores = store.manifest.scores  # null where Python code wrote the datastore without any
     scored = None if scores is None else score_from_document(scores)
     with compare_layers(job, store, documents, layers, scored, exact=is_exact(settings.knn.index)) as compared:
-        return compared.result
+        result = compared.result
+    if not dry_run:
+        keep_fit(job, store, result)
+    return result
 
 
 def run(

@@ -42,6 +42,7 @@ from knnlm.store.hub import on_disk, refuse_cached
 from knnlm.store.keys import Keys
 from knnlm.store.live import LiveRows
 from knnlm.store.manifest import MODEL_PARTS, NAME, LayerKeys, Manifest, centre_file, open_folder, read_manifest
+from knnlm.store.model_place import absolute_place
 from knnlm.store.npy import digest_of
 from knnlm.store.opening import is_changed, map_file, open_saved_index
 from knnlm.store.part import DOCUMENTS, VALUES, PartFile, part_files, read_part
@@ -110,13 +111,18 @@ class Datastore:
         raise DatastoreError(f"{folder} is replaced again and again while it is opened; try again when that is over")
 
     def __repr__(self) -> str:
-        about = f"{self.count:,} keys, {len(self.layers)} layers of {self._manifest.model}: {brief(self.layers)}"
+        about = f"{self.count:,} keys, {len(self.layers)} layers of {self.model}: {brief(self.layers)}"
         return f"<Datastore {self.folder}: {about}>"
 
     @property
     def manifest(self) -> Manifest:
         """The content of datastore.json."""
         return self._manifest
+
+    @property
+    def model(self) -> str:
+        """The name to load the model by: an id on the hub, or a path; the manifest has it relative to the folder."""
+        return absolute_place(self._manifest.model, self.folder)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -243,7 +249,7 @@ class Datastore:
         ]
         if different:
             raise DatastoreMismatch(
-                f"{self.folder} was made with another model ({self._manifest.model}) than {fingerprint.get('model')}: "
+                f"{self.folder} was made with another model ({self.model}) than {fingerprint.get('model')}: "
                 f"{', '.join(different)}; take the model that it was made with, or build it again"
             )
 
@@ -284,7 +290,7 @@ class Datastore:
         manifest = self._manifest
         return {
             "folder": str(self.folder),
-            "model": manifest.model,
+            "model": self.model,
             "keys": manifest.count,
             "documents": len(self.documents),
             "sources": len(self.sources),

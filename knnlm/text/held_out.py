@@ -14,6 +14,8 @@ from knnlm.text.windows import TokenDocument
 
 # With this many documents, whole ones are held out; with fewer, sections of them (a novel is one document).
 ENOUGH_DOCUMENTS = 20
+# Of a small share of few documents: shorter sections than a tenth has, so that there are several.
+SHORT_SECTION = 1024
 # Where a text is too short for sections of full length, they shrink down to this many tokens.
 MIN_SECTION = 64
 # In shorter slices too many tokens lack the context that they have in their document.
@@ -50,6 +52,36 @@ def hold_out(documents: Iterable[TokenDocument], *, max_tokens: int | None = Non
     `take_slices`.
     """
     return HeldOut(split_documents(documents, seed=seed), max_tokens, seed)
+
+
+def keep_back(
+    documents: Iterable[TokenDocument], *, share: float, max_tokens: int | None = None, seed: int = 0
+) -> HeldOut:
+    """As `hold_out`, of a small share of the text, by tokens: at least one document, however small the share.
+
+    With at least 20 documents, whole ones: one of the first ten, and after as much text as that is the share of, the
+    next. With fewer, sections of `SHORT_SECTION` tokens, as by `split_documents`.
+    """
+    return HeldOut(_mark_share(iter(documents), share, seed), max_tokens, seed)
+
+
+def _mark_share(documents: Iterator[TokenDocument], share: float, seed: int) -> Iterator[tuple[bool, TokenDocument]]:
+    # The parts of one document, such as `thin` takes of it, are on one side.
+    wholes = (list(parts) for _, parts in itertools.groupby(documents, key=lambda one: (one.source, one.number)))
+    peeked = list(itertools.islice(wholes, ENOUGH_DOCUMENTS))
+    if len(peeked) < ENOUGH_DOCUMENTS:
+        few = list(itertools.chain.from_iterable(peeked))
+        yield from _split_sections(few, round(1 / share), seed, SHORT_SECTION, SHORT_SECTION // 8)
+        return
+    first = int(np.random.default_rng(seed).integers(ENOUGH_DOCUMENTS // 2))
+    sizes = (sum(len(document.tokens) for document in parts) for parts in peeked[:first])
+    seen, next_place = 0, float(sum(sizes))
+    for parts in itertools.chain(peeked, wholes):
+        tokens, is_kept_back = sum(len(document.tokens) for document in parts), seen >= next_place
+        next_place += tokens / share if is_kept_back else 0
+        seen += tokens
+        for document in parts:
+            yield is_kept_back, document
 
 
 def split_documents(

@@ -30,7 +30,7 @@ def milliseconds(model: Any, ids_BT: torch.Tensor) -> float:  # noqa: ANN401 - a
 
 def main() -> None:
     store = open_datastore(sys.argv[1])
-    lm = load_model(store.manifest.model)
+    lm = load_model(store.model)
     mixed, fixed, off = (KNNLM.from_store(store, lm=lm) for _ in range(3))
     fixed.retrieval = replace(fixed.retrieval, setting=replace(fixed.retrieval.setting, gate=None))
     off.retrieval = replace(off.retrieval, setting=replace(off.retrieval.setting, lam=0.0))

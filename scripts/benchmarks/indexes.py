@@ -97,7 +97,7 @@ class Truth:
 
 def truth(store: Datastore, held_out: Path, queries: int) -> tuple[Truth, VectorSource, float]:
     """Return queries of held-out text, the keys, and the seconds of exact search."""
-    lm, (layer,) = load_model(store.manifest.fingerprint["model"], dtype="float32"), store.layers
+    lm, (layer,) = load_model(store.model, dtype="float32"), store.layers
     with open_queries(
         lm, documents(lm, [held_out], queries), window_config(TextConfig(), lm.name, lm.context_limit), [layer]
     ) as opened:

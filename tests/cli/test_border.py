@@ -85,7 +85,8 @@ GENERATE = (*SETTING, "--max-new-tokens", 2, "--prompt", "naïve 雪 λ")
 def test_what_standard_output_cannot_show_is_replaced(
     encoding: str, shown, store_folder: Path, text_file: Path
 ) -> None:
-    table = shown(encoding, "eval", store_folder, "--eval-text", text_file, "--eval-tokens", 300).decode(encoding)
+    asked = ("--eval-text", text_file, "--eval-tokens", 300, "--dry-run")
+    table = shown(encoding, "eval", store_folder, *asked).decode(encoding)
     assert "1.ffn_input" in table and "?" in table  # λ, and the arrow
     assert "1.ffn_input" in shown(encoding, "info", store_folder).decode(encoding)
     text = shown(encoding, "generate", store_folder, *GENERATE).decode(encoding)

@@ -124,13 +124,14 @@ def test_build_prints_what_it_made(call, gpt2_folder: Path, text_file: Path, tmp
     built = json.loads(done.out)
     assert built == json.loads(call("info", store, "--json").out)
     assert (built["folder"], built["model"]) == (str(store), str(gpt2_folder))
-    assert (built["context"], built["stride"], built["documents"]) == (32, 16, 24)
+    assert (built["context"], built["stride"], built["documents"]) == (32, 16, 22)  # two were kept back
+    assert done.errors[-1].startswith("perplexity on ")
     assert list(built["layers"]) == [built["choice"]["layer"]] == list(built["indexes"])
     assert any(built["choice"]["reason"] in line for line in done.errors)
 
 
 def test_eval_prints_a_table(call, store_folder: Path, text_file: Path) -> None:
-    done = call("eval", store_folder, "--eval-text", text_file, "--eval-tokens", 600)
+    done = call("eval", store_folder, "--eval-text", text_file, "--eval-tokens", 600, "--dry-run")
     assert (done.status, done.errors) == (0, ())
     assert "1.ffn_input" in done.out
     assert "2.ffn_input" in done.out
@@ -158,7 +159,7 @@ def test_show_picks_the_scores_in_the_table(
 
 def test_eval_as_json_and_its_report(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
     options = ("--eval-text", text_file, "--eval-tokens", 600, "--layers", "-1.ffn_input")
-    done = call("eval", store_folder, *options, "--report", tmp_path / "a" / "b", "--json")
+    done = call("eval", store_folder, *options, "--dry-run", "--report", tmp_path / "a" / "b", "--json")
     document = json.loads(done.out)
     assert [row["layer"] for row in document["layers"]] == ["2.ffn_input"]
     assert document == json.loads((tmp_path / "a" / "b" / "report.json").read_text())
@@ -170,7 +171,7 @@ def test_eval_of_a_store_without_scores(call, store_folder: Path, text_file: Pat
     shutil.copytree(store_folder, tmp_path / "copy")
     rewrite(tmp_path / "copy" / "datastore.json", lambda one: one.update(scores=None))
     options = ("--eval-text", text_file, "--eval-tokens", 600, "--report", tmp_path / "report")
-    done = call("eval", tmp_path / "copy", *options)
+    done = call("eval", tmp_path / "copy", *options, "--dry-run")
     assert (done.status, done.errors) == (0, ())
     assert "–" in done.out
     document = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -248,9 +249,11 @@ STAGES = {
         "scoring layers",
         "effective rank and retrieval probe",
         "extracting keys",
+        "evaluation text through the model",
         "indexing",
         "tuning the index",
         "measuring recall",
+        "evaluating",
     ),
     "eval": (
         "loading the model",
@@ -288,7 +291,7 @@ def test_every_phase_is_shown(
     options = {
         "run": (*made, "--layers", "2.ffn_input", "--eval-tokens", 600),
         "build": (*made, "--candidates", "2.ffn_input"),
-        "eval": (store_folder, "--eval-text", text_file, "--eval-tokens", 600),
+        "eval": (store_folder, "--eval-text", text_file, "--eval-tokens", 600, "--dry-run"),
     }
     assert call(command, *options[command]).status == 0
     assert tuple(stages) == STAGES[command]
@@ -297,7 +300,7 @@ def test_every_phase_is_shown(
 
 
 def test_eval_verifies_first_where_it_is_asked_to(call, store_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    asked = ("--eval-text", text_file, "--eval-tokens", 600, "--verify")
+    asked = ("--eval-text", text_file, "--eval-tokens", 600, "--verify", "--dry-run")
     assert call("eval", store_folder, *asked).status == 0
     shutil.copytree(store_folder, tmp_path / "store")
     keys = next((tmp_path / "store" / "parts").glob("*/keys/1.ffn_input.npy"))

@@ -88,7 +88,7 @@ def test_lambda_arrives(call, store_folder: Path) -> None:
 
 
 def store_folder_model(store_folder: Path) -> str:
-    return Datastore.open(store_folder).manifest.model
+    return Datastore.open(store_folder).model
 
 
 def feed(monkeypatch, data: bytes) -> None:
@@ -113,7 +113,6 @@ def test_standard_input_that_is_no_prompt_is_refused(data, message, call, store_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--layer", "2.ffn_input"), "nothing was fitted for 2.ffn_input of"),
         ((*SETTING, "--layer", "0.ffn_input"), "has no keys of layer 0.ffn_input; it has 1.ffn_input, 2.ffn_input"),
         ((*SETTING, "--k", 0), "--k is 0"),
         ((*SETTING, "--lambda", 2), "--lambda is 2.0"),

@@ -55,7 +55,8 @@ def explainer(request, tmp_path_factory) -> Explainer:
     settings = Settings(
         text=TextConfig(context=CONTEXT, stride=STRIDE), layers=LayerConfig(layers=LAYERS), key_dtype="float32"
     )
-    store = build(lm, [write_jsonl(folder / "text.jsonl", texts(0, 6))], folder / "store", settings=settings)
+    text = [write_jsonl(folder / "text.jsonl", texts(0, 6))]
+    store = build(lm, text, folder / "store", eval_text=text, settings=settings)
     gate = {"offset": 1.5, "distance": -0.35, "different": -0.7}
     fitted = {"k": 64, "temperature": 4.0, "lambda": 0.6}
     store.update_manifest(fitted={"final_norm": fitted | {"gate": gate}, "2.ffn_input": fitted | {"gate": gate}})
@@ -273,7 +274,7 @@ ASKED = ("--layer", "2.ffn_input", "--k", 64, "--temperature", 4, "--lambda", 0.
 def expected(store_folder: Path):
     store = Datastore.open(store_folder)
     retrieval = open_retrieval(store, "2.ffn_input", 64, 4.0, 0.6)
-    return Explainer(load_model(store.manifest.model), retrieval).explain(TEXT)
+    return Explainer(load_model(store.model), retrieval).explain(TEXT)
 
 
 def test_help_has_an_example(call) -> None:
@@ -322,7 +323,7 @@ def test_text_may_come_from_standard_input(call, expected, store_folder: Path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--text", TEXT), "nothing was fitted for"),
+        (("--text", TEXT, "--layer", "final_norm"), "has no keys of layer final_norm"),
         (("--text", "", *ASKED), "the text is empty"),
         (("--text", "a", *ASKED), "has one token, which nothing predicts"),
         (("--text", "x" * 200, *ASKED), "takes 128; shorten it"),

@@ -41,6 +41,7 @@ from knnlm.pipeline import build, run
 from knnlm.store.datastore import Datastore
 from knnlm.text.windows import TokenDocument, WindowConfig
 from tests import oracle
+from tests.damage import rewrite
 from tests.evaluation.test_evaluate_oracle import MODULES, texts, write_jsonl
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -70,7 +71,7 @@ def stores(tmp_path_factory):
             layers=LayerConfig(layers=",".join(LAYERS)),
             key_dtype="float32",
         )
-        return lm, build(lm, [text], folder / kind, settings=settings)
+        return lm, build(lm, [text], folder / kind, eval_text=[text], settings=settings)
 
     return make
 
@@ -609,10 +610,12 @@ def test_datastores_of_before_there_were_gates_have_the_fixed_lambda(stores, tmp
     assert KNNLM.from_store(older, "final_norm", lm=lm).retrieval.setting == Mix(8, 4.0, 0.5)
 
 
-def test_nothing_fitted_is_told_with_what_is_missing(stores) -> None:
+def test_nothing_fitted_is_told_with_what_is_missing(stores, tmp_path: Path) -> None:
     lm, store = stores("gpt2")
+    copy = Path(shutil.copytree(store.folder, tmp_path / "copy"))
+    rewrite(copy / "datastore.json", lambda one: one.update(fitted=None))
     with pytest.raises(InputError, match=r"nothing was fitted for .*; give `k`, `lam` \(`knnlm.evaluate` fits them\)"):
-        KNNLM.from_store(store, "final_norm", temperature=1.0, lm=lm)
+        KNNLM.from_store(copy, "final_norm", temperature=1.0, lm=lm)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from knnlm.pipeline import build
 from knnlm.store.datastore import Datastore
 from knnlm.studies.slices.likelihoods import score_choices
 from knnlm.studies.slices.questions import read_questions
+from tests.damage import rewrite
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.inference.test_generation import CONTEXT, LAMBDA, STRIDE, TEMPERATURE, Counting, K, brute_force, forced
 from tests.source_files import ROOT
@@ -95,7 +96,7 @@ def stores(tmp_path_factory):
     )
     for kind in KINDS:
         model = save_tiny(kind, folder / f"{kind}-model")
-        build(load_model(model, device="cpu"), [text], folder / kind, settings=settings)
+        build(load_model(model, device="cpu"), [text], folder / kind, eval_text=[text], settings=settings)
     return folder
 
 
@@ -310,9 +311,11 @@ def test_command_line_is_that_of_lm_eval(stores, tasks, tmp_path) -> None:
         assert got == pytest.approx(due, abs=1e-4)
 
 
-def test_command_line_says_in_one_line_what_is_missing(stores, tasks, call) -> None:
+def test_command_line_says_in_one_line_what_is_missing(stores, tasks, call, tmp_path) -> None:
+    copy = Path(shutil.copytree(stores / "gpt2", tmp_path / "book.knn"))
+    rewrite(copy / "datastore.json", lambda one: one.update(fitted=None))
     asked = ["--tasks", "tiny_choice", "--include_path", tasks]
-    refused = call("lm-eval", "--model", "knnlm", "--model_args", f"store={stores / 'gpt2'}", *asked)
+    refused = call("lm-eval", "--model", "knnlm", "--model_args", f"store={copy}", *asked)
     assert refused.status == 2
     assert refused.errors[-1].startswith("knnlm: nothing was fitted for 2.ffn_input")
     assert "Traceback" not in "\n".join(refused.errors)
@@ -327,6 +330,7 @@ def test_lines_in_the_documentation_run(page, stores, tasks, tmp_path, capsys) -
     """As they stand but for the store and the task, which are ours."""
     (block,) = re.findall(r"```python\n(import knnlm\nimport lm_eval\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
     copy = shutil.copytree(stores / "gpt2", tmp_path / "book.knn")
+    shutil.copytree(stores / "gpt2-model", tmp_path / "gpt2-model")
     Datastore.open(copy).update_manifest(fitted={LAYER: {"k": K, "temperature": TEMPERATURE, "lambda": LAMBDA}})
     task = yaml.safe_load((tasks / "tiny_choice.yaml").read_text())
     for shown, used in (("book.knn", str(copy)), ('"arc_easy"', repr(task))):

@@ -168,6 +168,15 @@ def test_gguf_file_has_the_fingerprint_of_its_model_whatever_its_name(tmp_path):
     assert parts["weights"] == load_model(save_tiny("llama", tmp_path / "folder")).fingerprint["weights"]
 
 
+@pytest.mark.parametrize(("file_type", "dtype"), [(0, torch.float32), (1, torch.float32), (3, torch.bfloat16)])
+def test_quantized_gguf_file_is_computed_in_bfloat16_where_that_is_fast(file_type, dtype, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr("knnlm.model.hardware.bfloat16_speed", lambda: 2.0)
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", lambda self, _: self.add_file_type(file_type))
+    write_gguf(tmp_path / "a.gguf", tiny_model("llama"), tiny_tokenizer())
+    assert load_model(tmp_path / "a.gguf", device="cpu").dtype == dtype
+
+
 def test_gguf_file_without_its_library_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(sources, "find_spec", lambda name: None)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm.errors import InputError
-from knnlm.text.held_out import MIN_SLICE, hold_out, split_documents, take_slices
+from knnlm.text.held_out import MIN_SLICE, hold_out, keep_back, split_documents, take_slices
 from tests.text.test_windows import document, documents
 
 
@@ -202,3 +202,38 @@ def test_slices_start_anywhere_and_are_the_same_for_the_same_seed():
 def test_a_budget_of_one_token_is_refused():
     with pytest.raises(InputError, match="`eval_tokens` is 1,"):
         take_slices([], 1, seed=0)
+
+
+# What `build` keeps back
+
+
+def kept(given_documents, share, **settings):
+    held_out = keep_back(given_documents, share=share, **settings)
+    return list(held_out.training), held_out.evaluation
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("count", "share"), [(400, 0.01), (150, 0.02), (1000, 0.1)])
+def test_a_small_share_is_kept_back_in_whole_documents_spread_over_the_text(count, share, seed):
+    lengths = np.random.default_rng(count + seed).integers(2, 200, count).tolist()
+    training, evaluation = kept(documents(*lengths), share, seed=seed)
+    numbers = [one.number for one in evaluation]
+    assert sorted([one.number for one in training] + numbers) == list(range(1, count + 1))
+    assert [len(one.tokens) for one in evaluation] == [lengths[number - 1] for number in numbers]
+    assert abs(sum(len(one.tokens) for one in evaluation) - share * sum(lengths)) <= 200
+    # Each is the first to begin after as much text as those before it are the share of.
+    for place, number in enumerate(numbers):
+        before = sum(len(one.tokens) for one in evaluation[:place]) / share
+        assert before <= sum(lengths[numbers[0] - 1 : number - 1]) < before + 200
+
+
+def test_a_document_is_kept_back_however_few_and_long_they_are():
+    for seed in range(10):
+        assert len(kept(documents(*[3000] * 20), 0.001, seed=seed)[1]) == 1
+
+
+def test_of_few_documents_short_sections_are_kept_back():
+    training, evaluation = kept(documents(150_000, 150_000), 0.01)
+    assert len(evaluation) == 3
+    assert {len(one.tokens) for one in evaluation} <= {1024 - 128, 1024 - 256}
+    assert sum(len(one.tokens) for one in [*training, *evaluation]) == 300_000 - 3 * 512
