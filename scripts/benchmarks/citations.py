@@ -44,10 +44,10 @@ def speed(model: KNNLM, tokens: list[int]) -> None:
     prompt = torch.tensor([tokens[:PROMPT]])
     options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
     answer = model.generate(prompt, **options)[0].tolist()
-    memory, guard = model.citer.memory(model.retrieval.searcher.store), model.copy_guard(8)
-    start = time.perf_counter()
+    memory, start = model.citer.memory(model.retrieval.searcher.store), time.perf_counter()
     assert memory.text is not None
     print(f"text sorted in {time.perf_counter() - start:.2f} s")
+    guard = model.copy_guard(8)
     flat = torch.zeros(model.config.vocab_size) - float(np.log(model.config.vocab_size))
     cite = milliseconds(lambda: model.citer.tokens(answer, PROMPT, model.retrieval).whole)
     held = milliseconds(lambda: [guard.apply(answer[PROMPT : PROMPT + at], flat) for at in range(ANSWER)])

@@ -150,7 +150,9 @@ ASKED = ("--layer", LAYER, "--k", 64, "--temperature", 4, "--lambda", 0.6)
 
 def test_explain_cites_on_the_command_line(call, store_folder) -> None:
     words = texts(0, 24)[3][:150]
-    document = json.loads(call("explain", store_folder, "--text", words, *ASKED, "--cite", "--json").out)
+    done = call("explain", store_folder, "--text", words, *ASKED, "--cite", "--json")
+    assert (done.status, done.errors) == (0, ())
+    document = json.loads(done.out)
     cited = KNNLM.from_store(store_folder, LAYER, 64, 4.0, 0.6).cite(words)
     assert document["citation"] == json.loads(json.dumps(asdict(cited.whole)))
     assert [one["log_prob"] for one in document["token_citations"]] == [one.log_prob for one in cited.tokens]
