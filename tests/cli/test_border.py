@@ -196,6 +196,7 @@ def test_standard_input_that_is_closed_is_empty(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     refused = call("generate", store_folder, *SETTING)
+    sys.stdin.close()  # the null device, which the process would have to its end
     assert refused.status == 2 and "standard input is empty; give --prompt TEXT" in refused.errors[0]
 
 
