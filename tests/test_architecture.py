@@ -73,7 +73,7 @@ ONLY_IN = {
     "faiss": {"index/faiss_index.py"},
     "transformers": {"knnlm/model/lm.py", "knnlm/model/loading.py", "knnlm/studies/train/trainer.py"},
     "datasets": {"knnlm/text/hub.py"},
-    "huggingface_hub": {"knnlm/sharing/upload.py", "knnlm/store/hub.py"},
+    "huggingface_hub": {"knnlm/model/hub.py", "knnlm/sharing/upload.py", "knnlm/store/hub.py"},
     "peft": {"knnlm/model/adapters.py"},
     "gguf": {"knnlm/model/gguf_files.py"},
     "lm_eval": {"knnlm/inference/harness.py"},  # a subclass needs its base

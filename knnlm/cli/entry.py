@@ -116,6 +116,7 @@ def main() -> None:
     from knnlm.errors import KNNLMError
 
     keep_freed_memory()
+    _open_standard_streams()
 
     # Both are read when transformers is imported. Without the first, tokenizers warns of forks; none are made here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -139,6 +140,22 @@ def main() -> None:
     if status == INTERRUPTED:  # typer's status for Ctrl-C before the verb
         _fail(_with_notes("stopped by Ctrl-C", None, NOTHING_LEFT), INTERRUPTED)
     sys.exit(status)
+
+
+def _open_standard_streams() -> None:
+    """Put the null device in the place of standard streams that are closed, as after `>&-`.
+
+    Python has None for them, and the next file to be opened would get their numbers: what a library prints would be
+    written into it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = open(os.devnull, mode, encoding="utf-8")
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(null.fileno(), number)
+            setattr(sys, name, null)
 
 
 def _spread(arguments: Sequence[str]) -> list[str]:

@@ -53,10 +53,12 @@ def generate(
         raise typer.BadParameter("--stream shows text, --json one document; take one of them")
     from torch import manual_seed
 
+    from knnlm.config import check_seed
     from knnlm.inference.model import KNNLM
     from knnlm.inference.writer import Decoding, Writer
     from knnlm.store.datastore import Datastore
 
+    check_seed(seed)
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p, max_copy=max_copy)
     opened = Datastore.open(store)
     retrieval = retrieving.open(opened)

@@ -30,7 +30,7 @@ def expanded(verb: Callable[..., None]) -> Callable[..., None]:
     def run(**given: object) -> None:
         for one in parameters:
             if not any(isinstance(mark, Place) for mark in getattr(one.annotation, "__metadata__", ())):
-                _check_text(one.name, given[one.name])
+                given[one.name] = _decoded(one.name, given[one.name])
         verb(**{name: _built(name, hint, given) for name, hint in given_to.items()})
 
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -58,12 +58,18 @@ def _built(name: str, hint: Any, given: Mapping[str, object]) -> object:  # noqa
     return hint(**{field.name: _built(field.name, hints[field.name], given) for field in fields(hint)})
 
 
-def _check_text(name: str, value: object) -> None:
-    """:raises InputError: an argument is not UTF-8, which tokenizers require."""
-    for piece in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(piece, str):
-            try:
-                piece.encode("utf-8", "surrogateescape").decode()
-            except UnicodeError as error:
-                at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-                raise InputError(f"`{name}` is not UTF-8{at}; give text in UTF-8") from None
+def _decoded(name: str, value: object) -> object:
+    """The value with its text decoded as UTF-8, also where the locale is another one.
+
+    Python gives bytes that it cannot decode by the locale as lone surrogates.
+    :raises InputError: an argument is not UTF-8, which tokenizers require.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(_decoded(name, piece) for piece in value)
+    if not isinstance(value, str):
+        return value
+    try:
+        return value.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError as error:
+        at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+        raise InputError(f"`{name}` is not UTF-8{at}; give text in UTF-8") from None

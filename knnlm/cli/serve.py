@@ -59,6 +59,7 @@ def serve(
     if not (is_loopback(host) or api_key or insecure):
         message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
         raise typer.BadParameter(message, param_hint="--host")
+    from knnlm.documents import whole_text
     from knnlm.inference.explain import Explainer
     from knnlm.inference.model import KNNLM
     from knnlm.server.app import create_app
@@ -80,7 +81,7 @@ def serve(
         retrieval = retrieving.open(opened)
         lm = load_own(opened, model, compute, trust_remote_code, screen)
         service = Service(
-            Path(store).resolve().name, lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy
+            whole_text(Path(store).resolve().name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy
         )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"

@@ -32,6 +32,7 @@ from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
 from knnlm.store.datastore import Datastore, as_datastore
+from knnlm.store.tokens import check_tokens
 
 IGNORED = -100
 """Label of a position that `transformers` leaves out of the loss."""
@@ -72,6 +73,7 @@ class KNNLM:
         :param lm: the model, if it is already loaded or has moved since the datastore was made. Its weights are shared.
         :raises InputError: a value is neither given nor fitted, or is out of range.
         :raises DatastoreMismatch: the datastore was made with another model, or has no such layer.
+        :raises DatastoreCorrupt: a file that is read is missing, short or changed.
         :raises ModelError: the model is wrapped, as adapters are by peft; or the datastore's is not where it was.
         """
         store = as_datastore(store)
@@ -85,7 +87,9 @@ class KNNLM:
     def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
         """Combine a model with a retrieval from `open_retrieval`. Raises as `from_store`."""
         _check_kind(type(lm.model))
-        retrieval.searcher.store.check_model(lm.fingerprint)
+        store = retrieval.searcher.store
+        store.check_model(lm.fingerprint)
+        check_tokens(store, lm.vocabulary)
         check_names([retrieval.layer], lm.layer_names)
         model: Any = _own_modules(lm.model)
         plain = _Plain(model)

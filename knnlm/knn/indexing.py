@@ -25,6 +25,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
 from knnlm.store.datastore import Datastore, as_datastore
 from knnlm.store.hub import refuse_cached
+from knnlm.store.tokens import check_tokens
 
 RECALL_QUERIES = 256
 
@@ -108,7 +109,7 @@ def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
     except DatastoreCorrupt as error:
         return (str(error),)
     with progress.stage("verifying", "bytes") as advance:
-        problems = list(store.verify(advance))
+        problems = list(store.verify(advance)) or _token_problems(store)
     for layer in store.manifest.indexes:
         with progress.stage(f"verifying the index of {layer}", "bytes"):
             problems += _index_problems(store, layer)
@@ -129,6 +130,14 @@ def check_before_use(store: Datastore, layers: Sequence[str], progress: Progress
     if problems:
         more = f" (and {len(problems) - 1} more: knnlm verify names them)" if len(problems) > 1 else ""
         raise DatastoreCorrupt(problems[0] + more)
+
+
+def _token_problems(store: Datastore) -> list[str]:
+    try:
+        check_tokens(store)
+    except DatastoreCorrupt as error:
+        return [str(error)]
+    return []
 
 
 def _index_problems(store: Datastore, layer: str) -> list[str]:

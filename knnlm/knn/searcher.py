@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from index.base import VectorIndex
 from index.build import check_spec
+from index.errors import CorruptIndex
 from index.exact import ExactIndex
 from index.metric import Metric
 from index.neighbors import Neighbors
@@ -21,7 +22,7 @@ from index.saved import SavedIndex
 from index.spec import parse_spec
 from index.storage import open_index
 from knnlm.config import KNNConfig, Settings
-from knnlm.errors import InputError
+from knnlm.errors import DatastoreCorrupt, InputError
 from knnlm.knn.mixing import NEAREST, Search
 from knnlm.layer_names import select_layers
 from knnlm.progress import Advance, ignore
@@ -74,13 +75,17 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
 
     :param exact: search exactly even if there is an index.
     :raises InputError: the index was built for another metric.
+    :raises DatastoreCorrupt: a file of the index is missing, short or changed.
     """
     source = store.keys(layer).for_metric(metric)
     # By the manifest, not the folder: a run stopped between the two leaves an index that is not known to be complete.
     if exact or layer not in store.manifest.indexes:
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
     _check_metric(store, layer, metric)
-    return LayerSearcher(store, layer, metric, open_index(checked_index(store, layer), source))
+    try:
+        return LayerSearcher(store, layer, metric, open_index(checked_index(store, layer), source))
+    except CorruptIndex as error:
+        raise DatastoreCorrupt(str(error)) from None
 
 
 def checked_index(store: Datastore, layer: str) -> SavedIndex:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +27,7 @@ from knnlm.model.decoder import find_decoder
 from knnlm.model.encoding import is_empty
 from knnlm.model.gguf_files import read_once, stated_type
 from knnlm.model.hardware import pick_device, pick_dtype_on_cpu
+from knnlm.model.hub import quiet_hub
 from knnlm.model.lm import ADVICE, LanguageModel, context_limit_of
 from knnlm.model.sources import Source, find_source
 
@@ -68,17 +67,19 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def model_file(name_or_folder: str | Path, name: str) -> Path | None:
-    """Return the local path of a model's file, fetched from the hub if needed; None if the model lacks it.
+    """Return the local path of a model's own file, fetched from the hub if needed; None if the model lacks it.
 
-    Raises ModelError if there is no such model.
+    An adapter's files are its own, not its base's. Raises ModelError if there is no such model.
     """
     if Path(name_or_folder).is_dir():
         return path if (path := Path(name_or_folder, name)).is_file() else None
     source = find_source(str(name_or_folder))
+    if source.adapter is not None:
+        return path if (path := source.adapter / name).is_file() else None
     if source.options["local_files_only"]:
         raise ModelError(f"{source.name} is a GGUF file; give the folder of a model, or a name on the hub")
     try:
-        with _quiet():
+        with quiet_hub():
             found = cached_file(source.place, name, _raise_exceptions_for_missing_entries=False)
     except Exception as error:
         raise _unreadable(source, "could not be read as a model", error) from error
@@ -151,7 +152,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
 
 def _load_config(source: Source) -> PretrainedConfig:
     try:
-        with _quiet():
+        with quiet_hub():
             config: PretrainedConfig = AutoConfig.from_pretrained(source.place, **source.options)
     except Exception as error:
         raise _unreadable(source, "could not be read as a model", error) from error
@@ -164,7 +165,7 @@ def _load_config(source: Source) -> PretrainedConfig:
 
 def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
-        with _quiet():
+        with quiet_hub():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.tokenizer, **source.options)
     except Exception as error:
         raise _unreadable(source, "has no tokenizer that can be loaded", error) from error
@@ -179,7 +180,7 @@ def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     is_gguf = _is_gguf(source)
     reader = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf else {"use_safetensors": True}
     try:
-        with _quiet(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
+        with quiet_hub(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.place, dtype=dtype, output_loading_info=True, **reader, **source.options
             )
@@ -193,25 +194,14 @@ def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     return model
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the hub client's log of every attempt; the final error is reported."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _unreadable(source: Source, fact: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
+    name = source.name if source.adapter is None else f"{source.place}, the base of the adapter {source.name},"
     if "couldn't connect to" in text:
         return ModelError(
-            f"{source.name} {fact}: it is not on this machine, and the hub was not reached; connect, or give a folder"
+            f"{name} {fact}: it is not on this machine, and the hub was not reached; connect, or give a folder"
         )
-    return ModelError(f"{source.name} {fact}: {text if len(text) <= 300 else text[:299] + '…'}")
+    return ModelError(f"{name} {fact}: {text if len(text) <= 300 else text[:299] + '…'}")
 
 
 def _pick_dtype(

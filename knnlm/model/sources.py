@@ -10,6 +10,7 @@ from typing import Any
 
 from knnlm.errors import ModelError
 from knnlm.json_text import loads
+from knnlm.model.hub import hub_adapter
 
 KNOWN = "a folder made by save_pretrained (config.json and .safetensors), a LoRA adapter's folder, or a .gguf file"
 ADAPTER = "adapter_config.json"
@@ -37,12 +38,14 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> Source:
 
     :raises ModelError: it does not exist, holds no readable model, or needs a library that is not installed.
     """
+    if not name.strip():
+        raise ModelError(f"the name of the model is empty; give {KNOWN}, or a name on the hub")
     path = Path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if path.is_dir():
         _check_regular(path)
         if (path / ADAPTER).is_file():
-            return _adapter(path, trust_remote_code=trust_remote_code)
+            return _adapter(name, path, trust_remote_code=trust_remote_code)
         _check_folder(path)
         return Source(name, name, options, tokenizer=name)
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -54,6 +57,8 @@ def find_source(name: str, *, trust_remote_code: bool = False) -> Source:
         raise ModelError(f"{name} is a file; give the folder of a model, a .gguf file, or a name on the hub")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name}; give the folder of a model, or a name on the hub")
+    if (adapter := hub_adapter(name, ADAPTER)) is not None:
+        return _adapter(name, adapter, trust_remote_code=trust_remote_code)
     return Source(name, name, {**options, "local_files_only": False}, tokenizer=name)
 
 
@@ -74,25 +79,29 @@ def _check_folder(path: Path) -> None:
         raise ModelError(f"{path} has no .safetensors, only {', '.join(others[:3])}; give {KNOWN}")
 
 
-def _adapter(path: Path, *, trust_remote_code: bool) -> Source:
+def _adapter(name: str, folder: Path, *, trust_remote_code: bool) -> Source:
+    """The source of an adapter, whose files are in a folder, with its base model."""
+    config = folder / ADAPTER
     try:
-        config = loads((path / ADAPTER).read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path / ADAPTER} names no base model ({error}); save the adapter again") from None
+        given = loads(config.read_text(encoding="utf-8"))
+        base, revision = given["base_model_name_or_path"], given.get("revision")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{config} names no base model ({error}); save the adapter again") from None
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{path / ADAPTER} names no base model; write its folder as base_model_name_or_path")
-    if not (path / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{path} is an adapter without {ADAPTER_WEIGHTS}; save it with safe_serialization=True")
-    _require("peft", "train", f"{path} is an adapter, and loading one")
-    if (Path(base) / ADAPTER).is_file():
-        raise ModelError(f"{path} is an adapter of the adapter {base}; merge that one into its model first")
+        raise ModelError(f"{config} names no base model; write its folder as base_model_name_or_path")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{name} is an adapter without {ADAPTER_WEIGHTS}; save it with safe_serialization=True")
+    _require("peft", "train", f"{name} is an adapter, and loading one")
     try:
         found = find_source(base, trust_remote_code=trust_remote_code)
     except ModelError as error:
-        raise ModelError(f"{path} is an adapter of {base}: {error}") from None
-    own = (path / "tokenizer_config.json").is_file() and "gguf_file" not in found.options
-    return Source(str(path), found.place, found.options, path, str(path) if own else found.tokenizer)
+        raise ModelError(f"{name} is an adapter of {base}: {error}") from None
+    if found.adapter is not None:
+        raise ModelError(f"{name} is an adapter of the adapter {base}; merge that one into its model first")
+    own = (folder / "tokenizer_config.json").is_file() and "gguf_file" not in found.options
+    tokenizer = str(folder) if own else found.tokenizer
+    options = found.options if found.options["local_files_only"] else {**found.options, "revision": revision or "main"}
+    return Source(name, found.place, options, folder, tokenizer)
 
 
 def _require(library: str, extra: str, what: str) -> None:

@@ -42,6 +42,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
 from knnlm.scores.choose import SCORES_THAT_CHOOSE
 from knnlm.store.datastore import Datastore, as_datastore
+from knnlm.store.tokens import check_tokens
 from knnlm.text.windows import TokenDocument, count_targets
 
 
@@ -131,9 +132,11 @@ def evaluate(
     :param dry_run: store nothing.
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; the message says which.
+    :raises DatastoreCorrupt: a file that is read is missing, short or changed.
     """
     store, settings = as_datastore(store), settings or Settings()
     store.check_model(lm.fingerprint)
+    check_tokens(store, lm.vocabulary)
     layers = searched_layers(store, settings)
     job = Job(lm, replace(settings, text=windows_like(store, settings.text)), progress or Silent())
     documents = job.evaluation_documents(eval_text)

@@ -19,7 +19,7 @@ from knnlm.server.choices import Prompt
 from knnlm.server.forms import Form
 from knnlm.server.gate import RequestGate
 from knnlm.server.metrics import CONTENT_TYPE
-from knnlm.server.refusals import Refusal, invalid, mistake
+from knnlm.server.refusals import Refusal, invalid, mistake, no_json
 from knnlm.server.service import Service
 from knnlm.server.waiting import Deadline, Receive, unless_gone
 from knnlm.version import __version__
@@ -47,7 +47,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.thread.start()
         yield
-        await asyncio.to_thread(service.thread.stop)
+        await asyncio.to_thread(service.thread.stop, wait=not service.forced)
 
     # FastAPI's documentation pages would load scripts from another host; the schema itself is at /openapi.json.
     app = FastAPI(title="knnlm", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -151,9 +151,13 @@ async def _invalid(_: Request, error: Exception) -> Response:
     return _respond(invalid(error.errors()))
 
 
-async def _no_route(_: Request, error: Exception) -> Response:
+async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _respond(Refusal(error.status_code, str(error.detail), headers=error.headers))
+    if error.status_code == 400:  # raised by FastAPI for a body that cannot be read as JSON
+        return _respond(no_json())
+    known = {404: "there is no path {path} here", 405: "{path} is not for {method}"}
+    told = known.get(error.status_code, error.detail).format(path=request.url.path, method=request.method)
+    return _respond(Refusal(error.status_code, f"{told}; /openapi.json lists what there is", headers=error.headers))
 
 
 async def _failed(_: Request, error: Exception) -> Response:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from knnlm.server.wire import ChoiceCitation, Count, Ignored, Request, Sampling, Text, Usage, integral
+from knnlm.server.wire import ChoiceCitation, Count, Ignored, Nothing, Request, Sampling, Text, Usage, integral
 
 
 class TextPart(Request):
@@ -17,11 +17,16 @@ class TextPart(Request):
 
 
 class Message(Request):
-    """A message of the conversation."""
+    """A message of the conversation; the fields of an answer's message that say nothing may be sent back with it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Ignored = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
+    annotations: Nothing = None
 
     @property
     def text(self) -> str:
@@ -45,6 +50,16 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(integral)] | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: Ignored = None
+    tools: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
 
     @property
     def wanted_tokens(self) -> int | None:

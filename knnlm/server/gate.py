@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import time
@@ -55,7 +56,7 @@ class RequestGate:
     async def _enter(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
             self._check(scope)
-            body = await self._read(receive)
+            body = await self._read_open(receive)
             self._check_open()
         except Refusal as refusal:
             await _answer(refusal, send)
@@ -87,6 +88,14 @@ class RequestGate:
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
                 message = "this needs the server's key, as Authorization: Bearer KEY; none or another one was given"
                 raise Refusal(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+    async def _read_open(self, receive: Receive) -> bytes | None:
+        """As `_read`; a shutdown, which cancels the wait for the body, is a Refusal."""
+        try:
+            return await self._read(receive)
+        except asyncio.CancelledError:
+            self._check_open()
+            raise
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The whole body; None if the client disconnected."""

@@ -44,12 +44,13 @@ class ModelThread:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Finish the current step, then end the thread."""
+    def stop(self, *, wait: bool = True) -> None:
+        """End the thread after the current step, and wait for that."""
         with self._news:
             self._closed = True
             self._news.notify()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     @property
     def running(self) -> int:

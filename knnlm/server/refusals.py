@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,15 @@ FINAL = {"x-should-retry": "false"}
 _NO_JSON = "the body is no JSON object, or is not declared as application/json"
 # Fields of several types: pydantic reports a wrong value once for each type.
 _OF_MANY_FORMS = ("prompt", "stop", "content")
+# pydantic's words and ours, in order.
+_WORDS = (
+    (r"Field required", "this field is required"),
+    (r"a valid dictionary( or object to extract fields from)?", "an object"),
+    (r"Input should be None", "must be null"),
+    (r"Input should be", "must be"),
+    (r"(String|List|Dictionary) should have", "must have"),
+    (r" after validation, not \d+", ""),
+)
 
 
 class Refusal(Exception):
@@ -63,9 +73,15 @@ def invalid(problems: Sequence[Mapping[str, Any]]) -> Refusal:
         return no_json()
     forms = next((place for place, name in enumerate(where) if name in _OF_MANY_FORMS), len(where))
     where = where[: forms + 1]
-    found = dict.fromkeys(one["msg"] for one in problems if one["loc"][1 : 1 + len(where)] == where)
+    found = dict.fromkeys(_in_words(one["msg"]) for one in problems if one["loc"][1 : 1 + len(where)] == where)
     field = ".".join(map(str, where))
-    return Refusal(400, f"{field}: {'; or '.join(found).replace('Input should be', 'must be')}", param=field)
+    return Refusal(400, f"{field}: {'; or '.join(found)}", param=field)
+
+
+def _in_words(message: str) -> str:
+    for pattern, words in _WORDS:
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def too_long(seconds: float) -> Refusal:

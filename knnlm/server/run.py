@@ -12,11 +12,13 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from knnlm.errors import InputError
+from knnlm.server.refusals import Refusal
 from knnlm.server.service import Service
 
 _IDLE = 2
@@ -59,15 +61,16 @@ def serve(app: FastAPI, service: Service, listener: socket.socket, started: Call
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, closed when the headers of a request do not arrive in time.
+    """uvicorn's connection, closed when headers do not arrive in time, or when the client does not read what it asked.
 
-    uvicorn itself waits for them without limit, and would keep a connection for each such client.
+    uvicorn itself waits for both without limit, and would keep a connection, with its answer, for each such client.
     """
 
     def __init__(self, *args: Any, seconds: float, **options: Any) -> None:  # noqa: ANN401 - uvicorn's own
         super().__init__(*args, **options)
         self._seconds = seconds
         self._late: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     @property
     def _in_request(self) -> bool:
@@ -88,9 +91,32 @@ class _Connection(H11Protocol):
             self._wait_no_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         self._wait_no_more()
+        self._watch_no_more()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Start the timer for what the client has to read."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Stop the timer for what the client has to read."""
+        self._watch_no_more()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, in OpenAI's form."""
+        refusal = Refusal(400, "this is no HTTP/1.1 request", headers={"connection": "close"})
+        headers = [(name.encode(), value.encode()) for name, value in refusal.headers.items()]
+        for event in (
+            h11.Response(status_code=refusal.status, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=refusal.body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _wait(self) -> None:
         self._late = self.loop.call_later(self._seconds, self.transport.close)
@@ -99,6 +125,21 @@ class _Connection(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _watch(self) -> None:
+        due = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._seconds, self._check_read, due)
+
+    def _check_read(self, due: int) -> None:
+        if self.transport.get_write_buffer_size() < due:
+            self._watch()
+        else:
+            self.transport.abort()  # `close` would wait until all is read
+
+    def _watch_no_more(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class _Server(uvicorn.Server):
@@ -115,9 +156,25 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down. uvicorn itself would raise the signal again, and the exit status would not be 0."""
-        self.force_exit = self._service.closing
+        self._service.forced = self.force_exit = self._service.closing
         self._service.closing = True
         self._last = time.monotonic() + self._service.limits.seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is not waited for: running requests after a second signal or too long, and bodies that do not come.
+
+        Their tasks end as if the client had gone, or with a 503. uvicorn itself would cancel them where they are, with
+        a traceback and an answer of 500.
+        """
+        if self._service.active:
+            for connection in self.server_state.connections:
+                connection.transport.abort()
+        else:
+            for task in self.server_state.tasks:
+                task.cancel()
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it out, and then the application's end has a traceback
+            await self.lifespan.shutdown()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to exit; called every 0.1 s. A client that does not read its answer is not waited for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from knnlm.errors import InputError
+from knnlm.errors import InputError, first_line
 from knnlm.inference.batch import RowModel
 from knnlm.inference.copying import CopyGuard
 from knnlm.inference.detokenizer import encode_prompt, end_tokens
@@ -28,6 +28,8 @@ class Service:
 
     closing = False
     """Whether the server is shutting down and refuses new requests."""
+    forced = False
+    """Whether it ends without finishing what runs."""
     active = 0
     """Number of requests being answered."""
 
@@ -98,6 +100,8 @@ class Service:
 
     def chat_prompts(self, request: ChatRequest) -> list[Prompt]:
         """The prompt made from the messages by the chat template. Raises as `prompts`."""
+        if request.max_completion_tokens is not None:
+            self._check_new(request.max_completion_tokens, "max_completion_tokens")
         tokens = self._templated(request.messages)
         room = self.limits.completion_tokens
         if self.lm.context_limit is not None:
@@ -107,7 +111,8 @@ class Service:
         return self.prompts(
             CompletionRequest.model_construct(
                 **shared, prompt=tokens, max_tokens=room if wanted is None else wanted, logprobs=told
-            )
+            ),
+            field="messages",
         )
 
     def _templated(self, messages: Sequence[Message]) -> list[int]:
@@ -116,19 +121,22 @@ class Service:
         try:
             text = self.lm.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise errors of their own, such as for roles that do not alternate
-            raise Refusal(400, f"the chat template refuses the messages: {error}", param="messages") from error
+            message = f"the chat template refuses the messages: {first_line(error)}"
+            raise Refusal(400, message, param="messages") from error
         # Not `lm.encode`: the template already has the BOS token.
-        return list(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokens = list(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tokens or self._encode("", 0, "messages")
 
-    def prompts(self, request: CompletionRequest) -> list[Prompt]:
+    def prompts(self, request: CompletionRequest, field: str = "prompt") -> list[Prompt]:
         """The prompts of a request, with all their choices. Tokenizing long texts takes a moment.
 
+        :param field: the request's field that they come from, for errors.
         :raises Refusal: a field is beyond a limit or not supported.
         """
         given, n = _one_by_one(request), request.n or 1
         setting, wish = self._setting_of(request), self._wish(request)
         guard, cite = self._guard_of(request), self._cite_of(request, setting)
-        tokens = [self._encode(one, wish.max_tokens) for one in given]
+        tokens = [self._encode(one, wish.max_tokens, field) for one in given]
         if wish.scores_prompt:
             self._check_scored(n * sum(map(len, tokens)))
         found = []
@@ -194,9 +202,7 @@ class Service:
 
     def _wish(self, request: CompletionRequest) -> Wish:
         tokens = 16 if request.max_tokens is None else request.max_tokens  # the defaults are those of OpenAI's API
-        if tokens > self.limits.completion_tokens:
-            message = f"max_tokens is {tokens}, but can be at most {self.limits.completion_tokens}"
-            raise Refusal(400, message, param="max_tokens")
+        self._check_new(tokens, "max_tokens")
         return Wish(
             max_tokens=tokens,
             temperature=1.0 if request.temperature is None else request.temperature,
@@ -206,20 +212,25 @@ class Service:
             echo=bool(request.echo),
         )
 
-    def _encode(self, prompt: str | Sequence[int], new: int) -> list[int]:
+    def _check_new(self, tokens: int, field: str) -> None:
+        most = self.limits.completion_tokens
+        if tokens > most:
+            raise Refusal(400, f"{field} is {tokens}, but can be at most {most}", param=field)
+
+    def _encode(self, prompt: str | Sequence[int], new: int, field: str) -> list[int]:
         """Tokens of one prompt; with `new` more they must fit into the model's context."""
         try:
             tokens = encode_prompt(self.lm, prompt) if isinstance(prompt, str) else list(prompt)
         except InputError as error:
-            raise Refusal(400, str(error), param="prompt") from error
+            raise Refusal(400, str(error), param=field) from error
         if wrong := next((token for token in tokens if token >= self.lm.vocabulary), None):
             message = f"token {wrong} of the prompt is none of the model's {self.lm.vocabulary}; use its own tokenizer"
-            raise Refusal(400, message, param="prompt")
+            raise Refusal(400, message, param=field)
         context, most = self.lm.context_limit, self.limits.prompt_tokens
         if len(tokens) > most or (context is not None and len(tokens) + new > context):
             limit = f"{most} of a prompt here" if len(tokens) > most else f"{context} of the model's context"
-            message = f"a prompt of {len(tokens)} tokens with max_tokens {new} is beyond the {limit}; shorten it"
-            raise Refusal(400, message, param="prompt", code="context_length_exceeded")
+            message = f"a prompt of {len(tokens)} tokens and {new} new ones are beyond the {limit}; shorten it"
+            raise Refusal(400, message, param=field, code="context_length_exceeded")
         return tokens
 
 

@@ -35,6 +35,8 @@ Prompt = Text | Annotated[list[Text], _SOME] | Tokens | Annotated[list[Tokens], 
 Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 """Only 0, which clients send and which has no effect."""
+Nothing = Annotated[list[Any] | None, Field(max_length=0)]
+"""A list that clients send empty where they use none of what it lists."""
 Ignored = Annotated[Any, Field(description="Accepted and ignored: it cannot change the answer.")]
 
 

@@ -172,6 +172,8 @@ class Datastore:
 
     @cached_property
     def _table(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        for problem in self._document_problems():
+            raise DatastoreCorrupt(problem)
         return document_table(self.part_documents, self._live)
 
     @cached_property

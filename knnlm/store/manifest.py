@@ -28,6 +28,8 @@ VERSION = 2
 KEY_DTYPES = ("float16", "float32")
 # Two models with these hashes in common give the same vectors. The name may differ: folders move.
 MODEL_PARTS = ("config", "weights", "tokenizer")
+# Of a fitted gate: far more than any fit, and without overflow.
+LARGEST_LOGIT = 1e6
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ class FittedGate:
     offset: float
     distance: float
     different: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            demand(
+                abs(value) <= LARGEST_LOGIT, f"{name} is {value}, but a logit of lambda is at most {LARGEST_LOGIT:g}"
+            )
 
 
 @dataclass(frozen=True)

@@ -177,3 +177,33 @@ def test_overwrite_is_advised_only_where_it_will_be_taken(
         refused = call("build", "--model", gpt2_folder, "--text", text_file, "--out", out)
         assert refused.status == 2 and "choose another --out" in refused.errors[0]
         assert ("add --overwrite" in refused.errors[0]) == advised
+
+
+# Standard streams that are closed, and a locale that is not UTF-8
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_standard_stream_may_be_closed(number: int, store_folder: Path) -> None:
+    """As by `>&-`; without care Python has None there, and the next opened file gets the number."""
+    words = [sys.executable, "-m", "knnlm", "info", str(store_folder)]
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "check": False}
+    ended = subprocess.run(words, **options, preexec_fn=lambda: os.close(number))
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (b"1.ffn_input" in ended.stdout) == (number != 1)
+
+
+def test_standard_input_that_is_closed_is_empty(
+    call, store_folder: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    refused = call("generate", store_folder, *SETTING)
+    sys.stdin.close()  # the null device, which the process would have to its end
+    assert refused.status == 2 and "standard input is empty; give --prompt TEXT" in refused.errors[0]
+
+
+def test_text_is_utf8_in_every_locale(call, store_folder: Path) -> None:
+    """A locale that cannot decode an argument gives its bytes as lone surrogates."""
+    text = "the 雪 counts"
+    bytes_alone = text.encode().decode("ascii", "surrogateescape")
+    told = [call("explain", store_folder, *SETTING, "--text", one, "--json") for one in (text, bytes_alone)]
+    assert told[0].status == 0 and told[0].out == told[1].out

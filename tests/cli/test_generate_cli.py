@@ -120,6 +120,8 @@ def test_standard_input_that_is_no_prompt_is_refused(data, message, call, store_
         ((*SETTING, "--max-new-tokens", 500), "--max-new-tokens 500 are more than the 128 that"),
         ((*SETTING, "--temperature-lm", 0), "--temperature-lm is 0.0, but must be above 0"),
         ((*SETTING, "--top-p", 1.5), "--top-p is 1.5"),
+        ((*SETTING, "--seed", -1), "--seed is -1, but must be from 0"),
+        ((*SETTING, "--seed", 10**20), "--seed is 100000000000000000000, but must be from 0"),
         ((*SETTING, "--stream", "--json"), "--stream shows text, --json one document"),
         ((*SETTING, "--model", "./nowhere"), "there is no folder ./nowhere"),
     ],

@@ -230,3 +230,10 @@ def test_model_of_dna_has_a_tokenizer(tmp_path):
     tiny_model("llama", vocab_size=8).save_pretrained(tmp_path)
     letters("ACGTN").save_pretrained(tmp_path)
     assert load_model(tmp_path, device="cpu").encode("GATTACA").tolist() == [5, 3, 6, 6, 3, 4, 3]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_empty_name_is_not_the_folder_of_work(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(save_tiny("llama", tmp_path))
+    with pytest.raises(ModelError, match="the name of the model is empty"):
+        load_model(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from index.errors import VectorIndexError
@@ -115,6 +117,59 @@ def test_an_index_of_which_the_store_does_not_tell_is_refused(store):
     rewrite(store / "datastore.json", lambda one: one["indexes"]["2.ffn_input"].update(spec="IVF9,Flat"))
     (problem,) = problems_of(store)
     assert "its spec is IVF8,Flat, but IVF9,Flat is wanted" in problem
+
+
+def test_a_damaged_index_is_an_error_of_the_datastore(store, lm):
+    """All errors of `KNNLM` are KNNLMError: also what the explorer catches when it opens another layer."""
+    for name in ("index.faiss", "index.json", "centre.npy"):
+        path = store / "index" / "2.ffn_input" / name
+        data = path.read_bytes()
+        flip_bit(path, random.Random(0))
+        with pytest.raises(DatastoreCorrupt, match=name):
+            KNNLM.from_store(store, "2.ffn_input", lm=lm)
+        path.write_bytes(data)
+
+
+def numbers_in(store, name, place, number):
+    """Put a number into an array of the only part, with right checksums everywhere."""
+    (path,) = store.glob(f"parts/*/{name}")
+    array, data = np.load(path), path.read_bytes()
+    header, flat = data[: len(data) - array.nbytes], array.reshape(-1).copy()
+    flat[place] = number
+    path.write_bytes(header + flat.tobytes())
+    old, new = (hashlib.sha256(one.tobytes()).hexdigest() for one in (array, flat))
+    part = path.parent / "part.json"
+    before = json.loads(part.read_text())["checksum"]
+    rewrite(part, lambda one: one.update(json.loads(json.dumps(one).replace(old, new))))
+    after = json.loads(part.read_text())["checksum"]
+    rewrite(store / "datastore.json", lambda one: one.update(json.loads(json.dumps(one).replace(before, after))))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "number", "message"),
+    [
+        ("documents.npy", 2, 99, "documents.npy does not fit the values"),
+        ("documents.npy", 2, -1, "documents.npy does not fit the values"),
+        ("documents.npy", 1, -7, "its documents hold -7, which is no token"),
+        ("values.npy", slice(None), -3, "its values hold -3, which is no token"),
+        ("values.npy", slice(None), 10**9, "its values hold 1000000000, which is no token of the model's 288"),
+    ],
+)
+def test_numbers_that_cannot_be_have_right_checksums(name, place, number, message, store, lm, outcome):
+    numbers_in(store, name, place, number)
+    with pytest.raises(DatastoreCorrupt, match=message):
+        KNNLM.from_store(store, "2.ffn_input", 8, 1.0, 0.5, lm=lm)
+    with pytest.raises(DatastoreCorrupt, match=message):
+        outcome(store)
+    # How many tokens the model has is not in the datastore.
+    assert len(problems_of(store)) == (number != 10**9)
+
+
+def test_a_gate_beyond_all_bounds_is_refused(store):
+    gate = {"offset": 1e308, "distance": -1e308, "different": 0.0}
+    rewrite(store / "datastore.json", lambda one: one["fitted"]["2.ffn_input"].update(gate=gate))
+    (problem,) = problems_of(store)
+    assert "offset is 1e+308, but a logit of lambda is at most 1e+06" in problem
 
 
 class Doing(Silent):

@@ -113,6 +113,31 @@ def test_log_probabilities_are_teacher_forcing(client, server, store_folder) -> 
     assert chat(client, max_tokens=4, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
 
 
+def test_a_chat_goes_on_with_the_message_of_the_answer(client) -> None:
+    """As OpenAI's guides do it; the message has fields that say nothing, such as `refusal`."""
+    first = chat(client, max_tokens=3, temperature=0).choices[0].message
+    plain = {"role": first.role, "content": first.content}
+    more = [{"role": "user", "content": "go on"}]
+    told = [
+        chat(client, [*MESSAGES, message, *more], max_tokens=3, temperature=0).choices
+        for message in (plain, first, first.model_dump())
+    ]
+    assert told[0] == told[1] == told[2]
+
+
+def test_a_template_that_writes_nothing_begins_a_new_text(client, server) -> None:
+    body = {"model": NAME, "temperature": 0, "max_tokens": 4}
+    tokenizer = server.service.lm.tokenizer
+    begun = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "chat_template", "{% for message in messages %}{{ message.content }}{% endfor %}")
+        answer = chat(client, [{"role": "user", "content": ""}], temperature=0, max_tokens=4)
+        assert answer.choices[0].message.content == begun
+        patch.setattr(tokenizer, "chat_template", "{{ 1 // 0 }}")
+        with pytest.raises(openai.BadRequestError, match="the chat template refuses the messages: integer division"):
+            chat(client)
+
+
 def test_without_a_number_the_answer_has_the_room_that_there_is(client, server) -> None:
     answer = chat(client, temperature=2, seed=3)
     room = server.service.lm.context_limit - len(prompt_tokens(server))
@@ -123,10 +148,15 @@ def test_without_a_number_the_answer_has_the_room_that_there_is(client, server) 
     ("options", "param", "message"),
     [
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "this field is required"),
+        ({"messages": ["hello"]}, "messages.0", "must be an object"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role", "must be 'system', 'developer'"),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "the first message is refused"),
-        ({"messages": [{"role": "user", "content": "a" * 400}]}, "prompt", "is beyond the 128 of the model's context"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 400}]},
+            "messages",
+            "are beyond the 128 of the model's context",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
@@ -134,9 +164,14 @@ def test_without_a_number_the_answer_has_the_room_that_there_is(client, server) 
         ),
         ({"top_logprobs": 2}, "top_logprobs", "is only allowed when logprobs is true"),
         ({"logprobs": 3}, "logprobs", "must be a valid boolean"),
-        ({"tools": []}, "tools", "There is no such field, only model, "),
+        ({"tool": []}, "tool", "There is no such field, only model, "),
+        ({"tools": [{"type": "function"}]}, "tools", "must have at most 0 items"),
+        ({"tool_choice": "required"}, "tool_choice", "must be 'none' or 'auto'"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "must be null"),
+        ({"messages": [MESSAGES[1] | {"tool_calls": [{}]}]}, "messages.0.tool_calls", "must have at most 0 items"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "must be 'text'"),
         ({"max_tokens": 99_999}, "max_tokens", "can be at most 2048"),
+        ({"max_completion_tokens": 99_999}, "max_completion_tokens", "can be at most 2048"),
         ({"knn": {"lamda": 0.5}}, "knn.lamda", "There is no such field, only lambda, k, temperature"),
     ],
 )
@@ -158,6 +193,12 @@ def test_what_clients_send_by_themselves_is_ignored(client, server) -> None:
         "prompt_cache_key": "y",
         "parallel_tool_calls": True,
         "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "tools": [],
+        "functions": [],
+        "tool_choice": "none",
+        **dict.fromkeys(("function_call", "audio", "prediction", "reasoning_effort", "verbosity"), None),
+        "web_search_options": None,
     }
     body = {"model": NAME, "messages": MESSAGES, "max_tokens": 4, "temperature": 0, **ignored}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)

@@ -191,8 +191,8 @@ TOKENS = {"tokens": [5, 6], **ON}
     [
         ("explain", {}, "give text or tokens, one of them"),
         ("explain", {"text": "a", "tokens": [1]}, "give text or tokens, one of them"),
-        ("explain", {"text": ""}, "text: String should have at least 1 character"),
-        ("explain", {"text": "x" * 20_001}, "text: String should have at most 20000 characters"),
+        ("explain", {"text": ""}, "text: must have at least 1 character"),
+        ("explain", {"text": "x" * 20_001}, "text: must have at most 20000 characters"),
         ("explain", {"text": "é" * 100}, "the text has 200 tokens"),
         ("explain", {"text": "\ud800"}, "text: must be a valid string, unable to parse raw data as a unicode"),
         ("explain", {"text": "abc \ud800" * 9}, "text: must be a valid string, unable to parse raw data"),
@@ -204,7 +204,7 @@ TOKENS = {"tokens": [5, 6], **ON}
         ("explain", {"tokens": [288]}, "token 288 is none of the model's 288"),
         ("explain", {"tokens": [5] * 129}, "the text has 129 tokens, but at most 128 are explained"),
         ("explain", [], "the body is no JSON object"),
-        ("continue", {"tokens": [5]}, "k: Field required"),
+        ("continue", {"tokens": [5]}, "k: this field is required"),
         ("continue", {**TOKENS, "k": 2000}, "k is 2000, but at most 1024 neighbours are searched for"),
         ("continue", {**TOKENS, "k": 0}, "k: must be greater than or equal to 1"),
         ("continue", {**TOKENS, "k": True}, "k: must be a valid integer"),
@@ -216,7 +216,7 @@ TOKENS = {"tokens": [5, 6], **ON}
         ("continue", {**TOKENS, "tokens": [5] * 128}, "the text has 128 tokens, and at most 128 are explained"),
         ("sources", {"rows": [10**9]}, "row 1000000000 is none of the datastore's"),
         ("sources", {"rows": [-1]}, "rows.0: must be greater than or equal to 0"),
-        ("sources", {"rows": [0] * 101}, "rows: List should have at most 100 items"),
+        ("sources", {"rows": [0] * 101}, "rows: must have at most 100 items"),
     ],
 )
 def test_what_is_wrong_is_told_as_openai_does(path, body, message, server) -> None:

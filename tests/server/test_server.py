@@ -275,12 +275,12 @@ def test_a_long_prompt_does_not_change_a_short_one_beside_it(client) -> None:
         ({"prompt": [99_999]}, "prompt", "token 99999 of the prompt is none of the model's 288"),
         ({"prompt": [-1]}, "prompt", "greater than or equal to 0"),
         ({"prompt": ["a"] * 129}, "prompt", "ask for 129 choices, but at most 128 can wait"),
-        ({"prompt": "a" * 400}, "prompt", "is beyond the 128 of the model's context; shorten it"),
+        ({"prompt": "a" * 400}, "prompt", "are beyond the 128 of the model's context; shorten it"),
         ({"knn": {"lambda": 2}}, "knn.lambda", "less than or equal to 1"),
         ({"knn": {"lam": 0.5}}, "knn.lam", "knn.lam: There is no such field, only lambda, k, temperature"),
         ({"knn": {"k": 99_999}}, "knn.k", "knn.k is 99999, but can be at most"),
         ({"knn": {"temperature": 0}}, "knn.temperature", "greater than 0"),
-        ({"knn": 7}, "knn", "valid dictionary"),
+        ({"knn": 7}, "knn", "must be an object"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
         ({"stream_options": {}}, "stream_options", "is only allowed when 'stream' is enabled"),
         ({"stop": ["a", 1]}, "stop", "stop: must be a valid string"),
@@ -303,14 +303,14 @@ FORMS = "prompt: must be a valid string; or must be a valid integer"
     ("options", "message"),
     [
         ({"prompt": [0] * MANY + ["a"]}, f"{FORMS}; or must be a valid list"),
-        ({"prompt": [[]] * MANY}, f"{FORMS}; or List should have at least 1 item"),
+        ({"prompt": [[]] * MANY}, f"{FORMS}; or must have at least 1 item"),
         ({"prompt": [["a"] * MANY] * 2}, FORMS),
         ({f"field{number}": 0 for number in range(MANY)}, "field0: There is no such field, only model, "),
         (
             {"knn": {f"field{number}": 0 for number in range(MANY)}},
             "knn.field0: There is no such field, only lambda, k, temperature",
         ),
-        ({"logit_bias": {str(number): "a" for number in range(MANY)}}, "logit_bias: Dictionary should have at most 0"),
+        ({"logit_bias": {str(number): "a" for number in range(MANY)}}, "logit_bias: must have at most 0"),
     ],
 )
 def test_of_many_mistakes_few_are_collected(options, message, server) -> None:
@@ -403,6 +403,7 @@ def test_other_routes_are_refused_in_the_same_shape(method, path, status, server
     answer = httpx.request(method, server.url + path)
     assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
     assert status != 405 or answer.headers["allow"] == "POST"
+    assert path in answer.json()["error"]["message"]
 
 
 # The key

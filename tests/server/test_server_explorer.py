@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -133,3 +134,17 @@ def test_a_call_that_fails_is_counted_as_it_is_answered(path, store_folder, monk
         answer = httpx.post(f"{server.url}/explorer/{path}", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
         assert '{path="other",status="500"} 1\n' in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_layer_whose_index_is_damaged_names_the_file(store_folder, tmp_path) -> None:
+    copy = shutil.copytree(store_folder, tmp_path / "store")
+    (indexed,) = (path.name for path in (copy / "index").iterdir())
+    other = next(layer for layer in Datastore.open(copy).layers if layer != indexed)
+    (copy / "index" / indexed / "index.json").write_text("{}")
+    service = make_service(store_folder)
+    explainer = Explainer(service.lm, open_retrieval(Datastore.open(copy), other, K, TEMPERATURE, LAMBDA))
+    with running(service, routers=[explorer_router(explainer, service.thread.run)]) as server:
+        body = {"text": "the nurse", "layer": other}
+        assert httpx.post(f"{server.url}/explorer/explain", json=body).status_code == 200
+        told = httpx.post(f"{server.url}/explorer/explain", json=body | {"layer": indexed})
+        assert told.status_code == 500 and "index.json" in told.json()["error"]["message"]

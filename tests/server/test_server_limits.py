@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +29,7 @@ from knnlm.server import run
 from knnlm.server.app import create_app
 from knnlm.server.gate import is_loopback
 from knnlm.server.limits import Limits
+from tests.damage import flip_bit
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, Running, make_service, running, until
 from tests.source_files import ROOT
 
@@ -178,8 +182,11 @@ def test_an_end_does_not_wait_for_a_body_that_never_comes(store_folder) -> None:
         time.sleep(0.5)
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503") and b'"code": "shutting_down"' in answer
         assert process.wait(60) == 0
         assert time.monotonic() - begun < 20  # 120 seconds are the limit of a body
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
@@ -391,7 +398,8 @@ def test_a_second_signal_ends_at_once(store_folder) -> None:
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGCONT)
         assert process.wait(120) == 130
-        assert process.stderr.read().splitlines()[-1].startswith("knnlm: stopped by Ctrl-C")
+        (line,) = process.stderr.read().splitlines()
+        assert line.startswith("knnlm: stopped by Ctrl-C")
 
 
 def test_a_client_that_does_not_read_is_not_waited_for(store_folder) -> None:
@@ -438,6 +446,30 @@ def test_what_cannot_be_is_one_line(options, message, call, store_folder) -> Non
     refused = call("serve", store_folder, "--port", 0, *setting, *options)
     assert (refused.status, refused.out, len(refused.errors)) == (2, "", 1), refused
     assert message in refused.errors[0]
+
+
+SETTING = ("--layer", LAYER, "--k", K, "--temperature", TEMPERATURE, "--lambda", LAMBDA)
+
+
+@pytest.mark.parametrize("name", ["documents.npy", "values.npy", "frame/2.ffn_input.npy"])
+def test_damage_is_told_at_the_start(name, call, store_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "serve", fail)
+    damaged = Path(shutil.copytree(store_folder, tmp_path / "store"))
+    (path,) = damaged.glob(name if "/" in name else f"parts/*/{name}")
+    flip_bit(path, random.Random(0))
+    refused = call("serve", damaged, "--port", 0, *SETTING, "--lambda", 0)
+    assert refused.status == 2 and len(refused.errors) == 1 and name in refused.errors[0]
+
+
+def test_a_datastore_may_have_any_name(call, store_folder, tmp_path, monkeypatch) -> None:
+    served = []
+    monkeypatch.setattr(run, "serve", lambda app, service, listener, started: served.append(service))
+    odd = shutil.copytree(store_folder, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.knn"))
+    assert call("serve", odd, "--port", 0, *SETTING).status == 0
+    with running(served[0]) as server, server.client() as client:
+        name = client.models.list().data[0].id
+        assert name == "caf\\udce9.knn"
+        assert client.completions.create(model=name, prompt="a", max_tokens=1).model == name
 
 
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(call, tmp_path) -> None:

@@ -16,7 +16,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from knnlm.errors import InputError, KNNLMError
+from knnlm.errors import DatastoreError, InputError, KNNLMError
 from knnlm.inference.continuing import Continuing
 from knnlm.inference.detokenizer import Detokenizer
 from knnlm.inference.explain import Explainer
@@ -119,6 +119,8 @@ class _Route(APIRoute):
                 return _refuse(no_json())
             except Refusal as refusal:
                 return _refuse(refusal)
+            except DatastoreError as error:  # of a layer whose files are read only now
+                return _refuse(Refusal(500, str(error), code="datastore_damaged"))
             except KNNLMError as error:
                 return _refuse(Refusal(400, str(error)))
 
