@@ -86,11 +86,13 @@ class LayerConfig:
     """Which layers are examined, which of them may be chosen, and how one is chosen."""
 
     layers: str | None = None
-    """Patterns of layers to examine; None: every part of every block, and `final_norm`."""
+    """Patterns of layers to examine; None: every part of every block, and `final_norm`. `run` stores and evaluates all
+    layers that are named here, else the few that can matter."""
     candidates: str = "candidates"
     """Patterns of layers that may be chosen; by default `ffn_input` of the upper half of the blocks."""
-    select: str = "dispersion"
-    """`dispersion`, `probe` (how often nearest keys have the same next token), or the name of a layer."""
+    select: str = "auto"
+    """`auto` (dispersion proposes, the pilot judges), `dispersion`, `probe` (how often nearest keys have the same next
+    token), `pilot` (perplexity of a small kNN-LM inside a sample), or the name of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,10 @@ class LayerScore(Shown):
         metadata=_score("probe", 3, "share of nearest keys from other documents with the same next token")
     )
     probe_interval: Interval
+    pilot: float = field(
+        default=math.nan,
+        metadata=_score("pilot", 2, "perplexity of a small kNN-LM inside a sample of the text"),
+    )
     participation_ratio: float = field(
         default=math.nan,
         metadata=_score("part. ratio", 1, "effective number of directions of variance (Gao et al. 2017)"),
@@ -99,12 +103,12 @@ class Choice(Shown):
 
     layer: str
     select: str
-    """How the layer was chosen: `dispersion`, `probe`, or `named`."""
+    """How the layer was chosen: `auto`, `dispersion`, `probe`, `pilot`, or `named`."""
     candidates: tuple[str, ...]
     reason: str
     """One sentence."""
     disagreement: str | None = None
-    """One sentence, if the retrieval probe ranks another layer higher and the difference's interval is above 0."""
+    """One sentence, if dispersion alone chose and the pilot of another layer is better beyond their paired interval."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{self.layer}, by {self.select}, of {len(self.candidates)}: {brief(self.candidates)}"
@@ -176,6 +180,8 @@ class Perplexity:
     bits_per_byte: float
     word_perplexity: float
     tokens: int
+    interval: Interval = Interval(math.nan, math.nan)
+    """Interval of `perplexity`, by a jackknife over documents or runs of tokens; known for the plain LM only."""
 
 
 @dataclass(frozen=True)
@@ -302,9 +308,11 @@ class EvalResult(Shown):
     lm: Perplexity
     layers: tuple[LayerResult, ...]
     best: str
-    """The layer with the lowest perplexity on the tuning part; empty if all are infinite."""
+    """The layer with the lowest perplexity; empty if all are infinite, or alike as with λ = 0."""
     selected: str | None = None
     choice: Choice | None = None
+    examined: tuple[LayerScore, ...] = ()
+    """Scores of all layers that the choice was made among; `layers` may be only those worth a full evaluation."""
     regret: Regret | None = None
     """None if no layer was chosen, there is no other to compare it with, or perplexity is infinite."""
     correlations: tuple[Correlation, ...] = ()

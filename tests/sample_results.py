@@ -73,6 +73,7 @@ def sample_score(name: str, depth: float, rng: random.Random) -> LayerScore:
         effective_rank=40 + 300 * depth * gain,
         probe=probe,
         probe_interval=Interval(probe - 0.012, probe + 0.012),
+        pilot=LM_PERPLEXITY * (1.1 - gain * depth),
         participation_ratio=20 + 90 * depth * gain,
         intrinsic_dimension=9 + 8 * depth,
     )
@@ -175,7 +176,7 @@ def sample_result(num_blocks: int = 8, *, seed: int = 3) -> EvalResult:
     best = min(layers, key=lambda layer: layer.perplexity).layer
     selected = candidates[-1] if candidates else best
     return EvalResult(
-        lm=Perplexity(LM_PERPLEXITY, math.log2(LM_PERPLEXITY) / 3.9, LM_PERPLEXITY**1.32, 24_310),
+        lm=Perplexity(LM_PERPLEXITY, math.log2(LM_PERPLEXITY) / 3.9, LM_PERPLEXITY**1.32, 24_310, Interval(73.1, 82.6)),
         layers=layers,
         best=best,
         selected=selected,
@@ -186,6 +187,7 @@ def sample_result(num_blocks: int = 8, *, seed: int = 3) -> EvalResult:
             reason=f"{selected} is the most dispersed of {len(candidates)} candidates (ffn_input of the upper half).",
             disagreement=None,
         ),
+        examined=tuple(layer.score for layer in layers if layer.score),
         regret=Regret(0.0042, Interval(-0.003, 0.011), 0.0061),
         correlations=(
             Correlation("dispersion", 0.31, len(layers)),
@@ -212,3 +214,11 @@ def sample_scores(num_blocks: int = 4) -> ScoreResult:
     result = sample_result(num_blocks)
     assert result.choice is not None
     return ScoreResult(layers, result.choice, 50_000, 97, 31, True, SETTINGS, VERSIONS)
+
+
+def sample_short_result(num_blocks: int = 8, *, most: int = 8) -> EvalResult:
+    """An evaluation of a few layers, all of which were scored."""
+    result = sample_result(num_blocks)
+    kept = {one.layer for one in sorted(result.layers, key=lambda one: one.perplexity)[:most]} | {result.selected}
+    fields = {**result.__dict__, "layers": tuple(one for one in result.layers if one.layer in kept)}
+    return EvalResult(**fields)

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "knn": {"root", "store", "index"},
     "sharing": {"root", "store", "knn"},
     "extraction": {"root", "text", "model", "scores", "store"},
-    "evaluation": {"root", "text", "model", "store", "knn", "extraction"},
+    "evaluation": {"root", "text", "model", "scores", "store", "knn", "extraction"},
     "pipeline": {"root", "text", "model", "scores", "store", "knn", "extraction", "evaluation"},
     "inference": {"root", "model", "store", "knn"},
     "server": {"root", "model", "knn", "inference"},

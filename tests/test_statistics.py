@@ -274,3 +274,11 @@ def test_result_is_frozen():
     assert isinstance(found, CorrelationEstimate)
     with pytest.raises(AttributeError):
         found.pearson = 0.0
+
+
+def test_changes_compared_many_times_over_are_wider_by_students_t() -> None:
+    random = np.random.default_rng(0)
+    losses, base, clusters = random.normal(size=120), random.normal(size=120), np.arange(120) // 12
+    one, many = (relative_change(losses, base, clusters, comparisons=number)[1] for number in (1, 150))
+    reach = [np.log1p(interval.high) - np.log1p(interval.low) for interval in (one, many)]
+    assert reach[1] / reach[0] == pytest.approx(t_quantile(9, comparisons=150) / t_quantile(9))

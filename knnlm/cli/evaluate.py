@@ -57,6 +57,7 @@ def evaluate(
     report: Report = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do not store the fitted k, λ and T.")] = False,
     show: options.Show = None,
+    all_layers: options.AllLayers = False,
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -83,6 +84,6 @@ def evaluate(
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
     result = evaluate_pipeline(lm, opened, eval_text, settings=settings, dry_run=dry_run, progress=screen)
-    show_evaluation(result, screen, report, show)
+    show_evaluation(result, screen, report, show, all_layers=all_layers)
     if report is not None:
         screen.say(f"Report: {report / 'report.html'}")

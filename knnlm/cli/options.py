@@ -46,7 +46,9 @@ Layers = Annotated[
 Candidates = Annotated[
     str, typer.Option("--candidates", help="Layers to choose from: candidates, residual, all, or a pattern.")
 ]
-Select = Annotated[str, typer.Option("--select", help="How the layer is chosen: dispersion, probe, or a layer's name.")]
+Select = Annotated[
+    str, typer.Option("--select", help="How the layer is chosen: auto, dispersion, probe, pilot, or a layer's name.")
+]
 K = Annotated[int | None, typer.Option("--k", help="Number of neighbours; default: fitted.")]
 Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Temperature of the softmax over distances; default: fitted.")
@@ -89,6 +91,7 @@ DiskBudget = Annotated[
 Show = Annotated[
     str | None, typer.Option("--show", help="Scores in the table: all, or names such as probe,effective_rank.")
 ]
+AllLayers = Annotated[bool, typer.Option("--all", help="Show all layers, not only the ten best.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, such as the type that a model is computed in.")]
@@ -102,7 +105,7 @@ class LayerOptions:
 
     layers: Layers = None
     candidates: Candidates = "candidates"
-    select: Select = "dispersion"
+    select: Select = "auto"
 
     def config(self) -> LayerConfig:
         """The settings made from the options."""

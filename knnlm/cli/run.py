@@ -55,11 +55,12 @@ def run(
     eval_text: options.MaybeEvalText = None,
     given: RunOptions,
     show: options.Show = None,
+    all_layers: options.AllLayers = False,
     output: options.Output,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Do everything: build, score, choose, evaluate every layer, index the chosen one.
+    """Do everything: score all layers, choose one, build and evaluate those that can matter, index the chosen one.
 
     Example: knnlm run --model gpt2 --text nursing.jsonl --out nursing.knn
     """
@@ -82,6 +83,6 @@ def run(
         settings=settings,
         overwrite=overwrite,
         progress=screen,
-        report=lambda result, folder: show_evaluation(result, screen, folder, show),
+        report=lambda result, folder: show_evaluation(result, screen, folder, show, all_layers=all_layers),
     )
     screen.say(f"Report: {out / 'report.html'}")

@@ -123,9 +123,11 @@ def check_show(show: str | None) -> None:
     shown_scores(show, ())
 
 
-def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, show: str | None = None) -> None:
+def show_evaluation(
+    result: EvalResult, screen: Screen, folder: Path | None, show: str | None = None, *, all_layers: bool = False
+) -> None:
     """Write the report and show the result; if writing fails, the result is still shown."""
-    from knnlm.cli.tables import choice_lines, eval_table
+    from knnlm.cli.tables import choice_lines, eval_table, rest_line
     from knnlm.documents import to_document
     from knnlm.report import write_reports
 
@@ -134,7 +136,9 @@ def show_evaluation(result: EvalResult, screen: Screen, folder: Path | None, sho
             with screen.stage("writing the report", "files"):
                 write_reports(result, folder)
     finally:
-        screen.say(eval_table(result, show))
+        screen.say(eval_table(result, show, all_layers=all_layers))
+        if not all_layers and (rest := rest_line(result)):
+            screen.say(rest)
         for line in choice_lines(result):
             screen.say(line)
         screen.result(to_document(result))

@@ -26,11 +26,15 @@ from knnlm.results import (
 
 TITLES = {kind.name: kind.title for kind in SCORES}
 # Scores in the tables without --show.
-IN_SCORE_TABLE = (
+IN_VECTOR_TABLE = (
     *("dispersion", "dispersion_within", "dispersion_segments", "dispersion_standardized"),
     *("effective_rank", "probe"),
 )
-IN_EVAL_TABLE = ("dispersion", "probe")
+# Vectors have no language model, and so no pilot.
+IN_SCORE_TABLE = (*IN_VECTOR_TABLE, "pilot")
+IN_EVAL_TABLE = ("dispersion", "pilot")
+# Rows of the table of perplexities without --all, before the chosen layer and the last ffn_input.
+BEST_ROWS = 10
 
 
 def compact_table(heads: Sequence[str], *, title: str | None = None, left: Sequence[str] = ("layer",)) -> Table:
@@ -60,7 +64,8 @@ def shown_scores(names: str | None, default: Sequence[str]) -> tuple[ScoreKind, 
 
 def score_table(result: ScoreResult | VectorScores, show: str | None = None) -> Table:
     """Table of the label-free scores of every layer or file; the chosen layer is marked."""
-    kinds, chosen = shown_scores(show, IN_SCORE_TABLE), None
+    kinds = shown_scores(show, IN_SCORE_TABLE if isinstance(result, ScoreResult) else IN_VECTOR_TABLE)
+    chosen = None
     if isinstance(result, ScoreResult):
         table = Table(title=f"Label-free scores, on {result.tokens:,} tokens of {result.documents:,} documents")
         chosen = result.choice.layer
@@ -84,29 +89,75 @@ def _score_cells(one: LayerScore, kinds: Sequence[ScoreKind], chosen: str | None
             yield interval(one.interval)
 
 
-def eval_table(result: EvalResult, show: str | None = None) -> Table:
-    """Table of perplexity and scores for every layer; the chosen and the best layer are marked."""
+def eval_table(result: EvalResult, show: str | None = None, *, all_layers: bool = False) -> Table:
+    """Table of perplexity and scores, the best layer first: the ten best, the chosen one and the last `ffn_input`.
+
+    :param all_layers: show every layer, also those that have only scores.
+    """
     kinds = shown_scores(show, IN_EVAL_TABLE)
-    title = f"Perplexity on {result.lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {result.lm.perplexity:.3f}"
+    lm = result.lm
+    known = "" if math.isnan(lm.interval.low) else f" ({lm.interval.low:.2f} … {lm.interval.high:.2f})"
+    title = f"Perplexity on {lm.tokens:,} tokens, {result.keys:,} keys; the plain LM: {lm.perplexity:.3f}{known}"
     heads = ("layer", *(kind.title for kind in kinds), "perplexity", "against LM", "k", "λ", "T")
-    table = compact_table(heads, title=title)
-    for one in result.layers:
+    table = compact_table(heads, title=title + _resolution(result))
+    for one in _ranked(result) if all_layers else _shown(result):
         style = "bold green" if one.layer == result.selected else "bold" if one.layer == result.best else None
         table.add_row(*_eval_cells(one, kinds, result), style=style)
+    for score in unevaluated(result) if all_layers else ():
+        table.add_row(score.layer, *_score_values(score, kinds), *([MISSING] * 5))
     return table
+
+
+def unevaluated(result: EvalResult) -> list[LayerScore]:
+    """Return the scores of layers that were not evaluated, those with the best pilots first."""
+    evaluated = {one.layer for one in result.layers}
+    rest = [score for score in result.examined if score.layer not in evaluated]
+    return sorted(rest, key=lambda score: (math.isnan(score.pilot), score.pilot))
+
+
+def rest_line(result: EvalResult) -> str:
+    """Return where the layers are that the table without --all leaves out; empty if it has all."""
+    evaluated, scored = len(result.layers) - len(_shown(result)), len(unevaluated(result))
+    told = [f"{evaluated} more that were evaluated"] if evaluated else []
+    told += [f"{scored} that have scores and a pilot only"] if scored else []
+    return f"Not in the table: {' and '.join(told)}; --all shows them, as does report.html." if told else ""
+
+
+def _ranked(result: EvalResult) -> list[LayerResult]:
+    return sorted(result.layers, key=lambda one: (math.isnan(one.perplexity), one.perplexity))
+
+
+def _shown(result: EvalResult) -> list[LayerResult]:
+    ranked = _ranked(result)
+    last = [one.layer for one in result.layers if one.layer.endswith(".ffn_input")][-1:]
+    wanted = (*(one.layer for one in ranked[:BEST_ROWS]), result.selected, *last)
+    return [one for one in ranked if one.layer in wanted]
+
+
+def _resolution(result: EvalResult) -> str:
+    """What the title adds where most layers cannot be told from the best."""
+    others = [one for one in result.layers if one.layer != result.best]
+    equal = [one for one in others if one.versus_best_interval.low <= 0]
+    if not result.best or 2 * len(equal) < len(others) or not others:
+        return ""
+    return f"\nToo few tokens to tell {len(equal)} of {len(result.layers)} layers from the best"
 
 
 def _eval_cells(one: LayerResult, kinds: Sequence[ScoreKind], result: EvalResult) -> Iterator[str]:
     marks = [mark for mark, name in (("chosen", result.selected), ("best", result.best)) if name == one.layer]
     yield f"{one.layer} ◀ {', '.join(marks)}" if marks else one.layer
-    for kind in kinds:
-        value = _known(getattr(one.score, kind.name), f".{kind.digits}f") if one.score else MISSING
-        yield f"{value} ± {_half(one.score.interval):.3f}" if one.score and kind.name == "dispersion" else value
+    yield from _score_values(one.score, kinds)
     yield f"{one.perplexity:.3f}"
     yield _change(one.change, one.interval)
     yield f"{one.k}"
     yield f"{one.lam:.3f}"
     yield f"{one.temperature:.4g}"
+
+
+def _score_values(score: LayerScore | None, kinds: Sequence[ScoreKind]) -> Iterator[str]:
+    for kind in kinds:
+        value = MISSING if score is None else _known(getattr(score, kind.name), f".{kind.digits}f")
+        yield f"{value} ± {_half(score.interval):.3f}" if score and kind.name == "dispersion" else value
 
 
 def _change(value: float, interval: Interval) -> str:

@@ -5,6 +5,8 @@ Legend: Q query tokens, D dimension, K neighbours.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +21,8 @@ from knnlm.store.datastore import Datastore
 CONTEXT_TOKENS = 24
 NEIGHBOR_TOKENS = 12
 NEIGHBORS_SHOWN = 5
+# A token whose probability changed by a smaller factor (10 %) is no example of help or harm.
+LEAST_CHANGE = math.log(1.1)
 
 
 def find_examples(
@@ -33,13 +37,14 @@ def find_examples(
 ) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
     """Return the `count` tokens that one layer's keys made likelier by the most, and the `count` that lost the most.
 
-    Both are taken from the reporting part: the evaluation tokens that no setting was fitted on.
+    Both are taken from the reporting part: the evaluation tokens that no setting was fitted on. Tokens that became
+    likelier or less likely by less than 10 % are left out.
     """
     gain_Q = -shown.losses_Q - queries.lm_Q  # log p - log p_LM
     reporting = np.flatnonzero(queries.parts.reporting_Q)
     order = reporting[np.argsort(gain_Q[reporting], kind="stable")]
     lost, gained = order[:count], order[::-1][:count]
-    gained, lost = gained[gain_Q[gained] > 0], lost[gain_Q[lost] < 0]
+    gained, lost = gained[gain_Q[gained] > LEAST_CHANGE], lost[gain_Q[lost] < -LEAST_CHANGE]
     rows = np.concatenate([gained, lost])
     searcher = open_searcher(store, shown.layer, metric, exact=exact)
     found = find_neighbors(searcher, queries.vectors(shown.layer)[rows], shown.mix.k)
@@ -60,7 +65,7 @@ class _Explainer:
         before, after = self._around(row)
         return TokenExample(
             before=before,
-            token=self._lm.decode([target]),
+            token=self._lm.token_text(int(target)),
             after=after,
             lm_probability=float(np.exp(self._queries.lm_Q[row])),
             knn_probability=float(weights_K[found.values_K == target].sum()),
@@ -77,8 +82,7 @@ class _Explainer:
         return self._lm.decode(store.context(row, CONTEXT_TOKENS)), self._lm.decode(after)
 
     def _source(self, row: int) -> NeighborSource:
-        decode = self._lm.decode
-        return read_source(self._store, row, decode, lambda token: decode([token]), before=NEIGHBOR_TOKENS)
+        return read_source(self._store, row, self._lm.decode, self._lm.token_text, before=NEIGHBOR_TOKENS)
 
 
 def _neighbor_text(one: SourcedNeighbor) -> NeighborText:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knnlm.config import KNNConfig
+from knnlm.evaluation.parts import Parts
 from knnlm.evaluation.queries import Floats, Queries
 from knnlm.knn.fitting import LAMBDA_CURVE, fit, fit_gate
 from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
@@ -64,26 +66,48 @@ def evaluate_layers(
 
 def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> LayerOutcome:
     """Fit on each part and score the other; unless lambda is given, also fit a gate on the tuning part."""
-    tuning, rest, lm_Q = queries.parts.tuning_Q, ~queries.parts.tuning_Q, queries.lm_Q
-    mine, swapped = (
-        fit(search.rows(part), lm_Q[part], k=knn.k, temperature=knn.temperature, lam=knn.lam)
-        for part in (tuning, queries.parts.fitting_Q)
-    )
-    losses_Q, swapped_Q = _losses(search, lm_Q, mine), _losses(search, lm_Q, swapped)
-    if knn.lam is None:
-        mine = fit_gate(search.rows(tuning), lm_Q[tuning], mine)
+    tuning, lm_Q = queries.parts.tuning_Q, queries.lm_Q
+    first, swapped = cross_fit(search, lm_Q, queries.parts, k=knn.k, temperature=knn.temperature, lam=knn.lam)
+    mine = first.mix if knn.lam is not None else fit_gate(search.rows(tuning), lm_Q[tuning], first.mix)
     reporting = queries.parts.reporting_Q
     reported = search.rows(reporting)
     knn_Q = knn_log_probs(reported, mine.k, mine.temperature)
     return LayerOutcome(
         layer=layer,
         mix=mine,
-        losses_Q=np.where(rest, losses_Q, swapped_Q),
-        tuning_loss=float(np.mean(losses_Q[tuning])),
-        swapped_loss=float(np.mean(swapped_Q[queries.parts.fitting_Q])),
+        losses_Q=np.where(tuning, swapped.losses_Q, first.losses_Q),
+        tuning_loss=float(np.mean(first.losses_Q[tuning])),
+        swapped_loss=float(np.mean(swapped.losses_Q[queries.parts.fitting_Q])),
         lambda_curve=tuple((lam, perplexity(-mix(lm_Q[reporting], knn_Q, lam))) for lam in LAMBDA_CURVE),
         gated_losses_R=_gated_losses(reported, lm_Q[reporting], knn_Q, mine),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A setting fitted on one part of the queries, and what every query loses under it."""
+
+    mix: Mix
+    losses_Q: Floats
+    """-log p of every target."""
+
+
+def cross_fit(
+    search: Search,
+    lm_log_probs: Floats,
+    parts: Parts,
+    *,
+    k: int | None = None,
+    temperature: float | None = None,
+    lam: float | None = None,
+) -> tuple[Fit, Fit]:
+    """Fit on the tuning part, and on the other one; given values are kept."""
+
+    def fitted_on(part: NDArray[np.bool_]) -> Fit:
+        setting = fit(search.rows(part), lm_log_probs[part], k=k, temperature=temperature, lam=lam)
+        return Fit(setting, _losses(search, lm_log_probs, setting))
+
+    return fitted_on(parts.tuning_Q), fitted_on(parts.fitting_Q)
 
 
 def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutcome, metric: str) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -44,17 +44,18 @@ def summarize(
     parts, choice = queries.parts, scored.choice if scored else None
     measure = _Measure(queries)
     by_name = {score.layer: score for score in scored.layers} if scored else {}
-    best = min(outcomes, key=lambda one: one.tuning_loss)
+    best = min(outcomes, key=measure.loss)
     # With lam=0 every layer is the plain LM.
     tied = len(outcomes) > 1 and len({one.tuning_loss for one in outcomes}) == 1
     layers = tuple(_layer_result(one, best, measure, by_name.get(one.layer)) for one in outcomes)
     chosen = next((one for one in outcomes if choice and one.layer == choice.layer), None)
     return EvalResult(
-        lm=measure.perplexity(measure.lm_losses_Q),
+        lm=measure.lm(),
         layers=layers,
-        best=best.layer if math.isfinite(best.tuning_loss) and not tied else "",
+        best=best.layer if math.isfinite(measure.loss(best)) and not tied else "",
         selected=chosen.layer if chosen else None,
         choice=choice,
+        examined=scored.layers if scored else (),
         regret=regret(outcomes, chosen, parts) if chosen and len(outcomes) > 1 and not tied else None,
         correlations=correlations(layers, choice) if choice else (),
         tuning_tokens=int(parts.tuning_Q.sum()) if parts.fitted else 0,
@@ -85,6 +86,15 @@ class _Measure:
         assert queries.sizes is not None
         sizes = queries.sizes[reporting]
         self._bytes, self._words = int(sizes.bytes_N.sum()), sizes.words(clusters)
+
+    def loss(self, one: LayerOutcome) -> float:
+        return float(np.mean(one.losses_Q[self.reporting_Q]))
+
+    def lm(self) -> Perplexity:
+        """The plain LM's, with its interval: that of a change from perplexity 1."""
+        _, interval = self.change(self.lm_losses_Q, np.zeros_like(self.lm_losses_Q))
+        found = self.perplexity(self.lm_losses_Q)
+        return replace(found, interval=Interval(1 + interval.low, 1 + interval.high))
 
     def perplexity(self, losses_Q: Floats) -> Perplexity:
         total = float(losses_Q.sum())

@@ -13,6 +13,7 @@ from knnlm.errors import InputError
 from knnlm.extraction.passes import forward, forward_to_head
 from knnlm.extraction.scorer_state import ScorerState
 from knnlm.extraction.sinks import TargetScorer, make_sinks
+from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Advance, ignore
 from knnlm.scores.dispersion import Span
@@ -57,6 +58,7 @@ def collect(
     """
     fingerprint, clusters, sinks = Fingerprint(), _Clusters(), make_sinks(layers, scorer, writer)
     receivers = [sink.receive for sink in sinks]
+    read = layers if scorer is None else tuple(dict.fromkeys((*layers, FINAL)))
     tokens = last_document = 0
     text = windows(_fingerprinted(documents, fingerprint), config)
     for is_stored, batch in _batches(text, batch_tokens, writer, state):
@@ -66,9 +68,9 @@ def collect(
         if is_stored:
             pass
         elif targets is None:
-            forward(lm, batch, layers, *receivers)
+            forward(lm, batch, read, *receivers)
         else:
-            targets.add(batch, spans, forward_to_head(lm, batch, layers, *receivers))
+            targets.add(batch, spans, forward_to_head(lm, batch, read, *receivers))
         tokens, last_document = tokens + sum(span.last - span.first for span in spans), batch.windows[-1].document
         advance(tokens, None)
         if stop is not None and scorer is not None and stop(scorer):

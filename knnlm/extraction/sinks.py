@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
 from knnlm.scores.dispersion import NonFinite, Span, first_nonfinite
 from knnlm.scores.layer_scorer import LayerScorer
@@ -53,7 +54,7 @@ class _Check(Sink):
 
 
 class _Score(Sink):
-    """Passes wanted layers on to the scorer."""
+    """Passes wanted layers on to the scorer, and what enters the head."""
 
     def __init__(self, layers: Collection[str], scorer: LayerScorer) -> None:
         self._layers, self._scorer = layers, scorer
@@ -66,6 +67,8 @@ class _Score(Sink):
         """Take one layer's vectors."""
         if name in self._layers:
             self._scorer.receive(name, vectors_BTD)
+        if name == FINAL:
+            self._scorer.receive_head(vectors_BTD)
 
 
 class _Store(Sink):

@@ -120,6 +120,15 @@ class TextEncoder:
             return len(name)
         return 1 if _BYTE.fullmatch(name) else len(name.replace(_MARK, " ").encode("utf-8", "replace"))
 
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that a token of a byte-level or byte-fallback tokenizer stands for, from its name."""
+        name = str(self._tokenizer.convert_ids_to_tokens(int(token)))  # type: ignore[attr-defined]
+        if _BYTE.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        alphabet = _byte_alphabet()
+        known = self._is_byte_level and all(map(alphabet.__contains__, name))
+        return bytes(map(alphabet.__getitem__, name)) if known else name.replace(_MARK, " ").encode("utf-8", "replace")
+
     @cached_property
     def _is_byte_level(self) -> bool:
         return is_byte_level(self._tokenizer)

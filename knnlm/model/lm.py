@@ -139,6 +139,11 @@ class LanguageModel:
         ids = [int(token) for token in tokens]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def token_text(self, token: int) -> str:
+        """Return the text of one token; if it is part of a character, its bytes, as in `⟨E2 96⟩`."""
+        text = self.decode([token])
+        return f"⟨{self._text.bytes_of(token).hex(' ').upper()}⟩" if "\N{REPLACEMENT CHARACTER}" in text else text
+
     def forward(
         self,
         tokens_BT: Tensor,

@@ -73,7 +73,7 @@ def _through_model(name: str, tokens: float | None) -> Stage:
 def _scoring(lm: LanguageModel, layers: Sequence[str], tokens: int | None, here: Reckoning) -> Stage:
     """Scores of the sample."""
     of_a_layer = here.scoring(tokens or SAMPLED, _dim(lm, layers))
-    return Stage(name="effective rank and retrieval probe", amount=len(layers), part="scoring", seconds=of_a_layer)
+    return Stage(name="pilots and other scores", amount=len(layers), part="scoring", seconds=of_a_layer)
 
 
 def _evaluating(

@@ -28,11 +28,17 @@ LEAST_SECTIONS, LEAST_SECTION, SECTION_CHARACTERS, SPARE = 16, 256, 16_384, 1.05
 SURELY_TOO_MANY = 1.5
 
 
+# Layers that `run` stores and evaluates in full where none are named: they cost about a quarter of the model's pass.
+EVALUATED_LAYERS = 8
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """The layers to store, and their size on disk."""
 
     layers: tuple[str, ...]
+    """Those that are named; else all, of which the `most` that can matter are stored."""
+    most: int
     tokens: int | None
     """Estimated number of keys; None where the size of the text is unknown (a hub set)."""
     key_bytes: int | None
@@ -56,7 +62,7 @@ def make_plan(
         raise InputError(f"`k` is {settings.knn.k}, but the text gives only about {tokens:,} keys; take a smaller k")
     plan = _plan_keys(lm, tokens, out, settings)
     queries = query_count(settings, tokens, evaluation)
-    check_query_room(lm, plan.layers, queries, out=out.parent, taken=plan.key_bytes or 0)
+    check_query_room(lm, _widest(lm, plan.layers, plan.most), queries, out=out.parent, taken=plan.key_bytes or 0)
     return plan
 
 
@@ -75,26 +81,36 @@ def query_count(settings: Settings, tokens: int | None, evaluation: Sequence[Tok
 def _plan_keys(lm: LanguageModel, tokens: int | None, out: Path, settings: Settings) -> RunPlan:
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
+    named = settings.layers.layers is not None
+    most = len(layers) if named else min(EVALUATED_LAYERS, len(layers))
+    of = f"{most} of {len(layers)}" if most < len(layers) else f"{most}"
     if tokens is None:
-        return RunPlan(
-            layers, None, None, f"keys of {len(layers)} layers; the size of the text is not known beforehand"
-        )
-    needed = key_bytes(lm, layers, tokens, settings.key_dtype)
+        unknown = f"keys of {of} layers; the size of the text is not known beforehand"
+        return RunPlan(layers, most, None, None, unknown)
+    needed = key_bytes(lm, _widest(lm, layers, most), tokens, settings.key_dtype)
     allowed = settings.disk_budget or shutil.disk_usage(out.parent).free // 2
-    sentence = f"keys of {len(layers)} layers x about {tokens:,} tokens will take {_size(needed)}"
+    sentence = f"keys of {of} layers x about {tokens:,} tokens will take {_size(needed)}"
     if needed <= allowed:
-        return RunPlan(layers, tokens, needed, sentence)
-    fewer = candidate_layers(settings.layers, layers, lm.layer_names)
+        return RunPlan(layers, most, tokens, needed, sentence)
+    fewer = candidate_layers(settings.layers, layers, lm.layer_names) if named else layers
     check_choice(lm, fewer, settings)
-    less = key_bytes(lm, fewer, tokens, settings.key_dtype)
+    # Of layers that are not named, the chosen one alone is worth a run.
+    least = len(fewer) if named else 1
+    less = key_bytes(lm, _widest(lm, fewer, least), tokens, settings.key_dtype)
+    what = f"the {least} candidates" if named else "the chosen one"
     if less > allowed:
-        alone = f", and the {len(fewer)} candidates alone {_size(less)}" if less < needed else ""
+        alone = f", and {what} alone {_size(less)}" if less < needed else ""
         raise InputError(
             f"{sentence}{alone}, over the {_size(allowed)} allowed (half of the free disk, or `disk_budget`); take "
             "fewer `layers`, fewer `max_tokens`, or `knnlm.build`"
         )
-    sentence += f", over the {_size(allowed)} allowed: keeping to the {len(fewer)} candidates ({_size(less)})"
-    return RunPlan(fewer, tokens, less, sentence)
+    sentence += f", over the {_size(allowed)} allowed: keeping to {what} ({_size(less)})"
+    return RunPlan(fewer, least, tokens, less, sentence)
+
+
+def _widest(lm: LanguageModel, layers: Sequence[str], most: int) -> list[str]:
+    """The layers whose keys take the most bytes, as many as will be stored."""
+    return sorted(layers, key=lambda name: -lm.dims[name])[:most]
 
 
 def check_query_room(

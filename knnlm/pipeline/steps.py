@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,28 +12,30 @@ from knnlm.documents import score_document
 from knnlm.evaluation.examples import find_examples
 from knnlm.evaluation.outcomes import LayerOutcome, evaluate_layers, perplexity_through_index
 from knnlm.evaluation.overlap import overlap_warning
+from knnlm.evaluation.piloting import pilots_of
 from knnlm.evaluation.queries import Queries, check_evaluation, open_queries
 from knnlm.evaluation.summary import summarize
 from knnlm.extraction.collect import Collected, collect
 from knnlm.extraction.scorer_state import ScorerState
 from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import check_count
-from knnlm.layer_names import select_layers
+from knnlm.layer_names import FINAL, select_layers
 from knnlm.pipeline.job import Job, Paths
 from knnlm.pipeline.plan import check_choice, estimate_tokens
 from knnlm.progress import toward
 from knnlm.results import EvalResult, LayerResult, ScoreResult
-from knnlm.scores.choose import SCORES_THAT_CHOOSE, candidate_layers, choose
-from knnlm.scores.layer_scorer import LayerScorer, Settled
+from knnlm.scores.choose import candidate_layers, choose, layers_that_matter
+from knnlm.scores.layer_scorer import FOR_CHOICE, LayerScorer, Settled
 from knnlm.store.datastore import Datastore
 from knnlm.store.model_place import relative_place
 from knnlm.store.writer import DatastoreWriter
-from knnlm.text.held_out import hold_out
-from knnlm.text.windows import TokenDocument
+from knnlm.text.clusters import CLUSTER_TOKENS
+from knnlm.text.held_out import hold_out, take_sample
+from knnlm.text.windows import TokenDocument, count_targets
 from knnlm.version import versions
 
-# Tokens on which `build` chooses a layer before the pass that stores it.
-SAMPLE_TOKENS = 200_000
+# Tokens on which a layer is chosen before the pass that stores keys.
+SAMPLE_TOKENS = 8192
 
 
 def extract(
@@ -53,7 +55,7 @@ def extract(
     :param sampled: scores by which the layers were already chosen; they are kept instead of new ones.
     """
     lm, dims = job.lm, {name: job.lm.dims[name] for name in layers}
-    scorer = None if sampled else LayerScorer(dims, seed=job.settings.seed)
+    scorer = None if sampled else _scorer(job, layers)
     with DatastoreWriter(
         folder,
         dims,
@@ -91,49 +93,75 @@ def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: floa
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     check_choice(lm, layers, settings)
     total = estimate_tokens(lm, text, settings.text)
-    scorer = LayerScorer({name: lm.dims[name] for name in layers}, seed=settings.seed)
-    settled = Settled(candidate_layers(settings.layers, layers, lm.layer_names))
+    settled = Settled(candidate_layers(settings.layers, layers, lm.layer_names)) if stop_early else None
+    scorer, collected = _score_pass(job, job.documents(text, share), layers, total, settled)
+    return _score_result(job, scorer, collected, stopped_early=settled is not None and settled.met)
+
+
+def choose_on_sample(job: Job, documents: Iterable[TokenDocument], *, most: int) -> tuple[ScoreResult, tuple[str, ...]]:
+    """Score all layers on a bounded sample of the documents, and choose; also return the layers that can matter.
+
+    Those are at most `most`, the chosen one included (`layers_that_matter`); the other layers have only the scores that
+    a choice rests on.
+    """
+    lm, settings = job.lm, job.settings
+    # By documents, whatever the datastore's protocol: a sample of rows has no windows of its own.
+    text = replace(settings.text, max_tokens=None, protocol="documents")
+    job = replace(job, settings=replace(settings, text=text))
+    sample = take_sample(documents, SAMPLE_TOKENS, run=CLUSTER_TOKENS, seed=settings.seed)
+    scorer, collected = _score_pass(job, sample, lm.layer_names, count_targets(sample))
+    scored = _score_result(job, scorer, collected, only=FOR_CHOICE)
+    layers = layers_that_matter(scored, most)
+    job.progress.note(f"{scored.choice.reason}, on {scored.tokens:,} tokens")
+    if scored.choice.disagreement:
+        job.progress.note(scored.choice.disagreement)
+    whole = tuple(scorer.completed(one) if one.layer in layers else one for one in scored.layers)
+    return replace(scored, layers=whole), layers
+
+
+def _scorer(job: Job, layers: Sequence[str]) -> LayerScorer:
+    dims = {name: job.lm.dims[name] for name in layers}
+    return LayerScorer(dims, head=job.lm.dims[FINAL], seed=job.settings.seed)
+
+
+def _score_pass(
+    job: Job,
+    documents: Iterable[TokenDocument],
+    layers: Sequence[str],
+    total: int | None,
+    stop: Callable[[LayerScorer], bool] | None = None,
+) -> tuple[LayerScorer, Collected]:
+    scorer = _scorer(job, layers)
     with job.progress.stage("scoring layers", "tokens") as advance:
         collected = collect(
-            lm,
-            job.documents(text, share),
+            job.lm,
+            documents,
             job.window,
             layers,
             batch_tokens=job.batch_tokens,
             scorer=scorer,
             advance=toward(total, advance),
-            stop=settled if stop_early else None,
+            stop=stop,
         )
-    return _score_result(job, scorer, collected, stopped_early=settled.met)
+    return scorer, collected
 
 
-def choose_on_sample(job: Job, text: Paths) -> ScoreResult | None:
-    """Scores of all layers on a sample that ends once the choice is settled; None if layers are named.
-
-    Layers that are not candidates are scored too, so that the probe (next-token agreement of nearest keys) can point to
-    a better one among them.
-    """
-    settings, layers = job.settings, job.settings.layers
-    if layers.layers is not None or layers.select not in SCORES_THAT_CHOOSE:
-        return None
-    tokens = min(SAMPLE_TOKENS, settings.text.max_tokens or SAMPLE_TOKENS)
-    # By documents, whatever the datastore's protocol: the protocol knn-transformers cannot take part of a text.
-    sample = replace(settings, text=replace(settings.text, max_tokens=tokens, protocol="documents"))
-    sampled = score_layers(replace(job, settings=sample), text, stop_early=layers.select == "dispersion")
-    job.progress.note(f"{sampled.choice.reason}, on {sampled.tokens:,} tokens")
-    if sampled.choice.disagreement:
-        job.progress.note(sampled.choice.disagreement)
-    return sampled
-
-
-def _score_result(job: Job, scorer: LayerScorer, collected: Collected, *, stopped_early: bool = False) -> ScoreResult:
+def _score_result(
+    job: Job,
+    scorer: LayerScorer,
+    collected: Collected,
+    *,
+    stopped_early: bool = False,
+    only: Collection[str] | None = None,
+) -> ScoreResult:
     """Scores of a finished pass, and the resulting choice."""
     lm, settings = job.lm, job.settings
-    with job.progress.stage("effective rank and retrieval probe", "layers") as advance:
-        scores = scorer.scores(advance)
+    with job.progress.stage("pilots and other scores", "layers") as advance:
+        pilots = pilots_of(lm, scorer.head, seed=scorer.seed)
+        scores = scorer.scores(advance, measure_pilot=pilots, only=only)
     return ScoreResult(
         layers=scores,
-        choice=choose(scores, settings.layers, lm.layer_names, scorer.probe_difference),
+        choice=choose(scores, settings.layers, lm.layer_names, scorer.pilot_change),
         tokens=scorer.tokens,
         segments=scorer.segments,
         documents=collected.documents,

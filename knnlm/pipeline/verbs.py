@@ -90,7 +90,7 @@ def build(
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
         split = split_off(job, text, eval_text, total)
-        begun = read_begun(folder) or _begin_build(job, text, total, folder, work)
+        begun = read_begun(folder) or _begin_build(job, text, eval_text, total, folder, work)
         job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None, queries=split.queries))
         scored = extract(job, split.documents, begun.layers, folder, total=total, sampled=begun.scored)
         mark_whole(folder, work, begun, scored)
@@ -98,17 +98,17 @@ def build(
     return Datastore.open(Path(out))
 
 
-def _begin_build(job: Job, text: Paths, total: int | None, folder: Path, work: str) -> Begun:
+def _begin_build(job: Job, text: Paths, eval_text: Paths | None, total: int | None, folder: Path, work: str) -> Begun:
     """Choose what is stored, and write that down."""
     lm, wanted = job.lm, job.settings.layers
     job.tell_what_is_taken(text)
     check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
-    if wanted.layers is None and wanted.select in SCORES_THAT_CHOOSE:
-        sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
-        job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True, queries=0)])
-    sampled = choose_on_sample(job, text)
-    named = sampled.choice.layer if sampled else wanted.layers or wanted.select
-    return begin(folder, work, select_layers(named, lm.layer_names), sampled)
+    if wanted.layers is not None or wanted.select not in SCORES_THAT_CHOOSE:
+        return begin(folder, work, select_layers(wanted.layers or wanted.select, lm.layer_names))
+    sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
+    job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True, queries=0)])
+    sampled, layers = choose_on_sample(job, split_off(job, text, eval_text, total).documents, most=1)
+    return begin(folder, work, layers, sampled)
 
 
 def evaluate(
@@ -164,7 +164,10 @@ def run(
     progress: Progress | None = None,
     report: Callable[[EvalResult, Path], None] | None = None,
 ) -> EvalResult:
-    """Do everything: keys of every layer in one pass, scores, the choice, perplexity per layer, the index.
+    """Do everything: scores and the choice, keys of the layers that can matter, their perplexity, the index.
+
+    The choice is made on a sample of the text to store: one pass gives every layer its scores and its pilot, a small
+    kNN-LM inside the sample. With `settings.layers.layers`, the layers that it names are all stored and evaluated.
 
     Without `eval_text`, a tenth of the documents is held out. The folder `out` becomes a datastore. Layers are
     compared under exact search; the chosen one is then indexed, and its perplexity measured again with the index.
@@ -207,8 +210,18 @@ def run(
 
 
 def _begin_run(job: Job, text: Paths, given: list[TokenDocument] | None, folder: Path, work: str) -> Begun:
-    """Plan what is stored, and write that down."""
-    plan = make_plan(job.lm, text, folder, job.settings, given)
+    """Plan or choose what is stored, and write that down."""
+    lm, settings = job.lm, job.settings
+    plan = make_plan(lm, text, folder, settings, given)
     job.progress.note(plan.sentence)
     job.tell_what_is_taken(text)
-    return begin(folder, work, plan.layers)
+    if settings.layers.layers is not None:
+        return begin(folder, work, plan.layers)
+    queries, stored = query_count(settings, plan.tokens, given), plan.layers[: plan.most]
+    sample = score_stages(lm, plan.layers, min(SAMPLE_TOKENS, plan.tokens or SAMPLE_TOKENS))
+    rest = run_stages(lm, stored, plan.tokens, queries, settings.knn.search_k, scored=True)
+    job.progress.plan([*sample, *rest])
+    training, evaluation = split_text(job, text, given)
+    sampled, layers = choose_on_sample(job, training, most=plan.most)
+    evaluation()  # too short a text is an error before the second pass
+    return begin(folder, work, layers, sampled)

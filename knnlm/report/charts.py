@@ -47,6 +47,8 @@ def make_charts(data: ChartData) -> tuple[Chart, ...]:
         charts.append(_dispersion_chart(data, scored))
     if len(measured) > 1:
         charts.append(_perplexity_chart(data, measured))
+    if sum(point.pilot is not None for point in data.points) > 1:
+        charts.append(_pilot_chart(data))
     if len(both) > 1:
         charts.append(_scatter_chart(data, both))
     if any(len(curve.points) > 1 for curve in data.curves):
@@ -71,8 +73,24 @@ def _perplexity_chart(data: ChartData, points: Sequence[Point]) -> Chart:
     traces = _part_lines(points, "perplexity")
     marks = _marks(points, lambda point: (point.x, point.perplexity))
     layout = base_layout(_block_axis(data), _perplexity_axis(data, points)) | _lm_line(data, "end")
-    caption = "Perplexity of the kNN-LM with keys from each layer, by block; lower is better. Dashed: the plain LM."
+    caption = (
+        "Perplexity of the kNN-LM with keys from each layer, by block; lower is better. Bars are 95 % intervals of the "
+        "difference from the best layer. Dashed: the plain LM."
+    )
     return Chart("perplexity", "Perplexity by layer", caption, {"data": [*traces, *marks], "layout": layout})
+
+
+def _pilot_chart(data: ChartData) -> Chart:
+    points = [point for point in data.points if point.pilot is not None]
+    marks = _marks(points, lambda point: (point.x, point.pilot))
+    values = [point.pilot for point in points if point.pilot is not None]
+    layout = base_layout(_block_axis(data), _value_axis("pilot’s perplexity", values))
+    caption = (
+        "Perplexity of a small kNN-LM inside the sample on which the layer was chosen, for every layer. It compares "
+        "layers; its level is not that of the full datastore."
+    )
+    figure = {"data": [*_part_lines(points, "pilot"), *marks], "layout": layout}
+    return Chart("pilot", "Pilot by layer", caption, figure)
 
 
 def _scatter_chart(data: ChartData, points: Sequence[Point]) -> Chart:
@@ -105,7 +123,7 @@ def _part_lines(points: Sequence[Point], what: str) -> list[Trace]:
 
 
 def _part_line(part: str, points: Sequence[Point], what: str) -> Trace:
-    arms = [getattr(point, f"{what}_error") for point in points]
+    arms = [getattr(point, f"{what}_error", (0.0, 0.0)) for point in points]
     return _named(part) | {
         "mode": "lines+markers",
         "x": [point.x for point in points],
@@ -219,13 +237,16 @@ def _block_axis(data: ChartData) -> Figure:
 
 def _perplexity_axis(data: ChartData, points: Sequence[Point]) -> Figure:
     values = [point.perplexity for point in points if point.perplexity is not None]
-    values += [data.lm_perplexity] if data.lm_perplexity else []
+    return _value_axis("perplexity", values + ([data.lm_perplexity] if data.lm_perplexity else []))
+
+
+def _value_axis(title: str, values: Sequence[float]) -> Figure:
     low, high = min(values), max(values)
     # A few layers with very high perplexity must not compress the range of the good ones.
     if scale := log_where_wide(low, high):
         low, high = math.log10(low), math.log10(high)
     room = (high - low) or 1.0
-    return {"title": {"text": "perplexity"}, "range": [low - 0.1 * room, high + 0.14 * room]} | scale
+    return {"title": {"text": title}, "range": [low - 0.1 * room, high + 0.14 * room]} | scale
 
 
 def log_where_wide(low: float, high: float) -> Figure:

@@ -71,15 +71,15 @@ def _verdict(result: EvalResult, layers: dict[str, LayerResult]) -> tuple[str, s
     if best is None:
         return f"None of {count} layers has a finite perplexity, so nothing says which is best.", "open"
     if result.selected not in layers:
-        return f"No choice was made; of {count} layers, this one was the best on the tuning text.", "open"
+        return f"No choice was made; of {count} layers, this one was the best.", "open"
     sentence, tone = _judgement(result, layers[result.selected], best, count)
     return f"{sentence}{_regret(result)}", tone
 
 
 def _judgement(result: EvalResult, chosen: LayerResult, best: LayerResult, count: int) -> tuple[str, str]:
     if chosen.layer == best.layer:
-        return f"The choice was right: of {count} layers, this one was also the best on the tuning text.", "good"
-    rival = f"{best.layer}, the best layer on the tuning text, reaches {numbers.perplexity(best.perplexity)}."
+        return f"The choice was right: of {count} layers, this one was also the best.", "good"
+    rival = f"{best.layer}, the best layer, reaches {numbers.perplexity(best.perplexity)}."
     if _within_error(result, chosen):
         return f"The choice was right within the measurement’s error: {rival}", "good"
     return f"The choice was not the best: {rival}", "poor"

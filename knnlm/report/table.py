@@ -50,7 +50,7 @@ def _score_columns(*, extra: bool) -> tuple[Column, ...]:
     return tuple(
         Column(kind.name, _sentence(kind.name.replace("_", " ")), _sentence(kind.meaning), extra)
         for kind in SCORES
-        if (kind.name not in ("dispersion", "probe")) == extra
+        if (kind.name not in ("dispersion", "pilot")) == extra
     )
 
 
@@ -74,24 +74,30 @@ COLUMNS = (
 
 
 def layer_rows(result: EvalResult) -> tuple[TableRow, ...]:
-    """A row for each layer, the lowest perplexity first, unknown perplexities last."""
+    """A row for each layer, the lowest perplexity first; then those that have only scores, the best pilot first."""
     candidates = set(result.choice.candidates) if result.choice else set()
     places = _score_places(result)
+    measured = {layer.layer: _cells(layer, places) for layer in result.layers}
+    scored = {score.layer: _unmeasured(score, places) for score in result.examined}
+    every = scored | measured
+    bars = {layer.layer: _share(layer.perplexity, result.lm.perplexity) for layer in result.layers}
     rows = [
         TableRow(
-            layer=layer.layer,
-            part=loosely_split(layer.layer)[1],
-            chosen=layer.layer == result.selected,
-            best=layer.layer == result.best,
-            candidate=layer.layer in candidates,
-            bar=_share(layer.perplexity, result.lm.perplexity),
-            cells=_cells(layer, places),
+            layer=name,
+            part=loosely_split(name)[1],
+            chosen=name == result.selected,
+            best=name == result.best,
+            candidate=name in candidates,
+            bar=bars.get(name, 0.0),
+            cells=every[name] | {"layer": Cell(name, order=position)},
         )
-        for layer in sorted(result.layers, key=lambda layer: network_order(layer.layer))
+        for position, name in enumerate(sorted(every, key=network_order))
     ]
-    for position, row in enumerate(rows):
-        row.cells["layer"] = Cell(row.layer, order=position)
-    return tuple(sorted(rows, key=lambda row: _last_if_unknown(row.cells["perplexity"].order)))
+    return tuple(sorted(rows, key=_rank))
+
+
+def _rank(row: TableRow) -> tuple[float, float]:
+    return _last_if_unknown(row.cells["perplexity"].order), _last_if_unknown(row.cells["pilot"].order)
 
 
 def _share(part: float, whole: float) -> float:
@@ -120,6 +126,10 @@ def _cells(layer: LayerResult, places: int) -> dict[str, Cell]:
         "bits": _cell(layer.bits_per_byte, lambda value: numbers.decimal(value, 3)),
         "word": _cell(layer.word_perplexity, numbers.perplexity),
     } | _score_cells(layer.score, places)
+
+
+def _unmeasured(score: LayerScore, places: int) -> dict[str, Cell]:
+    return {column.key: Cell(numbers.MISSING) for column in COLUMNS} | _score_cells(score, places)
 
 
 def _score_cells(score: LayerScore | None, places: int) -> dict[str, Cell]:

@@ -15,7 +15,7 @@ from knnlm.report import numbers
 from knnlm.report.examples import ExampleView, example_view
 from knnlm.report.headline import Headline, make_headline, shown_layer
 from knnlm.report.table import COLUMNS, Column, TableRow, layer_rows
-from knnlm.results import Correlation, EvalResult, Interval, LayerResult, Perplexity
+from knnlm.results import Correlation, EvalResult, Interval, LayerResult, LayerScore, Perplexity
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Point:
     """Distances from the value to the interval's ends, above and below."""
     perplexity: float | None
     perplexity_error: tuple[float, float]
+    """As `dispersion_error`, of the difference from the best layer."""
+    pilot: float | None
     candidate: bool
     chosen: bool
     best: bool
@@ -109,15 +111,16 @@ class ReportView:
 
 def make_view(result: EvalResult, *, title: str) -> ReportView:
     """Make the view of a result."""
-    ordered = sorted(result.layers, key=lambda layer: network_order(layer.layer))
+    names = {layer.layer for layer in result.layers} | {score.layer for score in result.examined}
+    ordered = sorted(names, key=network_order)
     return ReportView(
         title=title,
         headline=make_headline(result),
         tiles=tuple(_tiles(result)),
         columns=COLUMNS,
         rows=layer_rows(result),
-        parts=tuple(dict.fromkeys(loosely_split(layer.layer)[1] for layer in ordered)),
-        charts=_chart_data(result, ordered),
+        parts=tuple(dict.fromkeys(loosely_split(name)[1] for name in ordered)),
+        charts=_chart_data(result),
         correlations=_correlation_table(result.correlations),
         fitted=result.tuning_tokens > 0,
         helped=tuple(example_view(example) for example in result.helped),
@@ -131,7 +134,9 @@ def make_view(result: EvalResult, *, title: str) -> ReportView:
 
 
 def _tiles(result: EvalResult) -> Iterable[Tile]:
-    yield Tile("Plain LM", numbers.perplexity(result.lm.perplexity), _other_units(result.lm))
+    low, high = (numbers.perplexity(end) for end in (result.lm.interval.low, result.lm.interval.high))
+    known = "" if math.isnan(result.lm.interval.low) else f"95 % interval {low} to {high}, "
+    yield Tile("Plain LM", numbers.perplexity(result.lm.perplexity), known + _other_units(result.lm))
     shown = shown_layer(result)
     if shown is not None:
         name = {result.best: "best layer", result.selected: "chosen layer"}.get(shown.layer, shown.layer)
@@ -164,46 +169,56 @@ def _other_units(measured: Perplexity | LayerResult) -> str:
     return f"{bits} bits per byte, {word} per word"
 
 
-def _chart_data(result: EvalResult, ordered: list[LayerResult]) -> ChartData:
-    blocks = [block for block, _ in (loosely_split(layer.layer) for layer in ordered) if block is not None]
+def _chart_data(result: EvalResult) -> ChartData:
+    measured = {layer.layer: layer for layer in result.layers}
+    scores = {score.layer: score for score in result.examined}
+    scores |= {name: layer.score for name, layer in measured.items() if layer.score is not None}
+    names = sorted(measured.keys() | scores.keys(), key=network_order)
+    blocks = [block for block, _ in map(loosely_split, names) if block is not None]
     num_blocks = max(blocks, default=-1) + 1
     return ChartData(
-        points=tuple(_point(layer, result, num_blocks) for layer in ordered),
+        points=tuple(_point(name, measured.get(name), scores.get(name), result, num_blocks) for name in names),
         lm_perplexity=_finite(result.lm.perplexity),
         curves=tuple(_curves(result)),
         num_blocks=num_blocks,
     )
 
 
-def _point(layer: LayerResult, result: EvalResult, num_blocks: int) -> Point:
-    block, part = loosely_split(layer.layer)
-    score, lm = layer.score, result.lm.perplexity
+def _point(
+    name: str, layer: LayerResult | None, score: LayerScore | None, result: EvalResult, num_blocks: int
+) -> Point:
+    block, part = loosely_split(name)
+    perplexity = math.nan if layer is None else layer.perplexity
+    against = layer.versus_best_interval if layer else Interval(math.nan, math.nan)
+    best = perplexity / (1 + layer.versus_best) if layer else math.nan
     dispersion = math.nan if score is None else score.dispersion
     arms = (math.nan, math.nan) if score is None else (score.interval.low, score.interval.high)
     return Point(
-        layer=layer.layer,
+        layer=name,
         block=block,
         part=part,
         x=num_blocks if block is None else block,
         dispersion=_finite(dispersion),
         dispersion_error=_arms(dispersion, *arms),
-        perplexity=_finite(layer.perplexity),
-        perplexity_error=_arms(layer.perplexity, lm * (1 + layer.interval.low), lm * (1 + layer.interval.high)),
-        candidate=result.choice is not None and layer.layer in result.choice.candidates,
-        chosen=layer.layer == result.selected,
-        best=layer.layer == result.best,
-        hover=_hover(layer),
+        perplexity=_finite(perplexity),
+        perplexity_error=_arms(perplexity, best * (1 + against.low), best * (1 + against.high)),
+        pilot=None if score is None else _finite(score.pilot),
+        candidate=result.choice is not None and name in result.choice.candidates,
+        chosen=name == result.selected,
+        best=name == result.best,
+        hover=tuple(_hover(name, layer, score)),
     )
 
 
-def _hover(layer: LayerResult) -> tuple[str, ...]:
-    change = numbers.percent(layer.change, signed=True)
-    lines = [layer.layer, f"perplexity {numbers.perplexity(layer.perplexity)} ({change})"]
-    if layer.score is not None:
-        width = numbers.decimal(numbers.half_width(layer.score.interval), 3)
-        lines.append(f"dispersion {numbers.decimal(layer.score.dispersion, 3)} ± {width}")
-        lines.append(f"probe {numbers.decimal(layer.score.probe, 3)}")
-    return tuple(lines)
+def _hover(name: str, layer: LayerResult | None, score: LayerScore | None) -> Iterable[str]:
+    yield name
+    if layer is not None:
+        change = numbers.percent(layer.change, signed=True)
+        yield f"perplexity {numbers.perplexity(layer.perplexity)} ({change})"
+    if score is not None:
+        width = numbers.decimal(numbers.half_width(score.interval), 3)
+        yield f"dispersion {numbers.decimal(score.dispersion, 3)} ± {width}"
+        yield f"probe {numbers.decimal(score.probe, 3)}, pilot {numbers.perplexity(score.pilot)}"
 
 
 def _curves(result: EvalResult) -> Iterable[Curve]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from knnlm.config import LayerConfig
 from knnlm.errors import InputError
 from knnlm.layer_names import select_layers
-from knnlm.results import Choice, Interval, LayerScore
+from knnlm.results import Choice, Interval, LayerScore, ScoreResult
 
-SCORES_THAT_CHOOSE = ("dispersion", "probe")
+SCORES_THAT_CHOOSE = ("auto", "dispersion", "probe", "pilot")
 # Candidates with at least this share of the largest dispersion count as equal, and depth decides (docs/layers.md).
 NEAR = 0.95
 
@@ -24,38 +24,54 @@ def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: 
     return tuple(name for name in looked_at if name in wanted) or tuple(looked_at)
 
 
-def choose(
-    scores: Sequence[LayerScore],
-    config: LayerConfig,
-    all_layers: Sequence[str],
-    probe_difference: Callable[[str, str], Interval],
-) -> Choice:
-    """Choose the named layer, the candidate with the highest probe, or by dispersion (`by_dispersion`).
+# Of one layer's pilot relative to another's: the interval of the change of perplexity.
+PilotChange = Callable[[str, str], Interval]
 
-    The retrieval probe is the share of a key's nearest keys from other documents that have the same next token.
+
+def choose(
+    scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequence[str], pilot_change: PilotChange
+) -> Choice:
+    """Choose a layer: the named one, the candidate with the best probe or pilot, or by dispersion (`by_dispersion`).
+
+    The retrieval probe is the share of a key's nearest keys from other documents that have the same next token, the
+    pilot the perplexity of a small kNN-LM inside the sample. With `auto`, dispersion proposes and the pilot judges: the
+    proposal stands unless the pilots put another examined layer, candidate or not, above it beyond doubt (`preferred`).
+    Where `candidates` is not the default, only those are judged.
 
     :param all_layers: all layers of the model; `scores` may cover only some.
-    :param probe_difference: paired interval of one layer's probe minus another's (`LayerScorer.probe_difference`).
+    :param pilot_change: paired interval of one layer's pilot relative to another's (`LayerScorer.pilot_change`).
     :raises LayerError: a named layer or pattern was not examined.
-    :raises InputError: the probe is to choose, but the text is too short for it.
+    :raises InputError: probe or pilot is to choose, but the text is too short for it.
     """
     names = [score.layer for score in scores]
     candidates = candidate_layers(config, names, all_layers)
-    by_name = {score.layer: score for score in scores}
     if config.select not in SCORES_THAT_CHOOSE:
         layer = one_layer(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
-    allowed = [by_name[name] for name in candidates]
-    chosen = by_dispersion(allowed) if config.select == "dispersion" else by_probe(allowed)
+    allowed = [score for score in scores if score.layer in candidates]
+    chosen = _by_score(allowed, config.select)
+    reason, disagreement = _reason(chosen, allowed, config.select), None
+    # Whoever names candidates wants one of them.
+    judged = scores if config.candidates == LayerConfig.candidates else allowed
+    better = preferred(chosen, judged, pilot_change) if config.select in ("auto", "dispersion") else None
+    if better is not None:
+        told = _told(better, chosen, pilot_change(better.layer, chosen.layer))
+        if config.select == "auto":
+            return Choice(better.layer, config.select, candidates, f"{told}, which dispersion proposes")
+        disagreement = f"the scores disagree: {told}; `select={better.layer!r}` takes it"
+    return Choice(chosen.layer, config.select, candidates, reason, disagreement)
+
+
+def _by_score(candidates: Sequence[LayerScore], select: str) -> LayerScore:
+    """:raises InputError: probe or pilot is to choose, but is unknown for all candidates."""
+    by = {"probe": by_probe, "pilot": by_pilot}.get(select, by_dispersion)
+    chosen = by(candidates)
     if chosen is None:
         raise InputError(
-            "`select='probe'` compares two documents, or runs of 8,192 tokens, but the text has one; "
+            f"`select={select!r}` compares documents, or runs of 8,192 tokens, but the text has too few; "
             "give more text, or take `select='dispersion'`"
         )
-    reason = _reason(chosen, allowed, config.select)
-    by_dispersion_alone = config.select == "dispersion"
-    disagreement = _disagreement(chosen, scores, probe_difference) if by_dispersion_alone else None
-    return Choice(chosen.layer, config.select, candidates, reason, disagreement)
+    return chosen
 
 
 def by_dispersion(candidates: Sequence[LayerScore]) -> LayerScore:
@@ -66,6 +82,34 @@ def by_dispersion(candidates: Sequence[LayerScore]) -> LayerScore:
     """
     enough = NEAR * max(score.dispersion for score in candidates)
     return [score for score in candidates if score.dispersion >= enough][-1]
+
+
+def by_pilot(candidates: Sequence[LayerScore]) -> LayerScore | None:
+    """Return the candidate whose pilot has the lowest perplexity; None if all pilots are NaN."""
+    known = [score for score in candidates if not math.isnan(score.pilot)]
+    return min(known, key=lambda score: score.pilot, default=None)
+
+
+def preferred(chosen: LayerScore, examined: Sequence[LayerScore], pilot_change: PilotChange) -> LayerScore | None:
+    """Return the best pilot among layers whose pilot is better than the chosen one's beyond their paired interval."""
+    rivals = [score for score in examined if score.pilot < chosen.pilot]
+    return by_pilot([score for score in rivals if pilot_change(score.layer, chosen.layer).high < 0])
+
+
+def layers_that_matter(scored: ScoreResult, most: int) -> tuple[str, ...]:
+    """Return the layers that are worth a full evaluation, at most `most`, in network order.
+
+    They are the chosen one, the last `ffn_input`, what dispersion proposes, and then those with the best pilots, or
+    without pilots the deepest candidates.
+    """
+    by_name = {one.layer: one for one in scored.layers}
+    candidates = [by_name[name] for name in scored.choice.candidates]
+    last = [name for name in by_name if name.endswith(".ffn_input")][-1:]
+    ranked = sorted((one for one in scored.layers if not math.isnan(one.pilot)), key=lambda one: one.pilot)
+    order = [scored.choice.layer, *last, by_dispersion(candidates).layer]
+    order += [one.layer for one in (*ranked, *reversed(candidates))]
+    wanted = tuple(dict.fromkeys(order))[:most]
+    return tuple(name for name in by_name if name in wanted)
 
 
 def by_probe(candidates: Sequence[LayerScore]) -> LayerScore | None:
@@ -93,6 +137,8 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
         return f"{chosen.layer} is the only candidate"
     if select == "probe":
         return f"{chosen.layer} has the highest retrieval probe ({chosen.probe:.4f}) of {count} candidates"
+    if select == "pilot":
+        return f"{chosen.layer} has the best pilot (perplexity {chosen.pilot:.2f}) of {count} candidates"
     leader = max(candidates, key=lambda score: score.dispersion)
     found = f"{chosen.dispersion:.4f}, 95 % interval {chosen.interval.low:.4f} to {chosen.interval.high:.4f}"
     if leader is chosen:
@@ -103,18 +149,8 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
     )
 
 
-def _disagreement(
-    chosen: LayerScore, looked_at: Sequence[LayerScore], probe_difference: Callable[[str, str], Interval]
-) -> str | None:
-    """A sentence if the probe ranks any other examined layer, candidate or not, above the chosen one."""
-    probed = by_probe(looked_at)
-    if probed is None or probed is chosen:
-        return None
-    difference = probe_difference(probed.layer, chosen.layer)
-    if difference.low <= 0:
-        return None
+def _told(better: LayerScore, chosen: LayerScore, change: Interval) -> str:
     return (
-        f"the scores disagree: the retrieval probe puts {probed.layer} ({probed.probe:.4f}) above the chosen "
-        f"{chosen.layer} ({chosen.probe:.4f}), interval of the difference {difference.low:.4f} to "
-        f"{difference.high:.4f}; `select={probed.layer!r}` takes it"
+        f"the pilot of {better.layer} (perplexity {better.pilot:.2f}) is better by {-change.high:.1%} to "
+        f"{-change.low:.1%} than that of {chosen.layer} ({chosen.pilot:.2f})"
     )

@@ -5,13 +5,16 @@ Legend: B windows of a batch, T positions, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -19,21 +22,26 @@ from knnlm.progress import Advance, ignore
 from knnlm.results import SCORES, Interval, LayerScore
 from knnlm.scores.choose import NEAR
 from knnlm.scores.dispersion import DispersionResult, DispersionScorer, Float64, Span, dispersion
+from knnlm.scores.pilot import MeasurePilot, Pilot, no_pilot, pilot_change
 from knnlm.scores.sample import LayerSample, Sample, SamplePlan, SampleUpdate
 from knnlm.scores.sample_scores import (
     Probe,
     effective_rank,
     intrinsic_dimension,
+    one_thread,
     participation_ratio,
-    probe_difference,
     retrieval_probe,
     spectrum,
     standardized_dispersion,
 )
+from knnlm.scores.sample_search import SampleSearch, search_sample
 
-# Sampled vectors are kept for all layers at once: 8,192 per layer are enough for the probe, within this many bytes.
+# Sampled vectors are kept for all layers at once: 8,192 per layer are enough for probe and pilot, as float32 or, beyond
+# this many bytes, as float16.
 SAMPLE_CAPACITY = 8192
-SAMPLE_BYTES = 1 << 30
+SAMPLE_BYTES = 3 << 29
+# Layers scored at a time: each needs some 50 MB.
+_MOST_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Seen:
     dispersion: DispersionResult
     sample: Sample
     seed: int
+    measure_pilot: MeasurePilot = no_pilot
 
     @cached_property
     def spectrum(self) -> Float64:
@@ -50,10 +59,19 @@ class Seen:
         return spectrum(self.sample.vectors_MD)
 
     @cached_property
+    def search(self) -> SampleSearch:
+        """Neighbours of some of the sample."""
+        return search_sample(self.sample, seed=self.seed)
+
+    @cached_property
     def probe(self) -> Probe:
         """Retrieval probe of the sample, with its interval."""
-        sample = self.sample
-        return retrieval_probe(sample.vectors_MD, sample.next_token_M, sample.cluster_M, seed=self.seed)
+        return retrieval_probe(self.search)
+
+    @cached_property
+    def pilot(self) -> Pilot:
+        """The small kNN-LM of the sample."""
+        return self.measure_pilot(self.search)
 
 
 # Scores and intervals that share steps; knnlm.results defines them. A score that is not here has its own file.
@@ -66,9 +84,16 @@ FUNCTIONS: Mapping[str, Callable[[Seen], Any]] = {
     "effective_rank": lambda seen: effective_rank(seen.spectrum),
     "probe": lambda seen: seen.probe.value,
     "probe_interval": lambda seen: seen.probe.interval,
+    "pilot": lambda seen: seen.pilot.perplexity,
     "participation_ratio": lambda seen: participation_ratio(seen.spectrum),
     "intrinsic_dimension": lambda seen: intrinsic_dimension(seen.sample.vectors_MD, seed=seen.seed),
 }
+
+# What the choice of a layer rests on; the other scores take several times as long.
+FOR_CHOICE = (
+    *("dispersion", "interval", "dispersion_within", "dispersion_segments"),
+    *("probe", "probe_interval", "pilot"),
+)
 
 
 def functions() -> Mapping[str, Callable[[Seen], Any]]:
@@ -93,15 +118,21 @@ SEGMENT_FUNCTIONS: Mapping[str, Callable[[NDArray[np.floating]], float]] = {
 class LayerScorer:
     """Scores layers by the dispersion of all keys and by a bounded sample, at the same positions in all layers."""
 
-    def __init__(self, dims: Mapping[str, int], *, seed: int = 0) -> None:
-        affordable = SAMPLE_BYTES // (4 * sum(dims.values()))
+    def __init__(self, dims: Mapping[str, int], *, head: int | None = None, seed: int = 0) -> None:
+        """Prepare for layers of these dimensions.
+
+        :param head: dimension of the `final_norm` vectors that `receive_head` will be given.
+        """
+        half = 4 * SAMPLE_CAPACITY * sum(dims.values()) > SAMPLE_BYTES
+        affordable = SAMPLE_BYTES // ((2 if half else 4) * sum(dims.values()))
         self._plan = SamplePlan(max(256, min(SAMPLE_CAPACITY, affordable)), seed)
         self._dispersion = {name: DispersionScorer(dim) for name, dim in dims.items()}
-        self._samples = {name: LayerSample(self._plan, dim) for name, dim in dims.items()}
+        self._samples = {name: LayerSample(self._plan, dim, half=half) for name, dim in dims.items()}
+        self._head = None if head is None else LayerSample(self._plan, head)
         self._spans: Sequence[Span] = ()
         self._update: SampleUpdate | None = None
-        self._probes: dict[str, Probe] = {}
-        self._seed = seed
+        self._pilots: dict[str, Pilot] = {}
+        self.seed = seed
         self.tokens = 0
         self.segments = 0
 
@@ -123,17 +154,38 @@ class LayerScorer:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return what it keeps of all layers, as arrays, except what `begin_batch` alone determines."""
-        kept = {f"{name} sample": sample.sample().vectors_MD for name, sample in self._samples.items()}
+        kept: dict[str, NDArray[Any]] = {}
+        for name, sample in self._all_samples().items():
+            kept |= {f"{name} {what}": array for what, array in sample.state().items()}
         for name, scorer in self._dispersion.items():
             kept |= {f"{name} {what}": array for what, array in scorer.state().items()}
         return kept
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take the place of the scorer that gave this state; every batch before it was begun again."""
+
+        def own(name: str) -> dict[str, NDArray[Any]]:
+            return {key.removeprefix(f"{name} "): array for key, array in state.items() if key.startswith(f"{name} ")}
+
+        for name, sample in self._all_samples().items():
+            sample.restore(own(name))
         for name, scorer in self._dispersion.items():
-            own = {key.removeprefix(f"{name} "): array for key, array in state.items() if key.startswith(f"{name} ")}
-            self._samples[name].restore(own["sample"])
-            scorer.restore(own)
+            scorer.restore(own(name))
+
+    def _all_samples(self) -> dict[str, LayerSample]:
+        return self._samples | ({} if self._head is None else {"head": self._head})
+
+    def receive_head(self, vectors_BTD: Tensor) -> None:
+        """Add the `final_norm` vectors of the batch, from which the model's own probabilities are computed."""
+        assert self._update is not None
+        if self._head is not None:
+            self._head.write(vectors_BTD, self._update)
+
+    @property
+    def head(self) -> Sample:
+        """The sample's `final_norm` vectors, for a scorer made with `head`."""
+        assert self._head is not None
+        return self._head.sample()
 
     def dispersion(self, name: str) -> float:
         """Return the layer's pooled dispersion so far."""
@@ -143,26 +195,53 @@ class LayerScorer:
         """Return the interval of a layer's dispersion minus `share` times the leader's."""
         return self._dispersion[name].margin(self._dispersion[leader], share)
 
-    def scores(self, advance: Advance = ignore) -> tuple[LayerScore, ...]:
-        """Return all scores of every layer, in the order in which the layers were given."""
-        scores = []
-        for name in self._dispersion:
-            scores.append(self._score(name))
-            advance(len(scores), len(self._dispersion))
+    def scores(
+        self,
+        advance: Advance = ignore,
+        *,
+        measure_pilot: MeasurePilot = no_pilot,
+        only: Collection[str] | None = None,
+    ) -> tuple[LayerScore, ...]:
+        """Return scores of every layer, in the order in which the layers were given.
+
+        :param only: fields to compute, such as `FOR_CHOICE`; the other scores are NaN, to be added by `completed`.
+        """
+        wanted = {field: function for field, function in functions().items() if only is None or field in only}
+
+        def score(name: str) -> LayerScore:
+            seen = self._seen(name, measure_pilot)
+            self._pilots[name] = seen.pilot
+            values = {field: function(seen) for field, function in wanted.items()}
+            return LayerScore(layer=name, **({kind.name: math.nan for kind in SCORES} | values))
+
+        # A layer for each core: threads inside these small steps wait for one another, most of all on shared cores.
+        scores, cores = [], min(_MOST_AT_ONCE, torch.get_num_threads())
+        with one_thread(), ThreadPoolExecutor(cores) as pool:
+            for one in pool.map(score, self._dispersion):
+                scores.append(one)
+                advance(len(scores), len(self._dispersion))
         return tuple(scores)
 
-    def probe_difference(self, one: str, other: str) -> Interval:
-        """Return the interval of one layer's probe minus another's, widened for the comparisons of all layers.
+    def completed(self, score: LayerScore) -> LayerScore:
+        """Return a layer's scores with those that `FOR_CHOICE` left out."""
+        seen = self._seen(score.layer, no_pilot)
+        missing = {field: function(seen) for field, function in functions().items() if field not in FOR_CHOICE}
+        return replace(score, **missing)
+
+    def pilot_of(self, name: str) -> Pilot:
+        """Return a layer's pilot. Call after `scores`."""
+        return self._pilots[name]
+
+    def pilot_change(self, one: str, other: str) -> Interval:
+        """Return the interval of one layer's pilot relative to another's, widened for the comparisons of all layers.
 
         Call after `scores`.
         """
-        comparisons = max(1, len(self._probes) - 1)
-        return probe_difference(self._probes[one], self._probes[other], comparisons=comparisons)
+        comparisons = max(1, len(self._pilots) - 1)
+        return pilot_change(self._pilots[one], self._pilots[other], comparisons=comparisons)
 
-    def _score(self, name: str) -> LayerScore:
-        seen = Seen(self._dispersion[name].result(), self._samples[name].sample(), self._seed)
-        self._probes[name] = seen.probe
-        return LayerScore(layer=name, **{field: function(seen) for field, function in functions().items()})
+    def _seen(self, name: str, measure_pilot: MeasurePilot) -> Seen:
+        return Seen(self._dispersion[name].result(), self._samples[name].sample(), self.seed, measure_pilot)
 
 
 class Settled:

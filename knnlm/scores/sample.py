@@ -8,8 +8,10 @@ Legend: B batch rows, T positions of a row, D dimension, M sampled tokens, N new
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +24,17 @@ from knnlm.scores.dispersion import Span, host_array, on_host, widened
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
+# The largest number of the first vectors becomes 2 to this power; float16 ends at 2 to the 16th.
+_HEADROOM = 10
+_HALF_MAX = float(np.finfo(np.float16).max)
 _EMPTY: Int64 = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One layer's sampled vectors, float32 [M, D], with each one's next token and cluster of text."""
+    """One layer's sampled vectors [M, D], up to a constant factor, with each one's next token and cluster of text."""
 
-    vectors_MD: Float32
+    vectors_MD: NDArray[np.floating]
     next_token_M: Int64
     cluster_M: Int64
 
@@ -102,11 +107,16 @@ class SamplePlan:
 
 
 class LayerSample:
-    """One layer's sampled vectors: capacity x dim float32, of which memory is used only as far as it is filled."""
+    """One layer's sampled vectors: capacity x dim numbers, of which memory is used only as far as it is filled.
 
-    def __init__(self, plan: SamplePlan, dim: int) -> None:
+    Half as many bytes hold float16 with 11 significant bits, times a power of two that keeps the largest number in
+    range: no score depends on that factor.
+    """
+
+    def __init__(self, plan: SamplePlan, dim: int, *, half: bool = False) -> None:
         self._plan = plan
-        self._vectors_MD = np.empty((plan.capacity, dim), dtype=np.float32)
+        self._vectors_MD = np.empty((plan.capacity, dim), np.float16 if half else np.float32)
+        self._factor = 0.0 if half else 1.0
 
     def write(self, vectors_BTD: Tensor, update: SampleUpdate) -> None:
         """Store this layer's vectors of a batch; call for every update, in order. The tensor is not kept."""
@@ -114,19 +124,37 @@ class LayerSample:
             return
         if on_host(vectors_BTD):
             # NumPy for the reason of dispersion._host_sums.
-            self._vectors_MD[update.slot_U] = widened(host_array(vectors_BTD)[update.row_U, update.position_U])
-            return
-        row_U = torch.from_numpy(update.row_U).to(vectors_BTD.device)
-        position_U = torch.from_numpy(update.position_U).to(vectors_BTD.device)
-        self._vectors_MD[update.slot_U] = vectors_BTD.detach()[row_U, position_U].float().cpu().numpy()
+            new_UD = widened(host_array(vectors_BTD)[update.row_U, update.position_U])
+        else:
+            row_U = torch.from_numpy(update.row_U).to(vectors_BTD.device)
+            position_U = torch.from_numpy(update.position_U).to(vectors_BTD.device)
+            new_UD = vectors_BTD.detach()[row_U, position_U].float().cpu().numpy()
+        self._vectors_MD[update.slot_U] = new_UD if self._vectors_MD.dtype == np.float32 else self._halved(new_UD)
 
-    def restore(self, vectors_MD: Float32) -> None:
-        """Take the vectors of the sample that the plan has drawn so far."""
-        self._vectors_MD[: len(vectors_MD)] = vectors_MD
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the vectors, and the factor that they are multiplied by."""
+        return {"sample": self._vectors_MD[: self._plan.size], "factor": np.array(self._factor)}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take the place of the sample that gave this state, for what the plan has drawn so far."""
+        self._vectors_MD[: len(state["sample"])] = state["sample"]
+        self._factor = float(state["factor"])
 
     def sample(self) -> Sample:
         """Return the sample so far, as a view that is valid until the next write."""
         return Sample(self._vectors_MD[: self._plan.size], self._plan.next_token_M, self._plan.cluster_M)
+
+    def _halved(self, new_UD: NDArray[np.floating]) -> NDArray[np.float16]:
+        """The vectors times the factor, which is lowered, also for those already here, if one would overflow."""
+        largest = float(np.abs(new_UD).max())
+        if largest > 0 and not 0 < largest * self._factor <= _HALF_MAX:
+            factor = 2.0 ** -math.ceil(math.log2(largest) - _HEADROOM)
+            with np.errstate(all="ignore"):  # rows that are not filled yet hold anything
+                self._vectors_MD *= np.float16(factor / self._factor if self._factor else 0)
+            self._factor = factor
+        # By torch: NumPy takes 10 ns a number.
+        halves_UD: NDArray[np.float16] = torch.from_numpy(new_UD * np.float32(self._factor)).half().numpy()
+        return halves_UD
 
 
 def _positions(spans: Sequence[Span]) -> tuple[Int64, Int64, Int64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.scores.dispersion import Float64, dispersion
 from knnlm.scores.sample import Int64
+from knnlm.scores.sample_search import SampleSearch
 from knnlm.statistics import jackknife_interval
 
 # Queries scanned at a time: 256 x 8192 float64 distances are 16 MB.
@@ -32,10 +33,6 @@ class Probe:
 
     value: float
     interval: Interval
-    rate_Q: Float64 = field(compare=False, repr=False)
-    """The share for each query that has keys in another cluster."""
-    cluster_Q: Int64 = field(compare=False, repr=False)
-    """Those queries' clusters; the same for all layers of a sample."""
 
 
 def standardized_dispersion(sample_MD: NDArray[np.floating]) -> float:
@@ -66,7 +63,7 @@ def spectrum(sample_MD: NDArray[np.floating]) -> Float64:
     if not centred_MD.size:
         return np.empty(0)
     matrix = torch.from_numpy(centred_MD.T if centred_MD.shape[0] < centred_MD.shape[1] else centred_MD)
-    with _one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
+    with one_thread() if matrix.shape[1] <= _ONE_THREAD_SIZE else nullcontext():
         power = torch.linalg.eigvalsh(matrix.T @ matrix).numpy()
     # Smaller eigenvalues are zeros with rounding errors.
     positive: Float64 = power[power > len(power) * np.finfo(np.float64).eps * power[-1]]
@@ -119,33 +116,21 @@ def intrinsic_dimension(sample_MD: NDArray[np.floating], *, queries: int = 1024,
     return float(-(ratio @ np.log1p(-rank)) / (ratio @ ratio))
 
 
-def retrieval_probe(
-    sample_MD: NDArray[np.floating],
-    next_token_M: Int64,
-    cluster_M: Int64,
-    *,
-    neighbors: int = 8,
-    queries: int = 1024,
-    seed: int,
-) -> Probe:
+def retrieval_probe(search: SampleSearch, *, neighbors: int = 8) -> Probe:
     """Return the share of nearest keys (squared L2) from other clusters that have the query's next token.
 
-    `queries` keys are drawn at random; all keys of other clusters are searched exactly, in float64. The interval is a
-    jackknife over the queries' clusters, given the keys. A query without a key in another cluster does not count;
-    without any such query the value is NaN and the interval (0, 1).
+    The interval is a jackknife over the queries' clusters, given the keys. A query without a key in another cluster
+    does not count; without any such query the value is NaN and the interval (0, 1).
 
-    :raises InputError: fewer than two vectors, a row that is not finite, or numbers below 1.
+    :raises InputError: no neighbours are wanted.
     """
-    if neighbors < 1 or queries < 1:
-        raise InputError(f"the probe needs at least 1 neighbor and 1 query, got {neighbors} and {queries}")
-    # Random order: layers near the embedding have many identical keys, and ties must not favour early text.
-    order_M = np.random.default_rng(seed).permutation(len(sample_MD))
-    keys_MD, token_M, group_M = _centred(_checked(sample_MD))[order_M], next_token_M[order_M], cluster_M[order_M]
-    rate_Q = np.concatenate(list(_agreement(keys_MD, token_M, group_M, neighbors, min(queries, len(keys_MD)))))
-    counts_Q = ~np.isnan(rate_Q)
-    rate_Q, cluster_Q = rate_Q[counts_Q], group_M[: len(rate_Q)][counts_Q]
-    value, interval = _mean_over_clusters(rate_Q, cluster_Q, bounds=(0.0, 1.0))
-    return Probe(value, interval, rate_Q, cluster_Q)
+    if neighbors < 1:
+        raise InputError(f"the probe needs at least 1 neighbor, got {neighbors}")
+    found_QK = np.isfinite(search.distances_QK[:, :neighbors])
+    counts_Q = found_QK.any(axis=1)
+    rate_Q = search.hits_QK[counts_Q, :neighbors].sum(axis=1) / found_QK[counts_Q].sum(axis=1)
+    cluster_Q = search.cluster_Q[counts_Q]
+    return Probe(*_mean_over_clusters(rate_Q, cluster_Q))
 
 
 def _half_distances(keys_MD: Float64, queries: int) -> Iterator[tuple[slice, Float64]]:
@@ -168,18 +153,6 @@ def _nearest(distance_QM: Float64, count: int) -> Int64:
     return indices
 
 
-def _agreement(keys_MD: Float64, token_M: Int64, cluster_M: Int64, neighbors: int, queries: int) -> Iterator[Float64]:
-    """By blocks of queries, the share of each query's neighbours with its next token; NaN without a neighbour."""
-    most = min(neighbors, len(keys_MD) - 1)
-    for block, distance_QM in _half_distances(keys_MD, queries):
-        distance_QM[cluster_M[block, None] == cluster_M] = np.inf
-        nearest_QK = _nearest(distance_QM, most)
-        found_QK = np.isfinite(np.take_along_axis(distance_QM, nearest_QK, axis=1))
-        agree_QK = found_QK & (token_M[nearest_QK] == token_M[block, None])
-        with np.errstate(invalid="ignore"):
-            yield agree_QK.sum(axis=1) / found_QK.sum(axis=1)
-
-
 def _two_nearest(keys_MD: Float64, queries: int) -> Iterator[Float64]:
     """By blocks of queries, squared distances [Q, 2] to the two nearest others, ascending, by direct differences."""
     for block, distance_QM in _half_distances(keys_MD, queries):
@@ -188,22 +161,10 @@ def _two_nearest(keys_MD: Float64, queries: int) -> Iterator[Float64]:
         yield np.sort(np.vecdot(difference_Q2D, difference_Q2D), axis=1)
 
 
-def probe_difference(a: Probe, b: Probe, *, comparisons: int = 1) -> Interval:
-    """Return the 95 % interval of a.value - b.value for two layers of one sample, paired by query.
-
-    Far narrower than the layers' own intervals, which mostly reflect differences between texts.
-
-    :param comparisons: number of differences whose intervals hold simultaneously (Bonferroni).
-    """
-    return _mean_over_clusters(a.rate_Q - b.rate_Q, a.cluster_Q, bounds=(-1.0, 1.0), comparisons=comparisons)[1]
-
-
-def _mean_over_clusters(
-    value_Q: Float64, cluster_Q: Int64, *, bounds: tuple[float, float], comparisons: int = 1
-) -> tuple[float, Interval]:
-    """Mean with its interval by a jackknife over clusters; NaN and the interval `bounds` without values."""
+def _mean_over_clusters(value_Q: Float64, cluster_Q: Int64) -> tuple[float, Interval]:
+    """Mean of shares with its interval by a jackknife over clusters; NaN and the interval (0, 1) without values."""
     if not len(value_Q):
-        return math.nan, Interval(*bounds)
+        return math.nan, Interval(0.0, 1.0)
     _, cluster_Q = np.unique(cluster_Q, return_inverse=True)
     sum_C = np.bincount(cluster_Q, weights=value_Q)
     count_C = np.bincount(cluster_Q)
@@ -211,7 +172,7 @@ def _mean_over_clusters(
     with np.errstate(invalid="ignore"):
         without_C = (total - sum_C) / (count - count_C)
     mean = total / count
-    return mean, jackknife_interval(mean, without_C, bounds=bounds, sizes_G=count_C, comparisons=comparisons)
+    return mean, jackknife_interval(mean, without_C, bounds=(0.0, 1.0), sizes_G=count_C)
 
 
 def _checked(sample_MD: NDArray[np.floating]) -> Float64:
@@ -237,7 +198,7 @@ def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Torch on one thread: on shared cores, threads wait for one another in small steps, 5 s instead of 0.1."""
     # index/int8.py has the same: index must not import knnlm, nor scores index.
     threads = torch.get_num_threads()

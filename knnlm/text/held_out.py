@@ -166,6 +166,17 @@ def take_slices(documents: Iterable[TokenDocument], max_tokens: int | None, *, s
     return kept.slices()
 
 
+def take_sample(documents: Iterable[TokenDocument], max_tokens: int, *, run: int, seed: int) -> list[TokenDocument]:
+    """As `take_slices`, from documents cut into runs of at most `run` tokens: a novel gives many slices, not one.
+
+    The slices of one text are few clusters or many as its documents are; none has more than `run` tokens.
+    """
+    runs = (
+        document.part(start, start + run) for document in documents for start in range(0, len(document.tokens), run)
+    )
+    return take_slices(runs, max_tokens, seed=seed)
+
+
 class _Kept:
     """The part of a stream that slices are taken from: all documents, up to `KEPT_BUDGETS` times the token budget.
 

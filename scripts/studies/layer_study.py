@@ -67,18 +67,22 @@ def split_text(paths: Sequence[Path], folder: Path) -> tuple[Path, Path]:
 
 
 def choices(
-    scores: Sequence[LayerScore], outcomes: Sequence[LayerOutcome], queries: Queries
+    scores: Sequence[LayerScore], outcomes: Sequence[LayerOutcome], queries: Queries, default: str
 ) -> Iterator[dict[str, object]]:
     """Who chooses what, and what it costs against the best layer."""
     by_name = {one.layer: one for one in outcomes}
     names = [score.layer for score in scores]
     rules = [
-        (score, among, max((one for one in scores if one.layer in allowed), key=lambda one: getattr(one, score)).layer)
+        (
+            score,
+            among,
+            max((one for one in scores if one.layer in allowed), key=lambda one: sign * getattr(one, score)).layer,
+        )
         for among, allowed in candidate_sets(names).items()
-        for score in (kind.name for kind in SCORES)
+        for score, sign in ((kind.name, -1 if kind.name == "pilot" else 1) for kind in SCORES)
     ]
     last = select_layers("-1.ffn_input", names)[0]
-    rules += [("always", "the last ffn_input", last)]
+    rules += [("always", "the last ffn_input", last), ("auto", "the default", default)]
     # Each candidate by name too, so that a rule made later can be judged without another run.
     rules += [("named", name, name) for name in select_layers("candidates", names)]
     for score, among, layer in rules:
@@ -133,7 +137,7 @@ def main() -> None:
                 outcomes.append(one)
                 print(f"{one.layer} {one.tuning_loss:.4f}, {time.perf_counter() - start:.0f} s", flush=True)
             result = summarize(queries, outcomes, scored)
-            found = list(choices(scored.layers, outcomes, queries))
+            found = list(choices(scored.layers, outcomes, queries, scored.choice.layer))
         shared = overlap(documents, [store.values])
     document = to_document(result) | {"choices": found, "keys": store.count, "overlap": shared, "study": vars(args)}
     document["study"] = {name: str(value) for name, value in document["study"].items()}

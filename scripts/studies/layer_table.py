@@ -35,7 +35,9 @@ def spread(value: float, interval: Sequence[float]) -> str:
 
 
 def default(study: Study) -> dict[str, Any]:
-    """The choice of the default rule of `knnlm.scores.choose` in one case, and its regret."""
+    """The default's choice in one case, and its regret; of files without pilots, what dispersion takes."""
+    if recorded := next((one for one in study["choices"] if one["score"] == "auto"), None):
+        return recorded
     names = select_layers("candidates", [row["layer"] for row in study["layers"]])
     layer = by_dispersion([score_of(row) for row in study["layers"] if row["layer"] in names]).layer
     return next(one for one in study["choices"] if one["layer"] == layer)

@@ -480,7 +480,7 @@ PHASES = {
     "reading text": (stop_in_text, "knnlm.pipeline.job.read_documents", False),
     "extracting": (stop_in_stage, "extracting keys", False),
     "writing keys": (stop_in_call, "knnlm.store.npy.NpyWriter._write", False),
-    "scoring": (stop_in_stage, "effective rank and retrieval probe", False),
+    "scoring": (stop_in_stage, "pilots and other scores", False),
     "writing the manifest": (stop_in_call, "knnlm.store.writer.write_json", False),
     "moving the datastore": (stop_in_call, "knnlm.files._swap", False),
     "overlap": (stop_in_stage, "looking for the evaluation text", True),

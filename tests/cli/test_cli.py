@@ -233,7 +233,7 @@ STAGES = {
     "run": (
         "loading the model",
         "extracting keys",
-        "effective rank and retrieval probe",
+        "pilots and other scores",
         "looking for the evaluation text in the datastore",
         "evaluation text through the model",
         "evaluating",
@@ -247,7 +247,7 @@ STAGES = {
     "build": (
         "loading the model",
         "scoring layers",
-        "effective rank and retrieval probe",
+        "pilots and other scores",
         "extracting keys",
         "evaluation text through the model",
         "indexing",

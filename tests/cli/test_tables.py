@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 from rich.console import Console
+from rich.table import Table
 
-from knnlm.cli.tables import choice_lines, eval_table, score_table
+from knnlm.cli.tables import choice_lines, eval_table, rest_line, score_table, unevaluated
 from knnlm.results import Correlation, EvalResult, Interval, Regret, ScoreResult
 from tests.report.test_report import infinite_perplexity
-from tests.sample_results import sample_result, sample_scores
+from tests.sample_results import sample_result, sample_scores, sample_short_result
 
 
 def shown(result: EvalResult | ScoreResult) -> str:
@@ -19,6 +20,45 @@ def shown(result: EvalResult | ScoreResult) -> str:
     with console.capture() as captured:
         console.print(table, *choice_lines(result), sep="\n")
     return captured.get()
+
+
+def rows_of(table: Table) -> list[str]:
+    return [str(cell).split(" ")[0] for cell in table.columns[0].cells]
+
+
+def test_table_has_the_ten_best_the_chosen_and_the_last_ffn_input() -> None:
+    layers = sample_result(30).layers
+    ranked = [one.layer for one in sorted(layers, key=lambda one: one.perplexity)]
+    result = replace(sample_result(30), selected=ranked[100])
+    assert rows_of(eval_table(result)) == [*ranked[:10], ranked[100]]
+    assert "29.ffn_input" in ranked[:10]
+    worst = replace(next(one for one in layers if one.layer == "29.ffn_input"), perplexity=1e9)
+    others = tuple(worst if one.layer == worst.layer else one for one in layers)
+    assert rows_of(eval_table(replace(result, layers=others)))[-2:] == [ranked[100], "29.ffn_input"]
+    assert rest_line(result) == "Not in the table: 140 more that were evaluated; --all shows them, as does report.html."
+    assert rows_of(eval_table(result, all_layers=True)) == ranked
+
+
+def test_layers_that_were_only_scored_are_shown_when_asked_for() -> None:
+    result = sample_short_result(30)
+    rest = [one.layer for one in unevaluated(result)]
+    assert len(rest) == 151 - len(result.layers)
+    assert rows_of(eval_table(result, all_layers=True))[len(result.layers) :] == rest
+    assert rest_line(result) == (
+        f"Not in the table: {len(rest)} that have scores and a pilot only; --all shows them, as does report.html."
+    )
+    assert rest_line(replace(result, examined=())) == ""
+
+
+def test_title_has_the_plain_lms_interval_and_tells_of_too_few_tokens() -> None:
+    result = sample_result(4)
+    title = "Perplexity on 24,310 tokens, 412,345 keys; the plain LM: 77.700 (73.10 … 82.60)"
+    assert eval_table(result).title == title
+    near = Interval(-0.01, 0.02)
+    layers = tuple(replace(one, versus_best_interval=near) if one.layer[0] > "0" else one for one in result.layers)
+    assert eval_table(replace(result, layers=layers)).title == (
+        f"{title}\nToo few tokens to tell 15 of 21 layers from the best"
+    )
 
 
 def test_regret_has_two_ends_in_one_line() -> None:

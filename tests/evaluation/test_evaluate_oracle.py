@@ -104,6 +104,7 @@ def test_lambda_zero_equals_the_perplexity_of_transformers(kind: str, tmp_path: 
             total, count = total + loss * scored, count + scored
     assert count == result.lm.tokens
     assert result.lm.perplexity == pytest.approx(math.exp(total / count), rel=1e-6)
+    assert 1 < result.lm.interval.low < result.lm.perplexity < result.lm.interval.high
 
 
 def strided(length: int) -> list[tuple[int, int, int]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from knnlm.config import KNNConfig
+from knnlm.model.encoding import Tokenizer
+from knnlm.model.lm import LanguageModel
 from tests.evaluation.test_evaluate_oracle import run_tiny, texts
+from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tokenizers_of_all_kinds import sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +53,21 @@ def test_neighbours_are_nearest_first_with_shares_of_one(result) -> None:
         distances = [neighbor.distance for neighbor in one.neighbors]
         assert distances == sorted(distances)
         assert 0 < sum(neighbor.weight for neighbor in one.neighbors) <= 1 + 1e-6
+
+
+def test_examples_changed_by_more_than_a_tenth(tmp_path: Path) -> None:
+    """With a small weight of the neighbours no token loses much: there is nothing to show as hurt."""
+    result = run_tiny("gpt2", tmp_path, KNNConfig(k=20, temperature=2.0, lam=0.05), "-1.ffn_input")[0]
+    assert result.helped
+    assert not result.hurt
+    assert all(one.mixed_probability > 1.1 * one.lm_probability for one in result.helped)
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(tiny_tokenizer, "⟨E2⟩"), (sentencepiece, "⟨E2⟩")])
+def test_a_part_of_a_character_is_shown_as_its_bytes(kind: Callable[[], Tokenizer], shown: str) -> None:
+    tokenizer = kind()
+    lm = LanguageModel.from_model(tiny_model("gpt2", vocabulary=len(tokenizer)), tokenizer, name="tiny")
+    parts = [lm.token_text(int(token)) for token in lm.encode("⚕")]
+    assert shown in parts
+    assert "".join(parts[-3:]) == "⟨E2⟩⟨9A⟩⟨95⟩"
+    assert lm.token_text(int(lm.encode("a")[-1])).strip() == "a"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +14,18 @@ import pytest
 from index.errors import FaissFailed
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.errors import DatastoreError, DatastoreExists, InputError
+from knnlm.evaluation.queries import open_queries
 from knnlm.knn.indexing import index_layer, verify_store
 from knnlm.model.lm import LanguageModel
-from knnlm.pipeline import build, evaluate, run, score
-from knnlm.pipeline.plan import make_plan
+from knnlm.pipeline import build, evaluate, run, score, steps
+from knnlm.pipeline.plan import EVALUATED_LAYERS, make_plan
 from knnlm.progress import Silent
 from knnlm.results import Interval
 from knnlm.scores.choose import NEAR, candidate_layers
 from knnlm.scores.layer_scorer import Settled
 from knnlm.store.datastore import open_datastore
+from knnlm.text.held_out import take_sample
+from knnlm.text.windows import TokenDocument
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -42,15 +47,50 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_looks_at_every_block_and_part(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
-    result = run(lm, [corpus], tmp_path / "out", settings=SETTINGS)
+    result = run(lm, [corpus], tmp_path / "out", settings=replace(SETTINGS, layers=LayerConfig(layers="all")))
     assert tuple(one.layer for one in result.layers) == lm.layer_names
-    assert result.selected in candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
+    assert result.selected in lm.layer_names
     assert result.regret is not None
     assert result.best in lm.layer_names
     assert result.index is not None
     assert (result.index.layer, result.index.spec, result.index.recall) == (result.selected, "exact", 1.0)
     assert {one.score for one in result.correlations} >= {"dispersion", "probe", "effective_rank"}
     assert result.tuning_tokens > 0
+
+
+def test_run_evaluates_the_layers_that_can_matter(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
+    result = run(lm, [corpus], tmp_path / "out", settings=SETTINGS)
+    layers = {one.layer for one in result.layers}
+    assert {result.selected, "2.ffn_input"} < layers
+    assert len(layers) == EVALUATED_LAYERS < len(lm.layer_names)
+    assert tuple(one.layer for one in result.examined) == lm.layer_names
+    pilots = {one.layer: one.pilot for one in result.examined}
+    assert min(pilots, key=pilots.__getitem__) in layers
+    assert open_datastore(tmp_path / "out").layers == tuple(one.layer for one in result.layers)
+    measured = {one.layer for one in result.examined if not math.isnan(one.effective_rank)}
+    assert measured == layers
+
+
+def test_no_evaluation_token_is_in_the_sample_that_chooses(
+    lm: LanguageModel, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[TokenDocument]] = {}
+
+    def sampled(*given: Any, **named: Any) -> list[TokenDocument]:
+        seen["sample"] = take_sample(*given, **named)
+        return seen["sample"]
+
+    def asked(lm: LanguageModel, documents: list[TokenDocument], *given: Any, **named: Any) -> Any:
+        seen["evaluation"] = documents
+        return open_queries(lm, documents, *given, **named)
+
+    monkeypatch.setattr(steps, "take_sample", sampled)
+    monkeypatch.setattr(steps, "open_queries", asked)
+    run(lm, [corpus], tmp_path / "out", settings=SETTINGS)
+    numbers = {kind: {document.number for document in documents} for kind, documents in seen.items()}
+    assert numbers["sample"]
+    assert numbers["evaluation"]
+    assert not numbers["sample"] & numbers["evaluation"]
 
 
 def test_evaluating_the_store_again_gives_the_same_perplexities(
@@ -96,9 +136,7 @@ def test_build_stores_the_chosen_layer_and_keeps_the_scores_of_all(
     lm: LanguageModel, corpus: Path, tmp_path: Path
 ) -> None:
     store = build(lm, [corpus], tmp_path / "out", eval_text=[corpus], settings=SETTINGS)
-    candidates = candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
-    assert len(store.layers) == 1
-    assert store.layers[0] in candidates
+    assert store.layers == (store.manifest.scores["choice"]["layer"],)
     assert {one["layer"] for one in store.manifest.scores["layers"]} == set(lm.layer_names)
     assert store.count == sum(len(lm.encode(text)) - 1 for text in texts(0, 30))
 
@@ -217,11 +255,18 @@ def test_score_agrees_with_the_definition_over_all_keys(lm: LanguageModel, corpu
 
 
 def test_plan_falls_back_to_the_candidates_and_says_so(lm: LanguageModel, corpus: Path, tmp_path: Path) -> None:
-    plan = make_plan(lm, [corpus], tmp_path, SETTINGS)
-    assert plan.layers == lm.layer_names
+    unnamed = make_plan(lm, [corpus], tmp_path, SETTINGS)
+    assert (unnamed.layers, unnamed.most) == (lm.layer_names, EVALUATED_LAYERS)
+    assert unnamed.key_bytes is not None
+    tight = make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=unnamed.key_bytes - 1))
+    assert (tight.layers, tight.most) == (lm.layer_names, 1)
+    assert "keeping to the chosen one" in tight.sentence
+    named = replace(SETTINGS, layers=LayerConfig(layers="all"))
+    plan = make_plan(lm, [corpus], tmp_path, named)
+    assert (plan.layers, plan.most) == (lm.layer_names, len(lm.layer_names))
     assert plan.tokens == pytest.approx(sum(len(lm.encode(text)) for text in texts(0, 30)), rel=0.1)
     assert plan.key_bytes is not None
-    tight = make_plan(lm, [corpus], tmp_path, replace(SETTINGS, disk_budget=plan.key_bytes // 2))
+    tight = make_plan(lm, [corpus], tmp_path, replace(named, disk_budget=plan.key_bytes // 2))
     assert tight.layers == candidate_layers(LayerConfig(), lm.layer_names, lm.layer_names)
     assert "keeping to the" in tight.sentence
     with pytest.raises(InputError, match="`disk_budget`"):

@@ -29,7 +29,7 @@ from knnlm.report.html import render, write_report
 from knnlm.report.table import layer_rows
 from knnlm.report.view import make_view
 from knnlm.results import EvalResult, Interval, LayerScore, Perplexity, Regret
-from tests.sample_results import NASTY, sample_names, sample_result, sample_scores
+from tests.sample_results import NASTY, sample_names, sample_result, sample_scores, sample_short_result
 from tests.source_files import ROOT
 
 
@@ -107,7 +107,8 @@ def test_row_formats_its_layer():
         sample_result(1).layers[0], perplexity=36.414, change=-0.5312, interval=Interval(-0.55, -0.512), lam=0.4321
     )
     score = replace(layer.score, dispersion=0.81234, interval=Interval(0.80734, 0.81734))
-    (row,) = layer_rows(replace(sample_result(1), layers=(replace(layer, score=score, temperature=15.04),)))
+    only = (replace(layer, score=score, temperature=15.04),)
+    (row,) = layer_rows(replace(sample_result(1), layers=only, examined=()))
     texts = {key: f"{cell.text} {cell.note}".replace(numbers.SPACE, " ").strip() for key, cell in row.cells.items()}
     assert texts["dispersion"] == "0.812 ± 0.005"
     assert texts["change"].replace(numbers.TIE, " ") == "−53.1 % −55.0 to −51.2 %"
@@ -116,9 +117,34 @@ def test_row_formats_its_layer():
 
 def test_row_of_a_layer_without_scores_or_perplexity_is_last():
     first, *others = sample_result(1).layers
-    rows = layer_rows(replace(sample_result(1), layers=(replace(first, score=None, perplexity=math.nan), *others)))
+    layers = (replace(first, score=None, perplexity=math.nan), *others)
+    rows = layer_rows(replace(sample_result(1), layers=layers, examined=()))
     assert rows[-1].layer == first.layer
     assert rows[-1].cells["dispersion"].text == rows[-1].cells["perplexity"].text == numbers.MISSING
+
+
+def test_layers_that_were_only_scored_come_last_by_their_pilots():
+    result = sample_short_result()
+    rows = layer_rows(result)
+    evaluated = len(result.layers)
+    assert {row.layer for row in rows[:evaluated]} == {one.layer for one in result.layers}
+    pilots = [row.cells["pilot"].order for row in rows[evaluated:]]
+    assert len(pilots) == len(result.examined) - evaluated > 0
+    assert pilots == sorted(pilots)
+    assert {row.cells[key].text for row in rows[evaluated:] for key in ("perplexity", "k", "bits")} == {numbers.MISSING}
+    assert all(one.layer in render(result, title="t") for one in result.examined)
+
+
+def test_bars_of_perplexity_are_the_difference_from_the_best_layer():
+    """Those of the change against the LM mostly reflect the text and, at 30 blocks, would fill the plot."""
+    result = sample_result()
+    best = next(one for one in result.layers if one.layer == result.best)
+    points = {point.layer: point for point in make_view(result, title="t").charts.points}
+    assert points[best.layer].perplexity_error == (0.0, 0.0)
+    for one in result.layers:
+        above, below = points[one.layer].perplexity_error
+        assert one.perplexity + above == pytest.approx(best.perplexity * (1 + one.versus_best_interval.high))
+        assert one.perplexity - below == pytest.approx(best.perplexity * (1 + one.versus_best_interval.low))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +351,7 @@ def test_page_loads_nothing_from_elsewhere(page):
 
 def test_page_has_plotly_once(page):
     assert sum("plotly.js v" in text[:200] for _, text in page.scripts) == 1
-    assert [attributes.get("type") for attributes, _ in page.scripts] == ["application/json"] * 4 + [None] * 2
+    assert [attributes.get("type") for attributes, _ in page.scripts] == ["application/json"] * 5 + [None] * 2
 
 
 def test_text_stays_text(page):
@@ -414,10 +440,11 @@ def test_choice_of_an_infinite_layer_was_not_the_best():
     ("result", "charts"),
     [
         (EvalResult(Perplexity(10.0, 1.0, 30.0, 5), layers=(), best=""), []),
-        (replace(sample_result(1), layers=sample_result(1).layers[:1]), []),
-        (unknown_numbers(), ["dispersion"]),
-        (infinite_perplexity(), ["dispersion", "lambda"]),
-        (sample_result(40), ["dispersion", "perplexity", "scatter", "lambda"]),
+        (replace(sample_result(1), layers=sample_result(1).layers[:1], examined=()), []),
+        (unknown_numbers(), ["dispersion", "pilot"]),
+        (infinite_perplexity(), ["dispersion", "pilot", "lambda"]),
+        (sample_result(40), ["dispersion", "perplexity", "pilot", "scatter", "lambda"]),
+        (sample_short_result(40), ["dispersion", "perplexity", "pilot", "scatter", "lambda"]),
     ],
 )
 def test_charts_are_drawn_of_what_is_there(result, charts):

@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-CHARTS = ("dispersion", "perplexity", "scatter", "lambda")
+CHARTS = ("dispersion", "perplexity", "pilot", "scatter", "lambda")
 DRAWN = "return [...document.querySelectorAll('.plot')].every((box) => box.querySelector('.scatterlayer .trace path'))"
 
 

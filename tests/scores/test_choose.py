@@ -1,32 +1,37 @@
-"""The choice: who may be chosen, by what, and when the two scores are said to disagree."""
+"""The choice: who may be chosen, by what, and when the pilot overrules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from knnlm.config import LayerConfig
 from knnlm.errors import InputError, LayerError
 from knnlm.layer_names import PARTS
-from knnlm.results import Choice, Interval, LayerScore
-from knnlm.scores.choose import candidate_layers
+from knnlm.results import Choice, Interval, LayerScore, ScoreResult
+from knnlm.scores.choose import candidate_layers, layers_that_matter
 from knnlm.scores.choose import choose as choose_by
 
-APART, TOGETHER = Interval(0.01, 0.03), Interval(-0.01, 0.03)
+# Of one layer's pilot relative to another's: better beyond doubt, or not.
+APART, TOGETHER = Interval(-0.3, -0.1), Interval(-0.3, 0.01)
+UNKNOWN = Interval(math.nan, math.nan)
 NAMES = (*(f"{block}.{part}" for block in range(4) for part in PARTS), "final_norm")
 
 
-def score(layer: str, dispersion: float, probe: float, width: float = 0.01) -> LayerScore:
+def score(
+    layer: str, dispersion: float, probe: float = 0.3, *, pilot: float = math.nan, width: float = 0.01
+) -> LayerScore:
     interval, probe_interval = (Interval(value - width, value + width) for value in (dispersion, probe))
-    return LayerScore(layer, dispersion, interval, 0.5, 0.5, 0.5, 10.0, probe, probe_interval)
+    return LayerScore(layer, dispersion, interval, 0.5, 0.5, 0.5, 10.0, probe, probe_interval, pilot)
 
 
 def choose(
     scores: list[LayerScore], config: LayerConfig, names: Sequence[str], difference: Interval = TOGETHER
 ) -> Choice:
-    """With probes that differ by the given interval, whatever the two layers are."""
+    """With pilots that differ by the given interval, whatever the two layers are."""
     return choose_by(scores, config, names, lambda one, other: difference)
 
 
@@ -67,7 +72,7 @@ def test_a_deep_layer_that_has_collapsed_is_not_taken_however_wide_the_intervals
     assert "most dispersed" in choice.reason
 
 
-@pytest.mark.parametrize("select", ["dispersion", "probe"])
+@pytest.mark.parametrize("select", ["auto", "dispersion", "probe"])
 def test_one_candidate_is_not_compared_with_itself(select: str) -> None:
     choice = choose([score("3.ffn_input", 0.7, 0.3)], LayerConfig(select=select), NAMES)
     assert (choice.layer, choice.reason) == ("3.ffn_input", "3.ffn_input is the only candidate")
@@ -79,28 +84,72 @@ def test_probe_chooses_when_asked() -> None:
     assert (choice.layer, choice.select) == ("2.ffn_input", "probe")
 
 
-def test_a_probe_that_is_higher_beyond_doubt_is_told_with_the_way_out() -> None:
-    """Also of a layer that is no candidate: in a model hardly trained the first block may be the better key."""
-    scores = [score("0.attn_input", 0.9, 0.4), score("2.ffn_input", 0.6, 0.2), score("3.ffn_input", 0.7, 0.3)]
-    choice = choose(scores, LayerConfig(), NAMES, APART)
+PILOTED = [
+    score("0.attn_input", 0.9, pilot=80.0),
+    score("1.ffn_input", 0.5, pilot=70.0),
+    score("2.ffn_input", 0.6, pilot=90.0),
+    score("3.ffn_input", 0.7, pilot=100.0),
+]
+
+
+@pytest.mark.parametrize(("difference", "taken"), [(TOGETHER, "3.ffn_input"), (APART, "1.ffn_input")])
+def test_dispersion_proposes_and_the_pilot_judges(difference: Interval, taken: str) -> None:
+    """The best pilot beyond doubt is taken, also of a layer that is no candidate."""
+    choice = choose(PILOTED, LayerConfig(), NAMES, difference)
+    assert (choice.layer, choice.select, choice.disagreement) == (taken, "auto", None)
+    if taken == "1.ffn_input":
+        assert choice.reason == (
+            "the pilot of 1.ffn_input (perplexity 70.00) is better by 10.0% to 30.0% than that of 3.ffn_input "
+            "(100.00), which dispersion proposes"
+        )
+
+
+def test_the_judge_takes_the_best_of_those_that_are_better_beyond_doubt() -> None:
+    """The best pilot of all may be within its interval, and another beyond it."""
+    choice = choose_by(PILOTED, LayerConfig(), NAMES, lambda one, other: APART if one == "0.attn_input" else TOGETHER)
+    assert choice.layer == "0.attn_input"
+
+
+def test_the_judge_keeps_to_candidates_that_the_user_names() -> None:
+    assert choose(PILOTED, LayerConfig(candidates="2-3.ffn_input"), NAMES, APART).layer == "2.ffn_input"
+
+
+def test_the_judge_compares_with_what_dispersion_proposes() -> None:
+    asked = []
+    choose_by(PILOTED, LayerConfig(), NAMES, lambda one, other: asked.append((one, other)) or TOGETHER)
+    assert set(asked) == {(one.layer, "3.ffn_input") for one in PILOTED[:3]}
+
+
+def test_dispersion_alone_tells_of_a_better_pilot_with_the_way_out() -> None:
+    choice = choose(PILOTED, LayerConfig(select="dispersion"), NAMES, APART)
     assert choice.layer == "3.ffn_input"
     assert choice.disagreement == (
-        "the scores disagree: the retrieval probe puts 0.attn_input (0.4000) above the chosen 3.ffn_input (0.3000), "
-        "interval of the difference 0.0100 to 0.0300; `select='0.attn_input'` takes it"
+        "the scores disagree: the pilot of 1.ffn_input (perplexity 70.00) is better by 10.0% to 30.0% than that of "
+        "3.ffn_input (100.00); `select='1.ffn_input'` takes it"
     )
+    assert choose(PILOTED, LayerConfig(select="dispersion"), NAMES, TOGETHER).disagreement is None
 
 
-def test_the_difference_is_that_of_the_highest_probe_and_the_chosen_layer() -> None:
-    asked = []
-    scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
-    choose_by(scores, LayerConfig(), NAMES, lambda one, other: asked.append((one, other)) or TOGETHER)
-    assert asked == [("2.ffn_input", "3.ffn_input")]
+def test_the_best_pilot_chooses_among_candidates_when_asked() -> None:
+    choice = choose(PILOTED, LayerConfig(select="pilot"), NAMES, APART)
+    assert (choice.layer, choice.disagreement) == ("2.ffn_input", None)
+    assert choose(PILOTED, LayerConfig(select="pilot", candidates="all"), NAMES).layer == "1.ffn_input"
 
 
-def test_no_disagreement_within_the_interval_or_where_the_chosen_has_the_highest_probe() -> None:
-    scores = [score("2.ffn_input", 0.6, 0.4), score("3.ffn_input", 0.7, 0.3)]
-    assert choose(scores, LayerConfig(), NAMES, TOGETHER).disagreement is None
-    assert choose(scores, LayerConfig(select="probe"), NAMES, APART).disagreement is None
+def test_layers_that_matter_are_the_chosen_the_last_the_proposed_and_the_best_pilots() -> None:
+    def scored(layer: str, *, pilots: bool = True) -> ScoreResult:
+        scores = [score(f"{block}.ffn_input", 0.5 + block / 10, pilot=90 - block) for block in range(6)]
+        scores[4] = score("4.ffn_input", 1.2, pilot=300.0)
+        scores += [score("final_norm", 0.4, pilot=50.0)]
+        scores = scores if pilots else [replace(one, pilot=math.nan) for one in scores]
+        choice = Choice(layer, "named", ("3.ffn_input", "4.ffn_input", "5.ffn_input"), "")
+        return ScoreResult(tuple(scores), choice, 1, 1, 1, False, {}, {})
+
+    assert layers_that_matter(scored("0.ffn_input"), 1) == ("0.ffn_input",)
+    assert layers_that_matter(scored("0.ffn_input"), 3) == ("0.ffn_input", "4.ffn_input", "5.ffn_input")
+    assert layers_that_matter(scored("5.ffn_input"), 4) == ("3.ffn_input", "4.ffn_input", "5.ffn_input", "final_norm")
+    without = scored("0.ffn_input", pilots=False)
+    assert layers_that_matter(without, 4) == ("0.ffn_input", "3.ffn_input", "4.ffn_input", "5.ffn_input")
 
 
 def test_a_named_layer_is_taken() -> None:
@@ -119,8 +168,9 @@ def test_an_unknown_or_ambiguous_name_is_refused() -> None:
 def test_layers_without_a_probe_are_not_chosen_by_it() -> None:
     """A text of one short document has none: the first candidate used to be taken."""
     none = [score("2.ffn_input", 0.6, math.nan), score("3.ffn_input", 0.7, math.nan)]
-    with pytest.raises(InputError, match="`select='probe'` compares two documents"):
-        choose(none, LayerConfig(select="probe"), NAMES)
-    assert choose(none, LayerConfig(), NAMES).disagreement is None
+    for select in ("probe", "pilot"):
+        with pytest.raises(InputError, match=f"`select='{select}'` compares documents"):
+            choose(none, LayerConfig(select=select), NAMES)
+    assert choose(none, LayerConfig(), NAMES, UNKNOWN).layer == "3.ffn_input"
     some = [score("2.ffn_input", 0.6, math.nan), score("3.ffn_input", 0.7, 0.1)]
     assert choose(some, LayerConfig(select="probe"), NAMES).layer == "3.ffn_input"

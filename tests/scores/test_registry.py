@@ -18,13 +18,19 @@ from knnlm.report.view import make_view
 from knnlm.results import SCORES, Choice, LayerScore
 from knnlm.scores import sample_scores as scores
 from knnlm.scores.dispersion import Span, dispersion
-from knnlm.scores.layer_scorer import FUNCTIONS, SEGMENT_FUNCTIONS, LayerScorer
+from knnlm.scores.layer_scorer import FOR_CHOICE, FUNCTIONS, SEGMENT_FUNCTIONS, LayerScorer
+from knnlm.scores.pilot import Pilot
+from knnlm.scores.sample import Sample
+from knnlm.scores.sample_search import SampleSearch, search_sample
 from tests.sample_results import sample_result, sample_scores
 from tests.source_files import ROOT
 
 NAMES = tuple(kind.name for kind in SCORES)
-LATER = ("participation_ratio", "intrinsic_dimension")
+LATER = ("participation_ratio", "intrinsic_dimension", "pilot")
 """Scores that files of an older version lack."""
+
+
+NONE = np.empty(0)
 
 
 def test_each_score_has_a_field_and_a_function() -> None:
@@ -54,7 +60,12 @@ def test_scorer_gives_each_score_of_what_it_saw() -> None:
     scorer.receive("a", vectors)
     (found,) = scorer.scores()
     sample, cluster = vectors.flatten(0, 1).numpy(), np.repeat(np.arange(4), 25)
-    probe = scores.retrieval_probe(sample, tokens.ravel(), cluster, seed=3)
+    searched = search_sample(Sample(sample, tokens.ravel(), cluster), seed=3)
+    probe = scores.retrieval_probe(searched)
+    asked: list[SampleSearch] = []
+    (piloted,) = scorer.scores(measure_pilot=lambda search: asked.append(search) or Pilot(7.5, NONE, NONE))
+    assert (found.pilot, piloted.pilot) == (pytest.approx(math.nan, nan_ok=True), 7.5)
+    assert np.array_equal(asked[0].distances_QK, searched.distances_QK)
     expected = {
         "dispersion": dispersion(sample),
         "dispersion_within": np.mean([dispersion(row) for row in vectors]),
@@ -65,7 +76,11 @@ def test_scorer_gives_each_score_of_what_it_saw() -> None:
         "participation_ratio": scores.participation_ratio(scores.spectrum(sample)),
         "intrinsic_dimension": scores.intrinsic_dimension(sample, seed=3),
     }
-    assert {name: getattr(found, name) for name in NAMES} == pytest.approx(expected, rel=1e-6)
+    assert {name: getattr(found, name) for name in NAMES if name != "pilot"} == pytest.approx(expected, rel=1e-6)
+    (quick,) = scorer.scores(only=FOR_CHOICE)
+    assert math.isnan(quick.effective_rank)
+    assert (quick.dispersion, quick.probe) == (found.dispersion, found.probe)
+    assert replace(scorer.completed(quick), pilot=0.0) == replace(found, pilot=0.0)
     assert found.probe_interval == probe.interval
 
 
@@ -81,9 +96,10 @@ def test_tables_show_what_is_asked_for(
     show: str | None, in_scores: tuple[str, ...], in_evaluation: tuple[str, ...]
 ) -> None:
     titles = {kind.title: kind for kind in SCORES}
+    best = min(sample_result().layers, key=lambda one: one.perplexity)
     for table, first, names in (
         (score_table(sample_scores(), show), sample_scores().layers[0], in_scores),
-        (eval_table(sample_result(), show), sample_result().layers[0].score, in_evaluation),
+        (eval_table(sample_result(), show), best.score, in_evaluation),
     ):
         columns = {str(column.header): next(iter(column.cells)) for column in table.columns}
         assert [titles[title].name for title in columns if title in titles] == list(names)

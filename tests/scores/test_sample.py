@@ -96,3 +96,24 @@ def test_sample_refuses_what_does_not_fit():
     with pytest.raises(InputError, match=r"\[2, 3\] positions need as many next tokens, got \[3, 2\]"):
         plan.add_batch([Span(0, 0, 2, 0), Span(1, 0, 3, 0)], [[1, 2, 3], [4, 5]])
     assert plan.seen == 0
+
+
+@pytest.mark.parametrize("growth", [1.0, 1e4, 1e-6])
+def test_half_precision_keeps_eleven_bits_whatever_the_range(growth):
+    """Vectors that float16 could not hold beside the first ones lower the factor of all, on which no score depends."""
+    plan = SamplePlan(200, seed=0)
+    whole, half = LayerSample(plan, 8), LayerSample(plan, 8, half=True)
+    generator = torch.manual_seed(0)
+    for number in range(3):
+        vectors = 300 * growth**number * (torch.rand(1, 50, 8, generator=generator) + 1)
+        update = plan.add_batch([Span(0, 0, 50, number)], [np.zeros(50)])
+        for sample in (whole, half):
+            sample.write(vectors, update)
+    exact, found = whole.sample().vectors_MD.astype(np.float64), half.sample().vectors_MD.astype(np.float64)
+    assert half.sample().vectors_MD.dtype == np.float16
+    largest = np.abs(exact).max()
+    factor = (found[np.abs(exact) == largest] / largest)[0]
+    # Numbers a million times smaller than the largest are below float16's normal range.
+    normal = np.abs(exact) > 1e-5 * largest
+    assert found[normal] / exact[normal] == pytest.approx(factor, rel=2.0**-10)
+    assert np.abs(found).max() <= 2**16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,13 +13,15 @@ from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.scores import sample_scores as scores
 from knnlm.scores.dispersion import dispersion
+from knnlm.scores.sample import Sample
 from knnlm.scores.sample_scores import (
+    Probe,
     intrinsic_dimension,
-    probe_difference,
     retrieval_probe,
     spectrum,
     standardized_dispersion,
 )
+from knnlm.scores.sample_search import search_sample
 from knnlm.statistics import t_quantile
 from tests.scores.test_dispersion import pairwise, rogue_vectors
 
@@ -175,6 +176,13 @@ def text_like(rows: int, dim: int, seed: int = 0, noise: float = 1.0):
     return vectors.astype(np.float32), tokens, random.integers(0, 12, rows)
 
 
+def probed(vectors, tokens, clusters, *, neighbors: int = 8, queries: int = 1024, seed: int = 0) -> Probe:
+    """The probe of given vectors."""
+    return retrieval_probe(
+        search_sample(Sample(vectors, tokens, clusters), queries=queries, seed=seed), neighbors=neighbors
+    )
+
+
 def slow_probe(vectors, tokens, clusters, neighbors: int) -> list[float]:
     """Every key asks: the share of its nearest keys from other clusters with its next token."""
     rates = []
@@ -190,9 +198,8 @@ def slow_probe(vectors, tokens, clusters, neighbors: int) -> list[float]:
 @pytest.mark.parametrize(("rows", "neighbors"), [(300, 8), (700, 1), (20, 19), (20, 50)])
 def test_probe_equals_brute_force(rows, neighbors):
     vectors, tokens, clusters = text_like(rows, 10)
-    probe = retrieval_probe(vectors, tokens, clusters, neighbors=neighbors, queries=rows, seed=5)
+    probe = probed(vectors, tokens, clusters, neighbors=neighbors, queries=rows, seed=5)
     assert probe.value == pytest.approx(np.mean(slow_probe(vectors, tokens, clusters, neighbors)), abs=1e-12)
-    assert len(probe.rate_Q) == rows
     assert 0 <= probe.interval.low <= probe.value <= probe.interval.high <= 1
 
 
@@ -201,31 +208,30 @@ def test_probe_looks_at_other_clusters_only():
     vectors = np.repeat(np.arange(8.0), 4)[:, None]
     tokens = np.repeat(np.arange(8), 4)
     own, scattered = np.repeat(np.arange(8), 4), np.tile(np.arange(4), 8)
-    assert retrieval_probe(vectors, tokens, own, neighbors=3, seed=0).value == 0
-    assert retrieval_probe(vectors, tokens, scattered, neighbors=3, seed=0).value == 1
+    assert probed(vectors, tokens, own, neighbors=3, seed=0).value == 0
+    assert probed(vectors, tokens, scattered, neighbors=3, seed=0).value == 1
 
 
 def test_probe_counts_the_neighbors_that_there_are():
     """Two keys in other clusters for one query, three for the others."""
     vectors, tokens = np.arange(4.0)[:, None], np.array([1, 1, 1, 2])
-    probe = retrieval_probe(vectors, tokens, np.array([0, 0, 1, 2]), neighbors=8, seed=0)
+    probe = probed(vectors, tokens, np.array([0, 0, 1, 2]), neighbors=8, seed=0)
     # Rates: 1/2, 1/2, 2/3, 0.
     assert probe.value == pytest.approx((1 / 2 + 1 / 2 + 2 / 3 + 0) / 4)
 
 
 def test_probe_of_one_cluster_knows_nothing():
     vectors, tokens, _ = text_like(50, 4)
-    probe = retrieval_probe(vectors, tokens, np.zeros(50, dtype=np.int64), seed=0)
+    probe = probed(vectors, tokens, np.zeros(50, dtype=np.int64), seed=0)
     assert math.isnan(probe.value)
-    assert (probe.interval, len(probe.rate_Q)) == (Interval(0, 1), 0)
+    assert probe.interval == Interval(0, 1)
 
 
 def test_probe_draws_its_queries_by_the_seed():
     vectors, tokens, clusters = text_like(600, 10)
-    first, again, other = (retrieval_probe(vectors, tokens, clusters, queries=100, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (probed(vectors, tokens, clusters, queries=100, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first.value != other.value
-    assert len(first.rate_Q) == 100
     everything = np.mean(slow_probe(vectors, tokens, clusters, 8))
     assert abs(first.value - everything) < 0.15
 
@@ -233,9 +239,7 @@ def test_probe_draws_its_queries_by_the_seed():
 def test_probe_breaks_ties_without_favour_for_early_keys():
     """All keys are equal; those of the first half share token 0, the others have a token each."""
     tokens = np.where(np.arange(400) < 200, 0, np.arange(400))
-    values = [
-        retrieval_probe(np.ones((400, 3)), tokens, np.arange(400), queries=50, seed=seed).value for seed in range(60)
-    ]
+    values = [probed(np.ones((400, 3)), tokens, np.arange(400), queries=50, seed=seed).value for seed in range(60)]
     # Half of the queries find that half of their neighbours agree. One seed: standard deviation 0.09.
     assert np.mean(values) == pytest.approx(0.25, abs=0.05)
 
@@ -248,7 +252,7 @@ def worth(clusters) -> float:
 
 def test_probe_interval_is_the_jackknife_over_clusters():
     vectors, tokens, clusters = text_like(60, 5)
-    probe = retrieval_probe(vectors, tokens, clusters % 3, queries=60, seed=0)
+    probe = probed(vectors, tokens, clusters % 3, queries=60, seed=0)
     rates = np.array(slow_probe(vectors, tokens, clusters % 3, 8))
     without = np.array([rates[clusters % 3 != cluster].mean() for cluster in range(3)])
     error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
@@ -258,24 +262,9 @@ def test_probe_interval_is_the_jackknife_over_clusters():
     assert probe.interval.high == pytest.approx(min(1, centre + quantile * error), abs=1e-9)
 
 
-def test_probe_difference_is_paired():
-    """Query by query, by clusters; several comparisons widen it."""
-    one, other = (retrieval_probe(*text_like(60, 5, noise=noise), seed=0) for noise in (0.7, 1.0))
-    one, other = (replace(probe, cluster_Q=probe.cluster_Q % 3) for probe in (one, other))
-    rates = one.rate_Q - other.rate_Q
-    without = np.array([rates[one.cluster_Q != cluster].mean() for cluster in range(3)])
-    error = math.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum())
-    centre = 3 * rates.mean() - 2 * without.mean()
-    for comparisons in (1, 12):
-        quantile = t_quantile(worth(one.cluster_Q) - 1, comparisons=comparisons)
-        found = probe_difference(one, other, comparisons=comparisons)
-        assert found.low == pytest.approx(max(-1, centre - quantile * error), abs=1e-5)
-        assert found.high == pytest.approx(min(1, centre + quantile * error), abs=1e-5)
-
-
 def test_probe_ranks_layers_that_know_more():
     noisy, clear = (text_like(500, 10, noise=noise) for noise in (3.0, 0.5))
-    assert retrieval_probe(*noisy, seed=0).interval.high < retrieval_probe(*clear, seed=0).interval.low
+    assert probed(*noisy, seed=0).interval.high < probed(*clear, seed=0).interval.low
 
 
 # ---- bad input
@@ -294,6 +283,8 @@ def test_score_needs_two_finite_vectors(score):
 def test_probe_needs_two_vectors_a_neighbor_and_a_query():
     vectors, tokens, clusters = text_like(10, 3)
     with pytest.raises(InputError, match="at least 2 vectors"):
-        retrieval_probe(vectors[:1], tokens[:1], clusters[:1], seed=0)
-    with pytest.raises(InputError, match="got 0 and 5"):
-        retrieval_probe(vectors, tokens, clusters, neighbors=0, queries=5, seed=0)
+        probed(vectors[:1], tokens[:1], clusters[:1], seed=0)
+    with pytest.raises(InputError, match="at least 1 neighbor, got 0"):
+        probed(vectors, tokens, clusters, neighbors=0)
+    with pytest.raises(InputError, match="of 1 query, got 128 and 0"):
+        probed(vectors, tokens, clusters, queries=0)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knnlm.errors import InputError
-from knnlm.text.held_out import MIN_SLICE, hold_out, keep_back, split_documents, take_slices
+from knnlm.text.held_out import MIN_SLICE, hold_out, keep_back, split_documents, take_sample, take_slices
+from knnlm.text.windows import TokenDocument
 from tests.text.test_windows import document, documents
 
 
@@ -237,3 +238,16 @@ def test_of_few_documents_short_sections_are_kept_back():
     assert len(evaluation) == 3
     assert {len(one.tokens) for one in evaluation} <= {1024 - 128, 1024 - 256}
     assert sum(len(one.tokens) for one in [*training, *evaluation]) == 300_000 - 3 * 512
+
+
+def test_a_sample_of_one_long_document_is_spread_over_it() -> None:
+    """`take_slices` would give one run of a novel; each of its runs of 500 tokens is a document here."""
+    novel = TokenDocument(np.arange(10_000, dtype=np.int32), "novel", 1)
+    found = take_sample([novel], 2048, run=1000, seed=0)
+    assert sum(len(one.tokens) for one in found) <= 2048
+    assert len(found) == 4
+    places = [int(one.tokens[0]) // 1000 for one in found]
+    assert len(set(places)) == 4
+    assert max(places) - min(places) >= 5
+    assert all(int(one.tokens[-1]) // 1000 == place for one, place in zip(found, places, strict=True))
+    assert take_sample([novel], 20_000, run=20_000, seed=0)[0].tokens.tolist() == list(range(10_000))
