@@ -115,7 +115,7 @@ def test_table_of_scores_has_every_score_and_marks_the_chosen_layer() -> None:
     heads, *rows = cells(found._repr_html_())
     assert heads == ["layer", *(kind.title for kind in SCORES)] and len(rows) == 40
     assert [row[0] for row in rows if "◀" in row[0]] == ["3.ffn_input ◀ chosen"]
-    assert rows[0][1:] == ["0.5000", "0.4000", "0.3000", "0.2000", "12.0", "0.600", UNKNOWN, UNKNOWN]
+    assert rows[0][1:] == ["0.5000", "0.4000", "0.3000", "0.2000", "12.0", "0.600", UNKNOWN, UNKNOWN, UNKNOWN]
 
 
 TABLES = {result._repr_html_(): type(result).__name__ for result in results() if result._repr_html_()}

@@ -151,6 +151,6 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
 
 def _told(better: LayerScore, chosen: LayerScore, change: Interval) -> str:
     return (
-        f"the pilot of {better.layer} (perplexity {better.pilot:.2f}) is better by {-change.high:.1%} to "
+        f"{better.layer} has a pilot (perplexity {better.pilot:.2f}) that is better by {-change.high:.1%} to "
         f"{-change.low:.1%} than that of {chosen.layer} ({chosen.pilot:.2f})"
     )

@@ -99,7 +99,7 @@ def test_dispersion_proposes_and_the_pilot_judges(difference: Interval, taken: s
     assert (choice.layer, choice.select, choice.disagreement) == (taken, "auto", None)
     if taken == "1.ffn_input":
         assert choice.reason == (
-            "the pilot of 1.ffn_input (perplexity 70.00) is better by 10.0% to 30.0% than that of 3.ffn_input "
+            "1.ffn_input has a pilot (perplexity 70.00) that is better by 10.0% to 30.0% than that of 3.ffn_input "
             "(100.00), which dispersion proposes"
         )
 
@@ -124,8 +124,8 @@ def test_dispersion_alone_tells_of_a_better_pilot_with_the_way_out() -> None:
     choice = choose(PILOTED, LayerConfig(select="dispersion"), NAMES, APART)
     assert choice.layer == "3.ffn_input"
     assert choice.disagreement == (
-        "the scores disagree: the pilot of 1.ffn_input (perplexity 70.00) is better by 10.0% to 30.0% than that of "
-        "3.ffn_input (100.00); `select='1.ffn_input'` takes it"
+        "the scores disagree: 1.ffn_input has a pilot (perplexity 70.00) that is better by 10.0% to 30.0% than that "
+        "of 3.ffn_input (100.00); `select='1.ffn_input'` takes it"
     )
     assert choose(PILOTED, LayerConfig(select="dispersion"), NAMES, TOGETHER).disagreement is None
 

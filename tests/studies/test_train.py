@@ -101,7 +101,7 @@ def test_result_is_a_model_folder_with_what_happened(gpt2_folder, text_file, tmp
     lm = load_model(tmp_path / "out")
     assert lm.model.config.use_cache is True
     assert not same(weights(gpt2_folder), weights(tmp_path / "out"))
-    assert score(lm, [text_file], settings=Settings(text=TextConfig(context=32, max_tokens=500))).tokens > 490
+    assert score(lm, [text_file], settings=Settings(text=TextConfig(context=32, max_tokens=500))).tokens > 480
 
 
 def test_validation_perplexity_is_that_of_transformers_on_the_held_out_tenth(gpt2_folder, text_file, tmp_path):

@@ -1,6 +1,6 @@
 """Published perplexities on WikiText-103, measured again: the plain LM, and the kNN-LM in three ways.
 
-Windows and targets are those of neulab/knn-transformers (`--protocol knn-transformers`): blocks of 1,024 tokens, 512
+Windows and targets are those of neulab/knn-transformers (`protocol='knn-transformers'`): blocks of 1,024 tokens, 512
 of them new, of groups of 1,000 rows.
 """
 
