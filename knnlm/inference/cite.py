@@ -45,7 +45,8 @@ class CitedDocument:
     log_prob_without: float
     """log p of the tokens with a datastore without it, in nats: its keys masked, and as many others in their place."""
     gain: float
-    """log p with it minus that, in nats: what it is worth here. Below 0 where it speaks for other tokens."""
+    """log p with it minus that, in nats: what it is worth here. Below 0 where it speaks for other tokens. Tokens that
+    are impossible with it and without do not count."""
     overlap: int
     """Tokens of the longest run that stands in it verbatim: a long one is copied, a short one in other words."""
     verbatim: str
@@ -87,7 +88,7 @@ class Citations:
         self._tokens_P: NDArray[np.int64] = np.repeat(np.arange(len(found)), sizes)
         self._documents_P = np.concatenate([one.documents_M for one in found])
         self._shares_P = np.concatenate([one.shares_M for one in found])
-        self._gains_P = np.concatenate([_gains(one) for one in found])
+        self._without_P = np.concatenate([one.without_M for one in found])
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -115,24 +116,44 @@ class Citations:
         inside_P = (self._tokens_P >= first) & (self._tokens_P < last)
         named, at_P = np.unique(self._documents_P[inside_P], return_inverse=True)
         shares_M = np.bincount(at_P, self._shares_P[inside_P], len(named)) / (last - first)
-        gains_M = np.bincount(at_P, self._gains_P[inside_P], len(named))
-        log_prob = float(self._log_probs_T[first:last].sum())
+        log_probs_T = self._log_probs_T[first:last]
+        with_P, without_P = self._log_probs_T[self._tokens_P[inside_P]], self._without_P[inside_P]
+        gains_M = _gains(with_P, without_P, at_P, len(named))
+        without_M = _without(log_probs_T, with_P, without_P, at_P, len(named))
         runs = self._memory.text.longest_runs(self._tokens[first:last])
         documents = []
         for at in np.argsort(-gains_M, kind="stable"):
-            run, gain = runs.get(int(named[at]), LongestRun(0, -1)), float(gains_M[at])
+            run = runs.get(int(named[at]), LongestRun(0, -1))
             verbatim = "".join(self.pieces[first + run.last + 1 - run.tokens : first + run.last + 1])
             name = self._memory.documents.name(int(named[at]))
-            told = CitedDocument(*name, float(shares_M[at]), log_prob - gain, gain, run.tokens, verbatim)
-            documents.append(told)
-        return Citation(log_prob, float(self._lm_shares_T[first:last].mean()), tuple(documents))
+            figures = float(shares_M[at]), float(without_M[at]), float(gains_M[at])
+            documents.append(CitedDocument(*name, *figures, run.tokens, verbatim))
+        return Citation(float(log_probs_T.sum()), float(self._lm_shares_T[first:last].mean()), tuple(documents))
 
 
-def _gains(one: Support) -> Floats:
-    """Log p minus that without each document; 0 where the token is impossible with it and without."""
+def _gains(with_P: Floats, without_P: Floats, at_P: NDArray[np.int64], count: int) -> Floats:
+    """Sums [M] of log p minus that without the document; 0 where the text is impossible either way."""
     with np.errstate(invalid="ignore"):
-        gains_M = one.log_prob - one.without_M
+        gains_P = with_P - without_P
+    gains_M = np.bincount(at_P, np.where(np.isnan(gains_P), 0.0, gains_P), count)
     return np.where(np.isnan(gains_M), 0.0, gains_M)
+
+
+def _without(log_probs_T: Floats, with_P: Floats, without_P: Floats, at_P: NDArray[np.int64], count: int) -> Floats:
+    """Sums [M] of log p without each document. Impossible tokens are counted apart: infinity cannot be taken away."""
+    possible_M, impossible_M = (
+        part(log_probs_T).sum() + np.bincount(at_P, part(without_P) - part(with_P), count)
+        for part in (_possible, _impossible)
+    )
+    return np.where(impossible_M > 0, -np.inf, possible_M)
+
+
+def _possible(log_probs: Floats) -> Floats:
+    return np.where(np.isneginf(log_probs), 0.0, log_probs)
+
+
+def _impossible(log_probs: Floats) -> Floats:
+    return np.isneginf(log_probs).astype(np.float64)
 
 
 class Citer:

@@ -59,8 +59,9 @@ class StoreText:
         places = [self.places(token) for token in run]
         rarest = min(range(len(run)), key=lambda number: len(places[number]))
         begins = places[rarest] - rarest
+        begins = begins[begins > 0]
         for number, token in enumerate(run):
-            # A border comes before every first token, so that no place is before the text.
+            # A border comes after every last token, so that no place is behind the text.
             begins = begins[self._tokens_P[begins + number] == token]
         found = np.unique(self._tokens_P[begins + len(run)])
         followers: NDArray[np.int32] = found[found != _BORDER]

@@ -109,14 +109,15 @@ def support(found: Neighborhood, documents_K: Ids, token: int, lm_log_prob: floa
     documents_M, place_K = np.unique(documents_K, return_inverse=True)
     voters = slice(0, setting.k)
     mass_2K = _masses(found, token, setting.temperature)
-    (knn,), (lam,) = _share(mass_2K[:, voters].sum(axis=1, keepdims=True)), _lambda(found, setting)
-    log_prob = _log_prob(np.array([knn]), lm_log_prob, np.array([lam]))[0]
-    votes_M = np.bincount(place_K[voters], mass_2K[1, voters], len(documents_M))
-    scale = np.exp(-log_prob) / (mass_2K[0, voters].sum() or 1) if np.isfinite(log_prob) else 0.0
-    without_M = _without(found, place_K, mass_2K, lm_log_prob, token, setting)
+    total_21, (lam,) = mass_2K[:, voters].sum(axis=1, keepdims=True), _lambda(found, setting)
+    log_prob = float(_log_prob(_share(total_21), lm_log_prob, np.array([lam]))[0])
     among = np.unique(place_K[voters])
-    lm_share = float((1 - lam) * np.exp(lm_log_prob - log_prob)) if np.isfinite(log_prob) else 0.0
-    return Support(float(log_prob), lm_share, documents_M[among], (lam * scale * votes_M)[among], without_M[among])
+    votes_M = np.bincount(place_K[voters], mass_2K[1, voters], len(documents_M))[among]
+    with np.errstate(divide="ignore"):
+        terms = np.append(np.log(lam * votes_M / (total_21[0] or 1)), np.log1p(-lam) + lm_log_prob)
+    *shares, lm_share = np.exp(terms - log_prob) if np.isfinite(log_prob) else np.zeros(len(terms))
+    without_M = _without(found, place_K, mass_2K, lm_log_prob, token, setting)
+    return Support(log_prob, float(lm_share), documents_M[among], np.array(shares), without_M[among])
 
 
 def _masses(found: Neighborhood, token: int, temperature: float) -> Floats:

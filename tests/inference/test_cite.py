@@ -44,7 +44,9 @@ class Stores:
         settings = Settings(
             text=TextConfig(context=32, stride=16), layers=LayerConfig(layers=LAYER), key_dtype="float32"
         )
-        return build(self.lm, [write_jsonl(self.folder / f"{without}.jsonl", kept)], out, settings=settings)
+        text = [write_jsonl(self.folder / f"{without}.jsonl", kept)]
+        # With a text to fit on, none of this one is kept back.
+        return build(self.lm, text, out, eval_text=text, settings=settings)
 
     def model(self, setting: Mix, without: int | None = None) -> KNNLM:
         model = KNNLM.from_store(self.build(without), LAYER, 2, 1.0, 0.5, lm=self.lm)
@@ -134,6 +136,21 @@ def test_lambda_zero_cites_the_lm_alone(stores, text) -> None:
     assert cited.lm_share == pytest.approx(1) and all(one.share == one.gain == 0 for one in cited.documents)
 
 
+def test_impossible_tokens_are_told_as_deletion_has_them(stores, text) -> None:
+    """λ is 1: without a document a token may become impossible, or possible, as others move up."""
+    setting = Mix(8, 1.0, 1.0)
+    cited, now = stores.model(setting).cite(text), log_probs(stores.model(setting), text)
+    gone = {number: log_probs(stores.model(setting, number), text) for number in (4, 9)}
+    rescued = 0
+    for first, last in [(place, place + 1) for place in range(len(cited))] + [(0, 9), (5, 40), (0, len(cited))]:
+        for one in cited.span(first, last).documents:
+            assert not math.isnan(one.gain) and not math.isnan(one.log_prob_without)
+            if one.number in gone:
+                assert one.log_prob_without == pytest.approx(gone[one.number][first:last].sum(), abs=1e-3)
+                rescued += bool(np.isneginf(now[first:last].sum())) and np.isfinite(one.log_prob_without)
+    assert np.isneginf(now).any() and rescued
+
+
 def test_what_cannot_be_cited_is_refused(stores) -> None:
     model = stores.model(SETTINGS["fixed"])
     for text in ("", "a"):
@@ -143,6 +160,20 @@ def test_what_cannot_be_cited_is_refused(stores) -> None:
         model.cite("x" * 200)
     with pytest.raises(InputError, match="tokens 3 to 3 are no part"):
         model.cite("the nurse").span(3, 3)
+
+
+def test_documents_cut_between_parts_are_whole(stores, text, tmp_path, monkeypatch) -> None:
+    model = stores.model(SETTINGS["gated"])
+    monkeypatch.setattr("knnlm.store.writer.PART_ROWS", 100)
+    store = replace(stores, folder=tmp_path).build()
+    assert len(store.manifest.parts) > DOCUMENTS
+    cut = KNNLM.from_store(store, LAYER, 2, 1.0, 0.5, lm=stores.lm)
+    cut.retrieval = replace(cut.retrieval, setting=model.retrieval.setting)
+    found, due = (one.cite(texts(0, DOCUMENTS)[3][150:300]).whole.documents for one in (cut, model))
+    assert [(one.number, one.overlap, one.verbatim) for one in found] == [
+        (one.number, one.overlap, one.verbatim) for one in due
+    ]
+    np.testing.assert_allclose([one.gain for one in found], [one.gain for one in due], atol=1e-3)
 
 
 ASKED = ("--layer", LAYER, "--k", 64, "--temperature", 4, "--lambda", 0.6)

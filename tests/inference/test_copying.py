@@ -63,6 +63,13 @@ def test_followers_and_longest_runs_equal_a_comparison_of_all_places(documents, 
             assert any(one[at : at + length] == part for at in range(len(one)))
 
 
+def test_a_run_longer_than_the_whole_text_has_no_followers() -> None:
+    """Its rarest token is the last one, so that it would begin long before the text."""
+    text = make_text([[3, 5, 5]])
+    assert not len(text.followers([*[5] * 9, 3]))
+    assert text.followers([3, 5]).tolist() == [5]
+
+
 def copying(model: KNNLM) -> KNNLM:
     """The model with a setting under which it copies whole sentences."""
     model.retrieval = replace(model.retrieval, setting=Mix(2, 1.0, 0.999))

@@ -28,16 +28,21 @@ def make_store(rng: np.random.Generator, documents: int) -> SimpleNamespace:
 
 
 class Line:
-    """A searcher of keys on a line."""
+    """A searcher of keys on a line.
 
-    def __init__(self, store: SimpleNamespace, keys_N: np.ndarray) -> None:
-        self.store, self.keys_N, self.searched = store, keys_N, 0
+    :param reached: how many of the keys it finds, as an index does that visits some of its lists.
+    """
+
+    def __init__(self, store: SimpleNamespace, keys_N: np.ndarray, reached: int = KEYS) -> None:
+        self.store, self.keys_N, self.searched, self.reached = store, keys_N, 0, reached
 
     def neighbors(self, vectors_QD: np.ndarray, k: int) -> Neighbors:
         self.searched += len(vectors_QD)
         distances_QN = ((vectors_QD[:, :1] - self.keys_N) ** 2).astype(np.float32)
+        distances_QN[:, ::-1][:, self.reached :] = np.inf
         ids_QK = np.argsort(distances_QN, axis=1, kind="stable")[:, :k]
-        return Neighbors(np.take_along_axis(distances_QN, ids_QK, 1), ids_QK)
+        distances_QK = np.take_along_axis(distances_QN, ids_QK, 1)
+        return Neighbors(distances_QK, np.where(np.isfinite(distances_QK), ids_QK, -1))
 
 
 def slow(distances: list[float], values: list[int], token: int, lm: float, setting: Mix) -> float:
@@ -61,16 +66,19 @@ def slow(distances: list[float], values: list[int], token: int, lm: float, setti
     k=st.sampled_from([1, 5, 20, 140, 290]),
     temperature=st.sampled_from([1e-3, 0.5, 100.0]),
     gate=st.sampled_from([None, Gate(1.0, -0.5, -0.7)]),
+    reached=st.sampled_from([KEYS, 200, 7]),
 )
-def test_masking_equals_a_loop_over_documents(seed, documents, k, temperature, gate) -> None:
+def test_masking_equals_a_loop_over_documents(seed, documents, k, temperature, gate, reached) -> None:
+    """Of the neighbours that an index finds, however deep it is asked for."""
     rng = np.random.default_rng(seed)
     store, setting = make_store(rng, documents), Mix(k, temperature, 0.6, gate)
-    known, searcher = DocumentMap(store), Line(store, rng.normal(0, 3, KEYS))
+    known, searcher = DocumentMap(store), Line(store, rng.normal(0, 3, KEYS), reached)
     queries, token, lm = rng.normal(0, 3, (4, 1)).astype(np.float32), 2, 0.05
     for query, found in zip(queries, deep_neighbors(searcher, queries, k, known), strict=True):
         told = support(found, known.of(found.rows_K), token, math.log(lm), setting)
         distances_N = ((query - searcher.keys_N) ** 2).astype(np.float32)
         order = np.argsort(distances_N, kind="stable")
+        order = order[order >= KEYS - reached]
         of_N = known.of(order)
         every = [float(distances_N[row]) for row in order], store.values[order].tolist()
         assert told.log_prob == pytest.approx(slow(*every, token, lm, setting), abs=1e-5)
@@ -107,3 +115,11 @@ def test_without_neighbours_the_lm_has_it_all() -> None:
     told = support(empty, np.empty(0, np.int64), 3, math.log(0.2), Mix(4, 1.0, 0.5))
     assert told.log_prob == pytest.approx(math.log(0.2)) and told.lm_share == pytest.approx(1)
     assert not len(told.documents_M)
+
+
+def test_a_token_that_is_all_but_impossible_has_shares() -> None:
+    """p_LM below what float64 holds."""
+    found = Neighborhood(np.zeros(3, np.float32), np.arange(3), np.array([1, 1, 2], np.int32))
+    told = support(found, np.array([0, 0, 1]), 3, -1000.0, Mix(2, 1.0, 0.5))
+    assert told.log_prob == pytest.approx(math.log(0.5) - 1000)
+    assert told.lm_share == pytest.approx(1) and told.shares_M.tolist() == [0]

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import torch
 
 from knnlm import KNNLM
 from knnlm.errors import InputError
@@ -13,6 +14,7 @@ from knnlm.inference.writer import Decoding, Writer
 from knnlm.server.service import Service
 from tests.evaluation.test_evaluate_oracle import texts
 from tests.inference.test_copying import longest_copied
+from tests.server.test_chat import MESSAGES, TEMPLATE, WRITTEN
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, make_service, running
 
 PROMPT = "the nurse counts a pulse"
@@ -21,7 +23,9 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def server(store_folder):
-    with running(make_service(store_folder)) as found:
+    service = make_service(store_folder)
+    service.lm.tokenizer.chat_template = TEMPLATE
+    with running(service) as found:
         yield found
 
 
@@ -39,6 +43,10 @@ def knn(server, store_folder):
 
 def ask(client: openai.OpenAI, prompt=PROMPT, *, knn: dict, **options):
     return client.completions.create(model=NAME, prompt=prompt, extra_body={"knn": knn}, **options)
+
+
+def chat(client: openai.OpenAI, *, knn: dict, **options):
+    return client.chat.completions.create(model=NAME, messages=MESSAGES, extra_body={"knn": knn}, **options)
 
 
 def test_citations_of_an_answer_are_those_of_its_tokens(client, server, knn) -> None:
@@ -69,6 +77,38 @@ def test_only_who_asks_is_told_and_a_stream_tells_at_its_end(client) -> None:
         )
     assert ask(client, knn={}, **GREEDY).choices[0].citations is None
     assert ask(client, knn={"citations": True}, max_tokens=0).choices[0].citations is None
+
+
+def test_a_chat_is_cited_as_the_completion_of_its_template(client, server, knn) -> None:
+    prompt = server.service.lm.tokenizer(WRITTEN, add_special_tokens=False)["input_ids"]
+    answer = chat(client, knn={"citations": True}, logprobs=True, **GREEDY).choices[0]
+    due = ask(client, [prompt], knn={"citations": True}, **GREEDY).choices[0]
+    assert answer.message.content == due.text and answer.citations == due.citations
+    told, count = answer.citations, len(answer.logprobs.content)
+    assert told["log_prob"] == pytest.approx(sum(one.logprob for one in answer.logprobs.content), abs=1e-4)
+    ids = knn.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)[0].tolist()
+    expected = knn.citer.tokens(ids, len(prompt), knn.retrieval).whole
+    assert len(told["documents"]) == len(expected.documents) > 1
+    for one, other in zip(told["documents"], expected.documents, strict=True):
+        assert one["gain"] == pytest.approx(other.gain, abs=1e-5)
+        assert one["share"] == pytest.approx(other.share, abs=1e-5)
+    assert chat(client, knn={}, **GREEDY).choices[0].citations is None
+
+
+def test_a_streamed_chat_cites_at_the_end_of_each_choice(client) -> None:
+    options = {"knn": {"citations": True}, "seed": 3, "n": 2, "max_tokens": 9}
+    whole = chat(client, **options)
+    pieces = list(chat(client, **options, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1].choices == []  # the count of tokens comes after all citations
+    for choice in whole.choices:
+        own = [one.choices[0] for one in pieces[:-1] if one.choices[0].index == choice.index]
+        assert "".join(one.delta.content for one in own) == choice.message.content
+        assert len(own) > 1 and [bool(one.citations) for one in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].finish_reason and own[-1].citations["lm_share"] == pytest.approx(choice.citations["lm_share"])
+        gains = [[one["gain"] for one in found["documents"]] for found in (own[-1].citations, choice.citations)]
+        assert gains[0] == pytest.approx(gains[1], abs=1e-5)
+    plain = list(chat(client, knn={}, stream=True, **GREEDY))
+    assert all(one.citations is None for piece in plain for one in piece.choices)
 
 
 def test_a_request_has_its_own_guard_among_others(client, server, knn) -> None:
