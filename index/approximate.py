@@ -52,6 +52,11 @@ class ApproximateIndex(VectorIndex):
         return self.native.size_bytes
 
     @property
+    def indexed(self) -> int:
+        """Keys that FAISS has."""
+        return len(self.native)
+
+    @property
     def effort(self) -> Effort | None:
         """`nprobe` or `efSearch`; None if every search scans all keys."""
         return self.native.effort

@@ -50,6 +50,11 @@ class VectorIndex(ABC):
         return 0
 
     @property
+    def indexed(self) -> int:
+        """Keys that the index itself has."""
+        return len(self)
+
+    @property
     def parameters(self) -> Mapping[str, float]:
         """The tuned parameters: `nprobe` or `efSearch`, and `overfetch`; empty for exact search."""
         return {}

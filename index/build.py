@@ -16,7 +16,7 @@ from index.approximate import ApproximateIndex
 from index.base import VectorIndex
 from index.errors import InvalidKeys, InvalidQuery, TooFewKeys
 from index.exact import ExactIndex
-from index.faiss_index import FaissIndex, create_index
+from index.faiss_index import create_index
 from index.metric import Metric
 from index.recall import make_trial
 from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, rows_in, spread_ids
@@ -63,7 +63,7 @@ def build_index(
         tell(len(source), len(source))
         return ExactIndex(source, metric)
     index = _start(source, resolved, Metric(metric), seed, tell)
-    _add(index.native, source, index.centre_D, resolved, tell)
+    add_keys(index, source, tell)
     if recall_target is not None:
         tune_index(index, k=k, recall_target=recall_target, seed=seed)
     return index
@@ -129,11 +129,16 @@ def _start(source: VectorSource, spec: IndexSpec, metric: Metric, seed: int, tel
     return ApproximateIndex(source, metric, spec=spec.text, native=native, centre_D=centre_D, overfetch=spec.overfetch)
 
 
-def _add(native: FaissIndex, source: VectorSource, centre_D: Floats, spec: IndexSpec, tell: Progress) -> None:
-    rows = len(source) if spec.whole_at_once else rows_in(BLOCK_BYTES, source.dim)
-    for first, keys_ND in blocks(source, rows):
-        native.add(_finite(keys_ND, np.arange(first, first + len(keys_ND))) - centre_D)
-        tell(len(native), len(source))
+def add_keys(index: ApproximateIndex, keys: VectorSource, progress: Progress | None = None) -> None:
+    """Append further keys to a trained index.
+
+    :raises InvalidKeys: NaN or infinity among them; the message names the row.
+    """
+    native, tell = index.native, progress or _tell_nobody
+    rows = len(keys) if parse_spec(index.spec).whole_at_once else rows_in(BLOCK_BYTES, keys.dim)
+    for first, keys_ND in blocks(keys, rows):
+        native.add(_finite(keys_ND, np.arange(first, first + len(keys_ND))) - index.centre_D)
+        tell(first + len(keys_ND), len(keys))
 
 
 def _finite(keys_ND: Floats, ids_N: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:

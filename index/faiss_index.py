@@ -145,6 +145,11 @@ class FaissIndex:
             else:
                 self._native.add(keys_ND)
 
+    def reset(self) -> None:
+        """Remove all keys; what was learned stays."""
+        self._size = None
+        self._native.reset()
+
     def propose(self, queries_QD: Floats, k: int) -> Ids:
         """Return ids of about the k nearest keys, nearest first; -1 where fewer are found."""
         return self.search(queries_QD, k)[1]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from index.approximate import ApproximateIndex
 from index.base import VectorIndex
+from index.covered import Cover, CoveredIndex
 from index.errors import CorruptIndex, FaissFailed, IndexExists, UnknownSpec
 from index.exact import ExactIndex
 from index.faiss_index import VERSION, create_index, read_index
@@ -64,6 +65,18 @@ def open_index(saved: str | Path | SavedIndex, source: VectorSource, *, metric: 
     return _open_approximate(saved, source)
 
 
+def open_covered(saved: SavedIndex, source: VectorSource, cover: Cover) -> CoveredIndex:
+    """Open a saved index over keys that have changed since it was built.
+
+    :param cover: which of its keys are which rows of the source.
+    :raises CorruptIndex: a file was changed, or the index is of other keys.
+    """
+    saved.check_files()
+    saved.compare(saved.folder, "dimension", saved.manifest.dim, source.dim)
+    saved.compare(saved.folder, "number of keys", saved.manifest.count, cover.indexed)
+    return CoveredIndex(source, Metric(saved.manifest.metric), _open_approximate(saved, source), cover)
+
+
 def verify(folder: str | Path) -> IndexManifest:
     """Read every byte of a saved index and verify its checksums.
 
@@ -91,7 +104,7 @@ def _write_files(index: VectorIndex, folder: Path, recall: Recall | None) -> Ind
         spec=index.spec,
         metric=index.metric.value,
         dim=index.dim,
-        count=len(index),
+        count=index.indexed,
         parameters=dict(index.parameters),
         recall=recall,
         keys=fingerprint(index.source),

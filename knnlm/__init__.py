@@ -11,7 +11,7 @@ Names are loaded lazily, on first use, so that `import knnlm` is fast. `help(knn
 
 models    load_model, random_model, LanguageModel
 verbs     run, score, build, evaluate, rank_models, score_vectors
-store     open_datastore, Datastore, index_layer, push
+store     open_datastore, Datastore, index_layer, add, remove, compact, merge, push
 use       KNNLM for generate(), register_lm_eval for lm-evaluation-harness
 settings  Settings, TextConfig, LayerConfig, KNNConfig, EvalConfig
 results   EvalResult, LayerResult, Perplexity, ByQuery, Choice, Regret, Correlation, IndexReport, Interval
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from knnlm.knn.indexing import index_layer
     from knnlm.model.lm import LanguageModel
     from knnlm.model.loading import load_model, random_model
-    from knnlm.pipeline import build, evaluate, run, score
+    from knnlm.pipeline import add, build, compact, evaluate, merge, remove, run, score
     from knnlm.results import (
         ByQuery,
         Choice,
@@ -126,7 +126,9 @@ if TYPE_CHECKING:
         "Validation",
         "VectorScores",
         "__version__",
+        "add",
         "build",
+        "compact",
         "different_token_distance",
         "distance_between",
         "evaluate",
@@ -134,11 +136,13 @@ if TYPE_CHECKING:
         "load_model",
         "mean_distance",
         "measure_slices",
+        "merge",
         "open_datastore",
         "push",
         "random_model",
         "rank_models",
         "register_lm_eval",
+        "remove",
         "run",
         "score",
         "score_vectors",
@@ -176,8 +180,12 @@ _NAMES = {
         "random_model",
     ),
     "pipeline": (
+        "add",
         "build",
+        "compact",
         "evaluate",
+        "merge",
+        "remove",
         "run",
         "score",
     ),

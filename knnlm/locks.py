@@ -93,17 +93,21 @@ def sweep(parent: Path, pattern: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder for the duration of the block, waiting until it is free.
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Lock a folder for the duration of the block.
 
     The lock is on the folder itself, so that nothing is written into it. Yields True, or False, without waiting, if the
     file system has no locks.
+    :param wait: until the folder is free.
+    :raises BlockingIOError: it is not free, and `wait` is false.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             alone = True
+        except BlockingIOError:
+            raise
         except OSError:
             alone = False
         yield alone

@@ -337,7 +337,7 @@ def _check_writable(path: Path, field: str) -> None:
 
 def _store_files(folder: Path, document: Mapping[str, Any]) -> Iterator[str]:
     layers = list(document["layers"])
-    yield from (f"index/{layer}/{name}" for layer in layers for name in INDEX_FILES)
+    yield from (f"index/{place}/{name}" for place in _index_folders(folder, layers) for name in INDEX_FILES)
     if document.get("version") == 1:
         yield from _files_of_version_1(document)
         return
@@ -345,6 +345,14 @@ def _store_files(folder: Path, document: Mapping[str, Any]) -> Iterator[str]:
     # Those of a killed process too, which no manifest lists.
     for name in {*(one["name"] for one in document["parts"]), *_names_of_parts(folder)}:
         yield from (f"{PARTS}/{name}/{file}" for file in (*PART_FILES, *(f"keys/{layer}.npy" for layer in layers)))
+
+
+def _index_folders(folder: Path, layers: Sequence[str]) -> Iterator[str]:
+    """A layer's index is in a folder of its name, and after changes in one with the generation behind that."""
+    yield from layers
+    if (folder / "index").is_dir():
+        names = (BEFORE_ITS_RENAME.sub(r"\1\2", path.name) for path in (folder / "index").iterdir())
+        yield from (name for name in names if re.sub(r"~[0-9]+$", "", name) in layers)
 
 
 def _names_of_parts(folder: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +20,11 @@ FitText = Annotated[
     list[str] | None,
     typer.Option("--eval-text", help="Text to fit k, λ and T on; default: about 1 % of the text is kept back."),
     Place(),
+]
+
+
+Frame = Annotated[
+    Path | None, typer.Option("--frame", help="Datastore whose layers, centres and windows are taken, to merge both.")
 ]
 
 
@@ -58,6 +64,7 @@ def build(
     eval_text: FitText = None,
     given: BuildOptions,
     output: options.Output,
+    frame: Frame = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -68,12 +75,14 @@ def build(
     settings = given.settings()
     from knnlm.places import as_list, check_new_folder, work_of
 
-    work = work_of("build", model, text, eval_text, settings)
+    work = work_of("build", model, text, eval_text, settings, frame and str(frame))
     check_new_folder(out, overwrite=overwrite, inputs=(model, *text, *as_list(eval_text)), work=work)
     check_texts([*text, *(eval_text or ())], text_field=given.rows.text_field)
     screen = output.screen()
     lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline
 
-    store = build_pipeline(lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen)
+    store = build_pipeline(
+        lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, frame=frame, progress=screen
+    )
     show_store(store.describe(), screen)

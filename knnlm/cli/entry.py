@@ -15,6 +15,7 @@ import typer.exceptions
 
 from knnlm.cli import (
     build,
+    changes,
     correlate,
     evaluate,
     explain,
@@ -47,6 +48,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "score": score.score,
     "build": build.build,
     "eval": evaluate.evaluate,
+    "add": changes.add,
+    "remove": changes.remove,
+    "compact": changes.compact,
+    "merge": changes.merge,
     "info": store.info,
     "verify": store.verify,
     "push": push.push,
@@ -97,7 +102,16 @@ def _stoppable(verb: Callable[..., None]) -> Callable[..., None]:
 for name, verb in VERBS.items():
     app.command(name, context_settings=FOREIGN.get(name))(_stoppable(expanded(verb)))
 
-TAKES_SEVERAL = ("--text", "--vectors", "--other-text", "--eval-text", "--questions", "--cloze")
+TAKES_SEVERAL = (
+    "--text",
+    "--vectors",
+    "--other-text",
+    "--eval-text",
+    "--questions",
+    "--cloze",
+    "--document",
+    "--source",
+)
 """Options that accept several values."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C: 128 + SIGINT."""

@@ -64,6 +64,8 @@ def _head_lines(store: Mapping[str, Any]) -> Iterator[str]:
     yield f"{store['folder']}: {decimal(store['bytes'])}"
     yield f"Model: {store['model']}"
     yield f"Keys of each layer: {store['keys']:,} (documents: {store['documents']:,}, sources: {store['sources']:,})"
+    if store["parts"] > 1 or store["removed"]:
+        yield f"Parts: {store['parts']:,}; generation {store['generation']:,}; removed rows: {store['removed']:,}"
     yield f"Windows: {store['context']:,} tokens, of which {store['stride']:,} are new"
 
 
@@ -97,6 +99,7 @@ def _end_lines(store: Mapping[str, Any]) -> Iterator[str]:
         yield f"Chosen: {choice['reason']}."
         if choice.get("disagreement"):
             yield f"Note: {choice['disagreement']}."
+    yield from store["stale"]
     if any(fitted.get("gate") for fitted in (store["fitted"] or {}).values()):
         yield "λ by query: text is generated with one that moves with each query around the λ above."
     yield f"Made with: {', '.join(f'{name} {version}' for name, version in store['versions'].items())}"

@@ -146,7 +146,8 @@ def _index_problems(store: Datastore, layer: str) -> list[str]:
         saved = checked_index(store, layer)
         saved.check_files()
         source = store.keys(layer).for_metric(store.manifest.index_metric(layer))
-        saved.check_source(source, index_metric(source.metric))
+        if store.index_runs(layer) is None:
+            saved.check_source(source, index_metric(source.metric))
     except (VectorIndexError, DatastoreError) as error:
         return [str(error)]
     return []

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from index.base import VectorIndex
 from index.build import check_spec
+from index.covered import Cover
 from index.errors import CorruptIndex
 from index.exact import ExactIndex
 from index.metric import Metric
 from index.neighbors import Neighbors
 from index.saved import SavedIndex
 from index.spec import parse_spec
-from index.storage import open_index
+from index.storage import open_covered, open_index
 from knnlm.config import KNNConfig, Settings
 from knnlm.errors import DatastoreCorrupt, InputError
 from knnlm.knn.mixing import NEAREST, Search
@@ -83,9 +84,25 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
     _check_metric(store, layer, metric)
     try:
-        return LayerSearcher(store, layer, metric, open_index(checked_index(store, layer), source))
+        return LayerSearcher(store, layer, metric, open_layer_index(store, layer))
     except CorruptIndex as error:
         raise DatastoreCorrupt(str(error)) from None
+
+
+def open_layer_index(store: Datastore, layer: str) -> VectorIndex:
+    """Return the layer's index over the rows that count now, also if these have changed since it was built.
+
+    :raises index.errors.CorruptIndex: it is damaged, or another one.
+    """
+    saved, runs, entry = checked_index(store, layer), store.index_runs(layer), store.manifest.index_entry(layer)
+    source = store.keys(layer).for_metric(store.manifest.index_metric(layer))
+    if runs is None:
+        return open_index(saved, source)
+    if saved.manifest.is_exact:
+        return ExactIndex(source, Metric(saved.manifest.metric))
+    built_over = sum(part.rows for part in (entry and entry.parts) or ())
+    saved.compare(saved.folder, "number of keys", saved.manifest.count, built_over)
+    return open_covered(saved, source, Cover(runs, saved.manifest.count))
 
 
 def checked_index(store: Datastore, layer: str) -> SavedIndex:

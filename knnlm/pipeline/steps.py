@@ -46,6 +46,7 @@ def extract(
     *,
     total: int | None,
     sampled: ScoreResult | None = None,
+    frame: Datastore | None = None,
 ) -> ScoreResult:
     """Write the layers' keys to the folder in one pass, with their scores and the choice in its manifest.
 
@@ -53,6 +54,7 @@ def extract(
 
     :param total: approximate number of tokens, for the progress bar.
     :param sampled: scores by which the layers were already chosen; they are kept instead of new ones.
+    :param frame: a datastore whose centres and scales are taken.
     """
     lm, dims = job.lm, {name: job.lm.dims[name] for name in layers}
     scorer = None if sampled else _scorer(job, layers)
@@ -64,6 +66,7 @@ def extract(
         stride=job.window.stride,
         key_dtype=job.settings.key_dtype,
         resume=True,
+        frame=frame,
     ) as writer:
         state = ScorerState(folder, scorer, writer) if scorer else None
         with job.progress.stage("extracting keys", "tokens") as advance:

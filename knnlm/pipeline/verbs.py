@@ -75,27 +75,45 @@ def build(
     eval_text: Paths | None = None,
     settings: Settings | None = None,
     overwrite: bool = False,
+    frame: str | Path | Datastore | None = None,
     progress: Progress | None = None,
 ) -> Datastore:
     """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys, index and fit them.
 
     k, lambda, T and the gate are fitted on `eval_text`; without it about 1 % of the text is kept back for that (2,000
     to 20,000 tokens, at most a tenth) and not stored. Notes say what was kept back, and what the memory is worth on it.
-    If the index cannot be built, the datastore is searched exactly, and a note says so.
+    If the index cannot be built, the datastore is searched exactly, and a note says so. The same call goes on after a
+    kill, unless `overwrite` is given.
+
+    :param frame: a datastore whose layers, centres, windows and type of keys are taken, so that both can be merged.
+    :raises DatastoreMismatch: it was made with another model.
     :raises DatastoreExists: `out` exists and must not be replaced; nothing was done.
     """
-    settings = settings or Settings()
-    job, work = Job(lm, settings, progress or Silent()), work_of("build", lm.name, text, eval_text, settings)
-    inputs = (lm.name, *as_list(text), *as_list(eval_text))
+    settings, like = settings or Settings(), None if frame is None else as_datastore(frame)
+    work = work_of("build", lm.name, text, eval_text, settings, like and str(like.folder))
+    settings = settings if like is None else _like(lm, settings, like)
+    job, inputs = Job(lm, settings, progress or Silent()), (lm.name, *as_list(text), *as_list(eval_text))
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
         split = split_off(job, text, eval_text, total)
         begun = read_begun(folder) or _begin_build(job, text, eval_text, total, folder, work)
         job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None, queries=split.queries))
-        scored = extract(job, split.documents, begun.layers, folder, total=total, sampled=begun.scored)
+        scored = extract(job, split.documents, begun.layers, folder, total=total, sampled=begun.scored, frame=like)
         mark_whole(folder, work, begun, scored)
         index_and_fit(job, Datastore.open(folder), scored.choice.layer, split.kept_back())
     return Datastore.open(Path(out))
+
+
+def _like(lm: LanguageModel, settings: Settings, frame: Datastore) -> Settings:
+    """The settings with what a frame determines."""
+    frame.check_model(lm.fingerprint)
+    layers = ",".join(frame.layers)
+    return replace(
+        settings,
+        text=windows_like(frame, settings.text),
+        layers=replace(settings.layers, layers=layers, candidates=layers),
+        key_dtype=frame.manifest.layers[frame.layers[0]].dtype,
+    )
 
 
 def _begin_build(job: Job, text: Paths, eval_text: Paths | None, total: int | None, folder: Path, work: str) -> Begun:

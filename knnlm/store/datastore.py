@@ -17,10 +17,7 @@ Legend: N keys, D dimension.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,23 +29,27 @@ from index.errors import CorruptIndex
 from index.mapped import OpenFolder, stamp_of
 from index.saved import SavedIndex
 from knnlm.errors import DatastoreCorrupt, DatastoreError, DatastoreMismatch
-from knnlm.files import disk_error, write_json
-from knnlm.locks import locked
 from knnlm.places import PARTS
 from knnlm.progress import Advance
 from knnlm.shown import brief
-from knnlm.store.document_table import PartDocuments, document_table, live_rows
-from knnlm.store.hub import on_disk, refuse_cached
+from knnlm.store.changeable import Changeable
+from knnlm.store.document_table import PartDocuments, document_table, index_runs, rows_that_count
+from knnlm.store.hub import on_disk
 from knnlm.store.keys import Keys
 from knnlm.store.live import LiveRows
-from knnlm.store.manifest import MODEL_PARTS, NAME, LayerKeys, Manifest, centre_file, open_folder, read_manifest
+from knnlm.store.manifest import (
+    MODEL_PARTS,
+    LayerKeys,
+    Manifest,
+    centre_file,
+    open_folder,
+    read_manifest,
+)
 from knnlm.store.model_place import absolute_place
 from knnlm.store.npy import digest_of
 from knnlm.store.opening import is_changed, map_file, open_saved_index
 from knnlm.store.part import DOCUMENTS, VALUES, PartFile, part_files, read_part
 
-# The end of the name of a file or an index that is being written.
-PARTIAL = "partial-" + 8 * "[0-9a-f]"
 # Attempts to open a datastore that is replaced meanwhile.
 OPENINGS = 5
 
@@ -63,7 +64,7 @@ def as_datastore(store: str | Path | Datastore) -> Datastore:
     return store if isinstance(store, Datastore) else Datastore.open(store)
 
 
-class Datastore:
+class Datastore(Changeable):
     """A finished datastore, opened for reading; arrays are memory-mapped."""
 
     def __init__(self, folder: Path, manifest: Manifest, opened: OpenFolder) -> None:
@@ -89,7 +90,7 @@ class Datastore:
         for found in store._files.values():
             if isinstance(found, DatastoreCorrupt):
                 raise found
-        store._live  # noqa: B018  (removals that do not fit are refused now)
+        store.live_rows  # noqa: B018  (removals that do not fit are refused now)
         return store
 
     @classmethod
@@ -105,7 +106,8 @@ class Datastore:
                     if not is_changed(opened, manifest):
                         raise
                     continue
-                broken = any(isinstance(found, DatastoreCorrupt) for found in store._files.values())
+                found = (*store._files.values(), *store._indexes.values())
+                broken = any(isinstance(one, DatastoreCorrupt | CorruptIndex) for one in found)
                 if not (broken and is_changed(opened, manifest)):
                     return store
         raise DatastoreError(f"{folder} is replaced again and again while it is opened; try again when that is over")
@@ -152,8 +154,8 @@ class Datastore:
         """
         parts = [self._checked_array(one) for one in self._described(()) if one.file.endswith(f"/{VALUES}")]
         values: NDArray[np.int32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self._live is not None:
-            values = self._live.pick(values)
+        if self.live_rows is not None:
+            values = self.live_rows.pick(values)
         values.flags.writeable = False
         return values
 
@@ -174,7 +176,7 @@ class Datastore:
     def _table(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         for problem in self._document_problems():
             raise DatastoreCorrupt(problem)
-        return document_table(self.part_documents, self._live)
+        return document_table(self.part_documents, self.live_rows)
 
     @cached_property
     def part_documents(self) -> tuple[PartDocuments, ...]:
@@ -183,9 +185,9 @@ class Datastore:
         return tuple(map(PartDocuments, self._manifest.parts, self._parts, found))
 
     @cached_property
-    def _live(self) -> LiveRows | None:
+    def live_rows(self) -> LiveRows | None:
         """The rows that count; None: all."""
-        return live_rows(self.part_documents) if any(part.removed for part in self._manifest.parts) else None
+        return rows_that_count(self.part_documents) if any(part.removed for part in self._manifest.parts) else None
 
     def keys(self, layer: str) -> Keys:
         """Return the layer's keys: vector - centre, in float32.
@@ -197,7 +199,7 @@ class Datastore:
             entry = self._layer(layer)
             centre_of, *parts = [one for one in self._described({layer}) if one.layer]
             centre = np.array(self._checked_array(centre_of))
-            self._keys[layer] = Keys([self._array(one) for one in parts], centre, entry.scale, live=self._live)
+            self._keys[layer] = Keys([self._array(one) for one in parts], centre, entry.scale, live=self.live_rows)
         return self._keys[layer]
 
     def saved_index(self, layer: str) -> SavedIndex:
@@ -215,7 +217,8 @@ class Datastore:
     def index_folder(self, layer: str) -> Path:
         """Return the path of the layer's index, which need not exist. Raises as `keys`."""
         self._layer(layer)
-        return self.folder / "index" / layer
+        entry = self._manifest.index_entry(layer)
+        return self.folder / "index" / ((entry and entry.folder) or layer)
 
     def document_of(self, row: int) -> tuple[str, int]:
         """Return the name of the source of a row's document, and the document's number in it."""
@@ -306,80 +309,46 @@ class Datastore:
             "indexes": manifest.indexes,
             "choice": manifest.scores.get("choice") if isinstance(manifest.scores, dict) else None,
             "fitted": manifest.fitted,
+            "stale": self._stale(),
             "versions": manifest.versions,
         }
+
+    def _stale(self) -> list[str]:
+        """What was measured or chosen on other documents than those of today, and what renews it."""
+        manifest, found = self._manifest, []
+        if manifest.corpus:
+            return []
+        if manifest.scores is not None:
+            found.append("Stale: the scores and the choice are of the documents before; `knnlm.build` makes new ones.")
+        if manifest.fitted:
+            found.append("Stale: k, λ and T were fitted to the documents before; `knnlm.evaluate` fits them again.")
+        for layer, entry in manifest.indexes.items():
+            if entry.get("parts") and self.index_runs(layer) is not None:
+                found.append(f"The index of {layer} was built over other documents; later ones are compared exactly.")
+        return found
 
     def _describe_keys(self, layer: LayerKeys) -> dict[str, Any]:
         size = self.count * layer.dim * np.dtype(layer.dtype).itemsize
         return {"dim": layer.dim, "dtype": layer.dtype, "scale": layer.scale, "bytes": size}
 
-    def update_manifest(
-        self,
-        *,
-        scores: object = None,
-        fitted: object = None,
-        indexes: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Replace the given fields atomically; None keeps a field, and `indexes` is merged with other layers' entries.
+    def index_runs(self, layer: str) -> NDArray[np.int64] | None:
+        """Return which keys of the layer's index are which rows: first of each, and number, [R, 3]; None: all in order.
 
-        Changes made by other processes since the datastore was opened are kept.
-
-        :raises DatastoreError: the folder cannot be written.
-        :raises DatastoreMismatch: another datastore is in its place by now.
+        :raises DatastoreCorrupt: the index's parts do not fit the datastore's.
         """
-        with self.changing():
-            self._write(scores, fitted, indexes or {})
+        entry = self._manifest.index_entry(layer)
+        if entry is None or entry.parts is None:
+            return None
+        return index_runs(entry.parts, self.part_documents, self.live_rows)
 
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Lock the datastore against changes by other processes for the block, and read the manifest again.
+    def part_arrays(self, name: str) -> tuple[NDArray[np.int32], dict[str, NDArray[Any]]]:
+        """Return a part's values and keys as they are stored, removed rows too; every byte is checked.
 
-        Leftovers of processes that died during a change are removed. If the file system has no locks, nothing is locked
-        or removed. Raises as `update_manifest`.
+        :raises DatastoreCorrupt: a file has changed since it was written.
         """
-        if self._changing:
-            yield
-            return
-        refuse_cached(self.folder)
-        with locked(self.folder) as alone:
-            self._read_again()
-            if alone:
-                self._remove_leftovers()
-            self._changing = True
-            try:
-                yield
-            finally:
-                self._changing = False
-
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(f".{NAME}.{PARTIAL}"):
-            path.unlink()
-        for layer in self.layers:
-            for path in (self.folder / "index").glob(f".{layer}.{PARTIAL}"):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _read_again(self) -> None:
-        ours, now = self._manifest, read_manifest(self.folder)
-        if (now.frame, now.parts) != (ours.frame, ours.parts):
-            raise DatastoreMismatch(f"{self.folder} is another datastore than the one that was opened; open it again")
-        self._manifest = now
-
-    def _write(self, scores: object, fitted: object, indexes: Mapping[str, Mapping[str, Any]]) -> None:
-        old = self._manifest
-        new = replace(
-            old,
-            generation=old.generation + 1,
-            scores=old.scores if scores is None else scores,
-            fitted=old.fitted if fitted is None else fitted,
-            indexes={**old.indexes, **indexes},
-        )
-        try:
-            write_json(self.folder / NAME, new.to_json())
-        except OSError as error:
-            raise disk_error(error, self.folder / NAME) from error
-        self._manifest = read_manifest(self.folder)
-        for layer in indexes or ():
-            self._indexes.pop(layer, None)
+        own = [one for one in self._described() if one.file.startswith(f"{PARTS}/{name}/")]
+        values = next(one for one in own if one.file.endswith(VALUES))
+        return self._checked_array(values), {one.layer: self._checked_array(one) for one in own if one.layer}
 
     def _layer(self, layer: str) -> LayerKeys:
         if layer not in self._manifest.layers:

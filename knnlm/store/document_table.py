@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from knnlm.errors import DatastoreCorrupt
 from knnlm.store.live import LiveRows, kept_runs
-from knnlm.store.manifest import PartEntry
+from knnlm.store.manifest import IndexedPart, PartEntry
 from knnlm.store.part import Part
 
 Int64 = NDArray[np.int64]
@@ -43,10 +43,7 @@ class PartDocuments:
 
         :raises DatastoreCorrupt: the manifest's removals do not fit the documents.
         """
-        firsts, removed = np.append(self.rows[:, 0], self.entry.rows), self.entry.removed
-        if removed and removed[-1][1] > len(self.rows):
-            raise DatastoreCorrupt(f"part {self.entry.name} has {len(self.rows)} documents, but more are removed")
-        found = list(kept_runs([(int(firsts[a]), int(firsts[b])) for a, b in removed], self.entry.rows))
+        found = list(row_runs(self.rows, self.entry.removed, self.entry.rows))
         if sum(last - first for first, last in found) != self.entry.live:
             raise DatastoreCorrupt(f"part {self.entry.name} has not the {self.entry.live} rows that are said to count")
         yield from found
@@ -65,7 +62,42 @@ class PartDocuments:
         return "" if fits else "does not fit the values"
 
 
-def live_rows(parts: Sequence[PartDocuments]) -> LiveRows:
+def row_runs(documents: Int64, removed: Sequence[tuple[int, int]], rows: int) -> Iterator[tuple[int, int]]:
+    """Runs of a part's rows whose documents are not removed.
+
+    :raises DatastoreCorrupt: more documents are removed than there are.
+    """
+    if removed and removed[-1][1] > len(documents):
+        raise DatastoreCorrupt(f"a part has {len(documents)} documents, but more are removed")
+    firsts = np.append(documents[:, 0], rows)
+    yield from kept_runs([(int(firsts[a]), int(firsts[b])) for a, b in removed], rows)
+
+
+def index_runs(indexed: Sequence[IndexedPart], parts: Sequence[PartDocuments], live: LiveRows | None) -> Int64:
+    """Return which keys of an index are which rows that count: first id, first row, number; [R, 3].
+
+    :param indexed: what the index was built over.
+    :raises DatastoreCorrupt: that does not fit the parts.
+    """
+    starts = accumulate((one.entry.rows for one in parts), initial=0)
+    offsets = {one.entry.name: start for one, start in zip(parts, starts, strict=False)}
+    documents = {one.entry.name: one for one in parts}
+    found, done = [], 0
+    for then in indexed:
+        if then.name in documents:
+            now, at, first_id = documents[then.name], offsets[then.name], done
+            for first, last in row_runs(now.rows, then.removed, now.entry.rows):
+                for begin, end in now.runs():
+                    low, high = max(first, begin), min(last, end)
+                    if low < high:
+                        row = at + low if live is None else int(live.live(np.array([at + low]))[0])
+                        found.append((first_id + low - first, row, high - low))
+                first_id += last - first
+        done += then.rows
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+def rows_that_count(parts: Sequence[PartDocuments]) -> LiveRows:
     """Return which rows of all parts count. Raises as `PartDocuments.runs`."""
     offsets = accumulate((one.entry.rows for one in parts), initial=0)
     runs = [(first + at, last + at) for at, one in zip(offsets, parts, strict=False) for first, last in one.runs()]

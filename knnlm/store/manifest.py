@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from knnlm.documents import plain, score_from_document
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.files import old_folder
 from knnlm.places import DATASTORE, FORMATS, FRAME, PART_NAME
-from knnlm.store.part import Shard
+from knnlm.store.part import Shard, read_any_part
 
 NAME = DATASTORE
 FORMAT = FORMATS[DATASTORE]
@@ -67,8 +67,29 @@ class PartEntry:
         demand(is_sha256(self.checksum), f"checksum is {shown(self.checksum)}, which is no SHA-256")
         demand(0 <= self.live <= self.rows, f"live is {self.live} of {self.rows} rows")
         demand(bool(self.removed) or self.live == self.rows, f"live is {self.live} of {self.rows}, none is removed")
-        ends = [0, *itertools.chain.from_iterable(self.removed)]
-        demand(ends == sorted(ends) and all(a < b for a, b in self.removed), "removed is not in order")
+        check_runs(self.removed)
+
+
+@dataclass(frozen=True)
+class IndexedPart:
+    """A part as it was when an index was built over it."""
+
+    name: str
+    rows: int
+    """Rows that counted then."""
+    removed: tuple[tuple[int, int], ...] = ()
+    """Runs of documents that were removed then."""
+
+    def __post_init__(self) -> None:
+        demand(bool(re.fullmatch(PART_NAME, self.name)), f"{shown(self.name)} is no name of a part")
+        demand(self.rows >= 0, f"rows is {self.rows}, but must be at least 0")
+        check_runs(self.removed)
+
+
+def check_runs(removed: tuple[tuple[int, int], ...]) -> None:
+    """Raise Misfit unless runs of removed documents ascend."""
+    ends = [0, *itertools.chain.from_iterable(removed)]
+    demand(ends == sorted(ends) and all(a < b for a, b in removed), "removed is not in order")
 
 
 @dataclass(frozen=True)
@@ -79,8 +100,13 @@ class IndexEntry:
     spec: str
     recall: float
     k: int
+    folder: str = ""
+    """Its folder in `index/`; empty: the layer's name."""
+    parts: tuple[IndexedPart, ...] | None = None
+    """What it was built over, where parts or removals have changed since; None: the rows that count."""
 
     def __post_init__(self) -> None:
+        demand(not self.folder or ("/" not in self.folder and _is_inside(self.folder)), "folder is no name")
         demand(self.metric in METRICS, f"metric is {shown(self.metric)}, but must be one of {', '.join(METRICS)}")
         demand(bool(self.spec), "spec is empty")
         demand(0 <= self.recall <= 1, f"recall is {self.recall}, but is a share from 0 to 1")
@@ -187,6 +213,10 @@ class Manifest:
         """Checksum of what every part is made with: model, layers, windows."""
         return frame_checksum(self.fingerprint, self.layers, self.context, self.stride)
 
+    def index_entry(self, layer: str) -> IndexEntry | None:
+        """Return the entry of a layer's index; None if it has none."""
+        return build(IndexEntry, self.indexes[layer]) if layer in self.indexes else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the object of datastore.json, with a checksum of itself."""
         return sealed({"format": FORMAT, "version": VERSION} | asdict(self))
@@ -197,6 +227,35 @@ def frame_checksum(fingerprint: Mapping[str, str], layers: Mapping[str, LayerKey
     model = {part: fingerprint.get(part, "") for part in MODEL_PARTS}
     kept = {name: asdict(layer) for name, layer in layers.items()}
     return str(sealed({"model": model, "layers": kept, "context": context, "stride": stride})[CHECKSUM])
+
+
+def with_parts(old: Manifest, parts: Sequence[PartEntry], *, keep_indexes: bool = True) -> Manifest:
+    """Return the next generation of a manifest, with other parts.
+
+    Its indexes tell what they were built over. A k beyond the number of keys is lowered.
+    """
+    count = sum(part.live for part in parts)
+    then = [asdict(IndexedPart(part.name, part.live, part.removed)) for part in old.parts]
+    indexes = {
+        layer: {**entry, "k": min(entry["k"], count), "parts": entry.get("parts") or then}
+        for layer, entry in (old.indexes if keep_indexes else {}).items()
+    }
+    fitted = old.fitted and {layer: {**one, "k": min(one["k"], count)} for layer, one in old.fitted.items()}
+    return replace(
+        old,
+        parts=tuple(parts),
+        count=count,
+        generation=old.generation + 1,
+        corpus="",
+        indexes=indexes,
+        fitted=fitted,
+    )
+
+
+def unlisted_entry(folder: OpenFolder, name: str) -> PartEntry:
+    """Return the entry of a part that no manifest lists. Raises as `read_part`."""
+    part, checksum = read_any_part(folder, name)
+    return PartEntry(name, checksum, part.rows, part.rows)
 
 
 def centre_file(layer: str) -> str:

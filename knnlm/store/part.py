@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +133,15 @@ def read_part(folder: OpenFolder, name: str, checksum: str) -> Part:
     :param checksum: as the manifest gives it.
     :raises DatastoreCorrupt: it is missing, damaged or another one; names it.
     """
+    part, found = read_any_part(folder, name)
+    if found != checksum:
+        path = folder.path / PARTS / name / PART
+        raise DatastoreCorrupt(f"{path} cannot be read (it is another one than the manifest lists); build it again")
+    return part
+
+
+def read_any_part(folder: OpenFolder, name: str) -> tuple[Part, str]:
+    """Read a part.json; its checksum is returned too. Raises as `read_part`."""
     place = f"{PARTS}/{name}/{PART}"
     path = folder.path / place
     try:
@@ -139,9 +149,16 @@ def read_part(folder: OpenFolder, name: str, checksum: str) -> Part:
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise Misfit("it is no part of a datastore")
         check_seal(document)
-        demand(document[CHECKSUM] == checksum, "it is another one than the manifest lists")
-        return build(Part, document)
+        return build(Part, document), document[CHECKSUM]
     except FileNotFoundError:
         raise DatastoreCorrupt(f"{path} is missing; build the datastore again") from None
     except (OSError, Misfit) as error:
         raise DatastoreCorrupt(f"{path} cannot be read ({error}); build the datastore again") from None
+
+
+def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
+    """Remove the parts of a datastore that no manifest lists: a process died, or a reader has no more use for them."""
+    place = folder / PARTS
+    for path in sorted(place.iterdir()) if place.is_dir() else ():
+        if path.name not in listed and re.fullmatch(rf"{PART_NAME}|\.{PART_NAME}\.partial-[0-9a-f]{{8}}", path.name):
+            shutil.rmtree(path, ignore_errors=True)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import secrets
 import shutil
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,14 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from index.mapped import OpenFolder
 from index.typed import CHECKSUM
 from knnlm.errors import DatastoreError, ModelError
 from knnlm.files import fsync_folder, write_json
-from knnlm.places import PART, PART_NAME, PARTS
+from knnlm.places import PART, PARTS
 from knnlm.store.half import FLOAT16_MAX, all_finite, to_float16
 from knnlm.store.manifest import LayerKeys, PartEntry, centre_file
-from knnlm.store.npy import NpyWriter
-from knnlm.store.part import COLUMNS, DOCUMENTS, VALUES, Part, Shard, keys_file, part_name
+from knnlm.store.npy import NpyWriter, map_npy
+from knnlm.store.part import COLUMNS, DOCUMENTS, VALUES, Part, Shard, keys_file, part_files, part_name, read_part
 
 # Files synced to disk at once.
 CLOSING_THREADS = 8
@@ -39,6 +39,10 @@ HEADROOM = 64
 # If all components are smaller, float16 loses bits of the small ones (subnormals begin at 6e-5): scaled up to about 1.
 FLOAT16_SMALL = 2.0**-4
 INT32 = np.dtype(np.int32)
+
+
+class TextHasChanged(DatastoreError):
+    """A part that is there already was made from another text, or with another frame."""
 
 
 class BadKey(Exception):
@@ -125,6 +129,11 @@ class Documents:
         source_number = self._sources.setdefault(source, len(self._sources))
         self._numbers.extend((row, int(first_token), source_number, int(number), int(start)))
 
+    def add_or_continue(self, row: int, first_token: int, source: str, number: int, start: int) -> None:
+        """Begin a document at a row, unless it is the rest of the one before, which was cut there."""
+        if not (start and len(self) and self.position(row) == (source, number, start)):
+            self.add(row, first_token, source, number, start)
+
     def __len__(self) -> int:
         return len(self._numbers) // COLUMNS
 
@@ -193,6 +202,10 @@ class PartWriter:
         for start in range(0, len(vectors_ND), rows):
             file.append(frame.stored(vectors_ND[start : start + rows], file.rows))
 
+    def append_stored(self, layer: str, rows_ND: NDArray[Any]) -> None:
+        """Append keys as another part stores them."""
+        self._keys[layer].append(rows_ND)
+
     def finish(self, frame: str) -> PartEntry:
         """Close and sync all files, write part.json, and give the folder its name.
 
@@ -237,7 +250,7 @@ class StoredPart:
     def finish(self, frame: str) -> PartEntry:
         """Return the entry of the part.
 
-        :raises DatastoreError: it was made from another text, or with another frame.
+        :raises TextHasChanged: it was made from another text, or with another frame.
         """
         same = (self._digest.hexdigest(), self.documents.sources, frame) == (
             self._part.values.sha256,
@@ -245,7 +258,7 @@ class StoredPart:
             self._part.frame,
         )
         if not (same and np.array_equal(self.documents.rows, self._stored)):
-            raise DatastoreError(
+            raise TextHasChanged(
                 f"the text or the model has changed since part {self._entry.name} was made, so this work cannot go on; "
                 "begin anew with `overwrite=True`"
             )
@@ -255,12 +268,12 @@ class StoredPart:
         """Nothing is open."""
 
 
-def remove_unlisted(folder: Path, listed: Collection[str]) -> None:
-    """Remove the parts of a datastore that no manifest lists: a process died, or a reader has no more use for them."""
-    place = folder / PARTS
-    for path in sorted(place.iterdir()) if place.is_dir() else ():
-        if path.name not in listed and re.fullmatch(rf"{PART_NAME}|\.{PART_NAME}\.partial-[0-9a-f]{{8}}", path.name):
-            shutil.rmtree(path, ignore_errors=True)
+def stored_part(opened: OpenFolder, entry: PartEntry, layers: Mapping[str, LayerKeys]) -> StoredPart:
+    """Return a finished part, whose files have the right sizes; raises DatastoreCorrupt."""
+    part = read_part(opened, entry.name, entry.checksum)
+    files = part_files(entry.name, part, {name: (one.dim, one.dtype) for name, one in layers.items()})
+    documents, *_ = [map_npy(opened, one.file, one.dtype, one.shape)[0] for one in files]
+    return StoredPart(entry, part, documents)
 
 
 def _shard(file: NpyWriter) -> Shard:

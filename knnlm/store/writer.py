@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from index.mapped import OpenFolder
 from knnlm.config import LONGEST_PART, PART_ROWS
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.files import disk_error, write_json
+from knnlm.store.datastore import Datastore
 from knnlm.store.manifest import (
     KEY_DTYPES,
     NAME,
@@ -32,8 +33,8 @@ from knnlm.store.manifest import (
     read_manifest,
 )
 from knnlm.store.npy import map_npy
-from knnlm.store.part import part_files, read_part
-from knnlm.store.part_writer import INT32, BadKey, LayerFrame, PartWriter, StoredPart, remove_unlisted
+from knnlm.store.part import remove_unlisted
+from knnlm.store.part_writer import INT32, BadKey, LayerFrame, PartWriter, StoredPart, stored_part
 from knnlm.version import __version__
 
 # Bytes of keys queued for the writing thread; beyond this, extraction waits.
@@ -58,6 +59,7 @@ class DatastoreWriter:
     :param fingerprint, context, stride: the manifest's fields: the model, and the windows it was run on.
     :param part_rows: keys after which the next document begins a new part; at twice as many a document is cut.
     :param resume: go on with the parts that the folder holds.
+    :param frame: a datastore whose centres and scales are taken, so that both can be merged.
     :param named_by: the field or variable that named the folder, for errors of the disk: `out` or TMPDIR.
     :raises InputError: no layers, or an unknown `key_dtype`.
     :raises DatastoreError: the folder holds a datastore already; with `resume`, one of other layers.
@@ -74,6 +76,7 @@ class DatastoreWriter:
         key_dtype: str = "float16",
         part_rows: int | None = None,
         resume: bool = False,
+        frame: Datastore | None = None,
         named_by: str = "`out`",
     ) -> None:
         if key_dtype not in KEY_DTYPES:
@@ -85,13 +88,18 @@ class DatastoreWriter:
         self.part_rows = part_rows or PART_ROWS
         """Keys after which the next document begins a new part."""
         self._frames = {name: LayerFrame(name, dim, np.dtype(key_dtype)) for name, dim in layers.items()}
+        if frame is not None:
+            for name, one in self._frames.items():
+                one.centre, one.scale = frame.keys(name).centre, frame.manifest.layers[name].scale
         self._kept: dict[str, LayerKeys] = {}
         self._stored: list[StoredPart] = []
+        self._entries: list[PartEntry] = []
+        # The number of the first part.
+        self._first = 0
         if (self._folder / NAME).exists():
             if not resume:
                 raise DatastoreError(f"{folder} holds a datastore already; write into an empty folder")
             self._take_up()
-        self._entries: list[PartEntry] = []
         self._part: PartWriter | StoredPart | None = None
         self._last_token = 0
         self._counts = dict.fromkeys(layers, 0)
@@ -207,7 +215,7 @@ class DatastoreWriter:
         if self._part is not None:
             self._part.abort()
 
-    def __enter__(self) -> DatastoreWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -249,7 +257,9 @@ class DatastoreWriter:
         if self._part is None:
             number = len(self._entries)
             stored = number < len(self._stored)
-            self._part = self._stored[number] if stored else PartWriter(self._folder, number, self._frames)
+            self._part = (
+                self._stored[number] if stored else PartWriter(self._folder, self._first + number, self._frames)
+            )
         return self._part
 
     def _cut_long_part(self) -> None:
@@ -273,8 +283,12 @@ class DatastoreWriter:
         frame = frame_checksum(self._fingerprint, self._kept, self._context, self._stride)
         self._entries.append(self._part.finish(frame))
         if isinstance(self._part, PartWriter):
-            self._write_manifest(0)
+            self._list_parts()
         self._part, self._counts = None, dict.fromkeys(self._counts, 0)
+
+    def _list_parts(self) -> None:
+        """List the parts that are finished so far."""
+        self._write_manifest(0)
 
     def _check_counts(self, part: PartWriter | StoredPart) -> None:
         for layer, keys in self._counts.items():
@@ -314,21 +328,16 @@ class DatastoreWriter:
             ours = {name: (frame.dim, frame.dtype.name) for name, frame in self._frames.items()}
             if {name: (layer.dim, layer.dtype) for name, layer in manifest.layers.items()} != ours:
                 raise DatastoreError(f"{self._folder} holds keys of other layers; begin anew with `overwrite=True`")
-            for name, layer in manifest.layers.items():
-                frame = self._frames[name]
-                frame.centre = np.array(map_npy(opened, centre_file(name), np.float32, (layer.dim,))[0])
-                frame.scale = layer.scale
-            self._kept = dict(manifest.layers)
+            self._take_frame(opened, manifest)
             for entry in manifest.parts:
                 try:
-                    self._stored.append(_stored_part(opened, entry, manifest.layers))
+                    self._stored.append(stored_part(opened, entry, manifest.layers))
                 except DatastoreCorrupt:
                     break
 
-
-def _stored_part(opened: OpenFolder, entry: PartEntry, layers: Mapping[str, LayerKeys]) -> StoredPart:
-    """A finished part, whose files have the right sizes; raises DatastoreCorrupt."""
-    part = read_part(opened, entry.name, entry.checksum)
-    files = part_files(entry.name, part, {name: (one.dim, one.dtype) for name, one in layers.items()})
-    documents, *_ = [map_npy(opened, one.file, one.dtype, one.shape)[0] for one in files]
-    return StoredPart(entry, part, documents)
+    def _take_frame(self, opened: OpenFolder, manifest: Manifest) -> None:
+        for name, layer in manifest.layers.items():
+            frame = self._frames[name]
+            frame.centre = np.array(map_npy(opened, centre_file(name), np.float32, (layer.dim,))[0])
+            frame.scale = layer.scale
+        self._kept = dict(manifest.layers)

@@ -874,7 +874,7 @@ def test_manifest_is_updated_field_by_field(store):
 
 
 def test_update_that_fails_leaves_the_manifest(store, monkeypatch):
-    monkeypatch.setattr("knnlm.store.datastore.write_json", lambda *_: full_disk())
+    monkeypatch.setattr("knnlm.store.changeable.write_json", lambda *_: full_disk())
     with pytest.raises(DatastoreError, match="No space left"):
         store.update_manifest(fitted={"final_norm": FITTED})
     assert store.manifest.fitted is None and Datastore.open(store.folder).manifest.fitted is None
