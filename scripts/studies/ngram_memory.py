@@ -27,14 +27,14 @@ from numpy.typing import NDArray
 
 from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.evaluation.queries import Queries
-from knnlm.knn.fitting import fit, fit_gate
-from knnlm.knn.mixing import Floats, mix, sigmoid
+from knnlm.knn.fitting import fit, fit_gate, fit_lambda
+from knnlm.knn.mixing import Floats, logit, mix, sigmoid
 from knnlm.model.loading import load_model
 from knnlm.pipeline import build
 from knnlm.store.datastore import Datastore
 
 Ints = NDArray[np.int64]
-# As in `knnlm.knn.fitting`: the weight of the prior for λ = 1/2 and no slopes, in tokens.
+# As in `knnlm.knn.fitting`: the weight of the prior for one λ for all, in tokens.
 PRIOR_TOKENS = 10.0
 TOKEN_BYTES = 4
 
@@ -163,6 +163,8 @@ class Counts:
 class LengthGate:
     """λ of the n-gram by the match: a logistic function of its inputs, fitted by penalised likelihood."""
 
+    lam: float
+    """The fixed λ, which the prior pulls to."""
     means_F: Floats
     scales_F: Floats
     weights: Floats
@@ -172,23 +174,26 @@ class LengthGate:
     def fitted(cls, counts: Counts, base_Q: Floats, steps: int = 1000) -> LengthGate:
         """EM against the log-probabilities `base_Q`, its steps bounded as by Böhning & Lindsay 1988: none loses."""
         inputs_QF = counts.inputs_QF
-        gate = cls(inputs_QF.mean(axis=0), np.maximum(inputs_QF.std(axis=0), 1e-9), np.zeros(1 + inputs_QF.shape[1]))
+        lam = fit_lambda(base_Q, counts.log_probs_Q)
+        gate = cls(
+            lam, inputs_QF.mean(axis=0), np.maximum(inputs_QF.std(axis=0), 1e-9), np.zeros(1 + inputs_QF.shape[1])
+        )
         design, gains_Q = gate._design(counts), counts.log_probs_Q - base_Q
         curvature = design.T @ design / 4 + PRIOR_TOKENS * np.eye(design.shape[1])
         weights = gate.weights
         for _ in range(steps):
-            logits_Q = design @ weights
+            logits_Q = logit(lam) + design @ weights
             step = np.linalg.solve(
                 curvature, design.T @ (sigmoid(logits_Q + gains_Q) - sigmoid(logits_Q)) - PRIOR_TOKENS * weights
             )
             weights = weights + step
             if np.abs(step).max() < 1e-7:
                 break
-        return cls(gate.means_F, gate.scales_F, weights)
+        return cls(lam, gate.means_F, gate.scales_F, weights)
 
     def lambdas(self, counts: Counts) -> Floats:
         """λ of each query."""
-        return sigmoid(self._design(counts) @ self.weights)
+        return sigmoid(logit(self.lam) + self._design(counts) @ self.weights)
 
     def _design(self, counts: Counts) -> Floats:
         scaled_QF = (counts.inputs_QF - self.means_F) / self.scales_F

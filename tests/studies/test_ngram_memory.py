@@ -83,14 +83,14 @@ def test_shares_of_all_tokens_are_one(script: ModuleType) -> None:
     np.testing.assert_allclose(np.sum(shares, axis=0), 1, rtol=1e-12)
 
 
-def penalised(script: ModuleType, counts: object, base_Q: np.ndarray, weights: np.ndarray) -> float:
+def penalised(script: ModuleType, counts: object, base_Q: np.ndarray, lam: float, weights: np.ndarray) -> float:
     """The log-likelihood that a gate maximises, written as sums of probabilities."""
     inputs_QF = np.column_stack([np.log1p(counts.lengths_Q), np.log(counts.rows_Q)])
     scaled_QF = (inputs_QF - inputs_QF.mean(axis=0)) / inputs_QF.std(axis=0)
     total = 0.0
     for inputs, rows, hits, base in zip(scaled_QF, counts.rows_Q, counts.hits_Q, base_Q, strict=True):
-        lam = 1 / (1 + math.exp(-(weights[0] + inputs @ weights[1:])))
-        total += math.log(lam * hits / rows + (1 - lam) * math.exp(base))
+        odds = lam / (1 - lam) * math.exp(weights[0] + inputs @ weights[1:])
+        total += math.log((odds * hits / rows + math.exp(base)) / (1 + odds))
     return total - script.PRIOR_TOKENS / 2 * float(weights @ weights)
 
 
@@ -100,9 +100,9 @@ def test_fitted_weights_are_the_best_and_lambda_is_theirs(script: ModuleType) ->
     hits_Q = rng.binomial(rows_Q, np.clip(lengths_Q / 12, 0, 1))
     counts, base_Q = script.Counts(lengths_Q, rows_Q, hits_Q), np.log(rng.uniform(0.01, 0.5, 400))
     gate = script.LengthGate.fitted(counts, base_Q)
-    best = penalised(script, counts, base_Q, gate.weights)
-    assert best > penalised(script, counts, base_Q, np.zeros(3)) + 5 and gate.weights[1] > 0
+    best = penalised(script, counts, base_Q, gate.lam, gate.weights)
+    assert best > penalised(script, counts, base_Q, gate.lam, np.zeros(3)) + 5 and gate.weights[1] > 0
     for change in 0.02 * np.vstack([np.eye(3), -np.eye(3)]):
-        assert penalised(script, counts, base_Q, gate.weights + change) < best
+        assert penalised(script, counts, base_Q, gate.lam, gate.weights + change) < best
     gained = (gate.mixed(counts, base_Q)).sum() - script.PRIOR_TOKENS / 2 * float(gate.weights @ gate.weights)
     assert gained == pytest.approx(best, rel=1e-12)
