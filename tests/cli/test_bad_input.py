@@ -320,7 +320,8 @@ def test_read_only_folder(check_refused, tmp_path: Path, monkeypatch: pytest.Mon
 def test_full_disk(gpt2_folder: Path, text_file: Path, call, tmp_path: Path) -> None:
     """Keys of 16 layers take 6 MB: refused before the work, or, where the user insists, when the disk is full."""
     with mounted(tmp_path / "disk", "size=1m") as disk:
-        options = (*RUN, "--model", gpt2_folder, "--text", text_file, "--out", disk / "deep" / "out")
+        options = (*RUN, "--layers", "all", "--model", gpt2_folder, "--text", text_file)
+        options = (*options, "--out", disk / "deep" / "out")
         planned, full = call(*options), call(*options, "--disk-budget", 1)
         assert (planned.status, full.status, list(disk.rglob("*"))) == (2, 2, [])
     assert "half of the free disk" in planned.errors[-1]
@@ -343,7 +344,7 @@ def test_full_disk_while_keys_are_written(
 
 
 @pytest.mark.parametrize(
-    "place", ["index.storage._write_manifest", "knnlm.store.datastore.write_json", "knnlm.report.html.write_text"]
+    "place", ["index.storage._write_manifest", "knnlm.store.changeable.write_json", "knnlm.report.html.write_text"]
 )
 def test_full_disk_after_the_datastore_is_whole(
     place: str, call, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -496,7 +497,7 @@ PHASES = {
     "examples": (stop_in_call, "knnlm.pipeline.steps.find_examples", True),
     "indexing": (stop_in_stage, "indexing", True),
     "writing the index": (stop_in_call, "index.storage._write_manifest", True),
-    "noting the index": (stop_in_call, "knnlm.store.datastore.write_json", True),
+    "noting the index": (stop_in_call, "knnlm.store.changeable.write_json", True),
     "drawing the report": (stop_in_call, "knnlm.report.html.make_charts", True),
     "writing the report": (stop_in_call, "knnlm.report.html.write_text", True),
 }

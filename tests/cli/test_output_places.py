@@ -33,7 +33,7 @@ KILLED = """
 """
 # moment of `run --overwrite`: whether the new one is in place by then
 KILLS = {
-    "knnlm.store.datastore.write_json": False,
+    "knnlm.store.changeable.write_json": False,
     "knnlm.report.html.write_text": False,
     "knnlm.files.remove_ours": True,
 }

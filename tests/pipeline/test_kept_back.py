@@ -176,7 +176,7 @@ def test_a_datastore_that_cannot_be_written_to_is_evaluated_with_a_note(
     def refuse(*_given: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("knnlm.store.datastore.write_json", refuse)
+    monkeypatch.setattr("knnlm.store.changeable.write_json", refuse)
     progress = Listening()
     result = evaluate(lm, store, [other], settings=replace(SETTINGS, layers=LayerConfig()), progress=progress)
     assert len(result.layers) == 2

@@ -222,7 +222,7 @@ def test_index_that_was_never_noted_is_made_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("knnlm.store.datastore.write_json", stopped)
+        patched.setattr("knnlm.store.changeable.write_json", stopped)
         with pytest.raises(KeyboardInterrupt):
             build(lm, [corpus], tmp_path / "out", settings=settings)
     store = open_datastore(tmp_path / "out")

@@ -76,7 +76,7 @@ def test_without_a_document_the_text_is_that_of_a_store_without_it(place, page, 
     kept = [text for at, text in enumerate([*texts(0, 6), MARKUP], 1) if at != number]
     lm: LanguageModel = explainer.lm
     text = write_jsonl(tmp_path / "kept.jsonl", kept)
-    store = build(lm, [text], tmp_path / "kept.knn", settings=explorer_server.SETTINGS)
+    store = build(lm, [text], tmp_path / "kept.knn", eval_text=[text], settings=explorer_server.SETTINGS)
     setting = explainer.retrieval().setting
     model = KNNLM.from_store(store, "2.ffn_input", setting.k, setting.temperature, setting.lam, lm=lm)
     model.retrieval = replace(model.retrieval, setting=setting)
