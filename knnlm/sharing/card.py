@@ -44,8 +44,7 @@ def datastore_card(store: Datastore, repo: str, license: str, size: int) -> str:
 
 def model_folder(store: Datastore) -> str | None:
     """Return the path of the store's model if it was loaded from a folder or file, which others do not have."""
-    model = store.manifest.model
-    return model if Path(model).is_absolute() or Path(model).exists() else None
+    return store.model if Path(store.model).is_absolute() else None
 
 
 _HEADS = ("layer", "dimension", "type", "index", "recall", "k", "λ", "T", "perplexity")
@@ -87,7 +86,7 @@ def _use(store: Datastore, name: str) -> Iterator[str]:
 
 def _model(store: Datastore) -> str:
     """The name of the model; of a folder, only its last part."""
-    return Path(store.manifest.model).name if model_folder(store) else store.manifest.model
+    return Path(store.model).name if model_folder(store) else store.model
 
 
 def _sources(names: Sequence[str]) -> str:
