@@ -75,7 +75,7 @@ def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> Lay
     return LayerOutcome(
         layer=layer,
         mix=mine,
-        losses_Q=np.where(tuning, swapped.losses_Q, first.losses_Q),
+        losses_Q=cross_fitted_losses(first, swapped, queries.parts),
         tuning_loss=float(np.mean(first.losses_Q[tuning])),
         swapped_loss=float(np.mean(swapped.losses_Q[queries.parts.fitting_Q])),
         lambda_curve=tuple((lam, perplexity(-mix(lm_Q[reporting], knn_Q, lam))) for lam in LAMBDA_CURVE),
@@ -108,6 +108,12 @@ def cross_fit(
         return Fit(setting, _losses(search, lm_log_probs, setting))
 
     return fitted_on(parts.tuning_Q), fitted_on(parts.fitting_Q)
+
+
+def cross_fitted_losses(first: Fit, swapped: Fit, parts: Parts) -> Floats:
+    """Return what each query loses under the one of `cross_fit`'s settings that was not fitted on it."""
+    losses_Q: Floats = np.where(parts.tuning_Q, swapped.losses_Q, first.losses_Q)
+    return losses_Q
 
 
 def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutcome, metric: str) -> float:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from knnlm.evaluation.outcomes import cross_fit, exp_or_inf
+from knnlm.evaluation.outcomes import cross_fit, cross_fitted_losses, exp_or_inf
 from knnlm.evaluation.parts import Parts, split_parts
 from knnlm.evaluation.queries import LEAST_TOKENS, Floats
 from knnlm.knn.mixing import Search
@@ -44,7 +44,6 @@ def measure_pilot(search: SampleSearch, *, lm_Q: Floats, parts: Parts) -> Pilot:
     :param lm_Q: the plain LM's log-probability of each query's next token.
     """
     found = Search(search.distances_QK, search.hits_QK)
-    mine, swapped = cross_fit(found, lm_Q, parts)
     both = parts.tuning_Q | parts.fitting_Q
-    losses_Q = np.where(parts.tuning_Q, swapped.losses_Q, mine.losses_Q)[both]
+    losses_Q = cross_fitted_losses(*cross_fit(found, lm_Q, parts), parts)[both]
     return Pilot(exp_or_inf(float(losses_Q.mean())), losses_Q, parts.clusters_Q[both])

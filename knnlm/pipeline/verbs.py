@@ -125,7 +125,9 @@ def _begin_build(job: Job, text: Paths, eval_text: Paths | None, total: int | No
         return begin(folder, work, select_layers(wanted.layers or wanted.select, lm.layer_names))
     sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
     job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True, queries=0)])
-    sampled, layers = choose_on_sample(job, split_off(job, text, eval_text, total).documents, most=1)
+    # An evaluation text that is given is not read a second time.
+    stored = job.documents(text) if eval_text else split_off(job, text, None, total).documents
+    sampled, layers = choose_on_sample(job, stored, most=1)
     return begin(folder, work, layers, sampled)
 
 

@@ -98,9 +98,7 @@ class Changeable(ABC):
                 raise DatastoreError(f"{self.folder} is being changed by another process; try again later") from None
             newest = type(self).open(self.folder)
             if newest._manifest.frame != self._manifest.frame:
-                raise DatastoreMismatch(
-                    f"{self.folder} is another datastore than the one that was opened; open it again"
-                )
+                raise _replaced(self.folder)
             if alone and not (work and read_work(self.folder) == work):
                 newest.remove_leftovers()
             newest._changing = True
@@ -122,13 +120,13 @@ class Changeable(ABC):
         for path in self.folder.glob(f".{NAME}.{PARTIAL}"):
             path.unlink()
         remove_unlisted(self.folder, {part.name for part in self._manifest.parts})
-        kept = {self.index_folder(layer) for layer in self._manifest.indexes}
+        kept, indexes = {self.index_folder(layer) for layer in self._manifest.indexes}, self.folder / "index"
         for layer in self._manifest.layers:
-            for pattern in (f".{layer}.{PARTIAL}", f".{layer}~*.{PARTIAL}", f"{layer}~*"):
-                for path in {*(self.folder / "index").glob(pattern)} - kept:
+            for pattern in (f".{layer}.{PARTIAL}", f".{layer}~*.{PARTIAL}"):
+                for path in indexes.glob(pattern):
                     shutil.rmtree(path, ignore_errors=True)
-            if self.folder / "index" / layer not in kept:
-                remove_files(self.folder / "index" / layer, INDEX_FILES)
+            for path in {indexes / layer, *indexes.glob(f"{layer}~*")} - kept:
+                remove_files(path, INDEX_FILES)
 
     def _read_again(self) -> None:
         ours, now = self._manifest, read_manifest(self.folder)

@@ -23,7 +23,7 @@ from layer_study import split_text
 from numpy.typing import NDArray
 
 from knnlm.config import TextConfig
-from knnlm.evaluation.outcomes import cross_fit
+from knnlm.evaluation.outcomes import cross_fit, cross_fitted_losses
 from knnlm.evaluation.piloting import pilots_of
 from knnlm.evaluation.queries import Queries, open_queries
 from knnlm.extraction.collect import collect
@@ -97,9 +97,8 @@ def fitted(search: Search, queries: Queries) -> dict[str, NDArray[np.float32] | 
     """Cross-fitted losses of one layer, and the losses by which a best layer is picked on either half."""
     parts = queries.parts
     mine, swapped = cross_fit(search, queries.lm_Q, parts)
-    losses_Q = np.where(parts.tuning_Q, swapped.losses_Q, mine.losses_Q)
     return {
-        "losses": losses_Q.astype(np.float32),
+        "losses": cross_fitted_losses(mine, swapped, parts).astype(np.float32),
         "tuning_loss": float(mine.losses_Q[parts.tuning_Q].mean()),
         "swapped_loss": float(swapped.losses_Q[parts.fitting_Q].mean()),
         "k": mine.mix.k,

@@ -131,9 +131,12 @@ def test_files_of_others_in_the_place_of_an_index_are_kept(folder: Path) -> None
     (place / "index.json").write_text("of a run that was stopped")
     index_layer(folder, "final_norm", SETTINGS)
     assert read_index_manifest(place).is_exact
+    beside = folder / "index" / "final_norm~mine"
+    beside.mkdir()
+    (beside / "notes.txt").write_text("mine")
     other = folder / "index" / "0.ffn_input"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
     with pytest.raises(IndexExists, match=r"0\.ffn_input is there already"):
         index_layer(folder, "0.ffn_input", SETTINGS)
-    assert [one.name for one in other.iterdir()] == ["notes.txt"]
+    assert [one.name for place in (other, beside) for one in place.iterdir()] == ["notes.txt"] * 2

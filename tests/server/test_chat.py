@@ -32,12 +32,6 @@ def server(store_folder):
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with server.client() as found:
-        yield found
-
-
 def chat(client: openai.OpenAI, messages=MESSAGES, *, knn: dict | None = None, **options):
     body = {} if knn is None else {"knn": knn}
     return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **options)

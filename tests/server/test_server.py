@@ -28,18 +28,6 @@ def server(store_folder):
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(server):
-    with server.client() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def knn(server, store_folder):
-    """The same kNN-LM, not the server's: nothing of it is shared but the weights."""
-    return KNNLM.from_store(store_folder, LAYER, K, TEMPERATURE, LAMBDA, lm=server.service.lm)
-
-
 def ask(client: openai.OpenAI, prompt=PROMPT, *, knn: dict | None = None, **options):
     body = {} if knn is None else {"knn": knn}
     return client.completions.create(model=NAME, prompt=prompt, extra_body=body, **options)

@@ -18,7 +18,7 @@ from knnlm.store.datastore import Datastore
 from tests.evaluation.test_evaluate_oracle import texts
 from tests.inference.test_copying import longest_copied
 from tests.server.test_chat import MESSAGES, TEMPLATE, WRITTEN
-from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, make_service, running
+from tests.server_process import LAYER, NAME, make_service, running
 
 PROMPT = "the nurse counts a pulse"
 GREEDY = {"max_tokens": 12, "temperature": 0}
@@ -30,18 +30,6 @@ def server(store_folder):
     service.lm.tokenizer.chat_template = TEMPLATE
     with running(service) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with server.client() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def knn(server, store_folder):
-    """The same kNN-LM, not the server's."""
-    return KNNLM.from_store(store_folder, LAYER, K, TEMPERATURE, LAMBDA, lm=server.service.lm)
 
 
 def ask(client: openai.OpenAI, prompt=PROMPT, *, knn: dict, **options):
