@@ -18,7 +18,7 @@ def test_quick_campaign_finds_no_fault() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("--overwrite", "flip in", "damaged datastore.json"):
+    for part in ("killed", "flip in", "damaged datastore.json"):
         assert part in done.stdout
 
 

@@ -26,6 +26,7 @@ VERBS = {
     "`knnlm.score`": "knnlm score",
     "`knnlm.build`": "knnlm build",
     "`knnlm.evaluate`": "knnlm eval",
+    "`knnlm.compact`": "knnlm compact",
 }
 """Functions of the library, and their verbs."""
 _FIELD = re.compile(r"`(?P<name>[a-z][a-z_.]*)(?:=(?P<value>[^`]*))?`")

@@ -91,7 +91,7 @@ def _keep(
     """Save the index, then enter it in the manifest: an index that is not entered there is never opened."""
     folder, recall = store.index_folder(layer), measured.recall if measured else 1.0
     with store.changing():
-        if layer not in store.manifest.indexes:
+        if layer not in store.manifest.built_indexes:
             remove_files(folder, INDEX_FILES)  # of a run that was stopped between the two
         save_index(built, folder, recall=measured)
         store.update_manifest(indexes={layer: {"metric": metric, "spec": built.spec, "recall": recall, "k": k}})
@@ -110,7 +110,7 @@ def verify_store(folder: str | Path, progress: Progress) -> tuple[str, ...]:
         return (str(error),)
     with progress.stage("verifying", "bytes") as advance:
         problems = list(store.verify(advance)) or _token_problems(store)
-    for layer in store.manifest.indexes:
+    for layer in store.manifest.built_indexes:
         with progress.stage(f"verifying the index of {layer}", "bytes"):
             problems += _index_problems(store, layer)
     return tuple(problems)
@@ -125,7 +125,7 @@ def check_before_use(store: Datastore, layers: Sequence[str], progress: Progress
     with progress.stage("verifying", "bytes") as advance:
         problems = list(store.verify(advance, layers))
     for layer in layers:
-        if layer in store.manifest.indexes and not exact:
+        if layer in store.manifest.built_indexes and not exact:
             problems += _index_problems(store, layer)
     if problems:
         more = f" (and {len(problems) - 1} more: knnlm verify names them)" if len(problems) > 1 else ""

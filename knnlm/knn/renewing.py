@@ -1,4 +1,4 @@
-"""Indexes of a datastore whose documents have changed: brought up to date without training, and measured again."""
+"""Indexes of a datastore whose documents have changed: brought up to date, if they can be without training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from index.build import add_keys
 from index.covered import Cover, CoveredIndex
 from index.recall import measure_recall
 from index.storage import save_index
-from knnlm.knn.indexing import RECALL_QUERIES
+from knnlm.config import KNNConfig, Settings
+from knnlm.knn.indexing import RECALL_QUERIES, try_index
 from knnlm.knn.searcher import open_layer_index
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import IndexReport
@@ -24,16 +25,26 @@ MOST_REMOVED = 0.25
 def renew_indexes(store: Datastore, progress: Progress | None = None) -> tuple[IndexReport, ...]:
     """Bring every index of a datastore up to date with its documents; recall is measured again on stored keys.
 
-    Keys that an index lacks are encoded with what it has learned; nothing is trained. Until then, and if this is
-    stopped, they are compared exactly.
+    Keys that an index lacks are encoded with what it has learned; only an index that is still to be built is trained,
+    or a note says why it cannot be. Until then, and if this is stopped, keys are compared exactly.
     :raises index.errors.CorruptIndex: an index is damaged.
     """
-    progress = progress or Silent()
-    return tuple(
-        _renew(store, layer, entry, progress)
-        for layer in store.manifest.indexes
-        if (entry := store.manifest.index_entry(layer)) is not None and entry.parts is not None
-    )
+    progress, reports = progress or Silent(), []
+    for layer in store.manifest.indexes:
+        entry = store.manifest.index_entry(layer)
+        if entry is None or entry.parts is None:
+            continue
+        report = _renew(store, layer, entry, progress) if entry.parts else _train(store, layer, entry, progress)
+        reports += [] if report is None else [report]
+    return tuple(reports)
+
+
+def _train(store: Datastore, layer: str, entry: IndexEntry, progress: Progress) -> IndexReport | None:
+    knn = KNNConfig(metric=entry.metric, index=entry.spec, k=entry.k)
+    report, warnings = try_index(store, layer, Settings(knn=knn), progress)
+    for warning in warnings:
+        progress.note(warning)
+    return report
 
 
 def _renew(store: Datastore, layer: str, entry: IndexEntry, progress: Progress) -> IndexReport:

@@ -80,7 +80,7 @@ def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = Fa
     """
     source = store.keys(layer).for_metric(metric)
     # By the manifest, not the folder: a run stopped between the two leaves an index that is not known to be complete.
-    if exact or layer not in store.manifest.indexes:
+    if exact or layer not in store.manifest.built_indexes:
         return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
     _check_metric(store, layer, metric)
     try:

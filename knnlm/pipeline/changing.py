@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from knnlm.config import KNNConfig, Settings
+from knnlm.config import Settings
 from knnlm.errors import DatastoreError, InputError
 from knnlm.extraction.collect import collect
 from knnlm.files import new_folder
-from knnlm.knn.indexing import try_index
 from knnlm.knn.renewing import renew_indexes
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.job import Job, Paths
@@ -37,7 +35,8 @@ def add(
     """Add documents to a datastore, bring its indexes up to date, and return it with them.
 
     Layers, windows, centres and the type of the keys are the datastore's; of the settings, only how text is read
-    counts. Nobody sees a document before all are there. The same call goes on after a kill.
+    counts. Nobody sees a document before all are there. The same call goes on after a kill; if all documents are there
+    already, as after a kill that came late, nothing is added and a note says so.
 
     :raises DatastoreMismatch: the datastore was made with another model; the message says what differs.
     :raises InputError: other windows than the datastore's, or no document has two tokens.
@@ -73,7 +72,8 @@ def _append(job: Job, store: Datastore, text: Paths, work: str) -> None:
                     writer=writer,
                     advance=toward(total, advance),
                 )
-                writer.commit()
+                if not writer.commit(once=True):
+                    job.progress.note(f"nothing was added: {newest.folder} has all these documents already")
         except TextHasChanged:
             (newest.folder / UNFINISHED).unlink(missing_ok=True)
             raise DatastoreError(
@@ -99,12 +99,13 @@ def remove(
     :raises DatastoreError: another process is changing the datastore, or the disk is full.
     """
     store, progress = as_datastore(store), progress or Silent()
-    indexes = store.manifest.indexes
-    changed = changes.remove(store, documents, purge=purge)
-    if purge:
-        _index_again(changed, indexes, progress)
-    else:
-        renew_indexes(changed, progress)
+    try:
+        changed = changes.remove(store, documents, purge=purge)
+    except InputError:
+        # They may be gone by the same call, which was killed before it came to the indexes.
+        renew_indexes(Datastore.open(store.folder), progress)
+        raise
+    renew_indexes(changed, progress)
     return Datastore.open(store.folder)
 
 
@@ -134,14 +135,5 @@ def merge(
     """
     opened, progress = [as_datastore(store) for store in stores], progress or Silent()
     with new_folder(out, overwrite=overwrite, inputs=[store.folder for store in opened]) as folder:
-        _index_again(changes.merge(opened, folder), opened[0].manifest.indexes, progress)
+        renew_indexes(changes.merge(opened, folder), progress)
     return Datastore.open(out)
-
-
-def _index_again(store: Datastore, indexes: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
-    """Train and build the same kinds of index over the present keys."""
-    for layer, entry in indexes.items():
-        knn = KNNConfig(metric=entry["metric"], index=entry["spec"], k=min(entry["k"], store.count))
-        _, warnings = try_index(store, layer, Settings(knn=knn), progress)
-        for warning in warnings:
-            progress.note(warning)

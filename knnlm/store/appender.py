@@ -6,7 +6,7 @@ from index.mapped import OpenFolder
 from knnlm.errors import DatastoreCorrupt, DatastoreError
 from knnlm.store.datastore import Datastore
 from knnlm.store.manifest import PartEntry, unlisted_entry
-from knnlm.store.part import part_names, part_number
+from knnlm.store.part import part_names, part_number, read_any_part
 from knnlm.store.part_writer import stored_part
 from knnlm.store.writer import DatastoreWriter
 
@@ -32,21 +32,30 @@ class DatastoreAppender(DatastoreWriter):
             named_by="folder",
         )
 
-    def commit(self) -> tuple[PartEntry, ...]:
+    def commit(self, *, once: bool = False) -> tuple[PartEntry, ...]:
         """Finish the last part, write the next generation, and return what was added.
 
+        :param once: add nothing, and return nothing, if all parts are there with the same documents: the same work was
+            done before, by a process that was killed after it.
         :raises DatastoreError: nothing was written, or as `finish`.
         """
         with self._guard():
             self._end_part()
             if not self._entries:
                 raise DatastoreError("no next tokens were written, so there is nothing to add; give more text")
-            self._store.commit_parts([*self._store.manifest.parts, *self._entries])
+            added = [] if once and self._are_listed() else self._entries
+            self._store.commit_parts([*self._store.manifest.parts, *added])
         self.close()
-        return tuple(self._entries)
+        return tuple(added)
 
     def _list_parts(self) -> None:
         """Nobody lists them yet."""
+
+    def _are_listed(self) -> bool:
+        """Whether the datastore has parts with the same documents, none of them removed."""
+        with OpenFolder(self._folder) as opened:
+            listed = [_content(opened, part.name) for part in self._store.manifest.parts if not part.removed]
+            return all(_content(opened, entry.name) in listed for entry in self._entries)
 
     def _take_up(self) -> None:
         listed = {part.name for part in self._store.manifest.parts}
@@ -62,3 +71,9 @@ class DatastoreAppender(DatastoreWriter):
                 if part_number(name) != self._first + number:
                     self._stored.pop()
                     break
+
+
+def _content(opened: OpenFolder, name: str) -> object:
+    """What a part was made of: the same text has the same."""
+    part, _ = read_any_part(opened, name)
+    return part.values, part.documents, part.sources

@@ -105,14 +105,16 @@ class Changeable(ABC):
             yield newest
 
     def commit_parts(self, parts: Sequence[PartEntry], *, keep_indexes: bool = True) -> None:
-        """Write the next generation, with these parts, and remove what it does not list; inside of `writing`.
+        """Write the next generation, if its parts are others, and remove what it does not list; inside of `writing`.
 
         Indexes go on: what they lack is compared exactly. This object is of no more use then.
+        :param keep_indexes: False: they are removed, and are to be trained anew (`renew_indexes`).
         :raises DatastoreError: the folder cannot be written.
         """
         # The mark goes first: after a kill between the two, parts are made again, and never listed twice.
         (self.folder / UNFINISHED).unlink(missing_ok=True)
-        self._put(with_parts(self._manifest, parts, keep_indexes=keep_indexes))
+        if tuple(parts) != self._manifest.parts:
+            self._put(with_parts(self._manifest, parts, keep_indexes=keep_indexes))
         self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
@@ -120,7 +122,7 @@ class Changeable(ABC):
         for path in self.folder.glob(f".{NAME}.{PARTIAL}"):
             path.unlink()
         remove_unlisted(self.folder, {part.name for part in self._manifest.parts})
-        kept, indexes = {self.index_folder(layer) for layer in self._manifest.indexes}, self.folder / "index"
+        kept, indexes = {self.index_folder(layer) for layer in self._manifest.built_indexes}, self.folder / "index"
         for layer in self._manifest.layers:
             for pattern in (f".{layer}.{PARTIAL}", f".{layer}~*.{PARTIAL}"):
                 for path in indexes.glob(pattern):

@@ -21,7 +21,7 @@ from knnlm.files import write_json
 from knnlm.places import PARTS, REPORTS
 from knnlm.store.datastore import Datastore
 from knnlm.store.document_table import PartDocuments, row_runs
-from knnlm.store.manifest import NAME, PartEntry, centre_file
+from knnlm.store.manifest import NAME, PartEntry, centre_file, unbuilt_indexes
 from knnlm.store.model_place import relative_place
 from knnlm.store.part import part_number
 from knnlm.store.part_writer import LayerFrame, PartWriter
@@ -65,7 +65,7 @@ def compact(store: Datastore, *, part_rows: int = PART_ROWS) -> Datastore:
 def merge(stores: Sequence[Datastore], folder: Path) -> Datastore:
     """Put the parts of datastores with one frame into an empty folder, linked or copied, in this order.
 
-    Scores and fitted settings are those of the first; indexes are left out.
+    Scores and fitted settings are those of the first; its indexes are still to be built.
     :raises InputError: fewer than two datastores.
     :raises DatastoreMismatch: their frames differ; names what differs.
     """
@@ -85,7 +85,13 @@ def merge(stores: Sequence[Datastore], folder: Path) -> Datastore:
     count = sum(part.live for part in entries)
     named = {**first.manifest.fingerprint, "model": relative_place(first.model, folder)}
     merged = replace(
-        first.manifest, fingerprint=named, parts=tuple(entries), count=count, generation=1, corpus="", indexes={}
+        first.manifest,
+        fingerprint=named,
+        parts=tuple(entries),
+        count=count,
+        generation=1,
+        corpus="",
+        indexes=unbuilt_indexes(first.manifest),
     )
     write_json(folder / NAME, merged.to_json())
     return Datastore.open(folder)
@@ -126,10 +132,11 @@ def _removing(one: PartDocuments, numbers_N: NDArray[np.int64]) -> PartEntry:
 
 def _purge(store: Datastore, entries: Sequence[PartEntry]) -> None:
     """Rewrite every part that has removed documents, and remove what else may hold them."""
-    kept = [entry for entry in entries if entry.live]
-    store.commit_parts([_joined(store, [entry]) for entry in kept], keep_indexes=False)
+    kept = [_joined(store, [entry]) for entry in entries if entry.live]
+    # Reports first: once the documents are gone, the same command is refused, and would leave the reports.
     for name in REPORTS:
         (store.folder / name).unlink(missing_ok=True)
+    store.commit_parts(kept, keep_indexes=False)
 
 
 def _groups(parts: Sequence[PartEntry], part_rows: int) -> Iterator[list[PartEntry]]:

@@ -75,7 +75,7 @@ class Datastore(Changeable):
         # Opens every file now: later its name may refer to another file.
         self._parts = tuple(read_part(opened, entry.name, entry.checksum) for entry in manifest.parts)
         self._files = {one.file: map_file(opened, one) for one in self._described()}
-        self._indexes = {layer: open_saved_index(self.index_folder(layer)) for layer in manifest.indexes}
+        self._indexes = {layer: open_saved_index(self.index_folder(layer)) for layer in manifest.built_indexes}
 
     @classmethod
     def open(cls, folder: str | Path) -> Datastore:
@@ -323,7 +323,9 @@ class Datastore(Changeable):
         if manifest.fitted:
             found.append("Stale: k, λ and T were fitted to the documents before; `knnlm.evaluate` fits them again.")
         for layer, entry in manifest.indexes.items():
-            if entry.get("parts") and self.index_runs(layer) is not None:
+            if layer not in manifest.built_indexes:
+                found.append(f"The index of {layer} is still to be built, by `knnlm.compact`; search is exact.")
+            elif entry.get("parts") and self.index_runs(layer) is not None:
                 found.append(f"The index of {layer} was built over other documents; later ones are compared exactly.")
         return found
 

@@ -143,7 +143,7 @@ def _problems(folder: Path, look: Callable[[Path], Readable]) -> list[str]:
     except DatastoreCorrupt as error:
         return [str(error)]
     problems = list(store.verify())
-    for layer in store.manifest.indexes:
+    for layer in store.manifest.built_indexes:
         try:
             store.saved_index(layer).check_files()
         except CorruptIndex as error:

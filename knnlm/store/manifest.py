@@ -103,7 +103,8 @@ class IndexEntry:
     folder: str = ""
     """Its folder in `index/`; empty: the layer's name."""
     parts: tuple[IndexedPart, ...] | None = None
-    """What it was built over, where parts or removals have changed since; None: the rows that count."""
+    """What it was built over, where parts or removals have changed since; None: the rows that count; none: it is still
+    to be trained and built."""
 
     def __post_init__(self) -> None:
         demand(not self.folder or ("/" not in self.folder and _is_inside(self.folder)), "folder is no name")
@@ -209,6 +210,11 @@ class Manifest:
         return str(self.indexes[layer]["metric"])
 
     @property
+    def built_indexes(self) -> tuple[str, ...]:
+        """Layers whose index is built; those of the other entries are still to be trained."""
+        return tuple(layer for layer, entry in self.indexes.items() if entry.get("parts") != [])
+
+    @property
     def frame(self) -> str:
         """Checksum of what every part is made with: model, layers, windows."""
         return frame_checksum(self.fingerprint, self.layers, self.context, self.stride)
@@ -232,13 +238,15 @@ def frame_checksum(fingerprint: Mapping[str, str], layers: Mapping[str, LayerKey
 def with_parts(old: Manifest, parts: Sequence[PartEntry], *, keep_indexes: bool = True) -> Manifest:
     """Return the next generation of a manifest, with other parts.
 
-    Its indexes tell what they were built over. A k beyond the number of keys is lowered.
+    Its indexes tell what they were built over; without `keep_indexes` they are to be trained anew. A k beyond the
+    number of keys is lowered.
     """
     count = sum(part.live for part in parts)
     then = [asdict(IndexedPart(part.name, part.live, part.removed)) for part in old.parts]
+    kept = old.indexes if keep_indexes else unbuilt_indexes(old)
     indexes = {
-        layer: {**entry, "k": min(entry["k"], count), "parts": entry.get("parts") or then}
-        for layer, entry in (old.indexes if keep_indexes else {}).items()
+        layer: {**entry, "k": min(entry["k"], count), "parts": then if entry.get("parts") is None else entry["parts"]}
+        for layer, entry in kept.items()
     }
     fitted = old.fitted and {layer: {**one, "k": min(one["k"], count)} for layer, one in old.fitted.items()}
     return replace(
@@ -250,6 +258,11 @@ def with_parts(old: Manifest, parts: Sequence[PartEntry], *, keep_indexes: bool 
         indexes=indexes,
         fitted=fitted,
     )
+
+
+def unbuilt_indexes(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Return a manifest's entries of indexes as those of indexes still to be trained; until then search is exact."""
+    return {layer: {**one, "folder": "", "recall": 1.0, "parts": []} for layer, one in manifest.indexes.items()}
 
 
 def unlisted_entry(folder: OpenFolder, name: str) -> PartEntry:

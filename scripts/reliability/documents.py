@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from damages import Damage, report, try_all
-from forks import command, fork
-from kills import run_words, well
+from forks import fork
+from kills import make_store
 from tally import Tally
 from workshop import Workshop
 
@@ -22,7 +22,7 @@ BATCH = 50
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
     """Try `count` damaged documents in place of datastore.json and index.json, in turn."""
-    well(command(run_words(shop, "first", "--overwrite")))
+    make_store(shop)
     rng = random.Random(seed)
     files = [shop.store / "datastore.json", next(shop.store.rglob("index.json"))]
     for start in range(0, count, BATCH):

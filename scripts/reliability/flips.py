@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from damages import Damage, report, try_all
-from forks import command, fork
-from kills import run_words, well
+from forks import fork
+from kills import make_store
 from tally import Tally
 from workshop import Workshop
 
@@ -20,7 +20,7 @@ BATCH = 25
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
     """Try `count` flips, spread over all files of a store with an index, fitted settings and a report."""
-    well(command(run_words(shop, "first", "--overwrite")))
+    make_store(shop)
     rng = random.Random(seed)
     files = sorted(path for path in shop.store.rglob("*") if path.is_file() and path.stat().st_size)
     places = [(path := files[number % len(files)], rng.randrange(8 * path.stat().st_size)) for number in range(count)]
@@ -31,7 +31,7 @@ def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
 
 
 def _try(shop: Workshop, batch: Sequence[tuple[Path, int]]) -> None:
-    try_all(shop, (Damage(_kind_of(path.name), _flipped(path, bit)) for path, bit in batch))
+    try_all(shop, (Damage(_kind_of(path), _flipped(path, bit)) for path, bit in batch))
 
 
 @contextmanager
@@ -46,9 +46,8 @@ def _flipped(path: Path, bit: int) -> Iterator[None]:
         path.write_bytes(whole)
 
 
-def _kind_of(name: str) -> str:
+def _kind_of(path: Path) -> str:
     """Files of one kind as one row."""
-    for kind in ("report", "datastore.json", "index.json", "values", "documents", "centre", "mean"):
-        if kind in name:
-            return kind
-    return "keys" if name.endswith(".npy") else "the index"
+    if path.parent.name in ("keys", "frame"):
+        return {"keys": "keys", "frame": "a layer's centre"}[path.parent.name]
+    return "a report" if path.stem == "report" else path.name

@@ -12,8 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-from forks import command
-from kills import run_words, well
+from kills import make_store
 from tally import Tally
 from workshop import Workshop
 
@@ -26,7 +25,7 @@ from serving import started  # noqa: E402 - a script beside these
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
     """Send `count` requests, a tenth of them malformed bytes and the rest by schemathesis."""
-    well(command(run_words(shop, "first", "--overwrite")))
+    make_store(shop)
     if count >= DESCRIBED:
         _described(shop, count, tally)
     rng = random.Random(seed)

@@ -40,6 +40,11 @@ class Workshop:
         """Where stores are made."""
         return self.place / "book.knn"
 
+    @property
+    def parents(self) -> tuple[Path, Path]:
+        """Two stores to merge, beside that folder."""
+        return self.folder / "one.knn", self.folder / "other.knn"
+
 
 def make(folder: Path) -> Workshop:
     """Create the model, the texts and the files."""
@@ -81,15 +86,34 @@ REPORTS = ("report.json", "report.html")
 
 
 def digest(path: Path) -> str:
-    """A hash of a file, or of all names and files in a folder; of reports the names only."""
+    """A hash of a file, or of all names and files in a folder; without what tells how long something took."""
     found = hashlib.sha256()
     if path.is_dir():
         for parent, folders, names in os.walk(path):
             folders.sort()
             for name in sorted(names):
                 file = Path(parent, name)
-                content = b"" if name in REPORTS else file.read_bytes()
-                found.update(f"{file.relative_to(path)}\0".encode() + hashlib.sha256(content).digest())
+                found.update(f"{file.relative_to(path)}\0".encode() + hashlib.sha256(_content(file)).digest())
     else:
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    if file.name in REPORTS:
+        return b""
+    if file.name != "index.json":
+        return file.read_bytes()
+    document = json.loads(file.read_text(encoding="utf-8"))
+    for of, name in ((document, "checksum"), (document["recall"] or {}, "milliseconds_per_query")):
+        of.pop(name, None)
+    return json.dumps(document, sort_keys=True).encode()
+
+
+def digest_of_listed(store: Path) -> str:
+    """A hash of a store's manifest and of all files that it lists."""
+    text = (store / "datastore.json").read_bytes()
+    manifest = json.loads(text)
+    indexes = [one.get("folder") or layer for layer, one in manifest["indexes"].items() if one.get("parts") != []]
+    places = ["frame", *(f"parts/{one['name']}" for one in manifest["parts"]), *(f"index/{name}" for name in indexes)]
+    return hashlib.sha256(text + "".join(digest(store / place) for place in places).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.errors import DatastoreError, DatastoreMismatch, InputError
 from knnlm.extraction import collect as collecting
+from knnlm.knn.indexing import verify_store
 from knnlm.locks import locked
 from knnlm.model.lm import LanguageModel
-from knnlm.pipeline import add, build, compact, evaluate, merge, remove
+from knnlm.pipeline import add, build, changing, compact, evaluate, merge, remove
+from knnlm.progress import Silent
 from knnlm.store import writer as store_writer
 from knnlm.store.datastore import Datastore
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
@@ -103,9 +106,6 @@ def test_a_killed_add_goes_on_and_nobody_sees_half_of_it(lm, text, tmp_path, mon
     before = build(lm, [text(0, 8)], tmp_path / "store", settings=SETTINGS)
     more, passes, forward = text(20, 16), [], collecting.forward
 
-    class Killed(BaseException):
-        """Nothing is done after it."""
-
     def counted(*given, **named):
         passes.append(1)
         if len(passes) == stop:
@@ -129,6 +129,70 @@ def test_a_killed_add_goes_on_and_nobody_sees_half_of_it(lm, text, tmp_path, mon
     assert 0 < len(passes) < all_passes
     assert [part.name for part in done.manifest.parts] == [part.name for part in expected.manifest.parts]
     assert not (done.folder / "unfinished.json").exists() and np.array_equal(done.values, expected.values)
+
+
+class Killed(BaseException):
+    """Nothing is done after it."""
+
+
+def killed(*given):
+    raise Killed
+
+
+CHANGES = {
+    "add": lambda lm, store, more: add(lm, store, [more]),
+    "remove": lambda lm, store, more: remove(store, [("0.jsonl", 2), ("0.jsonl", 5)]),
+    "purge": lambda lm, store, more: remove(store, [("0.jsonl", 2), ("0.jsonl", 5)], purge=True),
+    "compact": lambda lm, store, more: compact(store),
+}
+
+
+def contents(folder):
+    """All files; of an index's manifest, which tells how long a search took, the name only."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.name == "index.json" or path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_killed_before_its_indexes_ends_as_if_it_had_not_been(name, lm, text, tmp_path, monkeypatch):
+    more, place = text(20, 8), tmp_path / "killed"
+    before = build(lm, [text(0, 8)], tmp_path / "store", settings=SETTINGS)
+    (before.folder / "report.json").write_text('{"format": "knnlm-report"}')
+    shutil.copytree(before.folder, place)
+    expected = CHANGES[name](lm, before, more)
+    with monkeypatch.context() as patch:
+        patch.setattr(changing, "renew_indexes", killed)
+        with pytest.raises(Killed):
+            CHANGES[name](lm, place, more)
+    now = Datastore.open(place)
+    assert now.verify() == () and now.count == expected.count and now.describe()["stale"]
+    assert (place / "report.json").exists() == (name != "purge")
+    assert verify_store(place, Silent()) == ()
+    shown = evaluate(lm, now, [more], settings=replace(EXACT, knn=KNNConfig(max_k=16)), dry_run=True)
+    assert len(shown.layers) == 2
+    for _ in range(2):  # and once more, when all is done
+        if name in ("remove", "purge"):
+            with pytest.raises(InputError, match=r"has no document 2 of 0\.jsonl"):
+                CHANGES[name](lm, place, more)
+        else:
+            CHANGES[name](lm, place, more)
+        assert contents(place) == contents(expected.folder)
+
+
+def test_documents_that_are_there_already_are_not_added_again(lm, text, tmp_path):
+    store, notes = build(lm, [text(0, 8)], tmp_path / "store", settings=SETTINGS), []
+    more = text(20, 8)
+    progress = Silent()
+    progress.note = notes.append
+    once = add(lm, store, [more], progress=progress)
+    assert once.count > store.count and not [one for one in notes if "nothing was added" in one]
+    again = add(lm, once, [more], progress=progress)
+    assert again.manifest == once.manifest and notes[-1] == (
+        f"nothing was added: {store.folder} has all these documents already"
+    )
+    # Documents that were removed since are added again.
+    fewer = remove(again, [("20.jsonl", 3)])
+    assert add(lm, fewer, [more]).count == fewer.count + once.count - store.count
 
 
 def test_what_cannot_be_is_one_line(lm, text, tmp_path):
