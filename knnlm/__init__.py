@@ -11,7 +11,7 @@ Names are loaded lazily, on first use, so that `import knnlm` is fast. `help(knn
 
 models    load_model, random_model, LanguageModel
 verbs     run, score, build, evaluate, rank_models, score_vectors
-store     open_datastore, Datastore, index_layer, add, remove, compact, merge, push
+store     open_datastore, open_datastores, Datastore, JointStore, index_layer, add, remove, compact, merge, push
 use       KNNLM for generate(), register_lm_eval for lm-evaluation-harness
 settings  Settings, TextConfig, LayerConfig, KNNConfig, EvalConfig
 results   EvalResult, LayerResult, Perplexity, ByQuery, Choice, Regret, Correlation, IndexReport, Interval
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from knnlm.scores.vectors import score_vectors
     from knnlm.sharing.push import push
     from knnlm.store.datastore import Datastore, open_datastore
+    from knnlm.store.joint import JointStore, open_datastores
     from knnlm.studies.correlate.study import CorrelateConfig, Study, study_correlation
     from knnlm.studies.rank_models.ranking import ModelGap, Ranking, rank_models
     from knnlm.studies.rank_models.token_sets import TokenSource
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
         "IndexReport",
         "InputError",
         "Interval",
+        "JointStore",
         "KNNConfig",
         "KNNLM",
         "KNNLMError",
@@ -138,6 +140,7 @@ if TYPE_CHECKING:
         "measure_slices",
         "merge",
         "open_datastore",
+        "open_datastores",
         "push",
         "random_model",
         "rank_models",
@@ -211,6 +214,10 @@ _NAMES = {
     "store.datastore": (
         "Datastore",
         "open_datastore",
+    ),
+    "store.joint": (
+        "JointStore",
+        "open_datastores",
     ),
     "studies.correlate.study": (
         "CorrelateConfig",

@@ -222,6 +222,8 @@ class LayerResult(Shown):
     score: LayerScore | None = None
     by_query: ByQuery | None = None
     """None if lambda was given, or in files of older versions."""
+    weights: tuple[float, ...] = ()
+    """What the neighbours from each of several datastores count for, in the order of these; empty for one."""
 
     def _facts(self) -> Iterator[str]:
         yield f"{self.layer}: perplexity {figure(self.perplexity)}, {change(self.change)} against the LM"

@@ -100,7 +100,7 @@ def test_signature_is_short_and_shows_no_settings(name):
 def test_a_store_may_be_given_by_its_folder(name):
     shown = attrgetter(name)(knnlm)
     taken = inspect.signature(shown).parameters.get("store") if inspect.isroutine(shown) else None
-    assert taken is None or taken.annotation == "str | Path | Datastore"
+    assert taken is None or taken.annotation in ("str | Path | Datastore", "GivenStores")
 
 
 def sentences(path):

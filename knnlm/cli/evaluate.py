@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from knnlm.config import Settings
 
 OwnIndex = Annotated[str, typer.Option("--index", help="auto: the datastore's own index; exact: exact search.")]
+FitWeights = Annotated[bool, typer.Option("--fit-weights", help="Also fit what each of several datastores counts for.")]
 Report = Annotated[Path | None, typer.Option("--report", help="Folder for report.json and report.html.")]
 
 
@@ -47,7 +48,7 @@ class EvalOptions:
 
 def evaluate(
     *,
-    store: options.Store,
+    stores: options.StoreOptions,
     eval_text: options.EvalText,
     model: options.OtherModel = None,
     given: EvalOptions,
@@ -55,13 +56,14 @@ def evaluate(
         bool, typer.Option("--verify", help="First verify the checksums of the files that are read.")
     ] = False,
     report: Report = None,
+    fit_weights: FitWeights = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do not store the fitted k, λ and T.")] = False,
     show: options.Show = None,
     all_layers: options.AllLayers = False,
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Measure the perplexity of the LM, and of the kNN-LM for every layer of a datastore.
+    """Measure the perplexity of the LM, and of the kNN-LM for every layer of a datastore, or of several.
 
     Example: knnlm eval nursing.knn --eval-text held-out.jsonl
     """
@@ -69,21 +71,23 @@ def evaluate(
     from knnlm.knn.indexing import check_before_use
     from knnlm.knn.searcher import is_exact, searched_layers
     from knnlm.places import check_report_folder
-    from knnlm.store.datastore import Datastore
 
     check_show(show)
     if report is not None:
         check_report_folder(report)
-    opened = Datastore.open(store)
+    opened = stores.open()
     layers_read = searched_layers(opened, settings)
     check_texts(eval_text, text_field=given.rows.text_field)
     screen = output.screen()
     if verify:
-        check_before_use(opened, layers_read, screen, exact=is_exact(settings.knn.index))
+        for one in opened.stores:
+            check_before_use(one, layers_read, screen, exact=is_exact(settings.knn.index))
     lm = load_own(opened, model, given.passes.compute, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
-    result = evaluate_pipeline(lm, opened, eval_text, settings=settings, dry_run=dry_run, progress=screen)
+    result = evaluate_pipeline(
+        lm, opened, eval_text, settings=settings, fit_weights=fit_weights, dry_run=dry_run, progress=screen
+    )
     show_evaluation(result, screen, report, show, all_layers=all_layers)
     if report is not None:
         screen.say(f"Report: {report / 'report.html'}")

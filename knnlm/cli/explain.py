@@ -30,7 +30,7 @@ SNIPPET = 56
 
 def explain(
     *,
-    store: options.Store,
+    stores: options.StoreOptions,
     text: Given = None,
     cite: Cite = False,
     retrieving: options.RetrievalOptions,
@@ -44,22 +44,21 @@ def explain(
     Example: knnlm explain nursing.knn --text "The patient was given oxygen."
     """
     from knnlm.inference.explain import Explainer
-    from knnlm.store.datastore import Datastore
 
-    opened = Datastore.open(store)
+    opened = stores.open()
     retrieval = retrieving.open(opened)
     screen = output.screen()
     given = text if text is not None else read_standard_input("--text", screen)
     lm = load_own(opened, model, compute, trust_remote_code, screen)
     explainer = Explainer(lm, retrieval)
     explanation = explainer.explain(given)
-    screen.say(_table(explanation))
+    screen.say(_table(explanation, sources=len(stores.store) > 1))
     screen.say(_summary(explanation))
     citations = explainer.model().cite(given) if cite else None
     if citations is not None:
         screen.say(_cited_table(citations.whole))
         screen.say(_cited_summary(citations))
-    known = {"store": str(store), "model": lm.name, "text": given, **setting_document(retrieval)}
+    known = {**stores.told(), "model": lm.name, "text": given, **setting_document(retrieval)}
     screen.result(known | _document(explanation) | ({} if citations is None else _cited_document(citations)))
 
 
@@ -103,7 +102,8 @@ def _cited_summary(citations: Citations) -> str:
     )
 
 
-def _table(explanation: Explanation) -> Table:
+def _table(explanation: Explanation, *, sources: bool) -> Table:
+    """The tokens, each with its nearest neighbour; with `sources`, this one's datastore and source are named."""
     from knnlm.cli.tables import compact_table
 
     setting = explanation.setting
@@ -111,11 +111,11 @@ def _table(explanation: Explanation) -> Table:
     title = f"{explanation.layer}, k {setting.k}, T {setting.temperature:.4g}, λ {setting.lam:.3f}{moved}"
     table = compact_table(HEADS, title=title, left=(HEADS[0], HEADS[-1]))
     for one in explanation.tokens:
-        table.add_row(*_cells(one))
+        table.add_row(*_cells(one, sources=sources))
     return table
 
 
-def _cells(one: ExplainedToken) -> Iterator[Text]:
+def _cells(one: ExplainedToken, *, sources: bool) -> Iterator[Text]:
     """Cells as rich's Text, so that square brackets in a corpus are not read as markup."""
     from rich.text import Text
 
@@ -128,7 +128,11 @@ def _cells(one: ExplainedToken) -> Iterator[Text]:
     yield Text(probability(one.mixed_probability))
     yield Text(MISSING if one.change is None else f"{one.change:+.1f} bits")
     nearest = one.neighbors[0].source if one.neighbors else None
-    yield Text(MISSING if nearest is None else f"{flow_end(nearest.before, SNIPPET)} → {visible(nearest.token)}")
+    if nearest is None:
+        yield Text(MISSING)
+        return
+    named = f"{visible(nearest.document)}: " if sources else ""
+    yield Text(f"{named}{flow_end(nearest.before, SNIPPET)} → {visible(nearest.token)}")
 
 
 def _summary(explanation: Explanation) -> str:

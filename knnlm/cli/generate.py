@@ -31,7 +31,7 @@ Stream = Annotated[bool, typer.Option("--stream", help="Print the text while it 
 
 def generate(
     *,
-    store: options.Store,
+    stores: options.StoreOptions,
     prompt: Prompts = None,
     max_new_tokens: Length = 64,
     temperature_lm: Sharpness = None,
@@ -45,7 +45,7 @@ def generate(
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Continue a text with the kNN-LM of a datastore.
+    """Continue a text with the kNN-LM of a datastore, or of several.
 
     Example: knnlm generate nursing.knn --prompt "The patient was given" --top-p 0.9
     """
@@ -56,11 +56,10 @@ def generate(
     from knnlm.config import check_seed
     from knnlm.inference.model import KNNLM
     from knnlm.inference.writer import Decoding, Writer
-    from knnlm.store.datastore import Datastore
 
     check_seed(seed)
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature_lm, top_p=top_p, max_copy=max_copy)
-    opened = Datastore.open(store)
+    opened = stores.open()
     retrieval = retrieving.open(opened)
     screen = output.screen()
     prompts = prompt or [read_standard_input("--prompt", screen)]
@@ -72,7 +71,7 @@ def generate(
     continuations = [_show(writer, one, stream, output.json) for one in prompts]
     screen.result(
         {
-            "store": str(store),
+            **stores.told(),
             "model": lm.name,
             **setting_document(retrieval),
             "seed": seed,

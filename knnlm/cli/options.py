@@ -18,7 +18,7 @@ from knnlm.cli.screen import Screen
 if TYPE_CHECKING:
     from knnlm.config import KNNConfig, LayerConfig, TextConfig
     from knnlm.knn.retrieval import Retrieval
-    from knnlm.store.datastore import Datastore
+    from knnlm.store.joint import AnyStore
 
 Model = Annotated[str, typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM."), Place()]
 MaybeModel = Annotated[
@@ -40,6 +40,15 @@ MaybeEvalText = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Folder to create.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="Layer whose keys are searched; default: the chosen one.")]
 Store = Annotated[Path, typer.Argument(help="Folder of a datastore, or hf:USER/NAME[@REVISION] on the hub.")]
+Stores = Annotated[
+    list[Path], typer.Argument(help="Folder of a datastore, or hf:USER/NAME on the hub; several are searched as one.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="With several datastores, what each one's neighbours count for: 1,0.5; default: 1 each."
+    ),
+]
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers: all, *.ffn_input, -1.*, 5.attn_input,final_norm …")
 ]
@@ -100,6 +109,40 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow Python c
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """A datastore, or several that are searched as one."""
+
+    store: Stores
+    weights: Weights = None
+
+    def open(self) -> AnyStore:
+        """Open what is given; a single datastore has no weights."""
+        from knnlm.errors import InputError
+        from knnlm.store.joint import as_store, open_datastores
+
+        if self.weights is None:
+            return as_store(self.store)
+        if len(self.store) == 1:
+            raise InputError(f"`weights` are for several datastores, but only {self.store[0]} is given; name another")
+        return open_datastores(self.store, _weights(self.weights))
+
+    def told(self) -> dict[str, object]:
+        """For JSON: the datastore as it was named, or all, with their weights as given."""
+        names = [str(one) for one in self.store]
+        if len(names) == 1:
+            return {"store": names[0]}
+        return {"store": names, "weights": [1.0] * len(names) if self.weights is None else _weights(self.weights)}
+
+
+def _weights(given: str) -> list[float]:
+    try:
+        return [float(one) for one in given.split(",")]
+    except ValueError:
+        message = f"{given!r} is not one number for each datastore, with commas between them"
+        raise typer.BadParameter(message, param_hint="--weights") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerOptions:
     """Which layers are used, and how one of them is chosen."""
 
@@ -136,8 +179,8 @@ class RetrievalOptions:
     layer: Layer = None
     mix: MixOptions
 
-    def open(self, store: Datastore) -> Retrieval:
-        """Open the retrieval from a datastore."""
+    def open(self, store: AnyStore) -> Retrieval:
+        """Open the retrieval from a datastore, or several."""
         from knnlm.knn.retrieval import open_retrieval
 
         return open_retrieval(store, self.layer, self.mix.k, self.mix.temperature, self.mix.lam)

@@ -31,7 +31,7 @@ MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Maximum durati
 def serve(
     *,
     call: typer.Context,
-    store: options.Store,
+    stores: options.StoreOptions,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
@@ -66,7 +66,6 @@ def serve(
     from knnlm.server.explorer.routes import explorer_router
     from knnlm.server.limits import Limits
     from knnlm.server.service import Service
-    from knnlm.store.datastore import Datastore
 
     limits = Limits(
         prompt_tokens=max_prompt_tokens,
@@ -77,12 +76,11 @@ def serve(
     )
     screen = options.open_screen(call)
     with listen(host, port) as listener:
-        opened = Datastore.open(store)
+        opened = stores.open()
         retrieval = retrieving.open(opened)
         lm = load_own(opened, model, compute, trust_remote_code, screen)
-        service = Service(
-            whole_text(Path(store).resolve().name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy
-        )
+        name = opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name
+        service = Service(whole_text(name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
         page = explorer_router(Explainer(lm, retrieval), service.thread.run, limits.seconds)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from knnlm.knn.retrieval import Retrieval
     from knnlm.model.lm import LanguageModel
     from knnlm.results import EvalResult, ScoreResult, VectorScores
-    from knnlm.store.datastore import Datastore
+    from knnlm.store.joint import AnyStore
 
 
 def check_texts(paths: Sequence[str], *, text_field: str) -> None:
@@ -59,9 +59,7 @@ def load(
     return lm
 
 
-def load_own(
-    store: Datastore, model: str | None, compute: ComputeOptions, trust: bool, screen: Screen
-) -> LanguageModel:
+def load_own(store: AnyStore, model: str | None, compute: ComputeOptions, trust: bool, screen: Screen) -> LanguageModel:
     """Load a datastore's model, or the one given in its place. Raises as `own_model`."""
     from knnlm.inference.own_model import own_model
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from knnlm.evaluation.outcomes import LayerOutcome
 from knnlm.evaluation.queries import Queries
 from knnlm.knn.evidence import Neighborhood, NeighborSource, SourcedNeighbor, find_neighbors, read_source
-from knnlm.knn.searcher import open_searcher
+from knnlm.knn.joint import open_search
 from knnlm.model.lm import LanguageModel
 from knnlm.results import NeighborText, TokenExample
-from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 
 CONTEXT_TOKENS = 24
 NEIGHBOR_TOKENS = 12
@@ -27,7 +27,7 @@ LEAST_CHANGE = math.log(1.1)
 
 def find_examples(
     lm: LanguageModel,
-    store: Datastore,
+    store: AnyStore,
     queries: Queries,
     shown: LayerOutcome,
     count: int,
@@ -46,7 +46,7 @@ def find_examples(
     lost, gained = order[:count], order[::-1][:count]
     gained, lost = gained[gain_Q[gained] > LEAST_CHANGE], lost[gain_Q[lost] < -LEAST_CHANGE]
     rows = np.concatenate([gained, lost])
-    searcher = open_searcher(store, shown.layer, metric, exact=exact)
+    searcher = open_search(store, shown.layer, metric, exact=exact, offsets=shown.offsets)
     found = find_neighbors(searcher, queries.vectors(shown.layer)[rows], shown.mix.k)
     explain = _Explainer(lm, store, queries, shown)
     examples = tuple(explain(int(row), one) for row, one in zip(rows, found, strict=True))
@@ -56,7 +56,7 @@ def find_examples(
 class _Explainer:
     """Describes tokens and their neighbours as text."""
 
-    def __init__(self, lm: LanguageModel, store: Datastore, queries: Queries, shown: LayerOutcome) -> None:
+    def __init__(self, lm: LanguageModel, store: AnyStore, queries: Queries, shown: LayerOutcome) -> None:
         self._lm, self._store, self._queries, self._mix = lm, store, queries, shown.mix
         self._losses_Q = shown.losses_Q
 

@@ -10,7 +10,7 @@ Legend: Q query tokens, D dimension.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from knnlm.config import KNNConfig
 from knnlm.evaluation.parts import Parts
 from knnlm.evaluation.queries import Floats, Queries
+from knnlm.evaluation.weighing import weigh
 from knnlm.knn.fitting import LAMBDA_CURVE, fit, fit_gate
+from knnlm.knn.joint import open_search
 from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
 from knnlm.knn.searcher import check_k, open_searcher
 from knnlm.progress import Progress, Silent
 from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 
 
 @dataclass(frozen=True)
@@ -42,25 +45,31 @@ class LayerOutcome:
     lambda_curve: tuple[tuple[float, float], ...]
     gated_losses_R: Floats | None = None
     """-log p of the reporting part's targets with the gate."""
+    offsets: tuple[float, ...] = ()
+    """Of the distances from each of several datastores: see `knnlm.knn.joint`."""
 
 
 def evaluate_layers(
-    store: Datastore,
+    store: AnyStore,
     queries: Queries,
     layers: Sequence[str],
     knn: KNNConfig,
     *,
     exact: bool = False,
+    fit_weights: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[LayerOutcome]:
-    """Search, fit and score the layers one by one."""
+    """Search, fit and score the layers one by one.
+
+    :param fit_weights: also fit the weights of several datastores.
+    """
     check_k(knn.k, store.count)
     progress, k = progress or Silent(), min(knn.search_k, store.count)
     with progress.stage("evaluating", "layers") as advance:
         for number, layer in enumerate(layers, start=1):
-            searcher = open_searcher(store, layer, knn.metric, exact=exact)
-            search = searcher.cached(queries.vectors(layer), queries.targets_Q, k)
-            yield outcome(layer, search, queries, knn)
+            searcher = open_search(store, layer, knn.metric, exact=exact)
+            found = weigh(searcher, queries, k, knn, fit_weights=fit_weights)
+            yield replace(outcome(layer, found.search, queries, found.knn), offsets=found.offsets)
             advance(number, len(layers))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.progress import Advance, Progress
-from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 from knnlm.text.windows import TokenDocument
 
 # Tokens hashed at once; their hashes take 8 MB.
@@ -78,7 +78,7 @@ OVERLAP_SHARE = 0.02
 OVERLAP_TOKENS = 1 << 20
 
 
-def overlap_warning(documents: Sequence[TokenDocument], store: Datastore, progress: Progress) -> tuple[str, ...]:
+def overlap_warning(documents: Sequence[TokenDocument], store: AnyStore, progress: Progress) -> tuple[str, ...]:
     """Return a warning if the datastore holds part of the evaluation text."""
     with progress.stage("looking for the evaluation text in the datastore", "tokens") as advance:
         share = overlap(documents, _pieces(store.values, advance))

@@ -16,6 +16,7 @@ import numpy as np
 from knnlm.evaluation.outcomes import LayerOutcome, exp_or_inf, perplexity
 from knnlm.evaluation.parts import Parts
 from knnlm.evaluation.queries import Floats, Queries
+from knnlm.knn.joint import weights_of
 from knnlm.results import (
     SCORES,
     ByQuery,
@@ -130,6 +131,7 @@ def _layer_result(one: LayerOutcome, best: LayerOutcome, measure: _Measure, scor
         lambda_curve=one.lambda_curve,
         score=score,
         by_query=_by_query(one, measure),
+        weights=weights_of(one.offsets, one.mix.temperature),
     )
 
 

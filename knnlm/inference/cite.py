@@ -23,7 +23,7 @@ from knnlm.knn.mixing import Floats
 from knnlm.knn.retrieval import Retrieval
 from knnlm.model.head import log_prob
 from knnlm.model.lm import LanguageModel
-from knnlm.store.datastore import Datastore
+from knnlm.store.stored_text import StoredText
 
 
 class Reads(Protocol):
@@ -67,7 +67,7 @@ class Citation:
 class Memory:
     """The datastore's documents and text, as citations need them. Made once for a datastore."""
 
-    def __init__(self, store: Datastore) -> None:
+    def __init__(self, store: StoredText) -> None:
         self._store, self.documents = store, DocumentMap(store)
 
     @cached_property
@@ -164,9 +164,9 @@ class Citer:
 
     def __init__(self, lm: LanguageModel, reads: Reads) -> None:
         self._lm, self._reads = lm, reads
-        self._memories: dict[Datastore, Memory] = {}
+        self._memories: dict[StoredText, Memory] = {}
 
-    def memory(self, store: Datastore) -> Memory:
+    def memory(self, store: StoredText) -> Memory:
         """The documents and the text of a datastore, read on first use."""
         if store not in self._memories:
             self._memories = {store: Memory(store)}

@@ -208,7 +208,7 @@ class Explainer:
 
     def _fitted(self, layer: str) -> dict[str, Any]:
         """Fitted setting of a layer in datastore.json; empty if there is none."""
-        return (self.store.manifest.fitted or {}).get(layer) or {}
+        return (self.store.first.manifest.fitted or {}).get(layer) or {}
 
     def _token(self, evidence: Evidence, setting: Mix, token: int, piece: str) -> ExplainedToken:
         under, at = evidence.under(setting), evidence.place(token)

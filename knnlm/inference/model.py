@@ -14,7 +14,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, wraps
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +30,7 @@ from knnlm.model.decoder import find_decoder
 from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
-from knnlm.store.datastore import Datastore, as_datastore
+from knnlm.store.joint import GivenStores, as_store
 from knnlm.store.tokens import check_tokens
 
 IGNORED = -100
@@ -58,7 +57,7 @@ class KNNLM:
     @classmethod
     def from_store(
         cls,
-        store: str | Path | Datastore,
+        store: GivenStores,
         layer: str | None = None,
         k: int | None = None,
         temperature: float | None = None,
@@ -68,6 +67,7 @@ class KNNLM:
     ) -> KNNLM:
         """Combine a datastore with the model that it was made with.
 
+        :param store: a datastore or its folder, or several, whose neighbours are merged (`knnlm.open_datastores`).
         :param layer: layer whose keys are searched; the chosen one by default.
         :param k: neighbours; `k`, `temperature` and `lam` default to the values that an evaluation fitted.
         :param lm: the model, if it is already loaded or has moved since the datastore was made. Its weights are shared.
@@ -76,10 +76,10 @@ class KNNLM:
         :raises DatastoreCorrupt: a file that is read is missing, short or changed.
         :raises ModelError: the model is wrapped, as adapters are by peft; or the datastore's is not where it was.
         """
-        store = as_datastore(store)
-        retrieval = open_retrieval(store, layer, k, temperature, lam)
+        opened = as_store(store)
+        retrieval = open_retrieval(opened, layer, k, temperature, lam)
         if lm is None:
-            with own_model(store, field="lm") as name:
+            with own_model(opened, field="lm") as name:
                 lm = load_model(name)
         return cls.from_retrieval(lm, retrieval)
 
@@ -88,7 +88,7 @@ class KNNLM:
         """Combine a model with a retrieval from `open_retrieval`. Raises as `from_store`."""
         _check_kind(type(lm.model))
         store = retrieval.searcher.store
-        store.check_model(lm.fingerprint)
+        store.first.check_model(lm.fingerprint)
         check_tokens(store, lm.vocabulary)
         check_names([retrieval.layer], lm.layer_names)
         model: Any = _own_modules(lm.model)
@@ -100,8 +100,9 @@ class KNNLM:
 
     def __repr__(self) -> str:
         kind, mix, store = f"KNNLM[{type(self).__name__}]", self.retrieval.setting, self.retrieval.searcher.store
+        places = " + ".join(str(one.folder) for one in store.stores)
         return (
-            f"{kind}: the model of {store.model} with the memory {store.folder}\n"
+            f"{kind}: the model of {store.first.model} with the memory {places}\n"
             f"  keys of {self.retrieval.layer}, {store.count:,}; k {mix.k}, λ {mix.lam:.3g}"
             f"{', moved by the query' if mix.gate else ''}, T {mix.temperature:.4g}"
         )

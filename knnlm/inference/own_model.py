@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from knnlm.errors import ModelError
-from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 
 
 @contextmanager
-def own_model(store: Datastore, given: str | Path | None = None, *, field: str = "model") -> Iterator[str]:
+def own_model(store: AnyStore, given: str | Path | None = None, *, field: str = "model") -> Iterator[str]:
     """Yield the name of the model to load in the block: the given one, else the one that the datastore remembers.
 
     :param field: where the caller takes another model.
@@ -21,8 +21,8 @@ def own_model(store: Datastore, given: str | Path | None = None, *, field: str =
         yield str(given)
         return
     try:
-        yield store.model
+        yield store.first.model
     except ModelError as error:
         raise ModelError(
-            f"{error}; {store.folder} was made with this model: if it is elsewhere now, give it as `{field}`"
+            f"{error}; {store.first.folder} was made with this model: if it is elsewhere now, give it as `{field}`"
         ) from error

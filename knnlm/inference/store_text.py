@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.knn.citing import DocumentMap
-from knnlm.store.datastore import Datastore
+from knnlm.store.stored_text import StoredText
 
 Positions = NDArray[np.int64]
 # Between documents; no token.
@@ -36,7 +36,7 @@ class StoreText:
     12 bytes for each token of the text.
     """
 
-    def __init__(self, store: Datastore, documents: DocumentMap) -> None:
+    def __init__(self, store: StoredText, documents: DocumentMap) -> None:
         starts, first_tokens = store.documents[:, 0], store.documents[:, 1]
         # Before each document's values a border and its first token, which is no value.
         added = np.stack([np.full(len(starts), _BORDER), first_tokens], axis=1).ravel()

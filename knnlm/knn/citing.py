@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnlm.knn.evidence import Neighborhood
+from knnlm.knn.joint import Searcher
 from knnlm.knn.mixing import NEAREST, Floats, Mix, mix, neighbor_weights
-from knnlm.knn.searcher import LayerSearcher
-from knnlm.store.datastore import Datastore
+from knnlm.store.stored_text import StoredText
 
 # Neighbours found beyond k at first, as a part of k; where that is too few, the search is repeated.
 _MARGIN = 8
@@ -27,7 +27,7 @@ Ids = NDArray[np.int64]
 class DocumentMap:
     """Which document each row of a datastore is of; parts of a document, with one source and number, are one."""
 
-    def __init__(self, store: Datastore) -> None:
+    def __init__(self, store: StoredText) -> None:
         self._sources, self._starts = store.sources, store.documents[:, 0]
         self._named, document_of = np.unique(store.documents[:, 2:4], axis=0, return_inverse=True)
         self._document_of = document_of.ravel()
@@ -67,7 +67,7 @@ class Support:
 
 
 def deep_neighbors(
-    searcher: LayerSearcher, vectors_TD: NDArray[np.float32], k: int, documents: DocumentMap
+    searcher: Searcher, vectors_TD: NDArray[np.float32], k: int, documents: DocumentMap
 ) -> Iterator[Neighborhood]:
     """Yield at least the k nearest of each raw vector: so many that k remain without any one document among these.
 

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnlm.knn.joint import Searcher
 from knnlm.knn.mixing import Floats, Mix, mix, neighbor_weights, token_shares
-from knnlm.knn.searcher import LayerSearcher
-from knnlm.store.datastore import Datastore
+from knnlm.store.stored_text import StoredText
 
 LIKELIEST = 10
 """The evidence holds this many most likely tokens of any mixture."""
@@ -131,7 +131,7 @@ class Evidence:
         return int(np.searchsorted(self.tokens_M, token))
 
 
-def find_neighbors(searcher: LayerSearcher, vectors_TD: NDArray[np.float32], k: int) -> Iterator[Neighborhood]:
+def find_neighbors(searcher: Searcher, vectors_TD: NDArray[np.float32], k: int) -> Iterator[Neighborhood]:
     """Yield the k nearest of each raw vector of the layer, from one search: an exact one reads every key."""
     found = searcher.neighbors(vectors_TD, k)
     for distances_K, rows_K in zip(found.distances_QK, found.ids_QK, strict=True):
@@ -141,7 +141,7 @@ def find_neighbors(searcher: LayerSearcher, vectors_TD: NDArray[np.float32], k: 
 
 
 def read_source(
-    store: Datastore,
+    store: StoredText,
     row: int,
     decode: Callable[[Sequence[int] | NDArray[np.integer[Any]]], str],
     token_text: Callable[[int], str],

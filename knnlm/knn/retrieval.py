@@ -16,16 +16,18 @@ from torch import Tensor
 
 from knnlm.config import KNNConfig
 from knnlm.errors import InputError
+from knnlm.knn.joint import Searcher, open_search
 from knnlm.knn.mixing import NEAREST, Floats, Gate, Mix, TokenShares, mix, token_shares
-from knnlm.knn.searcher import QUERY_BLOCK, LayerSearcher, built_with, check_k, open_searcher
+from knnlm.knn.searcher import QUERY_BLOCK, built_with, check_k
 from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 
 
 @dataclass(frozen=True)
 class Retrieval:
     """A layer's keys with their searcher, and the setting of the kNN-LM."""
 
-    searcher: LayerSearcher
+    searcher: Searcher
     setting: Mix
 
     @property
@@ -84,7 +86,7 @@ class RowRetrieval(Retrieval):
 
 
 def open_retrieval(
-    store: Datastore,
+    store: AnyStore,
     layer: str | None = None,
     k: int | None = None,
     temperature: float | None = None,
@@ -92,17 +94,18 @@ def open_retrieval(
 ) -> Retrieval:
     """Open the retrieval of a layer, by default the chosen one; settings default to those fitted by an evaluation.
 
-    A given lambda is the same for all queries; the fitted one varies with the query, by the gate fitted with it.
+    A given lambda is the same for all queries; the fitted one varies with the query, by the gate fitted with it. Of
+    several datastores the first gives the layer and the settings.
 
     :raises InputError: a setting is neither given nor fitted, a value is invalid, or no layer was chosen among several.
-    :raises DatastoreMismatch: the layer is not stored.
+    :raises DatastoreMismatch: the layer is not stored, in one of them.
     """
-    layer = layer or _chosen_layer(store)
-    metric = search_metric(store, layer)
-    searcher = open_searcher(store, layer, metric)
-    setting = _setting(store, layer, KNNConfig(k=k, temperature=temperature, lam=lam, metric=metric))
+    layer = layer or _chosen_layer(store.first)
+    metric = search_metric(store.first, layer)
+    searcher = open_search(store, layer, metric)
+    setting = _setting(store.first, layer, KNNConfig(k=k, temperature=temperature, lam=lam, metric=metric))
     check_k(setting.k, store.count)
-    return Retrieval(searcher, setting)
+    return Retrieval(searcher.at(setting.temperature), setting)
 
 
 def search_metric(store: Datastore, layer: str) -> str:

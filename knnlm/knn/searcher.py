@@ -28,6 +28,7 @@ from knnlm.knn.mixing import NEAREST, Search
 from knnlm.layer_names import select_layers
 from knnlm.progress import Advance, ignore
 from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 
 # Queries searched together: bounds the memory of ids and distances, 12 bytes x K each.
 QUERY_BLOCK = 4096
@@ -41,6 +42,10 @@ class LayerSearcher:
     layer: str
     metric: str
     index: VectorIndex
+
+    def at(self, temperature: float) -> LayerSearcher:
+        """Return itself: only in a search of several datastores something depends on the temperature."""
+        return self
 
     def neighbors(self, vectors_QD: NDArray[np.float32], k: int) -> Neighbors:
         """Return the k nearest keys of raw (not centred) vectors of the layer."""
@@ -116,20 +121,25 @@ def checked_index(store: Datastore, layer: str) -> SavedIndex:
     return saved
 
 
-def searched_layers(store: Datastore, settings: Settings) -> tuple[str, ...]:
+def searched_layers(store: AnyStore, settings: Settings) -> tuple[str, ...]:
     """Return the layers that an evaluation searches. The settings a datastore was built with are always accepted.
 
+    Of several datastores, the layers that all have, unless others are named.
+
     :raises LayerError: a pattern matches no layer of the datastore.
+    :raises DatastoreMismatch: one of several datastores has no keys of a layer that is named; lists those that it has.
     :raises InputError: more neighbours than keys, another index than the datastore's, or one for another metric.
     """
     pattern, knn = settings.layers.layers, settings.knn
-    same = pattern in (None, built_with(store).get("layers"))
-    layers = store.layers if same else select_layers(pattern or "all", store.layers)
+    same = pattern in (None, built_with(store.first).get("layers"))
+    layers = store.layers if same else select_layers(pattern or "all", store.first.layers)
     check_k(knn.k, store.count)
-    _check_own_index(store, knn)
-    for layer in layers:
-        if layer in store.manifest.indexes and not is_exact(knn.index):
-            _check_metric(store, layer, knn.metric)
+    for one in store.stores:
+        one.check_layers(layers)
+        _check_own_index(one, knn)
+        for layer in layers:
+            if layer in one.manifest.indexes and not is_exact(knn.index):
+                _check_metric(one, layer, knn.metric)
     return layers
 
 
@@ -155,7 +165,7 @@ def _check_metric(store: Datastore, layer: str, metric: str) -> None:
     built_for = store.manifest.index_metric(layer)
     if built_for != metric:
         raise InputError(
-            f"the index of {layer} was built for `metric={built_for!r}`, not {metric}; "
+            f"the index of {layer} in {store.folder} was built for `metric={built_for!r}`, not {metric}; "
             f"take `metric={built_for!r}`, or `index='exact'`"
         )
 

@@ -19,6 +19,7 @@ from knnlm.pipeline.steps import fitted_settings
 from knnlm.results import EvalResult
 from knnlm.shown import brief, change, figure
 from knnlm.store.datastore import Datastore
+from knnlm.store.joint import JointStore
 from knnlm.text.held_out import keep_back
 from knnlm.text.windows import TokenDocument, count_targets
 
@@ -145,6 +146,18 @@ def keep_fit(job: Job, store: Datastore, result: EvalResult) -> None:
         progress.note(f"the fitted k, λ and T are not stored: {error}")
         return
     progress.note(f"fitted k, λ and T of {brief(list(fitted))} are stored in {store.folder}")
+
+
+def fit_of_several(store: JointStore, result: EvalResult) -> str:
+    """Return what was fitted for several datastores as a note: none of them keeps it."""
+    wanted = result.selected or result.best
+    one = next((one for one in result.layers if one.layer == wanted), result.layers[0])
+    weights = ",".join(f"{weight:.4g}" for weight in one.weights)
+    setting = f"`k={one.k}`, `temperature={one.temperature:.6g}`, `lam={one.lam:.6g}`, `weights={weights}`"
+    return (
+        f"none of {', '.join(store.names)} keeps what was fitted for all together; give it where they are used "
+        f"together: at {one.layer} {setting}"
+    )
 
 
 def _is_own_search(store: Datastore, layer: str, job: Job) -> bool:

@@ -27,6 +27,7 @@ from knnlm.results import EvalResult, LayerResult, ScoreResult
 from knnlm.scores.choose import candidate_layers, choose, layers_that_matter
 from knnlm.scores.layer_scorer import FOR_CHOICE, LayerScorer, Settled
 from knnlm.store.datastore import Datastore
+from knnlm.store.joint import AnyStore
 from knnlm.store.model_place import relative_place
 from knnlm.store.writer import DatastoreWriter
 from knnlm.text.clusters import CLUSTER_TOKENS
@@ -222,30 +223,34 @@ class Comparison:
 @contextmanager
 def compare_layers(
     job: Job,
-    store: Datastore,
+    store: AnyStore,
     documents: Sequence[TokenDocument],
     layers: Sequence[str],
     scored: ScoreResult | None,
     *,
     exact: bool,
+    fit_weights: bool = False,
 ) -> Iterator[Comparison]:
     """Perplexity of the layers, with the scores and the choice that the datastore was made with.
 
     The queries exist for the duration of the block.
     :param exact: use exact search even if there is an index.
+    :param fit_weights: also fit the weights of several datastores.
     """
     lm, knn, progress = job.lm, job.settings.knn, job.progress
     warnings = overlap_warning(documents, store, progress)
     with open_queries(
         lm, documents, job.window, layers, batch_tokens=job.batch_tokens, fitted=knn.is_fitted, progress=progress
     ) as queries:
-        outcomes = list(evaluate_layers(store, queries, layers, knn, exact=exact, progress=progress))
+        found = evaluate_layers(store, queries, layers, knn, exact=exact, fit_weights=fit_weights, progress=progress)
+        outcomes = list(found)
         result = summarize(queries, outcomes, scored)
         compared = Comparison(queries, outcomes, result)
         with progress.stage("finding examples", "tokens"):
             count = job.settings.evaluation.examples
             helped, hurt = find_examples(lm, store, queries, compared.shown, count, metric=knn.metric, exact=exact)
-        store.check_untouched()
+        for one in store.stores:
+            one.check_untouched()
         result = replace(
             result,
             helped=helped,
@@ -258,9 +263,13 @@ def compare_layers(
         yield replace(compared, result=result)
 
 
-def _unlike_searches(store: Datastore, layers: Sequence[str]) -> tuple[str, ...]:
+def _unlike_searches(store: AnyStore, layers: Sequence[str]) -> tuple[str, ...]:
     """Return a warning if some layers are searched through an approximate index and others exactly."""
-    indexed = [name for name in layers if store.manifest.indexes.get(name, {}).get("spec", "exact") != "exact"]
+    indexed = [
+        name
+        for name in layers
+        if any(one.manifest.indexes.get(name, {}).get("spec", "exact") != "exact" for one in store.stores)
+    ]
     if not indexed or len(layers) == 1:
         return ()
     return (

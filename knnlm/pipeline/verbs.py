@@ -16,6 +16,7 @@ from pathlib import Path
 
 from knnlm.config import Settings
 from knnlm.documents import score_from_document
+from knnlm.errors import InputError
 from knnlm.evaluation.queries import check_evaluation
 from knnlm.files import new_folder
 from knnlm.knn.searcher import is_exact, searched_layers
@@ -24,7 +25,7 @@ from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.begun import Begun, begin, mark_whole, read_begun
 from knnlm.pipeline.expected import build_stages, evaluate_stages, run_stages, score_stages
 from knnlm.pipeline.job import Clock, Job, Paths
-from knnlm.pipeline.kept_back import index_and_fit, keep_fit, split_off
+from knnlm.pipeline.kept_back import fit_of_several, index_and_fit, keep_fit, split_off
 from knnlm.pipeline.plan import check_choice, check_query_room, estimate_tokens, make_plan, query_count
 from knnlm.pipeline.steps import (
     SAMPLE_TOKENS,
@@ -42,6 +43,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
 from knnlm.scores.choose import SCORES_THAT_CHOOSE
 from knnlm.store.datastore import Datastore, as_datastore
+from knnlm.store.joint import GivenStores, JointStore, as_store
 from knnlm.store.tokens import check_tokens
 from knnlm.text.windows import TokenDocument, count_targets
 
@@ -133,10 +135,11 @@ def _begin_build(job: Job, text: Paths, eval_text: Paths | None, total: int | No
 
 def evaluate(
     lm: LanguageModel,
-    store: str | Path | Datastore,
+    store: GivenStores,
     eval_text: Paths,
     *,
     settings: Settings | None = None,
+    fit_weights: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
@@ -148,27 +151,35 @@ def evaluate(
     A layer with an index is searched through it, unless `settings.knn.index` is `exact`. The settings given to `build`
     or `run` can be passed here too.
 
-    :param store: a datastore, or its folder.
+    :param store: a datastore or its folder, or several, whose neighbours are merged; what is fitted for several is not
+        stored.
+    :param fit_weights: also fit what the neighbours from each of several datastores count for.
     :param dry_run: store nothing.
-    :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`).
+    :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`); or
+        weights to fit for one datastore.
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; the message says which.
     :raises DatastoreCorrupt: a file that is read is missing, short or changed.
     """
-    store, settings = as_datastore(store), settings or Settings()
-    store.check_model(lm.fingerprint)
+    store, settings = as_store(store), settings or Settings()
+    if fit_weights and not isinstance(store, JointStore):
+        raise InputError(f"`fit_weights` weighs several datastores, but only {store.folder} is given; name another")
+    store.first.check_model(lm.fingerprint)
     check_tokens(store, lm.vocabulary)
     layers = searched_layers(store, settings)
-    job = Job(lm, replace(settings, text=windows_like(store, settings.text)), progress or Silent())
+    job = Job(lm, replace(settings, text=windows_like(store.first, settings.text)), progress or Silent())
     documents = job.evaluation_documents(eval_text)
     check_evaluation(documents)
     check_query_room(lm, layers, count_targets(documents))
     k = min(settings.knn.search_k, store.count)
     job.progress.plan(evaluate_stages(lm, layers, store.count, count_targets(documents), k))
-    scores = store.manifest.scores  # null where Python code wrote the datastore without any
+    scores = store.first.manifest.scores  # null where Python code wrote the datastore without any
     scored = None if scores is None else score_from_document(scores)
-    with compare_layers(job, store, documents, layers, scored, exact=is_exact(settings.knn.index)) as compared:
+    exact = is_exact(settings.knn.index)
+    with compare_layers(job, store, documents, layers, scored, exact=exact, fit_weights=fit_weights) as compared:
         result = compared.result
-    if not dry_run:
+    if isinstance(store, JointStore):
+        job.progress.note(fit_of_several(store, result))
+    elif not dry_run:
         keep_fit(job, store, result)
     return result
 

@@ -17,7 +17,7 @@ Legend: N keys, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from knnlm.store.model_place import absolute_place
 from knnlm.store.npy import digest_of
 from knnlm.store.opening import is_changed, map_file, open_saved_index
 from knnlm.store.part import DOCUMENTS, VALUES, PartFile, part_files, read_part
+from knnlm.store.stored_text import StoredText
 
 # Attempts to open a datastore that is replaced meanwhile.
 OPENINGS = 5
@@ -64,7 +65,7 @@ def as_datastore(store: str | Path | Datastore) -> Datastore:
     return store if isinstance(store, Datastore) else Datastore.open(store)
 
 
-class Datastore(Changeable):
+class Datastore(Changeable, StoredText):
     """A finished datastore, opened for reading; arrays are memory-mapped."""
 
     def __init__(self, folder: Path, manifest: Manifest, opened: OpenFolder) -> None:
@@ -117,6 +118,21 @@ class Datastore(Changeable):
         return f"<Datastore {self.folder}: {about}>"
 
     @property
+    def stores(self) -> tuple[Datastore, ...]:
+        """Itself: it stands where several may (`knnlm.store.joint`)."""
+        return (self,)
+
+    @property
+    def first(self) -> Datastore:
+        """Itself."""
+        return self
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.resolve().name
+
+    @property
     def manifest(self) -> Manifest:
         """The content of datastore.json."""
         return self._manifest
@@ -135,9 +151,6 @@ class Datastore(Changeable):
     def count(self) -> int:
         """N, the number of keys of each layer and of values."""
         return self._manifest.count
-
-    def __len__(self) -> int:
-        return self.count
 
     @property
     def size_bytes(self) -> int:
@@ -220,26 +233,6 @@ class Datastore(Changeable):
         entry = self._manifest.index_entry(layer)
         return self.folder / "index" / ((entry and entry.folder) or layer)
 
-    def document_of(self, row: int) -> tuple[str, int]:
-        """Return the name of the source of a row's document, and the document's number in it."""
-        _, _, source, number = self.documents[self._document(row)].tolist()
-        return self.sources[source], number
-
-    def context(self, row: int, width: int) -> NDArray[np.int32]:
-        """Return the `width` tokens before the value of a row, or all that its document has."""
-        first, first_token = self.documents[self._document(row), :2].tolist()
-        start = max(first, row - width)
-        tokens = self.values[start:row]
-        if row - start < width:
-            return np.concatenate([np.array([first_token], np.int32), tokens])
-        return tokens
-
-    def continuation(self, row: int, width: int) -> NDArray[np.int32]:
-        """Return the `width` tokens after the value of a row, or all that its document has."""
-        next_document = self._document(row) + 1
-        ends = self.documents[next_document : next_document + 1, 0].tolist() or [self.count]
-        return self.values[row + 1 : min(row + 1 + width, ends[0])]
-
     def check_model(self, fingerprint: Mapping[str, str]) -> None:
         """Check that a model's vectors and tokens are those of the datastore.
 
@@ -276,6 +269,11 @@ class Datastore(Changeable):
             done += one.data_bytes
             advance(done, total)
         return tuple(problems or self._document_problems())
+
+    def check_layers(self, layers: Iterable[str]) -> None:
+        """Raise DatastoreMismatch, which lists the stored layers, unless all of these are among them."""
+        for layer in layers:
+            self._layer(layer)
 
     def check_untouched(self) -> None:
         """Check that the opened files have not been written to; a replaced folder does not matter.
@@ -356,12 +354,6 @@ class Datastore(Changeable):
         if layer not in self._manifest.layers:
             raise DatastoreMismatch(f"{self.folder} has no keys of layer {layer}; it has {', '.join(self.layers)}")
         return self._manifest.layers[layer]
-
-    def _document(self, row: int) -> int:
-        """The number of the row's document, from 0; documents without values do not own a row."""
-        if not 0 <= row < self.count:
-            raise IndexError(f"row {row} of {self.count} keys")
-        return int(np.searchsorted(self.documents[:, 0], row, side="right")) - 1
 
     def _described(self, layers: Collection[str] | None = None) -> Iterator[PartFile]:
         """All files of the frame and the parts; with `layers`, the shared files and those of these layers."""

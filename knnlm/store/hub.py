@@ -80,14 +80,19 @@ def on_disk(store: str | Path, look: Callable[[Path], Readable]) -> Path:
     return folder
 
 
+def hub_name(folder: Path) -> str | None:
+    """Return `hf:USER/NAME@COMMIT` for a folder in the hub's cache; None for any other."""
+    found = _CACHED.search(folder.resolve().as_posix())
+    return found and f"{HUB_PREFIX}{found['repo'].replace('--', '/', 1)}@{found['commit'][:8]}"
+
+
 def refuse_cached(folder: Path) -> None:
     """Refuse to change a datastore in the hub's cache, which stands for what is on the hub.
 
     :raises DatastoreError: names it, and what to do.
     """
-    found = _CACHED.search(folder.resolve().as_posix())
-    if found is not None:
-        name = f"{HUB_PREFIX}{found['repo'].replace('--', '/', 1)}@{found['commit'][:8]}"
+    name = hub_name(folder)
+    if name is not None:
         raise DatastoreError(f"{name} is a copy of what is on the hub, and is not changed; copy it (docs/share.md)")
 
 

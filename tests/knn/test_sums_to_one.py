@@ -6,6 +6,7 @@ equally likely, the rounding of their log-probabilities is the same and adds up.
 
 from __future__ import annotations
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from index.neighbors import Neighbors
 from knnlm.inference.batch import RowModel
 from knnlm.inference.explain import Explainer
 from knnlm.knn.evidence import find_neighbors, make_evidence, mixed_log_probs
+from knnlm.knn.joint import JointSearcher
 from knnlm.knn.mixing import Gate, Mix
 from knnlm.knn.retrieval import Retrieval, RowRetrieval
 from knnlm.model.head import log_softmax
@@ -34,7 +36,7 @@ class Found:
     """A searcher that finds what it is given: neighbours of `values`, fewer than asked for or none."""
 
     def __init__(self, found: Neighbors, values_N: np.ndarray) -> None:
-        self.found, self.store, self.layer = found, SimpleNamespace(values=values_N), "any"
+        self.found, self.store, self.layer, self.metric = found, SimpleNamespace(values=values_N), "any", "l2"
 
     def neighbors(self, vectors_QD: np.ndarray, k: int) -> Neighbors:
         rows = vectors_QD[:, 0].astype(int)
@@ -53,6 +55,13 @@ def searcher(rng: np.random.Generator, queries: int, vocabulary: int, scale: flo
     absent_QK = np.arange(K) >= counts_Q1
     distances_QK[absent_QK], ids_QK[absent_QK] = np.inf, -1
     return Found(Neighbors(distances_QK, ids_QK), values_N)
+
+
+def several(rng: np.random.Generator, queries: int, vocabulary: int, scale: float, offset: float) -> JointSearcher:
+    """Three datastores: one with an offset of its distances, and one that is not searched."""
+    parts = tuple(searcher(rng, queries, vocabulary, scale) for _ in range(3))
+    text = SimpleNamespace(values=np.concatenate([one.store.values for one in parts]), starts=(0, 400, 800))
+    return JointSearcher(text, "any", parts, (0.0, offset, np.inf))
 
 
 def lm_log_probs(rng: np.random.Generator, queries: int, vocabulary: int, sharpness: float) -> Tensor:
@@ -85,24 +94,31 @@ mixes = st.builds(
     vocabulary=st.sampled_from([2, 288, 50_257, 151_936]),
     sharpness=st.sampled_from([0.0, 1e-3, 3.0, 60.0]),
     scale=st.sampled_from([1e-6, 5.0, 1e4]),
+    offset=st.sampled_from([0.0, -3.0, 1e-6, 1e5]),
     mixed=st.lists(mixes, min_size=2, max_size=2),
 )
-@example(seed=0, vocabulary=151_936, sharpness=0.0, scale=5.0, mixed=[Mix(12, 1.0, 0.3), Mix(12, 1.0, 0.97)])
-@example(seed=0, vocabulary=50_257, sharpness=0.0, scale=5.0, mixed=[Mix(12, 1.0, 1e-4), Mix(3, 1.0, 1 - 1e-4)])
-def test_any_mixture_sums_to_one(seed, vocabulary, sharpness, scale, mixed) -> None:
+@example(
+    seed=0, vocabulary=151_936, sharpness=0.0, scale=5.0, offset=0.0, mixed=[Mix(12, 1.0, 0.3), Mix(12, 1.0, 0.97)]
+)
+@example(
+    seed=0, vocabulary=50_257, sharpness=0.0, scale=5.0, offset=0.0, mixed=[Mix(12, 1.0, 1e-4), Mix(3, 1.0, 1 - 1e-4)]
+)
+def test_any_mixture_sums_to_one(seed, vocabulary, sharpness, scale, offset, mixed) -> None:
     rng = np.random.default_rng(seed)
-    found, plain = searcher(rng, 4, vocabulary, scale), lm_log_probs(rng, 4, vocabulary, sharpness)
+    one_store, plain = searcher(rng, 4, vocabulary, scale), lm_log_probs(rng, 4, vocabulary, sharpness)
     rows, vectors = torch.arange(4), numbered(4)
-    for setting in mixed:
+    joint = several(rng, 4, vocabulary, scale, offset)
+    for found, setting in product((one_store, joint), mixed):
         one_NV = plain.clone()
         Retrieval(found, setting).mix_in(one_NV, rows, vectors)
         check(one_NV)
         assert torch.equal(one_NV[0], plain[0])  # no neighbour
         for one, lm_V in zip(find_neighbors(found, vectors.numpy(), setting.k), plain, strict=True):
             check(mixed_log_probs(make_evidence(one, lm_V), lm_V, setting)[None])
-    rows_NV = plain.clone()
-    RowRetrieval(found, mixed[0], tuple(mixed)).mix_in(rows_NV, rows, vectors)
-    check(rows_NV)
+    for found in (one_store, joint):
+        rows_NV = plain.clone()
+        RowRetrieval(found, mixed[0], tuple(mixed)).mix_in(rows_NV, rows, vectors)
+        check(rows_NV)
 
 
 # From a model's text to its numbers

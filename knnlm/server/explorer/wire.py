@@ -76,7 +76,7 @@ def store_document(explainer: Explainer) -> dict[str, Any]:
     store = explainer.store
     return {
         "model": path_tails(explainer.lm.name)[-2:][0],
-        "store": store.folder.resolve().name,
+        "store": store.name,
         "keys": store.count,
         "documents": len(store.documents),
         "layers": [_layer(explainer, layer) for layer in store.layers],
