@@ -43,7 +43,7 @@ from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
 from knnlm.scores.choose import SCORES_THAT_CHOOSE
 from knnlm.store.datastore import Datastore, as_datastore
-from knnlm.store.joint import GivenStores, JointStore, as_store
+from knnlm.store.joint import AnyStore, GivenStores, JointStore, as_store
 from knnlm.store.tokens import check_tokens
 from knnlm.text.windows import TokenDocument, count_targets
 
@@ -156,13 +156,13 @@ def evaluate(
     :param fit_weights: also fit what the neighbours from each of several datastores count for.
     :param dry_run: store nothing.
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`); or
-        weights to fit for one datastore.
+        weights to fit that are given, or for one datastore.
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; the message says which.
     :raises DatastoreCorrupt: a file that is read is missing, short or changed.
     """
     store, settings = as_store(store), settings or Settings()
-    if fit_weights and not isinstance(store, JointStore):
-        raise InputError(f"`fit_weights` weighs several datastores, but only {store.folder} is given; name another")
+    if fit_weights:
+        _check_weights_to_fit(store)
     store.first.check_model(lm.fingerprint)
     check_tokens(store, lm.vocabulary)
     layers = searched_layers(store, settings)
@@ -182,6 +182,13 @@ def evaluate(
     elif not dry_run:
         keep_fit(job, store, result)
     return result
+
+
+def _check_weights_to_fit(store: AnyStore) -> None:
+    if not isinstance(store, JointStore):
+        raise InputError(f"`fit_weights` weighs several datastores, but only {store.folder} is given; name another")
+    if set(store.weights) != {1.0}:
+        raise InputError("`fit_weights` fits the `weights`, but some are given; leave one of the two out")
 
 
 def run(

@@ -148,6 +148,12 @@ def test_one_datastore_has_no_weights_to_fit(lm, made, held_out) -> None:
         evaluate(lm, [made[0]], [held_out], settings=EVAL, fit_weights=True)
 
 
+def test_weights_are_given_or_fitted(lm, made, held_out) -> None:
+    joint = open_datastores(made[:2], [1, 0.5])
+    with pytest.raises(InputError, match="`fit_weights` fits the `weights`, but some are given"):
+        evaluate(lm, joint, [held_out], settings=EVAL, fit_weights=True)
+
+
 def test_a_layer_that_one_lacks_is_left_out_or_refused(lm, made, held_out, tmp_path) -> None:
     text = [write_jsonl(tmp_path / "one.jsonl", texts(30, 2))]
     narrow = build(lm, text, tmp_path / "narrow", settings=replace(SETTINGS, layers=LayerConfig(layers=LAYER)))
