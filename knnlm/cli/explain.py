@@ -115,7 +115,7 @@ def _table(explanation: Explanation, *, sources: bool) -> Table:
     return table
 
 
-def _cells(one: ExplainedToken, *, sources: bool) -> Iterator[Text]:
+def _cells(one: ExplainedToken, *, sources: bool = False) -> Iterator[Text]:
     """Cells as rich's Text, so that square brackets in a corpus are not read as markup."""
     from rich.text import Text
 
