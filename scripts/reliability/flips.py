@@ -19,11 +19,15 @@ BATCH = 25
 
 
 def campaign(shop: Workshop, count: int, seed: int, tally: Tally) -> None:
-    """Try `count` flips, spread over all files of a store with an index, fitted settings and a report."""
+    """Try `count` flips, spread over all kinds of files of a store with several parts, an index, a fit and a report."""
     make_store(shop)
     rng = random.Random(seed)
-    files = sorted(path for path in shop.store.rglob("*") if path.is_file() and path.stat().st_size)
-    places = [(path := files[number % len(files)], rng.randrange(8 * path.stat().st_size)) for number in range(count)]
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(path for path in shop.store.rglob("*") if path.is_file() and path.stat().st_size):
+        kinds.setdefault(_kind_of(path), []).append(path)
+    groups = list(kinds.values())
+    paths = [rng.choice(groups[number % len(groups)]) for number in range(count)]
+    places = [(path, rng.randrange(8 * path.stat().st_size)) for path in paths]
     for start in range(0, count, BATCH):
         batch = places[start : start + BATCH]
         ended = fork(partial(_try, shop, batch))
