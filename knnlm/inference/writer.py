@@ -16,6 +16,8 @@ from knnlm.inference.model import KNNLM
 from knnlm.model.lm import LanguageModel
 
 Write = Callable[[str], None]
+# Sampling divides float32 scores by the temperature: by 1e-37 they would be infinite.
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,10 @@ class Decoding:
             raise InputError(f"`max_copy` is {self.max_copy}, but must be at least 1; leave it out for no limit")
         if self.max_new_tokens < 1:
             raise InputError(f"`max_new_tokens` is {self.max_new_tokens}, but must be at least 1")
-        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+        if self.temperature is not None and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise InputError(
-                f"`decoding.temperature` is {self.temperature}, but must be above 0; leave it out for no chance"
+                f"`decoding.temperature` is {self.temperature}, but must be finite and at least {LEAST_TEMPERATURE}; "
+                "leave it out for no chance"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` is {self.top_p}, but must be above 0 and at most 1")

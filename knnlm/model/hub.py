@@ -9,20 +9,23 @@ from pathlib import Path
 
 from knnlm.errors import ModelError, first_line
 
+_TOLD_BY_ERRORS = ("huggingface_hub", "transformers.modeling_utils", "transformers.distributed.tensor_parallel")
 # An adapter's files and those of its tokenizer.
 _ADAPTER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "adapter_model.safetensors")
 
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Suppress the hub client's log of every attempt; the final error is reported."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Suppress the hub client's log of every attempt, and the table of weights that do not fit; errors tell of both."""
+    loggers = [logging.getLogger(name) for name in _TOLD_BY_ERRORS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def hub_adapter(name: str, config: str) -> Path | None:

@@ -182,11 +182,22 @@ def _load_weights(source: Source, dtype: torch.dtype | str) -> PreTrainedModel:
     try:
         with quiet_hub(), redirect_stderr(io.StringIO()) if is_gguf else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.place, dtype=dtype, output_loading_info=True, **reader, **source.options
+                source.place,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below: transformers' own error says to look elsewhere
+                **reader,
+                **source.options,
             )
     except Exception as error:
         raise _unreadable(source, "could not be loaded as a causal language model", error) from error
     model: PreTrainedModel = loaded[0]
+    if others := sorted(loaded[1]["mismatched_keys"]):
+        weight, here, wanted = others[0]
+        raise ModelError(
+            f"{source.name} has {len(others)} weights of other shapes than its configuration says, such as {weight}: "
+            f"{list(here)} for {list(wanted)}; take files that belong together"
+        )
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         # transformers fills them with random numbers.

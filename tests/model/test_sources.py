@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from knnlm.errors import ModelError
 from knnlm.model import sources
 from knnlm.model.adapters import add_lora
+from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model, read_outline
+from tests.damage import flip_bit
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from tests.tokenizers_of_all_kinds import letters
 
@@ -156,6 +159,22 @@ def test_gguf_file_is_parsed_once(tmp_path, monkeypatch):
     load_model(tmp_path / "a.gguf", device="cpu")
     assert len(parsed) == 1
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, names)
+
+
+def test_flipped_bit_of_a_gguf_file_is_one_line_or_a_model(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    path, rng, seen = tmp_path / "a.gguf", random.Random(0), set()
+    write_gguf(path, tiny_model("llama"), tiny_tokenizer())
+    whole = path.read_bytes()
+    for number in range(24):
+        path.write_bytes(whole)
+        flip_bit(path, rng, within=(600, 12_000, None)[number % 3])
+        try:
+            seen.add(type(load_model(path, device="cpu")))
+        except ModelError as error:
+            seen.add(type(error))
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert seen == {LanguageModel, ModelError} and capsys.readouterr().out == ""
 
 
 def test_gguf_file_has_the_fingerprint_of_its_model_whatever_its_name(tmp_path):
