@@ -628,7 +628,7 @@ def write(name, text):
         (saved(lambda: transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1,
          num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4))), "could not be loaded as a causal"),
         (lacking_weights, "lacks 1 weights of a causal language model, such as model.layers.1.mlp.up_proj.weight"),
-        (other_shapes, r"has 9 weights of other shapes .* model.layers.0.mlp.down_proj.weight: \[32, 48\] for \[32, 64\]"),
+        (other_shapes, r"9 weights of other shapes .* model.layers.0.mlp.down_proj.weight: \[32, 48\] for \[32, 64\]"),
         (damaged, "could not be loaded as a causal language model"),
     ],
 )  # fmt: skip
