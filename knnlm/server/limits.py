@@ -31,4 +31,4 @@ class Limits:
         for one in fields(self):
             value = getattr(self, one.name)
             if not 0 < value < float("inf"):
-                raise InputError(f"`{one.name}` is {value}, but must be above 0")
+                raise InputError(f"`{one.name}` is {value}, but must be above 0 and finite")

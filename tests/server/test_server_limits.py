@@ -437,6 +437,7 @@ def test_without_a_key_only_names_of_this_machine_are_answered(store_folder) -> 
         (("--host", "192.0.2.1", "--insecure"), "--host 192.0.2.1 with --port 0 cannot be taken"),
         (("--max-batch", 0), "--max-batch is 0, but must be above 0"),
         (("--max-seconds", "nan"), "--max-seconds is nan, but must be above 0"),
+        (("--max-seconds", "1e999"), "--max-seconds is inf, but must be above 0 and finite"),
         (("--layer", "0.ffn_input"), "has no keys of layer 0.ffn_input"),
         (("--model", "./nowhere"), "there is no folder ./nowhere"),
     ],
