@@ -53,7 +53,7 @@ class Changeable(ABC):
     ) -> None:
         """Replace the given fields atomically; None keeps a field, and `indexes` is merged with other layers' entries.
 
-        Changes made by other processes since the datastore was opened are kept.
+        Changes made by other processes since the datastore was opened are kept. If nothing changes, nothing is written.
 
         :raises DatastoreError: the folder cannot be written.
         :raises DatastoreMismatch: another datastore is in its place by now.
@@ -140,12 +140,12 @@ class Changeable(ABC):
         old = self._manifest
         new = replace(
             old,
-            generation=old.generation + 1,
             scores=old.scores if scores is None else scores,
             fitted=old.fitted if fitted is None else fitted,
             indexes={**old.indexes, **indexes},
         )
-        self._put(new)
+        if new != old:
+            self._put(replace(new, generation=old.generation + 1))
         for layer in indexes or ():
             self._indexes.pop(layer, None)
 

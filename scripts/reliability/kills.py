@@ -39,8 +39,6 @@ class Verb:
     """What the command says when it was done before; empty: it ends well once more."""
     kills: int = 1
     """How often it is killed before it may end."""
-    repeats: bool = True
-    """Whether the bytes are the same once it is run again after its end."""
 
 
 def build_words(shop: Workshop, text: str, *more: object) -> list[object]:
@@ -66,8 +64,8 @@ def run_words(shop: Workshop, text: str, *more: object) -> list[object]:
 
 
 def eval_words(shop: Workshop) -> list[object]:
-    """The command that reads it."""
-    return ["eval", shop.store, "--eval-text", shop.text("evaluation"), "--eval-tokens", "400", "--k", "8"]
+    """The command that reads it, and stores its fit."""
+    return ["eval", shop.store, "--eval-text", shop.text("evaluation"), "--eval-tokens", "400"]
 
 
 def add_words(shop: Workshop) -> list[object]:
@@ -109,7 +107,7 @@ VERBS = (
     Verb("run", lambda shop: run_words(shop, "first"), refusal=EXISTS),
     Verb("build --overwrite", lambda shop: build_words(shop, "second", "--overwrite"), _run),
     Verb("run --overwrite", lambda shop: run_words(shop, "second", "--overwrite"), _run),
-    Verb("eval", eval_words, _run, repeats=False),
+    Verb("eval", eval_words, _run),
     Verb("add", add_words, _run),
     Verb("remove", remove_words, _run, refusal=GONE),
     Verb("remove --purge", lambda shop: remove_words(shop, "--purge"), _run, refusal=GONE),
@@ -192,7 +190,7 @@ def kill(scene: Scene, rng: random.Random, tally: Tally) -> int:
     """Kill the verb, look at what is there, and repeat it; return how often it was killed."""
     scene.reset()
     own, kills = _own(scene.shop), 0
-    while kills < scene.verb.kills and scene.now() != "new":
+    while not kills or (kills < scene.verb.kills and scene.now() != "new"):
         kills += 1
         _kill_once(scene, rng, tally)
     _repeat(scene, tally)
@@ -219,7 +217,7 @@ def _repeat(scene: Scene, tally: Tally) -> None:
     elif again.status or again.hung:
         kind = "hangs" if again.hung else "tracebacks" if again.traceback else "same command fails"
         tally.fault(verb.name, kind, f"{reached or 'unfinished'}: {again.output}")
-    if verb.repeats and digest(shop.store) != scene.end:
+    if digest(shop.store) != scene.end:
         tally.fault(verb.name, "other bytes than without a kill", f"after {reached or 'unfinished'}: {_names(scene)}")
     if left := {path.name for path in shop.place.iterdir()} - scene.names:
         tally.fault(verb.name, "left over", ", ".join(sorted(left)))
