@@ -10,6 +10,7 @@ import pytest
 import torch
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 
 from knnlm import KNNLM
 from knnlm.model.lm import LanguageModel
@@ -23,7 +24,7 @@ explainer, server = explorer_server.explainer, explorer_server.server
 ROWS = """
 return [...document.querySelectorAll('#documents li')].map((one) => ({
   name: one.querySelector('.name').textContent,
-  figures: [...one.querySelectorAll('data')].map((each) => Number(each.value)),
+  figures: [...one.querySelectorAll('data')].map((each) => `${Number(each.value)}`),
   verbatim: one.querySelector('.where').lastChild.textContent,
   places: (one.onmouseenter(), [...document.querySelectorAll('#tokens [role=option]')]
     .flatMap((each, at) => each.classList.contains('supported') ? [at] : [])),
@@ -49,7 +50,8 @@ def test_documents_are_those_of_cite(page, explainer) -> None:
     rows = page.driver.execute_script(ROWS)
     assert [row["name"] for row in rows] == names(cited.whole)[:12]
     for row, one in zip(rows, cited.whole.documents, strict=False):
-        np.testing.assert_allclose(row["figures"], [one.share, one.gain / math.log(2)], atol=1e-5, rtol=1e-4)
+        due = [one.share, one.gain / math.log(2)]
+        np.testing.assert_allclose([float(each) for each in row["figures"]], due, atol=1e-5, rtol=1e-4)
         assert row["verbatim"] == f"verbatim {one.overlap} token{'s' * (one.overlap != 1)}"
         due = [
             place + 1
@@ -103,9 +105,9 @@ def test_where_a_token_is_impossible_worth_is_told_in_words(page, explainer) -> 
     cited = model.citer.text(TEXT, "", replace(model.retrieval, setting=replace(page.setting(), gate=None))).whole
     rows = page.driver.execute_script(ROWS)
     gains = {f"{one.document}, no. {one.number}": one.gain / math.log(2) for one in cited.documents}
-    assert [row["figures"][1] for row in rows] == sorted((row["figures"][1] for row in rows), reverse=True)
-    for row in rows:
-        assert row["figures"][1] == pytest.approx(gains[row["name"]], rel=1e-4, abs=1e-4)
+    worths = [float(row["figures"][1]) for row in rows]  # JSON has no infinity
+    assert worths == sorted(worths, reverse=True) and math.inf in map(abs, worths)
+    assert worths == pytest.approx([gains[row["name"]] for row in rows], rel=1e-4, abs=1e-4)
     assert "NaN" not in page.find("#documents").text and "Infinity" not in page.find("#documents").text
 
 
@@ -113,12 +115,14 @@ def test_a_stopped_text_and_a_new_one_have_a_list_of_their_own(browser, explaine
     with running(explainer, delay=0.2) as slow:
         page = Page(browser, slow)
         page.explain("the nurse")
+        Select(page.find("#how")).select_by_value("likeliest")
         page.find("#continue").click()
         page.wait(lambda: page.all("#tokens .new"), "no token came")
         assert "verbatim …" in page.find("#documents").text or not page.all("#documents li")
         page.find("#stop").click()
         page.settle()
-        shown = page.driver.execute_script("return state.tokens.map((one) => one.token)")
+        shown, going = explainer.encode("the nurse"), explainer.go_on(explainer.encode("the nurse"), page.setting())
+        shown += [going.step().token for _ in range(len(page.tokens()) - len(shown))]
         cited = explainer.model().citer.tokens(shown, 1, explainer.retrieval()).whole
         page.wait(lambda: [one["name"] for one in page.driver.execute_script(ROWS)] == names(cited)[:12], "an old list")
         for row, one in zip(page.driver.execute_script(ROWS), cited.documents, strict=False):

@@ -242,7 +242,8 @@ const goOn = () =>
     switchOff(null);
     state.cuts.push(state.tokens.length);
     $("tokens").append(cut());
-    state.overlaps = null;
+    state.overlaps = null; // those of the text as it was
+    showDocuments();
     try {
       for await (const event of events(response)) addToken(event);
     } finally {
