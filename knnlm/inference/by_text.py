@@ -248,8 +248,8 @@ def texts_so_far(given: Mapping[str, Any], entering: Tensor, known: tuple[Tensor
     if tokens_BL is None or shapes != {(len(entering), length)}:
         told = 0 if tokens_BL is None else tokens_BL.shape[1]
         raise InputError(
-            f"λ depends on the text so far, but {told} of its {length} tokens are known; give whole rows of tokens, with "
-            "a cache of your own as `text_so_far`, or a `lam` for all texts (docs/generate.md)"
+            f"λ depends on the text so far, but {told} of its {length} tokens are known; give whole rows of tokens, "
+            "with a cache of your own as `text_so_far`, or a `lam` for all texts (docs/generate.md)"
         )
     return TextsSoFar.of(tokens_BL, mask_BL, entering.shape[1])
 
