@@ -186,7 +186,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class ByQuery:
-    """The kNN-LM of a layer with a lambda for each query, compared with the fixed lambda."""
+    """The kNN-LM of a layer with a lambda by query and by the text so far, compared with the fixed lambda."""
 
     perplexity: float
     change: float

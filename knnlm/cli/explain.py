@@ -107,7 +107,7 @@ def _table(explanation: Explanation, *, sources: bool) -> Table:
     from knnlm.cli.tables import compact_table
 
     setting = explanation.setting
-    moved = "" if setting.gate is None else ", moved by token"
+    moved = "" if setting.gate is None else ", moved by token and by the text so far"
     title = f"{explanation.layer}, k {setting.k}, T {setting.temperature:.4g}, λ {setting.lam:.3f}{moved}"
     table = compact_table(HEADS, title=title, left=(HEADS[0], HEADS[-1]))
     for one in explanation.tokens:
@@ -139,4 +139,7 @@ def _summary(explanation: Explanation) -> str:
     plain, mixed = (
         "∞" if value is None else f"{value:.2f}" for value in (explanation.lm_perplexity, explanation.mixed_perplexity)
     )
-    return f"Perplexity of the {len(explanation.tokens)} tokens: {plain}, with the memory {mixed}."
+    trust = (
+        f" Trust in the memory at its end: {explanation.tokens[-1].trust:.3f}." if explanation.setting.by_text else ""
+    )
+    return f"Perplexity of the {len(explanation.tokens)} tokens: {plain}, with the memory {mixed}.{trust}"

@@ -101,5 +101,5 @@ def _end_lines(store: Mapping[str, Any]) -> Iterator[str]:
             yield f"Note: {choice['disagreement']}."
     yield from store["stale"]
     if any(fitted.get("gate") for fitted in (store["fitted"] or {}).values()):
-        yield "λ by query: text is generated with one that moves with each query around the λ above."
+        yield "λ by query: text is generated with one that each query and the text so far move around the λ above."
     yield f"Made with: {', '.join(f'{name} {version}' for name, version in store['versions'].items())}"

@@ -23,6 +23,7 @@ from knnlm.knn.fitting import LAMBDA_CURVE, fit, fit_gate
 from knnlm.knn.joint import open_search
 from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
 from knnlm.knn.searcher import check_k, open_searcher
+from knnlm.knn.trust import log_probs_by_text
 from knnlm.progress import Progress, Silent
 from knnlm.store.datastore import Datastore
 from knnlm.store.joint import AnyStore
@@ -44,7 +45,7 @@ class LayerOutcome:
     """The same with the two parts' roles swapped: mean loss on the reporting part under the setting fitted there."""
     lambda_curve: tuple[tuple[float, float], ...]
     gated_losses_R: Floats | None = None
-    """-log p of the reporting part's targets with the gate."""
+    """-log p of the reporting part's targets with the gate, lambda by the text so far."""
     offsets: tuple[float, ...] = ()
     """Of the distances from each of several datastores: see `knnlm.knn.joint`."""
 
@@ -77,7 +78,7 @@ def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> Lay
     """Fit on each part and score the other; unless lambda is given, also fit a gate on the tuning part."""
     tuning, lm_Q = queries.parts.tuning_Q, queries.lm_Q
     first, swapped = cross_fit(search, lm_Q, queries.parts, k=knn.k, temperature=knn.temperature, lam=knn.lam)
-    mine = first.mix if knn.lam is not None else fit_gate(search.rows(tuning), lm_Q[tuning], first.mix)
+    mine = first.mix if knn.lam is not None else _gated(search.rows(tuning), lm_Q[tuning], first.mix)
     reporting = queries.parts.reporting_Q
     reported = search.rows(reporting)
     knn_Q = knn_log_probs(reported, mine.k, mine.temperature)
@@ -88,8 +89,15 @@ def outcome(layer: str, search: Search, queries: Queries, knn: KNNConfig) -> Lay
         tuning_loss=float(np.mean(first.losses_Q[tuning])),
         swapped_loss=float(np.mean(swapped.losses_Q[queries.parts.fitting_Q])),
         lambda_curve=tuple((lam, perplexity(-mix(lm_Q[reporting], knn_Q, lam))) for lam in LAMBDA_CURVE),
-        gated_losses_R=_gated_losses(reported, lm_Q[reporting], knn_Q, mine),
+        # Of the whole text, as the trust at a token comes from all tokens before.
+        gated_losses_R=None
+        if mine.gate is None
+        else -log_probs_by_text(search, lm_Q, mine, queries.documents_Q)[reporting],
     )
+
+
+def _gated(search: Search, lm_log_probs: Floats, setting: Mix) -> Mix:
+    return replace(fit_gate(search, lm_log_probs, setting), by_text=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +139,6 @@ def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutco
     searcher = open_searcher(store, one.layer, metric)
     search = searcher.cached(queries.vectors(one.layer)[reporting], queries.targets_Q[reporting], one.mix.k)
     return perplexity(_losses(search, queries.lm_Q[reporting], one.mix))
-
-
-def _gated_losses(search: Search, lm_log_probs: Floats, knn: Floats, setting: Mix) -> Floats | None:
-    if setting.gate is None:
-        return None
-    return -mix(lm_log_probs, knn, setting.lambdas(search.distances_QK, search.values_QJ))
 
 
 def _losses(search: Search, lm_log_probs: Floats, setting: Mix) -> Floats:

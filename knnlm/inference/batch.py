@@ -62,9 +62,13 @@ class RowModel:
             receive(start, log_probs_BTV)
         return batch, log_probs_BTV[:, -1]
 
-    def run(self, tokens_BT: Tensor, mask_BT: Tensor, cache: Any, settings: Sequence[Mix], keep: int) -> Any:
-        """Return the output for the rows' last tokens; the cache, if there is one, holds the earlier ones."""
-        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
+    def run(self, start: int, text: tuple[Tensor, Tensor], cache: Any, settings: Sequence[Mix], keep: int) -> Any:
+        """Return the output for the rows' tokens from `start` on; the cache, if there is one, holds the earlier ones.
+
+        :param text: all tokens of the rows, and their mask.
+        """
+        tokens_BT, mask_BT = text[0][:, start:], text[1]
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, start:]
         given = {
             "attention_mask": mask_BT,
             "position_ids": positions_BT,
@@ -74,7 +78,8 @@ class RowModel:
         }
         retrieval = self._retrieval
         self._model.retrieval = RowRetrieval(retrieval.searcher, retrieval.setting, tuple(settings))
-        return self._model(tokens_BT, **{name: value for name, value in given.items() if name in self._takes})
+        taken = {name: value for name, value in given.items() if name in self._takes}
+        return self._model(tokens_BT, **taken, text_so_far=text)
 
 
 @dataclass
@@ -104,8 +109,8 @@ class RunningBatch:
 
     def forward(self, start: int, stop: int, *, keep: int) -> Tensor:
         """Log-probabilities [B, T, V] at the last `keep` positions, 0 for all; the cache holds those before `start`."""
-        columns = self.tokens_BT[:, start:stop], self.mask_BT[:, :stop]
-        output = self.model.run(*columns, self.cache, self.settings, keep)
+        text = self.tokens_BT[:, :stop], self.mask_BT[:, :stop]
+        output = self.model.run(start, text, self.cache, self.settings, keep)
         if self.model.keeps_cache:
             self.cache = output.past_key_values
         log_probs_BTV: Tensor = output.logits

@@ -8,28 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from knnlm.errors import InputError
+from knnlm.inference.by_text import read_vectors
 from knnlm.inference.detokenizer import pieces_of
 from knnlm.inference.store_text import LongestRun, StoreText
 from knnlm.knn.citing import DocumentMap, Support, deep_neighbors, support
 from knnlm.knn.mixing import Floats
 from knnlm.knn.retrieval import Retrieval
-from knnlm.model.head import log_prob
+from knnlm.knn.trust import Trust
 from knnlm.model.lm import LanguageModel
 from knnlm.store.stored_text import StoredText
-
-
-class Reads(Protocol):
-    """`KNNLM.unmixed`."""
-
-    def __call__(self, tokens_BT: Tensor, /, *, last: int) -> tuple[Any, Tensor]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,8 @@ class CitedDocument:
     share: float
     """Its share of the tokens' probability, 0 to 1, their mean."""
     log_prob_without: float
-    """log p of the tokens with a datastore without it, in nats: its keys masked, and as many others in their place."""
+    """log p of the tokens with a datastore without it, in nats: its keys masked, and as many others in their place. The
+    trust that the text before gives (`knnlm.knn.trust`) is taken as it is."""
     gain: float
     """log p with it minus that, in nats: what it is worth here. Below 0 where it speaks for other tokens. Tokens that
     are impossible with it and without do not count."""
@@ -157,13 +151,10 @@ def _impossible(log_probs: Floats) -> Floats:
 
 
 class Citer:
-    """Finds the documents behind tokens.
+    """Finds the documents behind tokens."""
 
-    :param reads: the model's `unmixed`.
-    """
-
-    def __init__(self, lm: LanguageModel, reads: Reads) -> None:
-        self._lm, self._reads = lm, reads
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
         self._memories: dict[StoredText, Memory] = {}
 
     def memory(self, store: StoredText) -> Memory:
@@ -186,20 +177,26 @@ class Citer:
         return self.tokens(tokens.tolist(), max(first, 1), retrieval)
 
     def tokens(self, tokens: Sequence[int], first: int, retrieval: Retrieval) -> Citations:
-        """Cite the tokens from `first` on, at least 1: one forward pass over all, and one search for those cited.
+        """Cite the tokens from `first` on, at least 1: one forward pass over all, and a search for those cited.
 
         :raises InputError: there are none.
         """
         if first >= len(tokens):
             raise InputError("the text has no token that something predicts; give a longer text")
-        setting, memory = retrieval.setting, self.memory(retrieval.searcher.store)
-        count = len(tokens) - first
-        output, vectors_BTD = self._reads(torch.tensor([tokens[:-1]], device=self._lm.device), last=count)
-        lm_T = log_prob(output.logits[0, -count:], torch.tensor(tokens[first:])).numpy()
-        vectors_TD = vectors_BTD[0, -count:].float().cpu().numpy()
-        near = deep_neighbors(retrieval.searcher, vectors_TD, setting.k, memory.documents)
-        found = [
-            support(one, memory.documents.of(one.rows_K), token, float(lm), setting)
-            for one, token, lm in zip(near, tokens[first:], lm_T, strict=True)
-        ]
+        setting, memory, begin = retrieval.setting, self.memory(retrieval.searcher.store), first - 1
+        # Where λ is by the text so far, what is not cited is read and searched for too.
+        since = 0 if setting.by_text else begin
+        targets_T = np.array(tokens[1:])
+        vectors_TD, final_TD = read_vectors(self._lm, retrieval.layer, np.array(tokens[:-1]))
+        lm_T = self._lm.target_log_probs(final_TD[since:], torch.from_numpy(targets_T[since:])).numpy()
+        trust = Trust(setting)
+        if begin > since:
+            before = retrieval.find(vectors_TD[:begin])
+            trust = Trust(setting, retrieval.gains(before, targets_T[:begin], lm_T[:begin]).tolist())
+        queries_TD = vectors_TD[begin:].float().cpu().numpy()
+        near = deep_neighbors(retrieval.searcher, queries_TD, setting.k, memory.documents)
+        found = []
+        for one, token, lm in zip(near, tokens[first:], lm_T[begin - since :].tolist(), strict=True):
+            found.append(support(one, memory.documents.of(one.rows_K), token, lm, setting, trust.factor))
+            trust.add(found[-1].gain)
         return Citations(memory, tokens[first:], pieces_of(self._lm, tokens)[first:], found)

@@ -1,6 +1,6 @@
 """Generation token by token, with the evidence for each token: its neighbours and both distributions.
 
-Shapes: V vocabulary.
+Shapes: T tokens, D dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from knnlm.inference.detokenizer import end_tokens
 from knnlm.inference.model import KNNLM
@@ -18,7 +19,9 @@ from knnlm.inference.sampling import choose
 from knnlm.knn.citing import deep_neighbors
 from knnlm.knn.evidence import Evidence, make_evidence, mixed_log_probs
 from knnlm.knn.mixing import Mix
-from knnlm.model.head import log_softmax
+from knnlm.knn.retrieval import Retrieval
+from knnlm.knn.trust import Trust
+from knnlm.model.head import log_prob, log_softmax
 from knnlm.model.lm import LanguageModel
 
 
@@ -54,6 +57,7 @@ class Continuing:
         self._temperature, self._top_p, self._random = temperature, top_p, np.random.default_rng(seed)
         self._ends = end_tokens(model, lm)
         self._past: Any = None
+        self._trust: Trust | None = None
 
     def step(self) -> NextToken:
         """Choose the next token."""
@@ -64,10 +68,22 @@ class Continuing:
         log_probs_V = log_softmax(output.logits[0, -1:])[0]
         query_1D = vectors_BTD[0, -1:].float().cpu().numpy()
         searcher = self._model.retrieval.searcher
+        trust = self._trust = self._trust or self._begin(vectors_BTD[0, :-1], output.logits[0, :-1])
         documents = self._model.citer.memory(searcher.store).documents
         (found,) = deep_neighbors(searcher, query_1D, self._depth, documents)
         evidence = make_evidence(found, log_probs_V)
-        mixed_V = mixed_log_probs(evidence, log_probs_V, self._setting)
+        mixed_V = mixed_log_probs(evidence, log_probs_V, self._setting, trust.factor)
         token = choose(mixed_V, self._temperature, self._top_p, self._random)
         self._tokens.append(token)
-        return NextToken(token, evidence.including(token, log_probs_V), token in self._ends)
+        evidence = evidence.including(token, log_probs_V)
+        trust.add(evidence.gain(self._setting, token))
+        return NextToken(token, evidence, token in self._ends)
+
+    def _begin(self, vectors_TD: Tensor, logits_TV: Tensor) -> Trust:
+        """The trust that the given tokens end with."""
+        if not self._setting.by_text or not len(vectors_TD):
+            return Trust(self._setting)
+        retrieval = Retrieval(self._model.retrieval.searcher, self._setting)
+        targets_T = torch.tensor(self._tokens[1:])
+        found, lm_T = retrieval.find(vectors_TD), log_prob(logits_TV, targets_T).numpy()
+        return Trust(self._setting, retrieval.gains(found, targets_T.numpy(), lm_T).tolist())

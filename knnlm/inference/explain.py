@@ -30,6 +30,7 @@ from knnlm.knn.evidence import (
 )
 from knnlm.knn.mixing import Floats, Mix
 from knnlm.knn.retrieval import Retrieval, open_retrieval
+from knnlm.knn.trust import Trust
 from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 
@@ -56,6 +57,8 @@ class ExplainedToken:
     mixed_probability: float
     lam: float
     """Weight of the kNN distribution for this token; with a gate it differs from token to token."""
+    trust: float
+    """What λ was multiplied by, as the text before is more or less like the datastore's; 1 if λ is not by text."""
     change: float | None
     """log2(p_mixed / p_LM), in bits: positive where retrieval made the token likelier; None if either is 0."""
     lm_likeliest: tuple[Likely, ...]
@@ -176,9 +179,11 @@ class Explainer:
         found, pieces = self.evidence(tokens, layer), self.pieces(tokens)
         if not found:
             raise InputError("the text has one token, which nothing predicts; give a longer text")
-        places = zip(found, tokens[1:], pieces[1:], strict=True)
-        told = tuple(self._token(evidence, setting, token, piece) for evidence, token, piece in places)
-        return Explanation(layer or self.first, setting, pieces[0], told)
+        told, trust = [], Trust(setting)
+        for evidence, token, piece in zip(found, tokens[1:], pieces[1:], strict=True):
+            told.append(self._token(evidence, setting, trust.factor, token, piece))
+            trust.add(evidence.gain(setting, token))
+        return Explanation(layer or self.first, setting, pieces[0], tuple(told))
 
     def go_on(
         self,
@@ -210,8 +215,8 @@ class Explainer:
         """Fitted setting of a layer in datastore.json; empty if there is none."""
         return (self.store.first.manifest.fitted or {}).get(layer) or {}
 
-    def _token(self, evidence: Evidence, setting: Mix, token: int, piece: str) -> ExplainedToken:
-        under, at = evidence.under(setting), evidence.place(token)
+    def _token(self, evidence: Evidence, setting: Mix, trust: float, token: int, piece: str) -> ExplainedToken:
+        under, at = evidence.under(setting, trust), evidence.place(token)
         lm, knn, mixed = (float(one_M[at]) for one_M in (under.lm_M, under.knn_M, under.mixed_M))
         return ExplainedToken(
             piece,
@@ -219,6 +224,7 @@ class Explainer:
             knn,
             mixed,
             under.lam,
+            trust,
             math.log2(mixed / lm) if lm > 0 and mixed > 0 else None,
             self._likeliest(under.tokens_M, under.lm_M),
             self._likeliest(under.tokens_M, under.knn_M),

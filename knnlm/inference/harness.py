@@ -37,6 +37,9 @@ except ModuleNotFoundError as error:
 class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
     """lm-eval's model `hf`, with the mixed distribution in place of the LM's.
 
+    Where λ is by the text so far, a request is a text of its own, or a window of one that is longer than the model
+    takes: its context is searched for too.
+
     :param store: the datastore. `layer`, `k`, `temperature` and `lam` (or `lambda`) are as in `KNNLM.from_store`.
     :param model: path or id of the datastore's model, if it has moved.
     :param max_length: longest input in tokens; the model's limit by default.
@@ -44,8 +47,8 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
     :raises DatastoreMismatch: as `KNNLM.from_store`.
     """
 
-    _vectors_B: Iterator[Tensor] = iter(())
-    """Vectors [T, D] of each row of the batch being scored."""
+    _rows: Iterator[tuple[Tensor, Tensor]] = iter(())
+    """Tokens [T] and vectors [T, D] of each row of the batch being scored."""
 
     def __init__(
         self,
@@ -93,15 +96,22 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
     def _model_call(self, inps: Tensor, *_: Any, **__: Any) -> Tensor:
         """The plain LM's logits [B, T, V], which the harness normalizes; vectors are kept for `_select_cont_toks`."""
         output, vectors_BTD = self.model.unmixed(inps)
-        self._vectors_B = iter(vectors_BTD)
+        self._rows = iter(zip(inps, vectors_BTD, strict=True))
         logits_BTV: Tensor = output.logits
         return logits_BTV
 
     def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
         """Mixed log-probabilities [Q, V] of the scored tokens; the harness calls this once for each row, in order."""
         log_probs_QV: Tensor = super()._select_cont_toks(logits, contlen, inplen)
-        vectors_QD: Tensor = super()._select_cont_toks(next(self._vectors_B), contlen, inplen)
-        self.model.retrieval.mix_in(log_probs_QV, torch.arange(len(vectors_QD), device=vectors_QD.device), vectors_QD)
+        tokens_T, vectors_TD = next(self._rows)
+        retrieval = self.model.retrieval
+        if retrieval.setting.by_text:
+            text = tokens_T[:inplen].cpu().numpy()
+            self.model.texts.mix_end(log_probs_QV, text, logits, vectors_TD[:inplen], retrieval)
+        else:
+            vectors_QD: Tensor = super()._select_cont_toks(vectors_TD, contlen, inplen)
+            rows_Q = torch.arange(len(vectors_QD), device=vectors_QD.device)
+            retrieval.mix_in(log_probs_QV, rows_Q, vectors_QD)
         return log_probs_QV
 
 

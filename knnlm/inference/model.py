@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, wraps
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -21,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from knnlm.errors import InputError, ModelError
+from knnlm.inference.by_text import Read, RowPlan, TextMemory, texts_so_far
 from knnlm.inference.cite import Citations, Citer
 from knnlm.inference.copying import CopyGuard
 from knnlm.inference.own_model import own_model
 from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.layer_names import FINAL, check_names
-from knnlm.model.decoder import find_decoder
+from knnlm.model.decoder import find_decoder, find_head
 from knnlm.model.head import log_softmax
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
@@ -52,6 +54,8 @@ class KNNLM:
     """Layer, index and setting; may be replaced by another `Retrieval` of the same layer."""
     citer: Citer
     """Finds the documents behind tokens."""
+    texts: TextMemory
+    """What is known of the texts that were read last, where λ is by the text so far."""
     _plain: _Plain
 
     @classmethod
@@ -95,7 +99,8 @@ class KNNLM:
         plain = _Plain(model)
         model.__class__ = _class_for(cast(Any, type(lm.model)))
         model.tokenizer, model.retrieval, model._plain = lm.tokenizer, retrieval, plain
-        model.citer = Citer(lm, model.unmixed)
+        model.texts = TextMemory(lm)
+        model.citer = Citer(lm)
         return cast(KNNLM, model)
 
     def __repr__(self) -> str:
@@ -104,28 +109,48 @@ class KNNLM:
         return (
             f"{kind}: the model of {store.first.model} with the memory {places}\n"
             f"  keys of {self.retrieval.layer}, {store.count:,}; k {mix.k}, λ {mix.lam:.3g}"
-            f"{', moved by the query' if mix.gate else ''}, T {mix.temperature:.4g}"
+            f"{', moved by query and text' if mix.gate else ''}, T {mix.temperature:.4g}"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward, with the same arguments; logits are the mixed log-probabilities.
 
         With `labels`, the loss is that of the mixed distribution. With `logits_to_keep`, a number of last positions or
-        a list of positions, only these are searched for.
+        a list of positions, only these are mixed. Where λ is by the text so far, all positions that are not in a cache
+        are searched for, and a call with a cache of your own needs `text_so_far`: the whole rows' tokens and their
+        mask, or None, as `generate()` gives them.
+        :raises InputError: λ is by the text so far, and this is not known.
         """
         given = self._plain.named(args) | kwargs
         as_tuple = given.pop("return_dict", None) is False
         labels, finished = given.pop("labels", None), given.pop("finished_rows", None)
-        keep = _Keep(given.get("logits_to_keep", 0))
+        text, keep = given.pop("text_so_far", None), _Keep(given.get("logits_to_keep", 0))
         with torch.no_grad():
-            output, vectors_BTD = self._plain.run(given, self.retrieval.layer, keep)
-            log_probs_NV = log_softmax(output.logits.flatten(0, 1))
-            rows_Q = _searched_rows(output.logits.shape[:2], keep, given, finished).to(vectors_BTD.device)
-            self.retrieval.mix_in(log_probs_NV, rows_Q, vectors_BTD.flatten(0, 1)[rows_Q])
-            log_probs_BTV = log_probs_NV.view(output.logits.shape)
+            output, log_probs_BTV = self._mixed(given, keep, text, finished)
         loss = {} if labels is None else {"loss": _loss(log_probs_BTV, keep(labels))}
         mixed = type(output)(**{**output, "logits": log_probs_BTV, **loss})
         return mixed.to_tuple() if as_tuple else mixed
+
+    def _mixed(self, given: Mapping[str, Any], keep: _Keep, text: Any, finished: _Watched | None) -> tuple[Any, Tensor]:
+        """The model's output, and the mixed log-probabilities [B, T, V] of the positions that are kept."""
+        retrieval, kept = self.retrieval, keep(torch.arange(_length(given))[None])[0].tolist()
+        batch = _entering(given).shape[0]
+        rows_Q = _searched_rows((batch, len(kept)), keep, given, finished)
+        plans: list[RowPlan] = []
+        if any(setting.by_text for setting in retrieval.settings(batch)):
+            plans = self.texts.plans(texts_so_far(given, _entering(given), text), kept, rows_Q, retrieval)
+            rows_Q = rows_Q[[not retrieval.settings(batch)[row].by_text for row in (rows_Q // len(kept)).tolist()]]
+        output, read = self._plain.run(given, retrieval.layer, keep, wide=any(len(one.places_Q) > 1 for one in plans))
+        log_probs_NV, rows_Q = log_softmax(output.logits.flatten(0, 1)), rows_Q.to(read.kept_BTD.device)
+        retrieval.mix_in(log_probs_NV, rows_Q, read.kept_BTD.flatten(0, 1)[rows_Q])
+        if plans:
+            self.texts.mix_read(log_probs_NV, plans, read, retrieval)
+        return output, log_probs_NV.view(output.logits.shape)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the model's own; with the whole text so far, of which a pass with a cache sees the last tokens."""
+        given = cast(Any, super()).prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return {**given, "text_so_far": (input_ids, kwargs.get("attention_mask"))}
 
     def unmixed(self, tokens_BT: Tensor, past: Any = None, *, last: int = 0) -> tuple[Any, Tensor]:
         """The plain LM's output and the layer's vectors [B, T, D], for callers that mix only some positions.
@@ -136,7 +161,10 @@ class KNNLM:
         cached = {} if past is None else {"past_key_values": past, "use_cache": True}
         keep = {"logits_to_keep": last} if self._plain.takes("logits_to_keep") else {}
         with torch.no_grad():
-            return self._plain.run({"input_ids": tokens_BT, **cached, **keep}, self.retrieval.layer, _Keep(last))
+            output, read = self._plain.run(
+                {"input_ids": tokens_BT, **cached, **keep}, self.retrieval.layer, _Keep(last)
+            )
+        return output, read.kept_BTD
 
     def cite(self, text: str, prompt: str = "") -> Citations:
         """Return the documents behind a text: their shares of its probability, and what that is without each of them.
@@ -195,7 +223,12 @@ def _class_for(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: KNNLM, *args: Any, **kwargs: Any) -> Any:
         return KNNLM.forward(self, *args, **kwargs)
 
-    members = {"forward": forward, "__module__": __name__, "__qualname__": f"KNNLM[{kind.__name__}]"}
+    @wraps(cast(Any, kind).prepare_inputs_for_generation)
+    def prepare(self: KNNLM, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return KNNLM.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    given = {"forward": forward, "prepare_inputs_for_generation": prepare}
+    members = {**given, "__module__": __name__, "__qualname__": f"KNNLM[{kind.__name__}]"}
     return type(kind.__name__, (KNNLM, kind), members)
 
 
@@ -206,7 +239,7 @@ class _Plain:
         self._names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         # accelerate sets a forward on the object, which would hide that of the class.
         self._forward: Callable[..., Any] = vars(model).pop("forward", model.forward)
-        self._decoder = find_decoder(model)
+        self._decoder, self._head = find_decoder(model), find_head(model)
         self._lock = Lock()
 
     def takes(self, name: str) -> bool:
@@ -217,19 +250,36 @@ class _Plain:
         """Positional arguments of forward by name."""
         return dict(zip(self._names, args, strict=False))
 
-    def run(self, given: Mapping[str, Any], layer: str, keep: _Keep) -> tuple[Any, Tensor]:
-        """The plain model's output, and the layer's vectors [B, T, D] at the positions that have logits."""
-        received: list[Tensor] = []
+    def run(self, given: Mapping[str, Any], layer: str, keep: _Keep, *, wide: bool = False) -> tuple[Any, Read]:
+        """The plain model's output, and the vectors at the positions that have logits; if `wide`, at all of them."""
+        received: dict[str, Tensor] = {}
         # The model itself keeps only these positions of the input of its head.
-        kept: Callable[[Tensor], Tensor] = Tensor.detach if layer == FINAL else keep
+        kept: Callable[[Tensor], Tensor] = Tensor.detach if layer == FINAL or wide else keep
 
-        def take(_: str, vectors_BTD: Tensor) -> None:
-            received.append(kept(vectors_BTD).clone())
+        def take(name: str, vectors_BTD: Tensor) -> None:
+            received[name] = kept(vectors_BTD).clone()
 
+        names = list(dict.fromkeys((layer, FINAL))) if wide else [layer]
         # Without the lock, hooks of two threads would receive each other's vectors.
-        with self._lock, self._decoder.attach([layer], take):
-            output = self._forward(**given, return_dict=True)
-        return output, received[-1]
+        with self._lock, self._decoder.attach(names, take), self._narrowed(keep) if wide else nullcontext():
+            every = {"logits_to_keep": 0} if wide and "logits_to_keep" in given else {}
+            output = self._forward(**{**given, **every}, return_dict=True)
+        if wide:
+            return output, Read(keep(received[layer]), received[layer], received[FINAL])
+        return output, Read(received[layer])
+
+    @contextmanager
+    def _narrowed(self, keep: _Keep) -> Iterator[None]:
+        """A block in which the head gets only some of the positions that enter it."""
+
+        def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (keep(args[0]), *args[1:])
+
+        handle = self._head.register_forward_pre_hook(narrow)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _Keep:
@@ -258,10 +308,15 @@ def _searched_rows(shape_BT: Sequence[int], keep: _Keep, given: Mapping[str, Any
     return searched_BT.flatten().nonzero()[:, 0]
 
 
+def _entering(given: Mapping[str, Any]) -> Tensor:
+    """Tokens or embeddings of a forward pass [B, T, ...], without those in the cache."""
+    entering = given.get("input_ids")
+    return cast(Tensor, given["inputs_embeds"] if entering is None else entering)
+
+
 def _length(given: Mapping[str, Any]) -> int:
     """T of a forward pass: the number of new tokens, without those in the cache."""
-    entering = given.get("input_ids")
-    return int((given["inputs_embeds"] if entering is None else entering).shape[1])
+    return int(_entering(given).shape[1])
 
 
 def _loss(log_probs_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from knnlm.knn.evidence import Neighborhood
 from knnlm.knn.joint import Searcher
 from knnlm.knn.mixing import NEAREST, Floats, Mix, mix, neighbor_weights
+from knnlm.knn.trust import token_gains
 from knnlm.store.stored_text import StoredText
 
 # Neighbours found beyond k at first, as a part of k; where that is too few, the search is repeated.
@@ -63,7 +64,9 @@ class Support:
     shares_M: Floats
     """Each one's share of p: λ times the weight of its neighbours that vote for the token, over p."""
     without_M: Floats
-    """log p without each."""
+    """log p without each, the trust in the datastore being what it is with all: what it does at this token."""
+    gain: float
+    """log p at full trust minus log p_LM: what moves the trust."""
 
 
 def deep_neighbors(
@@ -99,25 +102,31 @@ def _missing(documents: DocumentMap, rows_K: Ids, k: int, count: int) -> int:
     return int((np.minimum(k, count - documents.sizes_M[among]) - others_M).max())
 
 
-def support(found: Neighborhood, documents_K: Ids, token: int, lm_log_prob: float, setting: Mix) -> Support:
+def support(
+    found: Neighborhood, documents_K: Ids, token: int, lm_log_prob: float, setting: Mix, trust: float = 1.0
+) -> Support:
     """Return what the documents gave to a token.
 
     :param found: from `deep_neighbors` with the setting's k, or a larger one.
     :param documents_K: the document of each neighbour.
     :param lm_log_prob: log p_LM of the token.
+    :param trust: what λ is multiplied by, with each document and without.
     """
     documents_M, place_K = np.unique(documents_K, return_inverse=True)
     voters = slice(0, setting.k)
     mass_2K = _masses(found, token, setting.temperature)
-    total_21, (lam,) = mass_2K[:, voters].sum(axis=1, keepdims=True), _lambda(found, setting)
-    log_prob = float(_log_prob(_share(total_21), lm_log_prob, np.array([lam]))[0])
+    total_21, full_1 = mass_2K[:, voters].sum(axis=1, keepdims=True), _lambda(found, setting)
+    full, (log_prob,) = (_log_prob(_share(total_21), lm_log_prob, lam_1) for lam_1 in (full_1, full_1 * trust))
+    lam, (gain,) = trust * full_1[0], token_gains(full, np.array([lm_log_prob]))
     among = np.unique(place_K[voters])
     votes_M = np.bincount(place_K[voters], mass_2K[1, voters], len(documents_M))[among]
     with np.errstate(divide="ignore"):
         terms = np.append(np.log(lam * votes_M / (total_21[0] or 1)), np.log1p(-lam) + lm_log_prob)
     *shares, lm_share = np.exp(terms - log_prob) if np.isfinite(log_prob) else np.zeros(len(terms))
-    without_M = _without(found, place_K, mass_2K, lm_log_prob, token, setting)
-    return Support(log_prob, float(lm_share), documents_M[among], np.array(shares), without_M[among])
+    lambdas_M, left_2M = _without(found, place_K, mass_2K, token, setting)
+    without_M = _log_prob(_share(left_2M), lm_log_prob, trust * lambdas_M)
+    among_M = documents_M[among], np.array(shares), without_M[among]
+    return Support(float(log_prob), float(lm_share), *among_M, float(gain))
 
 
 def _masses(found: Neighborhood, token: int, temperature: float) -> Floats:
@@ -144,10 +153,8 @@ def _log_prob(knn_M: Floats, lm_log_prob: float, lambdas_M: Floats) -> Floats:
         return mix(np.full(len(knn_M), lm_log_prob), np.log(knn_M), lambdas_M)
 
 
-def _without(
-    found: Neighborhood, place_K: Ids, mass_2K: Floats, lm_log_prob: float, token: int, setting: Mix
-) -> Floats:
-    """log p without each document [M], by sums over prefixes: a loop over documents and neighbours is too slow."""
+def _without(found: Neighborhood, place_K: Ids, mass_2K: Floats, token: int, setting: Mix) -> tuple[Floats, Floats]:
+    """λ [M] and sums of weights [2, M] without each document, by sums over prefixes: loops over neighbours are slow."""
     count, left_2M = int(place_K.max(initial=-1)) + 1, _left(mass_2K, place_K, setting.k)
     lambdas_M = np.full(count, _lambda(found, setting)[0])
     # Only documents among the nearest change what a gate reads.
@@ -155,7 +162,7 @@ def _without(
         others = found.part(place_K != at)
         lambdas_M[at] = _lambda(others, setting)[0]
         left_2M[:, at] = _masses(others, token, setting.temperature)[:, : setting.k].sum(axis=1)
-    return _log_prob(_share(left_2M), lm_log_prob, lambdas_M)
+    return lambdas_M, left_2M
 
 
 def _left(mass_2K: Floats, place_K: Ids, k: int) -> Floats:

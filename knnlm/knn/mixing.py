@@ -71,9 +71,11 @@ class Mix:
     lam: float
     gate: Gate | None = None
     """None: lambda is the same for all queries."""
+    by_text: bool = False
+    """Whether lambda is also multiplied by the trust that the text so far gives: see `knnlm.knn.trust`."""
 
     def lambdas(self, distances_QK: NDArray[np.float32], values_QK: NDArray[np.integer[Any]] | None) -> Floats:
-        """Return each query's lambda, [Q]; with a gate, 0 for a query without neighbours.
+        """Return each query's lambda at full trust, [Q]; with a gate, 0 for a query without neighbours.
 
         :param values_QK: for a gate, each neighbour's token, -1 for an absent one; the `NEAREST` columns are enough.
         """

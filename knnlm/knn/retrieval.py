@@ -12,15 +12,41 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.config import KNNConfig
 from knnlm.errors import InputError
 from knnlm.knn.joint import Searcher, open_search
-from knnlm.knn.mixing import NEAREST, Floats, Gate, Mix, TokenShares, mix, token_shares
+from knnlm.knn.mixing import (
+    NEAREST,
+    Floats,
+    Gate,
+    Mix,
+    Search,
+    TokenShares,
+    knn_log_probs,
+    mix,
+    token_shares,
+)
 from knnlm.knn.searcher import QUERY_BLOCK, built_with, check_k
+from knnlm.knn.trust import token_gains
 from knnlm.store.datastore import Datastore
 from knnlm.store.joint import AnyStore
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The neighbours of some queries."""
+
+    distances_QK: NDArray[np.float32]
+    """Ascending; +inf for an absent one."""
+    values_QK: NDArray[np.integer[Any]]
+    """Their tokens, -1 for an absent one."""
+
+    def rows(self, chosen_Q: NDArray[np.bool_]) -> Found:
+        """Return the neighbours of some of the queries."""
+        return Found(self.distances_QK[chosen_Q], self.values_QK[chosen_Q])
 
 
 @dataclass(frozen=True)
@@ -44,18 +70,36 @@ class Retrieval:
             return
         for start in range(0, len(rows_Q), QUERY_BLOCK):
             block = slice(start, start + QUERY_BLOCK)
-            self._mix_block(log_probs_NV, rows_Q[block], *self._look_up(vectors_QD[block]))
+            found = self.find(vectors_QD[block])
+            self.mix_shares(log_probs_NV, rows_Q[block], self.shares(found), self.lambdas(found))
 
-    def _look_up(self, vectors_QD: Tensor) -> tuple[TokenShares, Floats]:
-        """p_kNN for raw vectors of the layer, and each one's lambda."""
-        searcher, setting = self.searcher, self.setting
-        found = searcher.neighbors(vectors_QD.float().cpu().numpy(), setting.k)
-        values_QK = searcher.store.values[found.ids_QK]
-        shares = token_shares(found.distances_QK, values_QK, setting.temperature)
-        nearest_QJ = np.where(found.ids_QK >= 0, values_QK, -1)[:, :NEAREST]
-        return shares, setting.lambdas(found.distances_QK, nearest_QJ)
+    def settings(self, rows: int) -> tuple[Mix, ...]:
+        """Return the setting of each of a batch's rows."""
+        return (self.setting,) * rows
 
-    def _mix_block(self, log_probs_NV: Tensor, rows_Q: Tensor, shares: TokenShares, lambdas_Q: Floats) -> None:
+    def find(self, vectors_QD: Tensor) -> Found:
+        """Search for raw vectors of the layer."""
+        found = self.searcher.neighbors(vectors_QD.float().cpu().numpy(), self.setting.k)
+        values_QK = np.where(found.ids_QK >= 0, self.searcher.store.values[found.ids_QK], -1)
+        return Found(found.distances_QK, values_QK)
+
+    def shares(self, found: Found) -> TokenShares:
+        """p_kNN of each query."""
+        return token_shares(found.distances_QK, np.maximum(found.values_QK, 0), self.setting.temperature)
+
+    def lambdas(self, found: Found) -> Floats:
+        """Lambda of each query at full trust, [Q]; 0 without any neighbour."""
+        lambdas_Q = self.setting.lambdas(found.distances_QK, found.values_QK[:, :NEAREST])
+        return np.where(np.isfinite(found.distances_QK[:, 0]), lambdas_Q, 0.0)
+
+    def gains(self, found: Found, targets_Q: NDArray[np.integer[Any]], lm_log_probs: Floats) -> Floats:
+        """Log p of each target in the mixture at full trust, minus log p_LM, [Q]: what moves the trust."""
+        search = Search(found.distances_QK, found.values_QK == targets_Q[:, None])
+        knn_Q = knn_log_probs(search, self.setting.k, self.setting.temperature)
+        return token_gains(mix(lm_log_probs, knn_Q, self.lambdas(found)), lm_log_probs)
+
+    def mix_shares(self, log_probs_NV: Tensor, rows_Q: Tensor, shares: TokenShares, lambdas_Q: Floats) -> None:
+        """As `mix_in`, of what was found, with these lambdas."""
         device = log_probs_NV.device
         rows_M = rows_Q[torch.from_numpy(shares.rows_M).to(rows_Q.device)].to(device)
         tokens_M = torch.from_numpy(shares.tokens_M).to(device)
@@ -74,6 +118,10 @@ class RowRetrieval(Retrieval):
     """Retrieval with a setting for each row of a batch; every row has the same number of positions."""
 
     settings_B: tuple[Mix, ...]
+
+    def settings(self, rows: int) -> tuple[Mix, ...]:
+        """Return the setting of each row."""
+        return self.settings_B
 
     def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
         """As `Retrieval.mix_in`, with one search for each distinct setting."""
@@ -94,8 +142,8 @@ def open_retrieval(
 ) -> Retrieval:
     """Open the retrieval of a layer, by default the chosen one; settings default to those fitted by an evaluation.
 
-    A given lambda is the same for all queries; the fitted one varies with the query, by the gate fitted with it. Of
-    several datastores the first gives the layer and the settings.
+    A given lambda is the same for all queries; the fitted one varies with the query, by the gate fitted with it, and
+    with the text so far. Of several datastores the first gives the layer and the settings.
 
     :raises InputError: a setting is neither given nor fitted, a value is invalid, or no layer was chosen among several.
     :raises DatastoreMismatch: the layer is not stored, in one of them.
@@ -142,4 +190,5 @@ def _setting(store: Datastore, layer: str, given: KNNConfig) -> Mix:
         float(values["temperature"]),
         float(values["lam"]),
         gate and Gate(float(gate["offset"]), float(gate["distance"]), float(gate["different"])),
+        by_text=bool(gate),
     )

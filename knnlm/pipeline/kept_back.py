@@ -114,7 +114,7 @@ def _note(job: Job, lines: Sequence[str]) -> None:
 
 
 def _gain(result: EvalResult, layer: str) -> str:
-    """What the memory is worth as text is generated with it: with the gate."""
+    """What the memory is worth as text is generated with it: with λ by query and text."""
     one = next(one for one in result.layers if one.layer == layer)
     mixed = one.by_query.perplexity if one.by_query else one.perplexity
     plain = result.lm.perplexity

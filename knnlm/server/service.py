@@ -185,7 +185,9 @@ class Service:
             own.k if asked.k is None else asked.k,
             own.temperature if asked.temperature is None else asked.temperature,
             own.lam if asked.lam is None else asked.lam,
-            own.gate if asked.lam is None else None,  # a given lambda is the same for all tokens
+            # A given lambda is the same for all tokens.
+            own.gate if asked.lam is None else None,
+            own.by_text and asked.lam is None,
         )
 
     def _guard_of(self, request: CompletionRequest) -> CopyGuard | None:

@@ -16,6 +16,7 @@ from knnlm.evaluation.queries import check_evaluation
 from knnlm.evaluation.summary import regret, summarize
 from knnlm.knn.fitting import fit, fit_gate
 from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
+from knnlm.knn.trust import log_probs_by_text
 from knnlm.results import EvalResult
 from knnlm.text.sizes import Sizes
 from knnlm.text.windows import TokenDocument
@@ -23,6 +24,7 @@ from tests.sample_results import sample_scores
 
 TOKENS = 400
 TUNING = np.arange(TOKENS) % 2 == 0
+DOCUMENTS = np.arange(TOKENS) // 100
 PARTS = Parts(TUNING, ~TUNING, ~TUNING, np.arange(TOKENS) // 20, True)
 
 
@@ -41,15 +43,16 @@ def test_each_part_is_scored_with_what_the_other_was_fitted_on() -> None:
     """Neighbours are right far more often on one part, so the two fits differ and a swap shows."""
     search = make_search(np.where(TUNING, 0.6, 0.05))
     lm = np.log(np.random.default_rng(1).uniform(0.01, 0.5, TOKENS))
-    queries = SimpleNamespace(parts=PARTS, lm_Q=lm)
+    queries = SimpleNamespace(parts=PARTS, lm_Q=lm, documents_Q=DOCUMENTS)
     found = outcome("layer", search, queries, KNNConfig())  # type: ignore[arg-type]
     mine, swapped = fit(search.rows(TUNING), lm[TUNING]), fit(search.rows(~TUNING), lm[~TUNING])
     assert mine.lam > swapped.lam + 0.2
-    gated = fit_gate(search.rows(TUNING), lm[TUNING], mine)
+    gated = replace(fit_gate(search.rows(TUNING), lm[TUNING], mine), by_text=True)
     assert found.mix == gated
-    lambdas = gated.lambdas(search.distances_QK, search.values_QJ)
-    expected = -mix(lm, knn_log_probs(search, mine.k, mine.temperature), lambdas)[~TUNING]
+    # The trust at a token is of all tokens before, those of the tuning part too.
+    expected = -log_probs_by_text(search, lm, gated, DOCUMENTS)[~TUNING]
     np.testing.assert_array_equal(found.gated_losses_R, expected)
+    assert not np.allclose(expected, -log_probs_by_text(search, lm, replace(gated, by_text=False), DOCUMENTS)[~TUNING])
     assert found.losses_Q[~TUNING] == pytest.approx(losses(search, lm, mine)[~TUNING])
     assert found.losses_Q[TUNING] == pytest.approx(losses(search, lm, swapped)[TUNING])
     assert found.tuning_loss == pytest.approx(losses(search, lm, mine)[TUNING].mean())
@@ -60,7 +63,7 @@ def test_what_is_reported_cannot_move_what_was_fitted() -> None:
     lm = np.log(np.random.default_rng(1).uniform(0.01, 0.5, TOKENS))
     search = make_search(np.full(TOKENS, 0.3))
     changed = replace(search, hits_QK=np.where(TUNING[:, None], search.hits_QK, ~search.hits_QK))
-    queries = SimpleNamespace(parts=PARTS, lm_Q=lm)
+    queries = SimpleNamespace(parts=PARTS, lm_Q=lm, documents_Q=DOCUMENTS)
     first, second = (outcome("layer", one, queries, KNNConfig()) for one in (search, changed))  # type: ignore[arg-type]
     assert first.mix == second.mix
     assert first.tuning_loss == second.tuning_loss
@@ -69,7 +72,7 @@ def test_what_is_reported_cannot_move_what_was_fitted() -> None:
 
 def test_given_lambda_is_the_same_for_all_queries() -> None:
     search, lm = make_search(np.full(TOKENS, 0.3)), np.full(TOKENS, -3.0)
-    queries = SimpleNamespace(parts=PARTS, lm_Q=lm)
+    queries = SimpleNamespace(parts=PARTS, lm_Q=lm, documents_Q=DOCUMENTS)
     found = outcome("layer", search, queries, KNNConfig(lam=0.3))  # type: ignore[arg-type]
     assert (found.mix.lam, found.mix.gate, found.gated_losses_R) == (0.3, None, None)
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "gated": Mix(64, 4.0, 0.6, Gate(1.5, -0.35, -0.7)),
     "wide": Mix(900, 4.0, 0.6),  # without one document fewer than k keys may be left
     "narrow": Mix(2, 1.0, 0.9),
+    "zero": Mix(2, 1.0, 0.0),
 }
 
 
@@ -73,7 +74,7 @@ def log_probs(model: KNNLM, text: str) -> np.ndarray:
     return model(tokens[:, :-1]).logits[0].gather(1, tokens[0, 1:, None])[:, 0].double().numpy()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["fixed", "gated", "wide", "narrow"])
 def test_a_citation_is_what_deletion_gives(name, stores, text) -> None:
     setting = SETTINGS[name]
     model = stores.model(setting)
@@ -88,6 +89,30 @@ def test_a_citation_is_what_deletion_gives(name, stores, text) -> None:
     for place in range(0, len(cited), 5):  # of single tokens too, where it is among the neighbours
         alone = {one.number: one.gain for one in cited.span(place, place + 1).documents}.get(4, 0.0)
         assert alone == pytest.approx(now[place] - gone[place], abs=1e-3)
+
+
+@pytest.mark.parametrize("before", ["", "{}[] ~~ ;; || "])
+def test_by_the_text_so_far_it_is_deletion_at_each_token(before, stores, text) -> None:
+    """The trust is that of the whole datastore: p is w p_gated + (1 - w) p_LM, and p_gated that of the smaller one."""
+    gated, by_text = (replace(SETTINGS["gated"], by_text=on) for on in (False, True))
+    text = text[:100]
+    plain, full, gone, now = (
+        log_probs(stores.model(setting, without), before + text)
+        for setting, without in ((SETTINGS["zero"], None), (gated, None), (gated, 4), (by_text, None))
+    )
+    trust, trusts = 0.5, []
+    for ours, theirs in zip(np.exp(full), np.exp(plain), strict=True):
+        trusts.append(trust if trust >= 0.01 else 0.0)
+        trust = 0.001 + 0.998 * trust * ours / (trust * ours + (1 - trust) * theirs)
+    due = np.log(np.array(trusts) * np.exp(gone) + (1 - np.array(trusts)) * np.exp(plain))
+    cited = stores.model(by_text).cite(before + text)
+    np.testing.assert_allclose([one.log_prob for one in cited.tokens], now, atol=1e-5)
+    fourth = next(one for one in cited.whole.documents if one.number == 4)
+    assert fourth.gain == pytest.approx(now.sum() - due.sum(), rel=0.01) and abs(fourth.gain) > 0.1
+    assert cited.whole.lm_share + sum(one.share for one in cited.whole.documents) == pytest.approx(1, abs=1e-6)
+    answer = stores.model(by_text).cite(text[60:], prompt=before + text[:60])
+    same = cited.span(len(cited) - len(answer), len(cited))
+    assert answer.whole.documents[0].gain == pytest.approx(same.documents[0].gain, abs=1e-6)
 
 
 def test_a_random_document_is_told_right_too(stores, text) -> None:

@@ -27,9 +27,10 @@ from knnlm.config import LayerConfig, Settings, TextConfig
 from knnlm.errors import DatastoreMismatch, InputError
 from knnlm.inference.detokenizer import TokenTexts
 from knnlm.inference.explain import SHOWN_NEIGHBORS, Explainer
-from knnlm.knn.evidence import mixed_log_probs
+from knnlm.knn.evidence import Prediction, mixed_log_probs
 from knnlm.knn.mixing import Gate, Mix
 from knnlm.knn.retrieval import open_retrieval
+from knnlm.knn.trust import Trust
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
 from knnlm.pipeline import build
@@ -43,6 +44,9 @@ CONTEXT, STRIDE = 32, 16
 SETTING = Mix(64, 4.0, 0.6)
 OTHER = Mix(7, 1.5, 0.25)
 GATED = Mix(64, 4.0, 0.6, Gate(1.5, -0.35, -0.7))
+BY_TEXT = replace(GATED, by_text=True)
+# Nothing that the datastore knows: the trust falls.
+FOREIGN = "{}[] ~~ ;; || %% {}[] the nurse"
 LAYERS = "2.ffn_input,final_norm,1.ffn_output"
 TEXT = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it"
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
@@ -128,6 +132,24 @@ def test_a_gate_moves_lambda_from_token_to_token(explainer) -> None:
         assert one.mixed_probability == pytest.approx(mixed, rel=1e-9)
 
 
+@pytest.mark.parametrize("text", [TEXT, FOREIGN, FOREIGN[:9] + TEXT])
+def test_the_text_so_far_moves_lambda_as_in_teacher_forcing(text, explainer) -> None:
+    found, tokens = explainer.explain(text, "final_norm"), explainer.encode(text)
+    log_probs = forced(explainer, tokens[:-1], "final_norm", BY_TEXT)
+    told = [
+        (one.mixed_probability, one.trust * gated.lam)
+        for one, gated in zip(found.tokens, gates(explainer, text), strict=True)
+    ]
+    expected = [(np.exp(log_probs[place, token]), found.tokens[place].lam) for place, token in enumerate(tokens[1:])]
+    np.testing.assert_allclose(told, expected, **TOLERANCE)
+    assert found.tokens[0].trust == 0.5 and abs(found.tokens[-1].trust - 0.5) > 0.1
+
+
+def gates(explainer: Explainer, text: str) -> list[Prediction]:
+    """The predictions at full trust."""
+    return [one.under(GATED) for one in explainer.evidence(explainer.encode(text), "final_norm")]
+
+
 def test_neighbours_stand_in_the_text(explainer) -> None:
     first = explainer.explain(TEXT).tokens[8]
     shown = first.neighbors
@@ -160,14 +182,14 @@ def test_without_any_neighbour_the_lm_speaks(explainer, monkeypatch) -> None:
 
 
 def test_each_layer_has_its_own_setting(explainer) -> None:
-    assert explainer.retrieval("final_norm").setting == GATED
+    assert explainer.retrieval("final_norm").setting == BY_TEXT
     assert explainer.retrieval("1.ffn_output").setting == explainer.retrieval().setting == SETTING  # nothing fitted
     assert [explainer.is_fitted(layer) for layer in ("final_norm", "1.ffn_output", "2.ffn_input")] == [
         True,
         False,
         False,
     ]
-    assert explainer.explain(TEXT, "final_norm").setting == GATED
+    assert explainer.explain(TEXT, "final_norm").setting == BY_TEXT
     with pytest.raises(DatastoreMismatch, match=r"has no keys of layer 0\.ffn_input"):
         explainer.explain(TEXT, "0.ffn_input")
 
@@ -183,9 +205,10 @@ def test_what_cannot_be_explained_is_refused(text, message, explainer) -> None:
 # Going on
 
 
-@pytest.mark.parametrize("setting", [SETTING, OTHER, GATED])
-def test_likeliest_tokens_are_those_of_generate(setting, explainer) -> None:
-    tokens = explainer.encode(TEXT)[:9]
+@pytest.mark.parametrize("text", [TEXT, FOREIGN])
+@pytest.mark.parametrize("setting", [SETTING, OTHER, GATED, BY_TEXT])
+def test_likeliest_tokens_are_those_of_generate(setting, text, explainer) -> None:
+    tokens = explainer.encode(text)[:9]
     model = KNNLM.from_retrieval(explainer.lm, replace(explainer.model().retrieval, setting=setting))
     ids = torch.tensor([tokens])
     expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
@@ -193,8 +216,11 @@ def test_likeliest_tokens_are_those_of_generate(setting, explainer) -> None:
     steps = [going.step() for _ in range(12)]
     assert [one.token for one in steps] == expected[9:]
     log_probs = forced(explainer, expected[:-1], "2.ffn_input", setting)[8:]
+    whole = explainer.evidence([*tokens, *(one.token for one in steps)])
+    trust = Trust(setting, [one.gain(setting, token) for one, token in zip(whole, expected[1:9], strict=False)])
     for step, log_probs_V in zip(steps, log_probs, strict=True):
-        under = step.evidence.under(setting)
+        under = step.evidence.under(setting, trust.factor)
+        trust.add(step.evidence.gain(setting, step.token))
         np.testing.assert_allclose(under.mixed_M, np.exp(log_probs_V[under.tokens_M]), **TOLERANCE)
 
 

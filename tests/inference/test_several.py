@@ -62,7 +62,7 @@ def test_the_distribution_is_that_of_one_with_all_keys(lm, stores, text) -> None
         several, one = (KNNLM.from_store(each, LAYER, *metric_setting, lm=lm) for each in (stores[:2], stores[2]))
         assert torch.allclose(several(tokens).logits.exp(), one(tokens).logits.exp(), atol=1e-6)
         for each in (several, one):
-            each.retrieval = replace(each.retrieval, setting=replace(each.retrieval.setting, gate=gate))
+            each.retrieval = replace(each.retrieval, setting=replace(each.retrieval.setting, gate=gate, by_text=True))
         assert torch.allclose(several(tokens).logits.exp(), one(tokens).logits.exp(), atol=1e-6)
         prompt = {"input_ids": tokens[:, :8], "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(several.generate(**prompt), one.generate(**prompt))

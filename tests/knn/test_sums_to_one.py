@@ -6,6 +6,7 @@ equally likely, the rounding of their log-probabilities is the same and adds up.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from index.neighbors import Neighbors
 from knnlm.inference.batch import RowModel
+from knnlm.inference.by_text import RowPlan, TextMemory
 from knnlm.inference.explain import Explainer
 from knnlm.knn.evidence import find_neighbors, make_evidence, mixed_log_probs
 from knnlm.knn.joint import JointSearcher
@@ -115,6 +117,14 @@ def test_any_mixture_sums_to_one(seed, vocabulary, sharpness, scale, offset, mix
         assert torch.equal(one_NV[0], plain[0])  # no neighbour
         for one, lm_V in zip(find_neighbors(found, vectors.numpy(), setting.k), plain, strict=True):
             check(mixed_log_probs(make_evidence(one, lm_V), lm_V, setting)[None])
+    for found, setting in product((one_store, joint), mixed):
+        setting, tokens = replace(setting, by_text=True), rng.integers(0, vocabulary, 4)
+        plan = RowPlan(tokens, setting, 0.5, np.arange(4), np.arange(4), np.arange(4))
+        lm_Q = plain[torch.arange(4), torch.from_numpy(np.roll(tokens, -1))].double().numpy()
+        text_NV = plain.clone()
+        TextMemory(None).mix_in(text_NV, [plan], vectors, lm_Q, Retrieval(found, setting))
+        check(text_NV)
+        assert torch.equal(text_NV[0], plain[0])
     for found in (one_store, joint):
         rows_NV = plain.clone()
         RowRetrieval(found, mixed[0], tuple(mixed)).mix_in(rows_NV, rows, vectors)
@@ -124,15 +134,17 @@ def test_any_mixture_sums_to_one(seed, vocabulary, sharpness, scale, offset, mix
 # From a model's text to its numbers
 
 
+@pytest.mark.parametrize("by_text", [False, True])
 @pytest.mark.parametrize("gate", [None, GATE])
 @pytest.mark.parametrize("lam", [0.3, 1.0])
-def test_logits_of_the_model_sum_to_one(lam, gate, knn_of) -> None:  # noqa: F811
-    batch = padded([encode(prompt) for prompt in PROMPTS], "left")
-    check(knn_of("llama", lam=lam, gate=gate)(**batch).logits)
+def test_logits_of_the_model_sum_to_one(lam, gate, by_text, knn_of) -> None:  # noqa: F811
+    batch, model = padded([encode(prompt) for prompt in PROMPTS], "left"), knn_of("llama", lam=lam, gate=gate)
+    model.retrieval = replace(model.retrieval, setting=replace(model.retrieval.setting, by_text=by_text))
+    check(model(**batch).logits)
 
 
 def test_log_probs_of_the_server_sum_to_one(knn_of) -> None:  # noqa: F811
-    settings = (Mix(64, 4.0, 0.6), Mix(16, 2.0, 0.0), Mix(3, 0.5, 1.0), Mix(64, 4.0, 0.6, GATE))
+    settings = (Mix(64, 4.0, 0.6), Mix(16, 2.0, 0.0), Mix(3, 0.5, 1.0), Mix(64, 4.0, 0.6, GATE, by_text=True))
     rows, heard = RowModel(knn_of("llama"), VOCABULARY), []
     prompts = [encode(prompt) for prompt in (*PROMPTS, PROMPTS[0])]
     batch, log_probs_BV = rows.prefill(prompts, settings, lambda start, log_probs_BTV: heard.append(log_probs_BTV))
@@ -145,8 +157,8 @@ def test_explained_distributions_sum_to_one(stores, knn_of) -> None:  # noqa: F8
     plain = log_softmax(lm.model(torch.tensor([tokens[:-1]])).logits[0].detach())
     for setting in (Mix(64, 4.0, 0.6), Mix(64, 4.0, 0.6, GATE), Mix(3, 0.5, 1.0)):
         for evidence, lm_V in zip(explainer.evidence(tokens), plain, strict=True):
-            told = evidence.under(setting)
+            told = evidence.under(setting, 0.37)
             rest = 1 - float(lm_V.double().exp()[told.tokens_M].sum())
             assert told.mixed_M.sum() + (1 - told.lam) * rest == pytest.approx(1, abs=WITHIN)
             assert told.knn_M.sum() == pytest.approx(1, abs=WITHIN)
-            check(mixed_log_probs(evidence, lm_V, setting)[None])
+            check(mixed_log_probs(evidence, lm_V, setting, 0.37)[None])

@@ -16,6 +16,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from knnlm.inference.continuing import Continuing
 from knnlm.knn.evidence import Evidence
 from knnlm.knn.mixing import Gate, Mix
+from knnlm.knn.trust import Trust
 from tests import explorer_server
 from tests.explorer_server import FITTED, GATE, MARKUP, SOURCE, Running, running
 from tests.report import test_report_browser as report_browser
@@ -23,7 +24,7 @@ from tests.report import test_report_browser as report_browser
 explainer, server = explorer_server.explainer, explorer_server.server
 page_width = report_browser.page_width
 TEXT = "the nurse counts a pulse and each patient borrows one reference before Holmes ends it"
-SETTING = Mix(64, 4.0, 0.625, Gate(**GATE))
+SETTING = Mix(64, 4.0, 0.625, Gate(**GATE), by_text=True)
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
 
 
@@ -98,7 +99,8 @@ class Page:
     def setting(self) -> Mix:
         box = self.find("#gate")
         gate = Gate(**GATE) if box.is_displayed() and box.is_selected() else None
-        return Mix(int(self.value("#k-value")), self.value("#temperature-value"), self.value("#lambda-value"), gate)
+        k, temperature, lam = (self.value(f"#{name}-value") for name in ("k", "temperature", "lambda"))
+        return Mix(int(k), temperature, lam, gate, by_text=gate is not None)
 
     def probabilities(self) -> np.ndarray:
         """p_LM and p_mixed of each token but the first, as the page has them: [tokens, 2]."""
@@ -120,9 +122,18 @@ def visible(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "↵")
 
 
+def trusts(found: list[Evidence], tokens: list[int], setting: Mix) -> list[float]:
+    """What λ of each token is multiplied by."""
+    trust, told = Trust(setting), []
+    for one, token in zip(found, tokens[1:], strict=True):
+        told.append(trust.factor)
+        trust.add(one.gain(setting, token))
+    return told
+
+
 def check_text(page: Page, found: list[Evidence], tokens: list[int], setting: Mix) -> None:
     """Every token's figures on the page are those of Python's under the setting."""
-    under = [one.under(setting) for one in found]
+    under = [one.under(setting, trust) for one, trust in zip(found, trusts(found, tokens, setting), strict=True)]
     places = [one.place(token) for one, token in zip(found, tokens[1:], strict=True)]
     expected = [(one.lm_M[at], one.mixed_M[at]) for one, at in zip(under, places, strict=True)]
     np.testing.assert_allclose(page.probabilities(), expected, **TOLERANCE)
@@ -134,9 +145,12 @@ def check_text(page: Page, found: list[Evidence], tokens: list[int], setting: Mi
     np.testing.assert_allclose(page.values("#status data"), perplexities, rtol=1e-5)
 
 
-def check_token(page: Page, evidence: Evidence, token: int, setting: Mix) -> None:
-    """The three distributions and the neighbours of the open token."""
-    under, at = evidence.under(setting), evidence.place(token)
+def check_token(page: Page, found: list[Evidence], tokens: list[int], at: int, setting: Mix) -> None:
+    """The three distributions and the neighbours of the open token, the one with this number."""
+    evidence, token, trust = found[at - 1], tokens[at], trusts(found, tokens, setting)[at - 1]
+    under, at = evidence.under(setting, trust), evidence.place(token)
+    if setting.by_text:
+        assert page.value("#mixed-how") == pytest.approx(trust, rel=1e-5)
     for name, values_M in (("lm", under.lm_M), ("knn", under.knn_M), ("mixed", under.mixed_M)):
         assert page.value(f"#{name}-share") == pytest.approx(values_M[at], rel=1e-5, abs=1e-9)
         order = [place for place in np.argsort(-values_M, kind="stable")[:10] if values_M[place] > 0]
@@ -199,7 +213,7 @@ def test_a_click_opens_a_token(page, explainer) -> None:
     found = explainer.evidence(tokens)
     for at in (5, 17):
         page.open(at)
-        check_token(page, found[at - 1], tokens[at], SETTING)
+        check_token(page, found, tokens, at, SETTING)
         check_sources(page, found[at - 1], tokens[at])
         lm, mixed = page.probabilities()[at - 1]
         assert ("less likely" if mixed < lm else "likelier") in page.find("#detail-title").text
@@ -216,7 +230,8 @@ def test_first_token_has_nothing_to_show(page) -> None:
 def test_a_token_of_a_distribution_shows_who_votes_for_it(page, explainer) -> None:
     page.explain()
     tokens = explainer.encode(TEXT)
-    evidence = explainer.evidence(tokens)[8]
+    found = explainer.evidence(tokens)
+    evidence = found[8]
     page.open(9)
     order = np.argsort(-evidence.under(SETTING).knn_M, kind="stable")
     wanted = evidence.tokens_M[order[1]]
@@ -233,7 +248,7 @@ def test_a_token_of_a_distribution_shows_who_votes_for_it(page, explainer) -> No
     assert page.all("#knn button")[1].get_attribute("aria-pressed") == "true"
     page.find("#all").click()
     page.settle()
-    check_token(page, evidence, tokens[9], SETTING)
+    check_token(page, found, tokens, 9, SETTING)
 
 
 def test_neighbours_that_come_late_do_not_replace_those_of_another_token(browser, explainer) -> None:
@@ -273,7 +288,7 @@ def test_sliders_change_everything_without_a_search(page, explainer) -> None:
         assert page.setting() not in seen
         seen.add(page.setting())
         check_text(page, found, tokens, page.setting())
-        check_token(page, found[6], tokens[7], page.setting())
+        check_token(page, found, tokens, 7, page.setting())
     assert {one.k for one in seen} >= {1, 1024} and {one.lam for one in seen} >= {0.0, 0.98}
     page.find("#reset").click()
     page.settle()
@@ -287,13 +302,13 @@ def test_lambda_moves_with_the_token_or_not(page, explainer) -> None:
     tokens = explainer.encode(TEXT)
     found = explainer.evidence(tokens)
     page.open(7)
-    gated = found[6].under(SETTING).lam
+    gated = found[6].under(SETTING, trusts(found, tokens, SETTING)[6]).lam
     assert abs(gated - 0.625) > 0.02 and page.find("#mixed-how").text.startswith(f"{100 * gated:.0f} % memory")
     page.find("#gate").click()
     page.settle()
     assert page.setting() == Mix(64, 4.0, 0.625) and page.find("#mixed-how").text == "63 % memory, 38 % model"
     check_text(page, found, tokens, page.setting())
-    check_token(page, found[6], tokens[7], page.setting())
+    check_token(page, found, tokens, 7, page.setting())
     page.find("#continue").click()
     page.settle()
     page.find("#reset").click()
@@ -326,10 +341,10 @@ def test_another_layer_is_searched_once(page, explainer) -> None:
     found = explainer.evidence(tokens, "1.ffn_input")
     assert page.setting() == setting and page.searches() == searches + 1
     check_text(page, found, tokens, setting)
-    check_token(page, found[6], tokens[7], setting)
+    check_token(page, found, tokens, 7, setting)
     Select(page.find("#layer")).select_by_value("2.ffn_input")
     page.settle()
-    check_token(page, explainer.evidence(tokens)[6], tokens[7], SETTING)
+    check_token(page, explainer.evidence(tokens), tokens, 7, SETTING)
     assert page.searches() == searches + 1
 
 
@@ -347,9 +362,10 @@ def test_continuation_is_explained_as_it_comes(page, explainer) -> None:
     steps = [going.step() for _ in range(10)]
     whole = [*tokens, *(step.token for step in steps)]
     assert len(page.tokens()) == len(whole)
-    check_text(page, [*explainer.evidence(tokens), *(step.evidence for step in steps)], whole, setting)
+    found = [*explainer.evidence(tokens), *(step.evidence for step in steps)]
+    check_text(page, found, whole, setting)
     page.open(len(tokens) + 2)
-    check_token(page, steps[2].evidence, steps[2].token, setting)
+    check_token(page, found, whole, len(tokens) + 2, setting)
     page.find("#edit").click()
     assert page.find("#text").get_attribute("value") == explainer.lm.decode(whole)
 
@@ -420,7 +436,7 @@ def test_everything_works_by_keyboard_alone(page, explainer) -> None:
     page.settle()
     assert at() == 2
     tokens = explainer.encode(TEXT)
-    check_token(page, explainer.evidence(tokens)[1], tokens[2], SETTING)
+    check_token(page, explainer.evidence(tokens), tokens, 2, SETTING)
     top = page.tokens()[2].rect
     press(Keys.ARROW_DOWN)
     below = page.tokens()[at()].rect

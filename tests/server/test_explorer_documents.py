@@ -10,20 +10,21 @@ import pytest
 import torch
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 
 from knnlm import KNNLM
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build
 from tests import explorer_server
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
-from tests.explorer_server import MARKUP
-from tests.server.test_explorer_browser import PROBABILITIES, TEXT, Page, page_width
+from tests.explorer_server import MARKUP, running
+from tests.server.test_explorer_browser import PROBABILITIES, TEXT, Page, page_width, trusts
 
 explainer, server = explorer_server.explainer, explorer_server.server
 ROWS = """
 return [...document.querySelectorAll('#documents li')].map((one) => ({
   name: one.querySelector('.name').textContent,
-  figures: [...one.querySelectorAll('data')].map((each) => Number(each.value)),
+  figures: [...one.querySelectorAll('data')].map((each) => `${Number(each.value)}`),
   verbatim: one.querySelector('.where').lastChild.textContent,
   places: (one.onmouseenter(), [...document.querySelectorAll('#tokens [role=option]')]
     .flatMap((each, at) => each.classList.contains('supported') ? [at] : [])),
@@ -49,7 +50,8 @@ def test_documents_are_those_of_cite(page, explainer) -> None:
     rows = page.driver.execute_script(ROWS)
     assert [row["name"] for row in rows] == names(cited.whole)[:12]
     for row, one in zip(rows, cited.whole.documents, strict=False):
-        np.testing.assert_allclose(row["figures"], [one.share, one.gain / math.log(2)], atol=1e-5, rtol=1e-4)
+        due = [one.share, one.gain / math.log(2)]
+        np.testing.assert_allclose([float(each) for each in row["figures"]], due, atol=1e-5, rtol=1e-4)
         assert row["verbatim"] == f"verbatim {one.overlap} token{'s' * (one.overlap != 1)}"
         due = [
             place + 1
@@ -63,7 +65,7 @@ def test_documents_are_those_of_cite(page, explainer) -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_without_a_document_the_text_is_that_of_a_store_without_it(place, page, explainer, tmp_path) -> None:
-    """Switched off by mouse or by keyboard; another datastore is built to compare with."""
+    """Switched off by mouse or by keyboard; another datastore is built to compare with. The trust stays as it is."""
     before = page.driver.execute_script(PROBABILITIES)
     name, button = page.all("#documents .name")[place].text, page.all("#documents button")[place]
     if place:
@@ -79,15 +81,63 @@ def test_without_a_document_the_text_is_that_of_a_store_without_it(place, page, 
     store = build(lm, [text], tmp_path / "kept.knn", eval_text=[text], settings=explorer_server.SETTINGS)
     setting = explainer.retrieval().setting
     model = KNNLM.from_store(store, "2.ffn_input", setting.k, setting.temperature, setting.lam, lm=lm)
-    model.retrieval = replace(model.retrieval, setting=setting)
+    model.retrieval = replace(model.retrieval, setting=replace(setting, by_text=False))
     tokens = torch.tensor([lm.encode(TEXT).tolist()])
-    due = model(tokens[:, :-1]).logits[0].gather(1, tokens[0, 1:, None])[:, 0].double().exp().numpy()
+    gone = model(tokens[:, :-1]).logits[0].gather(1, tokens[0, 1:, None])[:, 0].double().exp().numpy()
+    trust = np.array(trusts(explainer.evidence(tokens[0].tolist()), tokens[0].tolist(), setting))
+    due = trust * gone + (1 - trust) * [plain for plain, _ in found]
     np.testing.assert_allclose([mixed for _, mixed in found], due, atol=1e-5, rtol=1e-4)
     assert [lm for lm, _ in found] == [lm for lm, _ in before] and found != before
     assert name in page.find("#status").text and page.find("#documents .off .name").text == name
     page.find("#with-all").click()
     page.settle()
     assert page.driver.execute_script(PROBABILITIES) == before
+
+
+def test_where_a_token_is_impossible_worth_is_told_in_words(page, explainer) -> None:
+    """λ is 1: without a document a token may become impossible, or possible."""
+    page.find("#gate").click()
+    page.find("#k").send_keys(Keys.HOME)
+    page.find("#lambda").send_keys(Keys.END)
+    page.settle()
+    page.wait(lambda: "∞" in page.find("#documents").text, "nothing is infinite")
+    model = explainer.model()
+    cited = model.citer.text(TEXT, "", replace(model.retrieval, setting=replace(page.setting(), gate=None))).whole
+    rows = page.driver.execute_script(ROWS)
+    gains = {f"{one.document}, no. {one.number}": one.gain / math.log(2) for one in cited.documents}
+    worths = [float(row["figures"][1]) for row in rows]  # JSON has no infinity
+    assert worths == sorted(worths, reverse=True) and math.inf in map(abs, worths)
+    assert worths == pytest.approx([gains[row["name"]] for row in rows], rel=1e-4, abs=1e-4)
+    assert "NaN" not in page.find("#documents").text and "Infinity" not in page.find("#documents").text
+
+
+def test_a_stopped_text_and_a_new_one_have_a_list_of_their_own(browser, explainer) -> None:
+    with running(explainer, delay=0.2) as slow:
+        page = Page(browser, slow)
+        page.explain("the nurse")
+        Select(page.find("#how")).select_by_value("likeliest")
+        page.find("#continue").click()
+        page.wait(lambda: page.all("#tokens .new"), "no token came")
+        assert "verbatim …" in page.find("#documents").text or not page.all("#documents li")
+        page.find("#stop").click()
+        page.settle()
+        shown, going = explainer.encode("the nurse"), explainer.go_on(explainer.encode("the nurse"), page.setting())
+        shown += [going.step().token for _ in range(len(page.tokens()) - len(shown))]
+        cited = explainer.model().citer.tokens(shown, 1, explainer.retrieval()).whole
+        page.wait(lambda: [one["name"] for one in page.driver.execute_script(ROWS)] == names(cited)[:12], "an old list")
+        for row, one in zip(page.driver.execute_script(ROWS), cited.documents, strict=False):
+            assert row["verbatim"] == f"verbatim {one.overlap} token{'s' * (one.overlap != 1)}"
+        page.find("#edit").click()
+        page.find("#text").clear()
+        page.find("#text").send_keys("zzz qqq")
+        page.find("#explain").click()
+        page.wait(lambda: page.find("#tokens").is_displayed() and page.all("#documents li"), "no documents")
+        assert "verbatim …" in page.find("#documents").text  # the delay of the server has not passed
+        page.settle()
+        cited = explainer.model().cite("zzz qqq").whole
+        assert [one["verbatim"].split()[1] for one in page.driver.execute_script(ROWS)] == [
+            f"{one.overlap}" for one in cited.documents[:12]
+        ]
 
 
 def test_pointing_marks_and_leaving_unmarks(page) -> None:

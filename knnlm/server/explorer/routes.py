@@ -175,8 +175,9 @@ class _Steps:
             )
         if asked.k > explainer.depth(layer):
             raise InputError(f"k is {asked.k}, but at most {explainer.depth(layer)} neighbours are searched for")
-        gate = explainer.retrieval(layer).setting.gate if asked.gated else None
-        setting = Mix(asked.k, asked.temperature, asked.lam, gate)
+        own = explainer.retrieval(layer).setting
+        moved = (own.gate, own.by_text) if asked.gated else (None, False)
+        setting = Mix(asked.k, asked.temperature, asked.lam, *moved)
         self._explainer, self._text = explainer, Detokenizer(explainer.lm, tokens, ())
         self._continuing: Continuing = explainer.go_on(
             tokens, setting, layer, temperature=asked.temperature_lm, top_p=asked.top_p, seed=asked.seed

@@ -19,6 +19,7 @@ from knnlm.files import path_tails
 from knnlm.inference.explain import SHOWN_NEIGHBORS, Explainer
 from knnlm.knn.evidence import LIKELIEST, Evidence
 from knnlm.knn.mixing import NEAREST
+from knnlm.knn.trust import FIRST, SILENT, SWITCH
 from knnlm.server.wire import Request
 
 MAX_TOKENS = 1024
@@ -52,7 +53,7 @@ class ContinueRequest(Request):
     temperature: Annotated[float, Field(gt=0)]
     lam: Annotated[float, Field(alias="lambda", ge=0, le=1)]
     gated: bool = False
-    """Whether λ varies from token to token, by the layer's gate."""
+    """Whether λ varies from token to token, by the layer's gate and the text so far."""
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = 40
     temperature_lm: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -86,6 +87,7 @@ def store_document(explainer: Explainer) -> dict[str, Any]:
         "likeliest": LIKELIEST,
         "neighbors": SHOWN_NEIGHBORS,
         "nearest": NEAREST,
+        "trust": {"first": FIRST, "switch": SWITCH, "silent": SILENT},
     }
 
 
@@ -105,6 +107,7 @@ def _layer(explainer: Explainer, layer: str) -> dict[str, Any]:
         "temperature": setting.temperature,
         "lambda": setting.lam,
         "gate": setting.gate and asdict(setting.gate),
+        "by_text": setting.by_text,
         "depth": explainer.depth(layer),
     }
 

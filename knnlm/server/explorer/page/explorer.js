@@ -1,10 +1,10 @@
 // The explorer. Whatever comes from a model or a corpus becomes text by textContent, never markup.
-// A search is made once; k, T and λ are arithmetic here, the same as in knnlm/knn/mixing.py.
+// A search is made once; k, T and λ are arithmetic here, the same as in knnlm/knn/mixing.py and trust.py.
 
 const $ = (id) => document.getElementById(id);
 const FULL_BITS = 6; // of change from which on a token has its full colour
 const UNCHANGED_BITS = 0.2; // below which it has none: 15 % more or less
-const state = { store: null, layer: "", setting: null, tokens: [], texts: new Map(), chosen: -1, voters: null, cuts: [], byLayer: new Map(), stop: null, documents: new Map(), overlaps: {}, without: null };
+const state = { store: null, layer: "", setting: null, tokens: [], texts: new Map(), chosen: -1, voters: null, cuts: [], byLayer: new Map(), stop: null, documents: new Map(), overlaps: null, without: null };
 
 // Distributions
 
@@ -31,8 +31,8 @@ function masked(evidence, document) {
 /** The evidence as it is shown: without the document that is switched off. */
 const seen = (evidence) => masked(evidence, state.without);
 
-/** The three distributions of a token's evidence under a setting; probabilities at its M tokens. */
-function predict(evidence, setting) {
+/** The three distributions of a token's evidence under a setting; probabilities at its M tokens. λ is multiplied by the trust. */
+function predict(evidence, setting, trust) {
   const { distances, votes, lm } = evidence;
   const { k, temperature } = setting;
   const weights = new Float64Array(Math.min(k, distances.length));
@@ -44,7 +44,7 @@ function predict(evidence, setting) {
     total += weights[i];
   }
   for (let i = 0; i < weights.length; i++) weights[i] /= total;
-  const lambda = total ? lambdaOf(evidence, setting) : 0; // no neighbour at all: the plain model
+  const lambda = total ? trust * lambdaOf(evidence, setting) : 0; // no neighbour at all: the plain model
   const mixed = lm.map((p, at) => {
     knn[at] = total ? knn[at] / total : 0;
     return lambda * knn[at] + (1 - lambda) * p;
@@ -52,8 +52,31 @@ function predict(evidence, setting) {
   return { lm, knn, mixed, weights, lambda };
 }
 
+const byText = () => Boolean(state.setting.gate && own().by_text);
+
+/** log p of the token at full trust, minus that of the model alone. */
+function gainOf(evidence) {
+  const { lm, mixed } = predict(evidence, state.setting, 1);
+  const [before, after] = [lm[evidence.at], mixed[evidence.at]];
+  return before === after ? 0 : Math.log(after / before);
+}
+
+/** Tell each token the trust in the memory that the text before it gives: with all documents, also where one is off. */
+function measureTrust(from = 0) {
+  const { first, switch: change, silent } = state.store.trust;
+  let trust = state.tokens[from - 1]?.trustAfter ?? first;
+  for (const token of state.tokens.slice(from)) {
+    if (token.evidence) {
+      token.trust = !byText() ? 1 : trust < silent ? 0 : trust;
+      const odds = Math.log(trust / (1 - trust)) + (byText() ? gainOf(token.evidence) : 0);
+      trust = change + ((1 - 2 * change) * (1 + Math.tanh(odds / 2))) / 2;
+    }
+    token.trustAfter = trust;
+  }
+}
+
 /** What each document among the k nearest gave to the token: its share of p, and log2 p minus that without it. */
-function supports(evidence, setting) {
+function supports(evidence, setting, trust) {
   const { distances, votes, documents, lm, at } = evidence;
   const weights = Array.from(distances, (distance) => Math.exp((distances[0] - distance) / setting.temperature));
   const [totals, hits] = [[0], [0]];
@@ -62,7 +85,7 @@ function supports(evidence, setting) {
     hits.push(hits[i] + (votes[i] === at ? weight : 0));
   }
   const k = Math.min(setting.k, weights.length);
-  const lambda = k ? lambdaOf(evidence, setting) : 0;
+  const lambda = k ? trust * lambdaOf(evidence, setting) : 0;
   const mix = (hit, total) => (total ? (lambda * hit) / total : 0) + (1 - lambda) * lm[at];
   const p = mix(hits[k], totals[k]);
   const places = new Map();
@@ -76,7 +99,7 @@ function supports(evidence, setting) {
     const end = Math.min(setting.k + gone.length, weights.length);
     const without =
       all[0] < state.store.nearest // then λ may be another one, and sums that differ would round
-        ? predict(masked({ ...evidence, masked: null }, document), setting).mixed[at]
+        ? predict(masked({ ...evidence, masked: null }, document), setting, trust).mixed[at]
         : mix(hits[end] - sum(votesFor(gone)), totals[end] - sum(gone));
     const share = totals[k] && p ? (lambda * sum(votesFor(all.filter((i) => i < k)))) / totals[k] / p : 0;
     found.push({ document, share, gain: p === without ? 0 : Math.log2(p / without) });
@@ -202,6 +225,7 @@ async function explainText(signal) {
   state.texts.clear();
   state.cuts = [];
   state.without = null;
+  state.overlaps = null;
   show(unpack(answer));
   read(true);
   await measureOverlaps(signal);
@@ -218,8 +242,13 @@ const goOn = () =>
     switchOff(null);
     state.cuts.push(state.tokens.length);
     $("tokens").append(cut());
-    for await (const event of events(response)) addToken(event);
-    await measureOverlaps(signal);
+    state.overlaps = null; // those of the text as it was
+    showDocuments();
+    try {
+      for await (const event of events(response)) addToken(event);
+    } finally {
+      await measureOverlaps(); // of a text that was stopped too
+    }
   });
 
 async function measureOverlaps(signal) {
@@ -234,6 +263,7 @@ function addToken(event) {
   const box = $("tokens");
   const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 60;
   state.tokens.push(token);
+  measureTrust(state.tokens.length - 1);
   box.append(tokenElement(token, state.tokens.length - 1, "new"));
   paint(state.tokens.length - 1);
   if (atEnd) box.scrollTop = box.scrollHeight;
@@ -277,20 +307,21 @@ const changeLayer = () =>
 
 // The tokens
 
-function show(tokens, chosen = mostHelped(tokens)) {
+function show(tokens, chosen) {
   state.tokens = tokens;
-  state.chosen = chosen;
+  measureTrust();
+  state.chosen = chosen ?? mostHelped(tokens);
   state.voters = null;
   $("tokens").replaceChildren(...tokens.flatMap((token, at) => [...(state.cuts.includes(at) ? [cut()] : []), tokenElement(token, at)]));
-  choose(chosen);
+  choose(state.chosen);
   update();
 }
 
 /** The token whose probability the memory raised most: what a new text opens with. */
 function mostHelped(tokens) {
-  const gains = tokens.map(({ evidence }) => {
+  const gains = tokens.map(({ evidence, trust }) => {
     if (!evidence) return -Infinity;
-    const { lm, mixed } = predict(seen(evidence), state.setting);
+    const { lm, mixed } = predict(seen(evidence), state.setting, trust);
     return mixed[evidence.at] - lm[evidence.at];
   });
   return gains.indexOf(Math.max(...gains));
@@ -311,14 +342,14 @@ const options = () => [...$("tokens").querySelectorAll("[role=option]")];
 
 /** Colour and words of one token. */
 function paint(at, element = options()[at]) {
-  const { text, evidence } = state.tokens[at];
+  const { text, evidence, trust } = state.tokens[at];
   element.classList.remove("helped", "hurt", "same", "unknown");
   if (!evidence) {
     element.classList.add("unknown");
     element.title = "The first token: nothing predicts it";
     return;
   }
-  const { lm, mixed } = predict(seen(evidence), state.setting);
+  const { lm, mixed } = predict(seen(evidence), state.setting, trust);
   const [before, after] = [lm[evidence.at], mixed[evidence.at]];
   const bits = before === after ? 0 : Math.log2(after / before);
   element.classList.add(Math.abs(bits) < UNCHANGED_BITS ? "same" : bits > 0 ? "helped" : "hurt");
@@ -329,7 +360,7 @@ function paint(at, element = options()[at]) {
 }
 
 function showSummary() {
-  const told = state.tokens.filter((one) => one.evidence).map(({ evidence }) => [evidence, predict(seen(evidence), state.setting)]);
+  const told = state.tokens.filter((one) => one.evidence).map(({ evidence, trust }) => [evidence, predict(seen(evidence), state.setting, trust)]);
   if (!told.length) return $("status").replaceChildren();
   const perplexity = (name) => Math.exp(-told.reduce((sum, [{ at }, under]) => sum + Math.log(under[name][at]), 0) / told.length);
   const [plain, mixed] = [perplexity("lm"), perplexity("mixed")];
@@ -339,6 +370,7 @@ function showSummary() {
 
 /** After a change of the setting: everything that depends on it. */
 function update() {
+  measureTrust();
   options().forEach((element, at) => paint(at, element));
   if (!state.stop) showSummary();
   showToken();
@@ -390,7 +422,7 @@ function showToken() {
   $("intro").hidden = Boolean(chosen);
   $("token").hidden = !chosen;
   if (!chosen) return;
-  const { text, evidence } = chosen;
+  const { text, evidence, trust } = chosen;
   const before = state.tokens.slice(0, state.chosen).map((one) => one.text).join("");
   const mark = make("mark", { class: options()[state.chosen].className }, visible(text));
   $("context").replaceChildren(before.length > 90 ? `…${flow(before.slice(-90).replace(/^\S{0,20}(?=\s)/, ""))}` : flow(before), mark);
@@ -400,10 +432,11 @@ function showToken() {
     return;
   }
   const shown = seen(evidence);
-  const under = predict(shown, state.setting);
+  const under = predict(shown, state.setting, trust);
   $("detail-title").textContent = `The memory ${change(under.lm[evidence.at], under.mixed[evidence.at])}`;
   $("knn-how").textContent = count(under.weights.length, "neighbour");
-  $("mixed-how").textContent = `${percent(under.lambda)} memory, ${percent(1 - under.lambda)} model`;
+  const parts = `${percent(under.lambda)} memory, ${percent(1 - under.lambda)} model`;
+  $("mixed-how").replaceChildren(parts, ...(byText() ? ["; trust ", share(trust)] : []));
   const top = Math.max(...under.lm, ...under.knn);
   for (const name of ["lm", "knn", "mixed"]) {
     $(`${name}-share`).replaceChildren(share(under[name][evidence.at]));
@@ -492,13 +525,15 @@ function neighbor(evidence, i, weight, heaviest) {
 const DOCUMENTS = 12;
 const documentName = (document) => `${flow(state.documents.get(document)[0])}, no. ${state.documents.get(document)[1]}`;
 
+const bits = (gain) => (Number.isFinite(gain) ? `${gain.toFixed(1)} bits` : gain > 0 ? "∞: impossible without it" : "−∞: impossible with it");
+
 /** The documents behind the text, the one that is worth most first: its mean share, its gain in bits, where it helps. */
 function cited() {
   const found = new Map();
   const told = state.tokens.filter((one) => one.evidence);
-  state.tokens.forEach(({ evidence }, at) => {
+  state.tokens.forEach(({ evidence, trust }, at) => {
     if (!evidence) return;
-    for (const { document, share, gain } of supports(evidence, state.setting)) {
+    for (const { document, share, gain } of supports(evidence, state.setting, trust)) {
       const all = found.get(document) ?? { document, share: 0, gain: 0, places: [] };
       all.share += share / told.length;
       all.gain += gain;
@@ -506,7 +541,9 @@ function cited() {
       found.set(document, all);
     }
   });
-  return [...found.values()].sort((a, b) => b.gain - a.gain);
+  // Impossible with it in one place, and without it in another: worth nothing that could be told.
+  for (const one of found.values()) if (Number.isNaN(one.gain)) one.gain = 0;
+  return [...found.values()].sort((a, b) => (a.gain === b.gain ? 0 : b.gain - a.gain));
 }
 
 let later = 0;
@@ -531,7 +568,7 @@ function showDocuments() {
 }
 
 function documentElement({ document, share: part, gain, places }) {
-  const facts = make("span", { class: "where" }, make("span", {}, "share ", make("b", {}, share(part))), make("span", {}, "worth ", make("b", {}, make("data", { value: gain }, `${gain.toFixed(1)} bits`))), make("span", {}, "verbatim ", make("b", {}, count(state.overlaps[document] ?? 0, "token"))));
+  const facts = make("span", { class: "where" }, make("span", {}, "share ", make("b", {}, share(part))), make("span", {}, "worth ", make("b", {}, make("data", { value: gain }, bits(gain)))), make("span", {}, "verbatim ", make("b", {}, state.overlaps ? count(state.overlaps[document] ?? 0, "token") : "…")));
   const button = make("button", { class: "quiet", "data-document": document, "aria-pressed": state.without === document }, "Without");
   button.setAttribute("aria-label", `Without ${documentName(document)}`);
   button.onclick = () => switchOff(state.without === document ? null : document);
