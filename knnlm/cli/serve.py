@@ -40,6 +40,7 @@ def serve(
     max_prompt_tokens: PromptTokens = 8192,
     max_completion_tokens: CompletionTokens = 2048,
     max_copy: options.MaxCopy = None,
+    memory: options.Memory = None,
     max_batch: MaxBatch = 16,
     max_queue: MaxQueue = 128,
     max_seconds: MaxSeconds = 120.0,
@@ -59,9 +60,12 @@ def serve(
     if not (is_loopback(host) or api_key or insecure):
         message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
         raise typer.BadParameter(message, param_hint="--host")
+    from knnlm.config import BATCH_TOKENS
     from knnlm.documents import whole_text
     from knnlm.inference.explain import Explainer
     from knnlm.inference.model import KNNLM
+    from knnlm.layer_names import FINAL
+    from knnlm.memory import check_room, pass_bytes
     from knnlm.server.app import create_app
     from knnlm.server.explorer.routes import explorer_router
     from knnlm.server.limits import Limits
@@ -74,11 +78,12 @@ def serve(
         queue=max_queue,
         seconds=max_seconds,
     )
-    screen = options.open_screen(call)
+    screen, bound = options.open_screen(call), options.memory_bytes(memory)
     with listen(host, port) as listener:
         opened = stores.open()
-        retrieval = retrieving.open(opened)
+        retrieval = retrieving.open(opened, bound)
         lm = load_own(opened, model, compute, trust_remote_code, screen)
+        check_room(bound, pass_bytes(lm.dims[FINAL], BATCH_TOKENS) + opened.loaded_bytes)
         name = opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name
         service = Service(whole_text(name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
