@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from knnlm.layer_names import FINAL, select_layers
 from knnlm.memory import check_room, pass_bytes
-from knnlm.pipeline.job import Job
+from knnlm.pipeline.job import Job, Paths
+from knnlm.pipeline.plan import estimate_tokens
 from knnlm.scores.layer_scorer import SAMPLE_BYTES, SAMPLE_CAPACITY
 from knnlm.store.joint import AnyStore
 from knnlm.store.writer import PENDING_BYTES
@@ -13,17 +14,19 @@ from knnlm.store.writer import PENDING_BYTES
 _NEIGHBOUR = 20
 
 
-def check_build_memory(job: Job, tokens: int | None) -> None:
+def check_build_memory(job: Job, text: Paths) -> None:
     """Check that `settings.memory` can be kept by `build` or `run`.
 
-    :param tokens: of the text, as far as they are known.
     :raises InputError: it cannot; the message says what is needed.
     """
     lm, settings = job.lm, job.settings
+    if settings.memory is None:
+        return
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     sample = min(SAMPLE_BYTES, 4 * SAMPLE_CAPACITY * sum(lm.dims[name] for name in layers))
     fitted = _fitting(job, settings.evaluation.eval_tokens or 0)
-    check_room(settings.memory, _pass(job) + max(sample + PENDING_BYTES, fitted) + 4 * (tokens or 0))
+    values = 4 * (estimate_tokens(lm, text, settings.text) or 0)
+    check_room(settings.memory, _pass(job) + max(sample + PENDING_BYTES, fitted) + values)
 
 
 def check_evaluation_memory(job: Job, store: AnyStore, queries: int) -> None:

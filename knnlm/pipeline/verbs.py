@@ -96,7 +96,7 @@ def build(
     work = work_of("build", lm.name, text, eval_text, settings, like and str(like.folder))
     settings = settings if like is None else _like(lm, settings, like)
     job, inputs = Job(lm, settings, progress or Silent()), (lm.name, *as_list(text), *as_list(eval_text))
-    check_build_memory(job, estimate_tokens(lm, text, settings.text))
+    check_build_memory(job, text)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
         split = split_off(job, text, eval_text, total)
@@ -224,7 +224,7 @@ def run(
     settings = settings or Settings()
     job, clock = Job(lm, settings, progress or Silent()), Clock()
     inputs, work = (lm.name, *as_list(text), *as_list(eval_text)), work_of("run", lm.name, text, eval_text, settings)
-    check_build_memory(job, estimate_tokens(lm, text, settings.text))
+    check_build_memory(job, text)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         with clock.time("extract and score"):
             given = job.evaluation_documents(eval_text) if eval_text else None
