@@ -255,7 +255,7 @@ def _halves_of(data: Bytes) -> Bytes:
 
 def _bytes_of(halves: NDArray[Any]) -> Bytes:
     pairs = halves.astype(np.uint8).reshape(-1, 2)
-    return pairs[:, 0] | pairs[:, 1] << 4
+    return (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)
 
 
 def _owned(thing: Any) -> Any:  # noqa: ANN401

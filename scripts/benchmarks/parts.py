@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 from exact import synthetic
 from numpy.typing import NDArray
-from ratios import Row, speed_ratios
+from ratios import Row, speed_ratios, timed
 
 from index.approximate import ApproximateIndex
 from index.base import VectorIndex
@@ -21,7 +21,9 @@ from index.build import build_index
 from index.exact import ExactIndex
 from index.faiss_index import FaissIndex
 from index.metric import Metric
+from index.source import ArraySource
 from index.spec import choose_lists
+from index.storage import open_index, save_index
 from knnlm.store.keys import Keys
 
 DIM, K = 256, 1024
@@ -37,9 +39,10 @@ def rows(*, keys: int, rounds: int, parts: Sequence[int] = (8, 64)) -> Iterator[
     with tempfile.TemporaryDirectory() as folder:
         stores = {count: _stored(synthetic(keys, DIM), Path(folder, str(count)), count) for count in (1, *parts)}
         spec = f"IVF{choose_lists(keys, DIM, 8 << 30)},PQ{DIM // 2}x4fs"
-        built = build_index(stores[1], spec, recall_target=None, scratch=Path(folder))
+        seconds, built = timed(lambda: build_index(stores[1], spec, recall_target=None, scratch=Path(folder)))
         assert isinstance(built, ApproximateIndex)
         built.set_effort(64)
+        yield _adding(built, seconds, Path(folder))
         in_memory = _over(built, stores[1], _in_memory(built.native, stores[1], built.centre_D))
         yield from _both("lists in a mapped file", "lists in FAISS's memory", built, in_memory, queries_QD, rounds)
         for count in parts:
@@ -48,6 +51,20 @@ def rows(*, keys: int, rounds: int, parts: Sequence[int] = (8, 64)) -> Iterator[
             yield Row(f"exact search, 1,024 queries, {keys:,} keys in {count} parts", "one part", ratios, WANTED)
             many = _over(built, stores[count], built.native)
             yield from _both(f"{keys:,} keys in {count} parts", "one part", many, built, queries_QD, rounds)
+
+
+def _adding(built: ApproximateIndex, seconds: float, folder: Path) -> Row:
+    """A hundredth of the keys added to the saved index, which is written anew, beside building it."""
+    save_index(built, folder / "before")
+    later = ArraySource(synthetic(len(built) // 100, DIM))
+    index = open_index(folder / "before", built.source)
+    assert isinstance(index, ApproximateIndex)
+    encoding, _ = timed(lambda: index.native.add(later.read(0, len(later)) - index.centre_D))
+    merging, _ = timed(lambda: index.native.finish(folder))
+    writing, _ = timed(lambda: save_index(index, folder / "after"))
+    figures: dict[str, float | str] = {"encoding, s": encoding, "merging, s": merging, "writing, s": writing}
+    ratio = seconds / (encoding + merging + writing)
+    return Row(f"index, {len(later):,} of {len(built):,} keys added", "building it", (ratio,), 20.0, figures)
 
 
 def _both(
