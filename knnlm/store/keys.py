@@ -126,8 +126,9 @@ class Keys:
 
     def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
         """The rows as stored: gathered in half precision, so that conversion to float32 runs once and in order."""
-        if len(self._shards) == 1:
-            return np.take(self._shards[0], ids_N, axis=0)
+        first, last = np.searchsorted(self._ends, [ids_N.min(), ids_N.max()], side="right").tolist()
+        if first == last:
+            return np.take(self._shards[first], ids_N - (self._ends[first] - len(self._shards[first])), axis=0)
         shard_N = np.searchsorted(self._ends, ids_N, side="right")
         starts = self._ends - [len(shard) for shard in self._shards]
         return self._memory.take(shard_N, ids_N - starts[shard_N])

@@ -70,6 +70,14 @@ def test_runs_and_parts_are_one_index(spec, keys_ND, small_runs, tmp_path):
     check_same(built, in_memory(built, keys_ND[:2000]), queries_QD)
 
 
+@pytest.mark.parametrize("spec", ["IVF16,SQ8", "IVF16,PQ8x4fs", "Pad18,IVF16,PQ9x4fs"])
+def test_the_bytes_do_not_depend_on_the_runs(spec, keys_ND, small_runs, monkeypatch):
+    runs = build_index(ArraySource(keys_ND), spec, recall_target=None)
+    monkeypatch.setattr("index.build.RUN_BYTES", 1 << 28)
+    at_once = build_index(ArraySource(keys_ND), spec, recall_target=None)
+    np.testing.assert_array_equal(runs.native.lists, at_once.native.lists)
+
+
 def _noting(work, seen):
     def noted(*given):
         seen.append(given)
