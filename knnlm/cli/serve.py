@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
 from knnlm.cli.shared import load_own
+
+if TYPE_CHECKING:
+    from knnlm.model.lm import LanguageModel
+    from knnlm.store.joint import AnyStore
 
 Host = Annotated[
     str, typer.Option("--host", help="Address to listen on; other than a loopback address, it needs a key.")
@@ -26,6 +30,15 @@ MaxQueue = Annotated[
     int, typer.Option("--max-queue", help="Maximum number of waiting choices; more are refused with status 429.")
 ]
 MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Maximum duration of a request.")]
+
+
+def _check_memory(memory: float | None, lm: LanguageModel, store: AnyStore) -> None:
+    """:raises InputError: the bound cannot be kept."""
+    from knnlm.config import BATCH_TOKENS
+    from knnlm.layer_names import FINAL
+    from knnlm.memory import check_room, pass_bytes
+
+    check_room(memory, pass_bytes(lm.dims[FINAL], BATCH_TOKENS) + store.loaded_bytes)
 
 
 def serve(
@@ -60,12 +73,9 @@ def serve(
     if not (is_loopback(host) or api_key or insecure):
         message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
         raise typer.BadParameter(message, param_hint="--host")
-    from knnlm.config import BATCH_TOKENS
     from knnlm.documents import whole_text
     from knnlm.inference.explain import Explainer
     from knnlm.inference.model import KNNLM
-    from knnlm.layer_names import FINAL
-    from knnlm.memory import check_room, pass_bytes
     from knnlm.server.app import create_app
     from knnlm.server.explorer.routes import explorer_router
     from knnlm.server.limits import Limits
@@ -83,7 +93,7 @@ def serve(
         opened = stores.open()
         retrieval = retrieving.open(opened, bound)
         lm = load_own(opened, model, compute, trust_remote_code, screen)
-        check_room(bound, pass_bytes(lm.dims[FINAL], BATCH_TOKENS) + opened.loaded_bytes)
+        _check_memory(bound, lm, opened)
         name = opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name
         service = Service(whole_text(name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
