@@ -130,7 +130,7 @@ class Keys:
         if first == last:
             return np.take(self._shards[first], ids_N - (self._ends[first] - len(self._shards[first])), axis=0)
         shard_N = np.searchsorted(self._ends, ids_N, side="right")
-        starts = self._ends - [len(shard) for shard in self._shards]
+        starts = self._ends - np.array([len(shard) for shard in self._shards])
         return self._memory.take(shard_N, ids_N - starts[shard_N])
 
     @cached_property
@@ -162,13 +162,15 @@ class _Memory:
         memory = (ctypes.c_uint8 * (last - first)).from_address(first)
         count = (last - first - row.itemsize) // self._kind.itemsize + 1
         # A row begins at any number, and the next row at the next number: only those of the arrays are ever read.
-        self._rows = as_strided(np.frombuffer(memory, row, 1), (count,), (self._kind.itemsize,), writeable=False)
+        one = np.frombuffer(memoryview(memory), row, 1)
+        self._rows = as_strided(one, (count,), (self._kind.itemsize,), writeable=False)
         self._begins = (addresses - first) // self._kind.itemsize
 
     def take(self, shard_N: NDArray[np.int64], row_N: NDArray[np.int64]) -> NDArray[Any]:
         """Rows, by their array and their number in it."""
         rows_N = self._rows[self._begins[shard_N] + row_N * self._width]
-        return rows_N.view(self._kind).reshape(-1, self._width)
+        rows_ND: NDArray[Any] = rows_N.view(self._kind).reshape(-1, self._width)
+        return rows_ND
 
 
 def _copy(stored_ND: NDArray[Any], rows_ND: Floats) -> None:
