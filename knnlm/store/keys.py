@@ -126,9 +126,11 @@ class Keys:
 
     def _gather(self, ids_N: NDArray[np.int64]) -> NDArray[Any]:
         """The rows as stored: gathered in half precision, so that conversion to float32 runs once and in order."""
-        first, last = np.searchsorted(self._ends, [ids_N.min(), ids_N.max()], side="right").tolist()
+        first, last = map(int, np.searchsorted(self._ends, [ids_N.min(), ids_N.max()], side="right"))
         if first == last:
-            return np.take(self._shards[first], ids_N - (self._ends[first] - len(self._shards[first])), axis=0)
+            shard = self._shards[first]
+            rows_ND: NDArray[Any] = np.take(shard, ids_N - (int(self._ends[first]) - len(shard)), axis=0)
+            return rows_ND
         shard_N = np.searchsorted(self._ends, ids_N, side="right")
         starts = self._ends - np.array([len(shard) for shard in self._shards])
         return self._memory.take(shard_N, ids_N - starts[shard_N])
