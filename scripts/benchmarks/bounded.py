@@ -1,6 +1,6 @@
 """What `--memory` bounds: peaks of the process's own memory (RssAnon) while an index is built, and in eval and serve.
 
-    .venv/bin/python scripts/benchmarks/bounded.py FOLDER --keys 5000000 --memory 1.5GB store index eval serve
+    .venv/bin/python scripts/benchmarks/bounded.py FOLDER --keys 5000000 --memory 1.5GB
 
 The datastore is the demo model's: keys of the text, and beyond their number these again with noise (`repeats`), in
 parts of a million. Each step but the first runs twice, without the bound (`index` in a copy of linked files) and with
@@ -127,7 +127,8 @@ def commands(step: str, folder: Path, memory: str | None) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("steps", nargs="*", choices=["store", "index", "eval", "serve"])
+    steps = ["store", "index", "eval", "serve"]
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
     parser.add_argument("--keys", type=int, default=5_000_000)
     parser.add_argument("--memory")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)

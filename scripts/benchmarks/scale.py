@@ -1,7 +1,7 @@
 """Building and searching an index of tens of millions of keys in bounded memory, cold and warm, beside FAISS on disk.
 
     scripts/bench --only scale                                          a million keys
-    .venv/bin/python scripts/benchmarks/scale.py FOLDER --keys 10000000 build faiss search
+    .venv/bin/python scripts/benchmarks/scale.py FOLDER --keys 10000000
 
 Keys are synthetic (`exact.synthetic`), 64 dimensions, in parts of a million. `build` goes on from the largest index in
 the folder: it adds keys, as `knnlm add` does. Cold: none of the files is in the system's cache. Memory is the growth of
@@ -230,14 +230,15 @@ def rows(*, keys: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("steps", nargs="*", choices=["build", "faiss", "search"], default=["build", "faiss", "search"])
+    steps = ["build", "faiss", "search"]
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps)
     parser.add_argument("--keys", type=int, default=10_000_000)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, _, way = args.one.partition(" ")
-        steps = {"build": build, "faiss": build_faiss, "search": lambda *given: search(*given, way)}
-        print(json.dumps(steps[name](args.folder, args.keys)))
+        works = {"build": build, "faiss": build_faiss, "search": lambda *given: search(*given, way)}
+        print(json.dumps(works[name](args.folder, args.keys)))
         return
     args.folder.mkdir(exist_ok=True)
     for step in args.steps:
