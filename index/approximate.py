@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from index.base import VectorIndex
 from index.faiss_index import Effort, FaissIndex
-from index.manifest import CENTRE_FILE, INDEX_FILE
+from index.manifest import CENTRE_FILE, INDEX_FILE, LISTS_FILE
 from index.metric import Metric
 from index.source import VectorSource, centred_queries
 
@@ -73,12 +73,16 @@ class ApproximateIndex(VectorIndex):
         return {"overfetch": self.overfetch} | ({effort.name: effort.value} if effort else {})
 
     def save(self, folder: Path) -> tuple[str, ...]:
-        """Write the FAISS index and the centre, and return the names of the files."""
+        """Write the FAISS index, its lists and the centre, and return the names of the files."""
         with (folder / INDEX_FILE).open("xb") as file:
             self.native.write(file.write)
         with (folder / CENTRE_FILE).open("xb") as file:
             np.save(file, self.centre_D, allow_pickle=False)
-        return INDEX_FILE, CENTRE_FILE
+        if self.native.lists is None:
+            return INDEX_FILE, CENTRE_FILE
+        with (folder / LISTS_FILE).open("xb") as file:
+            file.write(self.native.lists.data)
+        return INDEX_FILE, CENTRE_FILE, LISTS_FILE
 
     def _candidates_for(self, k: int) -> int:
         return math.ceil(super()._candidates_for(k) * self.overfetch)

@@ -20,9 +20,12 @@ from index.source import VectorSource
 
 # Candidates beyond the k wanted, against swaps by rounding at the k-th: this many, or a 16th of k.
 MARGIN = 16
-# Bytes of candidates in memory at a time: ids, distances and merging buffers, about 48 per candidate. Keys are read
-# again for each part of the queries that this makes.
-CANDIDATE_BYTES = 512 << 20
+# Bytes that a search may take by default. A quarter of them holds candidates, with ids, distances and merging buffers
+# about 48 bytes each, and about as much the pairs for exact distances; a sixteenth holds a block of keys.
+WORK_BYTES = 2 << 30
+CANDIDATE_BYTES = 48
+# Queries searched together, however little memory there is.
+LEAST_QUERIES = 16
 
 
 class VectorIndex(ABC):
@@ -30,6 +33,8 @@ class VectorIndex(ABC):
 
     def __init__(self, source: VectorSource, metric: Metric) -> None:
         self.source, self.metric = source, Metric(metric)
+        self.work_bytes = WORK_BYTES
+        """Memory that a search may take, besides the index. With less, fewer queries are searched together."""
 
     @property
     def dim(self) -> int:
@@ -70,7 +75,7 @@ class VectorIndex(ABC):
         if not len(queries_QD) or not len(self):
             return absent(len(queries_QD), k)
         count = min(len(self), self._candidates_for(k))
-        rows = max(256, CANDIDATE_BYTES // (48 * count))
+        rows = max(LEAST_QUERIES, self.work_bytes // (4 * CANDIDATE_BYTES * count))
         parts = [queries_QD[start : start + rows] for start in range(0, len(queries_QD), rows)]
         return stack([rerank(part, self._propose(part, count), self.source, self.metric, k) for part in parts])
 

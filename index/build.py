@@ -23,6 +23,10 @@ from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, r
 from index.spec import IndexSpec, parse_spec
 from index.tune import tune
 
+# Bytes of keys that FAISS holds in its inverted lists before they are written to disk.
+RUN_BYTES = 1 << 28
+# Memory that building may take by default: a training sample of its full size is a quarter of it.
+BUILD_BYTES = 4 << 30
 # Stored keys used as queries in tuning; recall over 200 x k neighbours has an error of about one percentage point.
 TUNE_QUERIES = 200
 # k = 1024 needs many more lists than k = 10 does, so tuning for a small k would not serve a large one.
@@ -41,18 +45,25 @@ def build_index(
     memory_bytes: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    scratch: Path | None = None,
+    work_bytes: int = BUILD_BYTES,
 ) -> VectorIndex:
-    """Build the index that a spec describes, in memory, and tune it; `index.storage.save_index` saves it.
+    """Build the index that a spec describes, and tune it; `index.storage.save_index` saves it.
 
     :param spec: `auto`, `exact`, or a FAISS factory string.
     :param k: number of neighbours for which `nprobe` or `efSearch` is tuned; clipped to the number of keys.
     :param recall_target: as in `tune_index`; None: do not tune.
     :param memory_bytes: memory for the index that `auto` chooses; None: half of the memory that is free now.
     :param progress: called with (keys added, N), at 0 before training; it may raise to stop.
+    :param scratch: folder whose disk holds the inverted lists until they are saved, in temporary files without a name;
+        None: that of all temporary files.
+    :param work_bytes: memory that building may take. With less, the training sample is smaller where it would not fit
+        into a quarter of it; nothing else depends on it.
     :raises UnknownSpec: FAISS does not accept the spec for this dimension and metric.
     :raises InvalidQuery: a recall_target outside (0, 1].
     :raises TooFewKeys: no keys, or fewer than training needs.
     :raises InvalidKeys: NaN or infinity among the keys; the message names the row.
+    :raises OSError: the disk is full.
     """
     _check_target(recall_target)
     if not len(source):
@@ -62,8 +73,9 @@ def build_index(
     if resolved.is_exact:
         tell(len(source), len(source))
         return ExactIndex(source, metric)
-    index = _start(source, resolved, Metric(metric), seed, tell)
-    add_keys(index, source, tell)
+    index = _start(source, resolved, Metric(metric), seed, tell, work_bytes)
+    index.work_bytes = min(index.work_bytes, work_bytes)
+    add_keys(index, source, tell, scratch)
     if recall_target is not None:
         tune_index(index, k=k, recall_target=recall_target, seed=seed)
     return index
@@ -79,7 +91,8 @@ def tune_index(index: VectorIndex, *, k: int = TUNE_K, recall_target: float = 0.
     _check_target(recall_target)
     if isinstance(index, ApproximateIndex) and len(index) > 1:
         rng = np.random.default_rng([seed, 2])
-        tune(index, make_trial(index.source, index.metric, k=k, queries=TUNE_QUERIES, rng=rng), recall_target)
+        trial = make_trial(index.source, index.metric, k=k, queries=TUNE_QUERIES, rng=rng, work_bytes=index.work_bytes)
+        tune(index, trial, recall_target)
 
 
 def _check_target(recall_target: float | None) -> None:
@@ -117,28 +130,42 @@ def _resolve(spec: str, source: VectorSource, memory_bytes: int | None) -> Index
     return parse_spec(parsed.rule(len(source), source.dim, memory_bytes or available_memory() // 2))
 
 
-def _start(source: VectorSource, spec: IndexSpec, metric: Metric, seed: int, tell: Progress) -> ApproximateIndex:
+def _start(
+    source: VectorSource, spec: IndexSpec, metric: Metric, seed: int, tell: Progress, work_bytes: int
+) -> ApproximateIndex:
     """A trained index without keys."""
     native = create_index(spec.text, source.dim, metric)
-    points = spec.training_points(len(source), source.dim)
+    points = spec.training_points(len(source), source.dim, work_bytes // 4)
     centre_D = centre_of(source)
     tell(0, len(source))
     if not native.is_trained:
         ids = spread_ids(len(source), points, np.random.default_rng([seed, 0]))
-        native.train(_finite(source.take(ids), ids) - centre_D, seed)
+        sample_SD = _finite(source.take(ids), ids)
+        sample_SD -= centre_D  # in place: it may be a quarter of the memory
+        native.train(sample_SD, seed)
     return ApproximateIndex(source, metric, spec=spec.text, native=native, centre_D=centre_D, overfetch=spec.overfetch)
 
 
-def add_keys(index: ApproximateIndex, keys: VectorSource, progress: Progress | None = None) -> None:
+def add_keys(
+    index: ApproximateIndex, keys: VectorSource, progress: Progress | None = None, scratch: Path | None = None
+) -> None:
     """Append further keys to a trained index.
 
+    :param scratch: as in `build_index`.
     :raises InvalidKeys: NaN or infinity among them; the message names the row.
+    :raises OSError: the disk is full.
     """
-    native, tell = index.native, progress or _tell_nobody
-    rows = len(keys) if parse_spec(index.spec).whole_at_once else rows_in(BLOCK_BYTES, keys.dim)
+    native, tell, in_run = index.native, progress or _tell_nobody, 0
+    most, block = native.keys_in(min(RUN_BYTES, index.work_bytes // 4)), min(BLOCK_BYTES, index.work_bytes // 16)
+    rows = len(keys) if parse_spec(index.spec).whole_at_once else min(rows_in(block, keys.dim), most or len(keys))
     for first, keys_ND in blocks(keys, rows):
+        if most is not None and in_run + len(keys_ND) > most:
+            native.end_run(scratch)
+            in_run = 0
         native.add(_finite(keys_ND, np.arange(first, first + len(keys_ND))) - index.centre_D)
+        in_run += len(keys_ND)
         tell(first + len(keys_ND), len(keys))
+    native.finish(scratch)
 
 
 def _finite(keys_ND: Floats, ids_N: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:

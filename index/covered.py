@@ -130,6 +130,7 @@ class CoveredIndex(VectorIndex):
         ids_QC = self._live(queries_QD, count)
         if not len(self.later):
             return ids_QC
+        self._exact.work_bytes = self.work_bytes
         later_QC = self.later.rows(self._exact._propose(queries_QD, min(count, len(self.later))))
         return np.concatenate([ids_QC, later_QC], axis=1)
 

@@ -74,10 +74,15 @@ class ExactIndex(VectorIndex):
     def _plan(self, centred_QD: Floats, count: int) -> PruningPlan | None:
         if not (is_worth_a_plan(len(self), len(centred_QD), self.dim) and is_fast()):
             return None
-        sample_SD = self._sample(min(len(self) // SAMPLE_SHARE, rows_in(BLOCK_BYTES, self.dim)))
+        sample_SD = self._sample(min(len(self) // SAMPLE_SHARE, self._rows))
         if not len(sample_SD):
             return None
         return make_plan(centred_QD, sample_SD, self._rotation_DD, self.metric, keys=len(self), count=count)
+
+    @property
+    def _rows(self) -> int:
+        """Keys of a block."""
+        return rows_in(min(BLOCK_BYTES, self.work_bytes // 16), self.dim)
 
     def _sample(self, rows: int) -> Floats:
         """Centred keys spread over the source, without those that hold NaN or infinity."""
@@ -92,9 +97,8 @@ class ExactIndex(VectorIndex):
     def _scan(self, centred_QD: Floats, count: int) -> Ids:
         """Candidates from a full comparison with every key."""
         distances_QC, ids_QC = np.empty((len(centred_QD), 0), np.float32), np.empty((len(centred_QD), 0), np.int64)
-        rows = rows_in(BLOCK_BYTES, self.dim)
-        for first in range(0, len(self), rows):
-            keys_ND = self._block(first, rows)
+        for first in range(0, len(self), self._rows):
+            keys_ND = self._block(first, self._rows)
             found = scan_block(centred_QD, keys_ND, min(count, len(keys_ND)), self.metric)
             distances_QC, ids_QC = nearest(
                 np.concatenate([distances_QC, found[0]], axis=1),

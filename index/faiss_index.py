@@ -1,4 +1,4 @@
-"""The only module that imports FAISS: the kernel of exact distances, and FAISS's own indexes.
+"""FAISS: the kernel of exact distances, and FAISS's own indexes; their inverted lists are in `index.faiss_lists`.
 
 FAISS proposes ids, which are row numbers; its distances are discarded (index/rerank.py computes exact ones).
 
@@ -19,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.errors import CorruptIndex, FaissFailed, NotTrained, UnknownSpec
+from index.faiss_lists import Lists, ListStore
 from index.manifest import EFFORTS
+from index.mapped import Bytes
 from index.metric import Metric
+from index.typed import Misfit
 
 # Names that SWIG makes at run time are not in FAISS's stubs.
 _faiss: Any = faiss
@@ -87,6 +90,7 @@ class FaissIndex:
 
     def __init__(self, native: Any) -> None:  # noqa: ANN401  (FAISS has no types)
         self._native = native
+        self._lists = ListStore.of(native)
         self._size: int | None = None
 
     @property
@@ -132,22 +136,65 @@ class FaissIndex:
                 self._native.train(keys_ND)
 
     def add(self, keys_ND: Floats) -> None:
-        """Append keys; their ids continue the count.
+        """Append keys; their ids continue the count. All are found after `finish`.
 
         :raises NotTrained: the index has to be trained first.
         """
         if not self.is_trained:
             raise NotTrained("keys are added to an index that is not trained; train it on a sample first")
         self._size = None
+        if self._lists is not None:
+            self._lists.begin()
         with _faiss_errors():
             if isinstance(self._native, faiss.IndexIDMap):
                 self._native.add_with_ids(keys_ND, np.arange(len(self), len(self) + len(keys_ND)))
             else:
                 self._native.add(keys_ND)
 
+    def keys_in(self, memory_bytes: int) -> int | None:
+        """Keys that may be added until `end_run`, for them to take so much memory; None: all stay in memory."""
+        return None if self._lists is None else max(1, memory_bytes // self._lists.key_bytes)
+
+    def end_run(self, scratch: Path | None) -> None:
+        """Write added keys to a temporary file without a name in a folder, where the kind of index allows it.
+
+        :raises OSError: the disk is full.
+        """
+        if self._lists is not None:
+            self._lists.end_run(scratch)
+
+    def finish(self, scratch: Path | None) -> None:
+        """Make added keys searchable. Raises as `end_run`."""
+        if self._lists is not None:
+            self._lists.finish(scratch)
+
+    @property
+    def lists(self) -> Bytes | None:
+        """The file of inverted lists, mapped; None for a kind that FAISS keeps in memory."""
+        return None if self._lists is None or self._lists.mapped is None else self._lists.mapped.data
+
+    def use_lists(self, data: Bytes | None, path: Path) -> None:
+        """Search the lists in a mapped file, as `lists` gave it; errors name `path`.
+
+        :raises CorruptIndex: they are not those of this index.
+        """
+        if (data is None) != (self._lists is None):
+            raise CorruptIndex(f"{path} is {'missing' if data is None else 'of another index'}; build the index again")
+        if data is None or self._lists is None:
+            return
+        try:
+            lists = Lists(data, self._lists.layout)
+        except Misfit as error:
+            raise CorruptIndex(f"{path} cannot be used: {error}; build the index again") from None
+        if len(lists) != len(self):
+            raise CorruptIndex(f"{path} has {len(lists)} keys, but {len(self)} are wanted; build the index again")
+        self._lists.use(lists)
+
     def reset(self) -> None:
         """Remove all keys; what was learned stays."""
         self._size = None
+        if self._lists is not None:
+            self._lists.clear()
         self._native.reset()
 
     def propose(self, queries_QD: Floats, k: int) -> Ids:
@@ -180,18 +227,25 @@ class FaissIndex:
             faiss.ParameterSpace().set_index_parameter(self._native, name, value)
 
     def write(self, write: Callable[[bytes], object]) -> None:
-        """Pass the file's bytes to `write` in pieces; its errors, such as a full disk, are raised unchanged."""
-        with _faiss_errors():
-            faiss.write_index(self._native, _faiss.PyCallbackIOWriter(write))
+        """Pass the bytes of FAISS's file to `write` in pieces; its errors, such as a full disk, are raised unchanged.
+
+        Inverted lists that are mapped are no part of it.
+        """
+
+        def written() -> None:
+            with _faiss_errors():
+                faiss.write_index(self._native, _faiss.PyCallbackIOWriter(write))
+
+        written() if self._lists is None else self._lists.detached(written)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its file, about as many as in memory."""
+        """Bytes of its files."""
         if self._size is None:
             sizes: list[int] = []
             self.write(lambda piece: sizes.append(len(piece)))
             self._size = sum(sizes)
-        return self._size
+        return self._size + (0 if self.lists is None else len(self.lists))
 
 
 def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:

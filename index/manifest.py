@@ -13,8 +13,8 @@ from index.spec import parse_spec
 from index.typed import Document, Misfit, build, check_seal, demand, is_sha256, parse, sealed, shown
 
 MANIFEST = "index.json"
-FORMAT = "vector-index-1"
-INDEX_FILE, CENTRE_FILE = "index.faiss", "centre.npy"
+FORMAT = "vector-index-2"
+INDEX_FILE, CENTRE_FILE, LISTS_FILE = "index.faiss", "centre.npy", "lists.bin"
 # Search parameters of approximate indexes; each also applies through PCA, OPQ, IDMap and refinement.
 EFFORTS = ("nprobe", "efSearch")
 EXACT = "exact"
@@ -75,8 +75,9 @@ class IndexManifest:
         demand(self.dim >= 1 and self.count >= 0, f"dim is {self.dim} and count {self.count}, which cannot be")
         _check_spec(self.spec, self.count)
         demand(is_sha256(self.keys), f"keys is {shown(self.keys)}, which is no SHA-256")
-        due = () if self.is_exact else (INDEX_FILE, CENTRE_FILE)
-        demand(set(self.files) == set(due), f"files are {shown(sorted(self.files))}, but must be {list(due)}")
+        due, more = ((), ()) if self.is_exact else ((INDEX_FILE, CENTRE_FILE), (LISTS_FILE,))
+        fits = set(due) <= set(self.files) <= {*due, *more}
+        demand(fits, f"files are {shown(sorted(self.files))}, but must be {list(due)}, and perhaps {list(more)}")
         _check_parameters(self.parameters, self.is_exact)
 
     @property

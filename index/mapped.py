@@ -84,6 +84,11 @@ class OpenFolder:
             os.close(handle)
 
 
+def map_handle(handle: int) -> Bytes:
+    """Return the bytes of an open file, read-only; it may be closed afterwards, and need not have a name."""
+    return _map(handle, os.fstat(handle).st_size)
+
+
 def release(array: NDArray[Any]) -> None:
     """Take a mapped array's pages out of this process's memory; they are loaded again when they are next read.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from index.base import VectorIndex
+from index.base import WORK_BYTES, VectorIndex
 from index.errors import TooFewKeys
 from index.exact import ExactIndex
 from index.manifest import Recall
@@ -54,19 +54,28 @@ def measure_recall(
     :raises TooFewKeys: no key is left to be found.
     """
     # Other keys than those that tuning used with the same seed.
+    rng = np.random.default_rng([seed, 1])
     return run_trial(
-        index, make_trial(source, index.metric, k=k, queries=queries, rng=np.random.default_rng([seed, 1]))
+        index, make_trial(source, index.metric, k=k, queries=queries, rng=rng, work_bytes=index.work_bytes)
     )
 
 
 def make_trial(
-    source: VectorSource, metric: Metric, *, k: int, queries: int | NDArray[np.float32], rng: np.random.Generator
+    source: VectorSource,
+    metric: Metric,
+    *,
+    k: int,
+    queries: int | NDArray[np.float32],
+    rng: np.random.Generator,
+    work_bytes: int = WORK_BYTES,
 ) -> Trial:
     """Return a trial, with exact neighbours of the queries.
 
+    :param work_bytes: memory that the exact search may take.
     :raises TooFewKeys: no key is left to be found.
     """
     exact = ExactIndex(source, metric)
+    exact.work_bytes = work_bytes
     if not isinstance(queries, int):
         return Trial(queries, None, exact.search(queries, _clipped(k, len(source))))
     k = _clipped(k, len(source) - 1)

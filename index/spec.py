@@ -26,7 +26,8 @@ GRAPH_LISTS = 1 << 15
 MOST_CODES = 256
 # Training points for each list or code word: FAISS warns below 39 and drops what is above 256.
 POINTS = 64
-# Bytes of the training sample, in memory as float32: at most this, and at most a quarter of the memory given.
+# Bytes of the training sample, in memory as float32: at most this, and at most a quarter of the memory given for the
+# index; a quarter of what building may take.
 TRAINING_BYTES = 1 << 30
 
 # Candidates per neighbour that FAISS proposes before exact re-ranking; coarser codes order keys more roughly. Tuning
@@ -96,12 +97,13 @@ class IndexSpec:
                 "take auto, exact, or fewer lists"
             )
 
-    def training_points(self, count: int, dim: int) -> int:
-        """Return the number of keys to train on. Raises as `check_count`."""
+    def training_points(self, count: int, dim: int, training_bytes: int | None = None) -> int:
+        """Return the number of keys to train on, as float32 of at most so many bytes. Raises as `check_count`."""
         self.check_count(count)
         # 256 is the code words of 8 bits; projections and scalar ranges need no more than these.
         wanted = POINTS * max(256, self.min_training)
-        return min(count, max(self.min_training, min(wanted, TRAINING_BYTES // (4 * dim))))
+        most = TRAINING_BYTES if training_bytes is None else min(TRAINING_BYTES, training_bytes)
+        return min(count, max(self.min_training, min(wanted, most // (4 * dim))))
 
 
 def parse_spec(text: str) -> IndexSpec:

@@ -18,7 +18,7 @@ from index.covered import Cover, CoveredIndex
 from index.errors import CorruptIndex, FaissFailed, IndexExists, UnknownSpec
 from index.exact import ExactIndex
 from index.faiss_index import VERSION, create_index, read_index
-from index.manifest import FORMAT, INDEX_FILE, MANIFEST, IndexManifest, Recall, SavedFile
+from index.manifest import FORMAT, INDEX_FILE, LISTS_FILE, MANIFEST, IndexManifest, Recall, SavedFile
 from index.metric import Metric
 from index.saved import SavedIndex, fingerprint
 from index.source import VectorSource
@@ -135,6 +135,7 @@ def _open_approximate(saved: SavedIndex, source: VectorSource) -> ApproximateInd
             native.set_effort(name, int(value))
     except (UnknownSpec, FaissFailed) as error:
         raise CorruptIndex(f"{saved.folder / MANIFEST} does not fit ({error}); build the index again") from None
+    native.use_lists(saved.files.get(LISTS_FILE), saved.folder / LISTS_FILE)
     return ApproximateIndex(
         source,
         Metric(manifest.metric),

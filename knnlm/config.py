@@ -164,11 +164,14 @@ class Settings:
     """Type of the keys on disk: `float16`, or `float32` for values that overflow float16 or must not be rounded."""
     disk_budget: float | None = None
     """Bytes of disk for keys; None: half of the free space."""
+    memory: float | None = None
+    """Bytes of memory that the process may take, without mapped files (`knnlm.memory`); None: as much as is quick."""
     seed: int = 0
     """Seed of all random draws."""
 
     def __post_init__(self) -> None:
         check_positive("disk_budget", self.disk_budget)
+        check_positive("memory", self.memory)
         check_seed(self.seed)
         if self.key_dtype not in KEY_BYTES:
             raise InputError(f"`key_dtype` is {self.key_dtype!r}, but must be one of {', '.join(KEY_BYTES)}")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from index.manifest import CENTRE_FILE, INDEX_FILE
+from index.manifest import CENTRE_FILE, INDEX_FILE, LISTS_FILE
 from index.manifest import MANIFEST as INDEX_MANIFEST
 from knnlm.errors import DatastoreExists, InputError
 from knnlm.json_text import loads
@@ -36,7 +36,7 @@ UNFINISHED_FORMAT = "knnlm-unfinished"
 FRAME, PARTS, PART = "frame", "parts", "part.json"
 PART_NAME = r"[0-9]{5,}-[0-9a-f]{8}"
 PART_FILES = (PART, "values.npy", "documents.npy")
-INDEX_FILES = (INDEX_MANIFEST, INDEX_FILE, CENTRE_FILE)
+INDEX_FILES = (INDEX_MANIFEST, INDEX_FILE, CENTRE_FILE, LISTS_FILE)
 # The temporary name of a file or folder that a dead process was writing.
 BEFORE_ITS_RENAME = re.compile(r"(^|/)\.([^/]+)\.partial-[0-9a-f]{8}(?=/|$)")
 # A manifest takes some kB; a larger file is no manifest.

@@ -24,6 +24,7 @@ ROOT_MODULES = (
         "json_text",
         "layer_names",
         "locks",
+        "memory",
         "places",
         "progress",
         "regular",
@@ -70,7 +71,7 @@ MAY_IMPORT = {
 }
 HEAVY = {"torch", "transformers", "datasets", "huggingface_hub", "faiss", "lm_eval", "fastapi", "uvicorn"}
 ONLY_IN = {
-    "faiss": {"index/faiss_index.py"},
+    "faiss": {"index/faiss_index.py", "index/faiss_lists.py"},
     "transformers": {"knnlm/model/lm.py", "knnlm/model/loading.py", "knnlm/studies/train/trainer.py"},
     "datasets": {"knnlm/text/hub.py"},
     "huggingface_hub": {"knnlm/model/hub.py", "knnlm/sharing/upload.py", "knnlm/store/hub.py"},

@@ -41,6 +41,7 @@ class BuildOptions:
     rows: options.RowOptions
     passes: options.PassOptions
     key_dtype: options.KeyDtype = "float16"
+    memory: options.Memory = None
     seed: options.Seed = 0
 
     def settings(self) -> Settings:
@@ -52,6 +53,7 @@ class BuildOptions:
             layers=self.layers.config(),
             knn=KNNConfig(k=self.k, metric=self.metric, index=self.index),
             key_dtype=self.key_dtype,
+            memory=options.memory_bytes(self.memory),
             seed=self.seed,
         )
 

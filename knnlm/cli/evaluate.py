@@ -31,6 +31,7 @@ class EvalOptions:
     eval_tokens: options.EvalTokens = 20_000
     rows: options.RowOptions
     passes: options.PassOptions
+    memory: options.Memory = None
     seed: options.Seed = 0
 
     def settings(self) -> Settings:
@@ -42,6 +43,7 @@ class EvalOptions:
             layers=LayerConfig(layers=self.layers),
             knn=self.mix.config(metric=self.metric, index=self.index),
             evaluation=EvalConfig(eval_tokens=self.eval_tokens),
+            memory=options.memory_bytes(self.memory),
             seed=self.seed,
         )
 

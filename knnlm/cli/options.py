@@ -97,6 +97,10 @@ KeyDtype = Annotated[str, typer.Option("--key-dtype", help="Type of keys on disk
 DiskBudget = Annotated[
     float | None, typer.Option("--disk-budget", help="Maximum size of the keys in GB; default: half of the free disk.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", help="Memory that the process may take without mapped files, such as 2GB; default: free."),
+]
 Show = Annotated[
     str | None, typer.Option("--show", help="Scores in the table: all, or names such as probe,effective_rank.")
 ]
@@ -179,11 +183,11 @@ class RetrievalOptions:
     layer: Layer = None
     mix: MixOptions
 
-    def open(self, store: AnyStore) -> Retrieval:
-        """Open the retrieval from a datastore, or several."""
+    def open(self, store: AnyStore, memory: float | None = None) -> Retrieval:
+        """Open the retrieval from a datastore, or several; `memory` as in `open_retrieval`."""
         from knnlm.knn.retrieval import open_retrieval
 
-        return open_retrieval(store, self.layer, self.mix.k, self.mix.temperature, self.mix.lam)
+        return open_retrieval(store, self.layer, self.mix.k, self.mix.temperature, self.mix.lam, memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +236,13 @@ def text_config(
         protocol=rows.protocol,
         windows=batch_windows(passes.batch_size),
     )
+
+
+def memory_bytes(memory: str | None) -> float | None:
+    """Return the bytes given as --memory."""
+    from knnlm.memory import parse_size
+
+    return None if memory is None else parse_size(memory)
 
 
 def batch_windows(batch_size: str) -> int | None:

@@ -30,6 +30,7 @@ class RunOptions:
     passes: options.PassOptions
     key_dtype: options.KeyDtype = "float16"
     disk_budget: options.DiskBudget = None
+    memory: options.Memory = None
     seed: options.Seed = 0
 
     def settings(self) -> Settings:
@@ -43,6 +44,7 @@ class RunOptions:
             evaluation=EvalConfig(eval_tokens=self.eval_tokens),
             key_dtype=self.key_dtype,
             disk_budget=None if self.disk_budget is None else self.disk_budget * 1e9,
+            memory=options.memory_bytes(self.memory),
             seed=self.seed,
         )
 

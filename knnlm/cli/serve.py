@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knnlm.cli import options
 from knnlm.cli.shared import load_own
+
+if TYPE_CHECKING:
+    from knnlm.model.lm import LanguageModel
+    from knnlm.store.joint import AnyStore
 
 Host = Annotated[
     str, typer.Option("--host", help="Address to listen on; other than a loopback address, it needs a key.")
@@ -28,6 +32,15 @@ MaxQueue = Annotated[
 MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Maximum duration of a request.")]
 
 
+def _check_memory(memory: float | None, lm: LanguageModel, store: AnyStore) -> None:
+    """:raises InputError: the bound cannot be kept."""
+    from knnlm.config import BATCH_TOKENS
+    from knnlm.layer_names import FINAL
+    from knnlm.memory import check_room, pass_bytes
+
+    check_room(memory, pass_bytes(lm.dims[FINAL], BATCH_TOKENS) + store.loaded_bytes)
+
+
 def serve(
     *,
     call: typer.Context,
@@ -40,6 +53,7 @@ def serve(
     max_prompt_tokens: PromptTokens = 8192,
     max_completion_tokens: CompletionTokens = 2048,
     max_copy: options.MaxCopy = None,
+    memory: options.Memory = None,
     max_batch: MaxBatch = 16,
     max_queue: MaxQueue = 128,
     max_seconds: MaxSeconds = 120.0,
@@ -74,11 +88,12 @@ def serve(
         queue=max_queue,
         seconds=max_seconds,
     )
-    screen = options.open_screen(call)
+    screen, bound = options.open_screen(call), options.memory_bytes(memory)
     with listen(host, port) as listener:
         opened = stores.open()
-        retrieval = retrieving.open(opened)
+        retrieval = retrieving.open(opened, bound)
         lm = load_own(opened, model, compute, trust_remote_code, screen)
+        _check_memory(bound, lm, opened)
         name = opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name
         service = Service(whole_text(name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -34,6 +34,7 @@ def find_examples(
     *,
     metric: str,
     exact: bool,
+    memory: float | None = None,
 ) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
     """Return the `count` tokens that one layer's keys made likelier by the most, and the `count` that lost the most.
 
@@ -46,7 +47,7 @@ def find_examples(
     lost, gained = order[:count], order[::-1][:count]
     gained, lost = gained[gain_Q[gained] > LEAST_CHANGE], lost[gain_Q[lost] < -LEAST_CHANGE]
     rows = np.concatenate([gained, lost])
-    searcher = open_search(store, shown.layer, metric, exact=exact, offsets=shown.offsets)
+    searcher = open_search(store, shown.layer, metric, exact=exact, offsets=shown.offsets, memory=memory)
     found = find_neighbors(searcher, queries.vectors(shown.layer)[rows], shown.mix.k)
     explain = _Explainer(lm, store, queries, shown)
     examples = tuple(explain(int(row), one) for row, one in zip(rows, found, strict=True))

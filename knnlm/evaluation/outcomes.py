@@ -58,17 +58,19 @@ def evaluate_layers(
     *,
     exact: bool = False,
     fit_weights: bool = False,
+    memory: float | None = None,
     progress: Progress | None = None,
 ) -> Iterator[LayerOutcome]:
     """Search, fit and score the layers one by one.
 
     :param fit_weights: also fit the weights of several datastores.
+    :param memory: as in `open_searcher`.
     """
     check_k(knn.k, store.count)
     progress, k = progress or Silent(), min(knn.search_k, store.count)
     with progress.stage("evaluating", "layers") as advance:
         for number, layer in enumerate(layers, start=1):
-            searcher = open_search(store, layer, knn.metric, exact=exact)
+            searcher = open_search(store, layer, knn.metric, exact=exact, memory=memory)
             found = weigh(searcher, queries, k, knn, fit_weights=fit_weights)
             yield replace(outcome(layer, found.search, queries, found.knn), offsets=found.offsets)
             advance(number, len(layers))
@@ -133,10 +135,12 @@ def cross_fitted_losses(first: Fit, swapped: Fit, parts: Parts) -> Floats:
     return losses_Q
 
 
-def perplexity_through_index(store: Datastore, queries: Queries, one: LayerOutcome, metric: str) -> float:
+def perplexity_through_index(
+    store: Datastore, queries: Queries, one: LayerOutcome, metric: str, memory: float | None = None
+) -> float:
     """Perplexity of the layer on the reporting part with its index, at the setting fitted under exact search."""
     reporting = queries.parts.reporting_Q
-    searcher = open_searcher(store, one.layer, metric)
+    searcher = open_searcher(store, one.layer, metric, memory=memory)
     search = searcher.cached(queries.vectors(one.layer)[reporting], queries.targets_Q[reporting], one.mix.k)
     return perplexity(_losses(search, queries.lm_Q[reporting], one.mix))
 

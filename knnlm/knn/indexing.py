@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.base import VectorIndex
-from index.build import build_index, tune_index
+from index.build import BUILD_BYTES, build_index, tune_index
 from index.errors import VectorIndexError
 from index.manifest import Recall
 from index.recall import measure_recall
@@ -20,6 +20,7 @@ from index.storage import save_index
 from knnlm.config import KNNConfig, Settings
 from knnlm.errors import DatastoreCorrupt, DatastoreError
 from knnlm.knn.searcher import checked_index, index_metric
+from knnlm.memory import work_bytes
 from knnlm.places import INDEX_FILES, remove_files
 from knnlm.progress import Progress, Silent
 from knnlm.results import IndexReport
@@ -49,7 +50,16 @@ def index_layer(
     progress, knn = progress or Silent(), settings.knn
     source, metric = store.keys(layer).for_metric(knn.metric), index_metric(knn.metric)
     with progress.stage("indexing", "keys") as advance:
-        built = build_index(source, knn.index, metric=metric, recall_target=None, seed=settings.seed, progress=advance)
+        built = build_index(
+            source,
+            knn.index,
+            metric=metric,
+            recall_target=None,
+            seed=settings.seed,
+            progress=advance,
+            scratch=store.folder,
+            work_bytes=work_bytes(settings.memory, BUILD_BYTES),
+        )
     k = min(knn.search_k, max(1, store.count - 1))
     measured = None  # exact search has a recall of 1, and measuring it would read every key twice
     if built.spec != "exact":

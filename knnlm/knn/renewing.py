@@ -77,11 +77,11 @@ def _updated(
     later = [part for part in store.manifest.parts if part.name not in names]
     if removed > MOST_REMOVED * index.cover.indexed:
         built.native.reset()
-        add_keys(built, index.source, advance)
+        add_keys(built, index.source, advance, store.folder)
         return built, (), True
     if not len(index.later):
         return index, parts, False
-    add_keys(built, index.later, advance)
+    add_keys(built, index.later, advance, store.folder)
     if not removed:
         return built, (), True
     over = (*parts, *(IndexedPart(part.name, part.live, part.removed) for part in later))

@@ -31,6 +31,7 @@ from knnlm.knn.mixing import (
 )
 from knnlm.knn.searcher import QUERY_BLOCK, built_with, check_k
 from knnlm.knn.trust import token_gains
+from knnlm.memory import LEAST_WORK
 from knnlm.store.datastore import Datastore
 from knnlm.store.joint import AnyStore
 
@@ -139,18 +140,23 @@ def open_retrieval(
     k: int | None = None,
     temperature: float | None = None,
     lam: float | None = None,
+    memory: float | None = None,
 ) -> Retrieval:
     """Open the retrieval of a layer, by default the chosen one; settings default to those fitted by an evaluation.
 
     A given lambda is the same for all queries; the fitted one varies with the query, by the gate fitted with it, and
     with the text so far. Of several datastores the first gives the layer and the settings.
 
+    :param memory: bytes that the process may take; with it, searches take `knnlm.memory.LEAST_WORK` each.
     :raises InputError: a setting is neither given nor fitted, a value is invalid, or no layer was chosen among several.
     :raises DatastoreMismatch: the layer is not stored, in one of them.
     """
     layer = layer or _chosen_layer(store.first)
     metric = search_metric(store.first, layer)
     searcher = open_search(store, layer, metric)
+    if memory is not None:  # how much the model will leave is not known yet, and generation has few queries
+        for one in searcher.searchers:
+            one.index.work_bytes = LEAST_WORK
     setting = _setting(store.first, layer, KNNConfig(k=k, temperature=temperature, lam=lam, metric=metric))
     check_k(setting.k, store.count)
     return Retrieval(searcher.at(setting.temperature), setting)

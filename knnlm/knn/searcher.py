@@ -26,6 +26,7 @@ from knnlm.config import KNNConfig, Settings
 from knnlm.errors import DatastoreCorrupt, InputError
 from knnlm.knn.mixing import NEAREST, Search
 from knnlm.layer_names import select_layers
+from knnlm.memory import work_bytes
 from knnlm.progress import Advance, ignore
 from knnlm.store.datastore import Datastore
 from knnlm.store.joint import AnyStore
@@ -42,6 +43,11 @@ class LayerSearcher:
     layer: str
     metric: str
     index: VectorIndex
+
+    @property
+    def searchers(self) -> tuple[LayerSearcher, ...]:
+        """Itself, as the only one."""
+        return (self,)
 
     def at(self, temperature: float) -> LayerSearcher:
         """Return itself: only in a search of several datastores something depends on the temperature."""
@@ -76,20 +82,29 @@ class LayerSearcher:
         return Search(distances_QK, hits_QK, values_QJ)
 
 
-def open_searcher(store: Datastore, layer: str, metric: str, *, exact: bool = False) -> LayerSearcher:
+def open_searcher(
+    store: Datastore, layer: str, metric: str, *, exact: bool = False, memory: float | None = None
+) -> LayerSearcher:
     """Return the layer with the index that the datastore holds for it, or with exact search.
 
     :param exact: search exactly even if there is an index.
+    :param memory: bytes that the process may take; None: searches take what is quick.
     :raises InputError: the index was built for another metric.
     :raises DatastoreCorrupt: a file of the index is missing, short or changed.
     """
+    index = _open_index(store, layer, metric, exact=exact)
+    index.work_bytes = work_bytes(memory, index.work_bytes)
+    return LayerSearcher(store, layer, metric, index)
+
+
+def _open_index(store: Datastore, layer: str, metric: str, *, exact: bool) -> VectorIndex:
     source = store.keys(layer).for_metric(metric)
     # By the manifest, not the folder: a run stopped between the two leaves an index that is not known to be complete.
     if exact or layer not in store.manifest.built_indexes:
-        return LayerSearcher(store, layer, metric, ExactIndex(source, index_metric(metric)))
+        return ExactIndex(source, index_metric(metric))
     _check_metric(store, layer, metric)
     try:
-        return LayerSearcher(store, layer, metric, open_layer_index(store, layer))
+        return open_layer_index(store, layer)
     except CorruptIndex as error:
         raise DatastoreCorrupt(str(error)) from None
 

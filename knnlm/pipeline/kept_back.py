@@ -102,7 +102,9 @@ def index_and_fit(job: Job, store: Datastore, layer: str, documents: Sequence[To
         lm, documents, job.window, store.layers, batch_tokens=job.batch_tokens, fitted=fitted, progress=progress
     ) as queries:
         _, warnings = try_index(store, layer, settings, progress, queries.vectors(layer))
-        outcomes = list(evaluate_layers(store, queries, store.layers, settings.knn, progress=progress))
+        outcomes = list(
+            evaluate_layers(store, queries, store.layers, settings.knn, memory=settings.memory, progress=progress)
+        )
         result = summarize(queries, outcomes, None)
     store.update_manifest(fitted=fitted_settings(result))
     _note(job, (*warnings, *result.warnings, _gain(result, layer)))

@@ -242,13 +242,31 @@ def compare_layers(
     with open_queries(
         lm, documents, job.window, layers, batch_tokens=job.batch_tokens, fitted=knn.is_fitted, progress=progress
     ) as queries:
-        found = evaluate_layers(store, queries, layers, knn, exact=exact, fit_weights=fit_weights, progress=progress)
+        found = evaluate_layers(
+            store,
+            queries,
+            layers,
+            knn,
+            exact=exact,
+            fit_weights=fit_weights,
+            memory=job.settings.memory,
+            progress=progress,
+        )
         outcomes = list(found)
         result = summarize(queries, outcomes, scored)
         compared = Comparison(queries, outcomes, result)
         with progress.stage("finding examples", "tokens"):
             count = job.settings.evaluation.examples
-            helped, hurt = find_examples(lm, store, queries, compared.shown, count, metric=knn.metric, exact=exact)
+            helped, hurt = find_examples(
+                lm,
+                store,
+                queries,
+                compared.shown,
+                count,
+                metric=knn.metric,
+                exact=exact,
+                memory=job.settings.memory,
+            )
         for one in store.stores:
             one.check_untouched()
         result = replace(
@@ -287,7 +305,7 @@ def index_chosen(job: Job, store: Datastore, compared: Comparison) -> EvalResult
     report, warnings = try_index(store, one.layer, job.settings, job.progress, queries.vectors(one.layer))
     if report is not None and report.spec != "exact":
         with job.progress.stage("perplexity through the index", "queries"):
-            perplexity = perplexity_through_index(store, queries, one, job.settings.knn.metric)
+            perplexity = perplexity_through_index(store, queries, one, job.settings.knn.metric, job.settings.memory)
         report = replace(report, perplexity=perplexity)
     return replace(result, index=report, warnings=(*result.warnings, *warnings))
 

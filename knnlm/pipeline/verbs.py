@@ -26,6 +26,7 @@ from knnlm.pipeline.begun import Begun, begin, mark_whole, read_begun
 from knnlm.pipeline.expected import build_stages, evaluate_stages, run_stages, score_stages
 from knnlm.pipeline.job import Clock, Job, Paths
 from knnlm.pipeline.kept_back import fit_of_several, index_and_fit, keep_fit, split_off
+from knnlm.pipeline.needs import check_build_memory, check_evaluation_memory
 from knnlm.pipeline.plan import check_choice, check_query_room, estimate_tokens, make_plan, query_count
 from knnlm.pipeline.steps import (
     SAMPLE_TOKENS,
@@ -95,6 +96,7 @@ def build(
     work = work_of("build", lm.name, text, eval_text, settings, like and str(like.folder))
     settings = settings if like is None else _like(lm, settings, like)
     job, inputs = Job(lm, settings, progress or Silent()), (lm.name, *as_list(text), *as_list(eval_text))
+    check_build_memory(job, text)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
         split = split_off(job, text, eval_text, total)
@@ -170,6 +172,7 @@ def evaluate(
     documents = job.evaluation_documents(eval_text)
     check_evaluation(documents)
     check_query_room(lm, layers, count_targets(documents))
+    check_evaluation_memory(job, store, count_targets(documents))
     k = min(settings.knn.search_k, store.count)
     job.progress.plan(evaluate_stages(lm, layers, store.count, count_targets(documents), k))
     scores = store.first.manifest.scores  # null where Python code wrote the datastore without any
@@ -221,6 +224,7 @@ def run(
     settings = settings or Settings()
     job, clock = Job(lm, settings, progress or Silent()), Clock()
     inputs, work = (lm.name, *as_list(text), *as_list(eval_text)), work_of("run", lm.name, text, eval_text, settings)
+    check_build_memory(job, text)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         with clock.time("extract and score"):
             given = job.evaluation_documents(eval_text) if eval_text else None

@@ -157,6 +157,11 @@ class Datastore(Changeable, StoredText):
         """Bytes of all its files, with indexes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Memory that `values` takes: none where they are mapped."""
+        return 0 if len(self._manifest.parts) == 1 and self.live_rows is None else 4 * self.count
+
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """The next token of each key, int32 [N], read-only.

@@ -59,6 +59,11 @@ class JointStore(StoredText):
         """N, the number of keys of all together."""
         return sum(one.count for one in self.stores)
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Memory that `values` takes."""
+        return 4 * self.count + sum(one.loaded_bytes for one in self.stores)
+
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """The next token of each key, int32 [N], read-only, in memory. Raises as `Datastore.values`."""

@@ -2,7 +2,7 @@
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes, without the layer table
-    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, real
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, parts, scale, real
     scripts/bench --only real --model SMOLLM2 --text TEXT --held-out TEXT     the verbs on a real pretrained model
 
 Figures are ratios of speeds, measured in turn in one process; docs/performance.md explains each line. Without --model
@@ -25,7 +25,9 @@ import evaluation
 import exact
 import extraction
 import machine
+import parts
 import real
+import scale
 from ratios import Row
 from rich.console import Console
 from rich.table import Table
@@ -71,6 +73,8 @@ def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Ma
     return {
         "exact": lambda: exact.rows(args.keys, **exact_size, peak=peak, must=must),
         "building": lambda: building.rows(args.keys, keys=size.searched, rounds=size.rounds),
+        "parts": lambda: parts.rows(keys=size.searched, rounds=size.rounds),
+        "scale": lambda: scale.rows(keys=size.searched),
         "extraction": lambda: extraction.rows(args.model, args.text, tokens=size.tokens, rounds=size.rounds),
         "evaluation": lambda: evaluation.rows(
             args.model, args.text, args.held_out, keys=size.keys, queries=size.queries, rounds=size.rounds

@@ -52,7 +52,7 @@ def _process(way: str, spec: str, path: Path) -> dict[str, float]:
 def build(way: str, spec: str, path: Path) -> dict[str, float]:
     """Seconds, and the peak growth of anonymous memory during the build, without the finished index."""
     stored_ND = np.load(path, mmap_mode="r", allow_pickle=False)
-    watch = _Memory()
+    watch = Memory()
     if way == "ours":
         seconds, index = timed(lambda: build_index(ArraySource(stored_ND), spec, recall_target=None))
         size = index.size_bytes
@@ -69,7 +69,7 @@ def _one_call(keys_ND: np.ndarray, spec: str) -> object:
     return index
 
 
-class _Memory:
+class Memory:
     """The peak of this process's anonymous memory (mapped files are the kernel's to give back), 50 times a second."""
 
     def __init__(self) -> None:

@@ -118,6 +118,8 @@ WRONG_OPTIONS = {
     "--disk-budget 0.000001": ("over the 1000 bytes allowed", "--disk-budget", "take fewer --layers"),
     "--disk-budget nan": ("--disk-budget is nan", "above 0"),
     "--disk-budget inf": ("--disk-budget is inf", "finite"),
+    "--memory 2": ("--memory is '2'", "such as 2GB"),
+    "--memory 1MB": ("--memory is 0.0 GB", "the model and libraries take", "or more"),
     "--seed -1": ("--seed is -1", "from 0 to 2147483647"),
     "--seed 2147483648": ("--seed is 2147483648", "from 0 to 2147483647"),
     "--nonsense": ("--nonsense", "knnlm run --help lists the options"),

@@ -59,7 +59,7 @@ def test_every_setting_of_a_run_is_an_option_or_an_alias() -> None:
 
     settings = Settings()
     groups = (settings.text, settings.layers, settings.knn, settings.evaluation)
-    names = {field.name for group in groups for field in fields(group)} | {"key_dtype", "disk_budget", "seed"}
+    names = {field.name for group in groups for field in fields(group)} | {"key_dtype", "disk_budget", "memory", "seed"}
     only_in_python = {"max_k", "examples"}
     assert {name for name in names if ALIASES.get(name, name) not in RUN} == only_in_python
 

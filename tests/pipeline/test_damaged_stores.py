@@ -121,7 +121,7 @@ def test_an_index_of_which_the_store_does_not_tell_is_refused(store):
 
 def test_a_damaged_index_is_an_error_of_the_datastore(store, lm):
     """All errors of `KNNLM` are KNNLMError: also what the explorer catches when it opens another layer."""
-    for name in ("index.faiss", "index.json", "centre.npy"):
+    for name in ("index.faiss", "lists.bin", "index.json", "centre.npy"):
         path = store / "index" / "2.ffn_input" / name
         data = path.read_bytes()
         flip_bit(path, random.Random(0))

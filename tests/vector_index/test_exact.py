@@ -24,8 +24,7 @@ METRICS = list(Metric)
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that every loop of the search goes round several times."""
-    monkeypatch.setattr("index.exact.BLOCK_BYTES", 4 * 8 * 600)
-    monkeypatch.setattr("index.base.CANDIDATE_BYTES", 1)
+    monkeypatch.setattr("index.base.WORK_BYTES", 16 * 4 * 8 * 600)
     monkeypatch.setattr("index.rerank.PAIRS", 1000)
     monkeypatch.setattr("index.rerank.KEY_BYTES", 4 * 8 * 300)
 

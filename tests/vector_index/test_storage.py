@@ -54,8 +54,8 @@ def test_manifest_tells_all_that_opening_needs(saved, built):
     assert (manifest.spec, manifest.metric, manifest.dim, manifest.count) == ("IVF8,Flat", "l2", 8, 400)
     assert manifest.recall == RECALL
     assert manifest.parameters == {"nprobe": built.effort.value, "overfetch": 1.0}
-    assert set(manifest.files) == {"index.faiss", "centre.npy"} == set(everything(saved)) - {"index.json"}
-    assert manifest.files["index.faiss"].bytes == built.size_bytes
+    assert set(manifest.files) == {"index.faiss", "lists.bin", "centre.npy"} == set(everything(saved)) - {"index.json"}
+    assert manifest.files["index.faiss"].bytes + manifest.files["lists.bin"].bytes == built.size_bytes
 
 
 def test_tuned_parameters_come_from_the_manifest(saved, source):
@@ -78,7 +78,7 @@ def test_a_folder_that_is_there_is_refused(built, tmp_path):
     assert not everything(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "centre.npy", "index.json"])
+@pytest.mark.parametrize("name", ["index.faiss", "lists.bin", "centre.npy", "index.json"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_interrupted_saving_leaves_nothing(built, tmp_path, monkeypatch, name, error):
     real = os.fsync
@@ -126,7 +126,7 @@ def test_ctrl_c_while_building_leaves_nothing(source, tmp_path, monkeypatch):
     assert not everything(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "centre.npy"])
+@pytest.mark.parametrize("name", ["index.faiss", "lists.bin", "centre.npy"])
 def test_missing_and_short_files_are_named(saved, source, name):
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: len(content) // 2])
@@ -141,7 +141,7 @@ def test_missing_and_short_files_are_named(saved, source, name):
             check(saved)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "centre.npy"])
+@pytest.mark.parametrize("name", ["index.faiss", "lists.bin", "centre.npy"])
 def test_a_changed_bit_is_found_by_verify(saved, name):
     verify(saved)
     content = bytearray((saved / name).read_bytes())
@@ -151,7 +151,7 @@ def test_a_changed_bit_is_found_by_verify(saved, name):
         verify(saved)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "centre.npy"])
+@pytest.mark.parametrize("name", ["index.faiss", "lists.bin", "centre.npy"])
 def test_rubbish_of_the_right_size_is_refused(saved, source, name):
     (saved / name).write_bytes(b"x" * (saved / name).stat().st_size)
     with pytest.raises(CorruptIndex, match=name):
@@ -222,7 +222,38 @@ def test_manifest_and_faiss_file_must_agree(saved, source, tmp_path, spec, keys,
         open_index(saved, source)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "centre.npy", "index.json"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sizes: sizes + (np.arange(8) == 0), "has 401 keys, but 400 are wanted"),
+        (lambda sizes: sizes + 1000, "but its lists need"),
+        (lambda sizes: sizes - 500, "impossible sizes"),
+    ],
+)
+def test_lists_that_cannot_be_are_refused(saved, source, change, message):
+    path = saved / "lists.bin"
+    data = bytearray(path.read_bytes())
+    data[:64] = change(np.frombuffer(data[:64], "<i8")).tobytes()
+    path.write_bytes(data)
+    rewrite(saved / "index.json", lambda one: one["files"]["lists.bin"].update(sha256=sha256(data).hexdigest()))
+    with pytest.raises(CorruptIndex, match=rf"lists\.bin .*{message}") as caught:
+        open_index(saved, source)
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_come_with_the_kinds_that_have_them(saved, built, source, tmp_path):
+    rewrite(saved / "index.json", lambda one: one["files"].pop("lists.bin"))
+    with pytest.raises(CorruptIndex, match=r"lists\.bin is missing"):
+        open_index(saved, source)
+    save_index(build_index(source, "PQ4x4", k=10), tmp_path / "other")
+    (tmp_path / "other" / "lists.bin").write_bytes(built.native.lists.tobytes())
+    lists = {"bytes": built.native.lists.size, "sha256": sha256(built.native.lists).hexdigest()}
+    rewrite(tmp_path / "other" / "index.json", lambda one: one["files"].update({"lists.bin": lists}))
+    with pytest.raises(CorruptIndex, match=r"lists\.bin is of another index"):
+        open_index(tmp_path / "other", source)
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "lists.bin", "centre.npy", "index.json"])
 def test_a_flipped_bit_is_refused_when_the_index_is_opened(saved, source, name):
     data, rng = (saved / name).read_bytes(), random.Random(0)
     queries_QD = source.take(np.arange(5))

@@ -1,0 +1,42 @@
+"""Memory that a verb takes besides the model and its searches, reckoned before any work."""
+
+from __future__ import annotations
+
+from knnlm.layer_names import FINAL, select_layers
+from knnlm.memory import check_room, pass_bytes
+from knnlm.pipeline.job import Job, Paths
+from knnlm.pipeline.plan import estimate_tokens
+from knnlm.scores.layer_scorer import SAMPLE_BYTES, SAMPLE_CAPACITY
+from knnlm.store.joint import AnyStore
+from knnlm.store.writer import PENDING_BYTES
+
+# Bytes of each neighbour of an evaluation: distance, hit, and copies while k, lambda and T are fitted.
+_NEIGHBOUR = 20
+
+
+def check_build_memory(job: Job, text: Paths) -> None:
+    """Check that `settings.memory` can be kept by `build` or `run`.
+
+    :raises InputError: it cannot; the message says what is needed.
+    """
+    lm, settings = job.lm, job.settings
+    if settings.memory is None:
+        return
+    layers = select_layers(settings.layers.layers or "all", lm.layer_names)
+    sample = min(SAMPLE_BYTES, 4 * SAMPLE_CAPACITY * sum(lm.dims[name] for name in layers))
+    fitted = _fitting(job, settings.evaluation.eval_tokens or 0)
+    values = 4 * (estimate_tokens(lm, text, settings.text) or 0)
+    check_room(settings.memory, _pass(job) + max(sample + PENDING_BYTES, fitted) + values)
+
+
+def check_evaluation_memory(job: Job, store: AnyStore, queries: int) -> None:
+    """As `check_build_memory`, for `evaluate` with so many queries."""
+    check_room(job.settings.memory, _pass(job) + max(PENDING_BYTES, _fitting(job, queries)) + store.loaded_bytes)
+
+
+def _pass(job: Job) -> float:
+    return pass_bytes(job.lm.dims[FINAL], job.batch_tokens)
+
+
+def _fitting(job: Job, queries: int) -> float:
+    return _NEIGHBOUR * queries * job.settings.knn.search_k
