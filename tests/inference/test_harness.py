@@ -154,6 +154,18 @@ def test_choices_equal_teacher_forcing(kind, stores, tasks) -> None:
     assert max(abs(a - b) for pair in zip(plain, expected, strict=True) for a, b in zip(*pair, strict=True)) > 1
 
 
+def test_choices_with_what_was_fitted_equal_teacher_forcing(stores, tasks) -> None:
+    """λ by query and text: the trust at an answer is that of the question before it."""
+    model = KNNLM.from_store(stores / "gpt2", LAYER)
+    assert model.retrieval.setting.by_text
+    expected = teacher_forced(model)
+    found = likelihoods(evaluate(tasks, "tiny_choice", "knnlm", f"store={stores / 'gpt2'},device=cpu")["answers"])
+    for got, due in zip(found, expected, strict=True):
+        assert got == pytest.approx(due, abs=1e-4)
+    model.retrieval = replace(model.retrieval, setting=replace(model.retrieval.setting, by_text=False))
+    assert np.abs(np.subtract(np.concatenate(found), np.concatenate(teacher_forced(model)))).max() > 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lambda_zero_equals_our_own_scores_of_questions(kind, stores, tasks) -> None:
     lm = load_model(stores / f"{kind}-model", device="cpu")
