@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from knnlm.config import LayerConfig
 from knnlm.errors import InputError
-from knnlm.layer_names import select_layers
+from knnlm.layer_names import loosely_split, select_layers
 from knnlm.results import Choice, Interval, LayerScore, ScoreResult
 
 SCORES_THAT_CHOOSE = ("auto", "dispersion", "probe", "pilot")
@@ -31,12 +31,12 @@ PilotChange = Callable[[str, str], Interval]
 def choose(
     scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequence[str], pilot_change: PilotChange
 ) -> Choice:
-    """Choose a layer: the named one, the candidate with the best probe or pilot, or by dispersion (`by_dispersion`).
+    """Choose a layer: the named one, the best pilot, the candidate with the best probe, or by dispersion.
 
     The retrieval probe is the share of a key's nearest keys from other documents that have the same next token, the
-    pilot the perplexity of a small kNN-LM inside the sample. With `auto`, dispersion proposes and the pilot judges: the
-    proposal stands unless the pilots put another examined layer, candidate or not, above it beyond doubt (`preferred`).
-    Where `candidates` is not the default, only those are judged.
+    pilot the perplexity of a small kNN-LM inside the sample. `auto` takes the best pilot among layers of the
+    candidates' kind, in all blocks, and what dispersion proposes (`by_dispersion`) where pilots are unknown;
+    docs/layers.md has the cases on which this was settled. Where `candidates` is not the default, only those compete.
 
     :param all_layers: all layers of the model; `scores` may cover only some.
     :param pilot_change: paired interval of one layer's pilot relative to another's (`LayerScorer.pilot_change`).
@@ -49,17 +49,16 @@ def choose(
         layer = one_layer(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
     allowed = [score for score in scores if score.layer in candidates]
-    chosen = _by_score(allowed, config.select)
-    reason, disagreement = _reason(chosen, allowed, config.select), None
     # Whoever names candidates wants one of them.
-    judged = scores if config.candidates == LayerConfig.candidates else allowed
-    better = preferred(chosen, judged, pilot_change) if config.select in ("auto", "dispersion") else None
-    if better is not None:
-        told = _told(better, chosen, pilot_change(better.layer, chosen.layer))
-        if config.select == "auto":
-            return Choice(better.layer, config.select, candidates, f"{told}, which dispersion proposes")
-        disagreement = f"the scores disagree: {told}; `select={better.layer!r}` takes it"
-    return Choice(chosen.layer, config.select, candidates, reason, disagreement)
+    compared = scores if config.candidates == LayerConfig.candidates else allowed
+    kinds = {loosely_split(name)[1] for name in candidates}
+    alike = [score for score in compared if loosely_split(score.layer)[1] in kinds]
+    if config.select == "auto" and (best := by_pilot(alike)) is not None:
+        return Choice(best.layer, "auto", candidates, _pilot_reason(best, alike, by_dispersion(allowed)))
+    chosen = _by_score(allowed, config.select)
+    better = preferred(chosen, compared, pilot_change) if config.select == "dispersion" else None
+    disagreement = None if better is None else _told(better, chosen, pilot_change(better.layer, chosen.layer))
+    return Choice(chosen.layer, config.select, candidates, _reason(chosen, allowed, config.select), disagreement)
 
 
 def _by_score(candidates: Sequence[LayerScore], select: str) -> LayerScore:
@@ -138,7 +137,7 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
     if select == "probe":
         return f"{chosen.layer} has the highest retrieval probe ({chosen.probe:.4f}) of {count} candidates"
     if select == "pilot":
-        return f"{chosen.layer} has the best pilot (perplexity {chosen.pilot:.2f}) of {count} candidates"
+        return _pilot_reason(chosen, candidates, chosen)
     leader = max(candidates, key=lambda score: score.dispersion)
     found = f"{chosen.dispersion:.4f}, 95 % interval {chosen.interval.low:.4f} to {chosen.interval.high:.4f}"
     if leader is chosen:
@@ -149,8 +148,16 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
     )
 
 
+def _pilot_reason(chosen: LayerScore, compared: Sequence[LayerScore], proposed: LayerScore) -> str:
+    if len(compared) == 1:
+        return f"{chosen.layer} is the only candidate"
+    reason = f"{chosen.layer} has the best pilot (perplexity {chosen.pilot:.2f}) of {len(compared)} layers"
+    return reason if proposed is chosen else f"{reason}; dispersion proposes {proposed.layer} ({proposed.pilot:.2f})"
+
+
 def _told(better: LayerScore, chosen: LayerScore, change: Interval) -> str:
     return (
-        f"{better.layer} has a pilot (perplexity {better.pilot:.2f}) that is better by {-change.high:.1%} to "
-        f"{-change.low:.1%} than that of {chosen.layer} ({chosen.pilot:.2f})"
+        f"the scores disagree: {better.layer} has a pilot (perplexity {better.pilot:.2f}) that is better by "
+        f"{-change.high:.1%} to {-change.low:.1%} than that of {chosen.layer} ({chosen.pilot:.2f}); "
+        f"`select={better.layer!r}` takes it"
     )

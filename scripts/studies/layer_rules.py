@@ -3,6 +3,7 @@
     .venv/bin/python scripts/studies/layer_rules.py study/smol.* study/llama8m.*
 
 Regret is cross-fitted: the best evaluated layer is picked on one half of the held-out text and compared on the other.
+Rules choose among all layers that were scored; where one takes a layer that was not evaluated in full, its row says so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from numpy.typing import NDArray
 
 from knnlm.layer_names import network_order, select_layers
 from knnlm.results import Interval
+from knnlm.scores.choose import NEAR
 from knnlm.statistics import relative_change
 
+DEFAULT, LAST = "pilot, `ffn_input`", "the last `ffn_input`"
 Losses = NDArray[np.float64]
 
 
@@ -73,50 +77,86 @@ class Case:
         return min(better, key=means.__getitem__, default=proposal)
 
     def choices(self) -> dict[str, str]:
-        """What each rule takes, among the layers that were evaluated."""
-        names = sorted(self.layers, key=network_order)
+        """What each rule takes, among all layers that were scored."""
+        names = sorted(self.scores, key=network_order)
         means = {name: float(self.pilots[name].mean()) for name in names}
         dispersion = {name: float(self.scores[name]["dispersion"]) for name in names}
         upper, parts = select_layers("candidates", names), select_layers("*.ffn_input", names)
         leader = max(upper, key=dispersion.__getitem__)
-        near = [name for name in upper if dispersion[name] >= 0.95 * dispersion[leader]][-1]
+        near = [name for name in upper if dispersion[name] >= NEAR * dispersion[leader]][-1]
         return {
             "dispersion, upper half": leader,
             "deepest within 5 % of it": near,
             "probe, all layers": max(names, key=lambda name: float(self.scores[name]["probe"])),
             "pilot, all layers": min(names, key=means.__getitem__),
-            "pilot, `ffn_input`": min(parts, key=means.__getitem__),
+            DEFAULT: min(parts, key=means.__getitem__),
             "judge of dispersion": self.judged(leader),
             "judge of the deepest within 5 %": self.judged(near),
             "judge of the last `ffn_input`": self.judged(parts[-1]),
-            "the last `ffn_input`": parts[-1],
+            LAST: parts[-1],
         }
 
 
 def read_case(folder: Path) -> Case:
     """Read one folder of the study."""
     layers = {path.stem.removeprefix("layer-"): dict(np.load(path)) for path in sorted(folder.glob("layer-*.npz"))}
+    return Case(folder.name, dict(np.load(folder / "common.npz")), layers, *read_scored(folder))
+
+
+def read_scored(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Losses], NDArray[np.int64]]:
+    """Read scores and pilots of all layers, and the clusters of the pilots' queries."""
     pilots = dict(np.load(folder / "pilots.npz"))
     scores = {one["layer"]: one for one in json.loads((folder / "scores.json").read_text(encoding="utf-8"))}
     cluster = pilots.pop("cluster")
-    kept = {name: losses.astype(float) for name, losses in pilots.items() if name in layers}
-    return Case(folder.name, dict(np.load(folder / "common.npz")), layers, scores, kept, cluster)
+    return scores, {name: losses.astype(float) for name, losses in pilots.items()}, cluster
 
 
-def main() -> None:
-    """Print a row for each case and rule, and one for each rule over all cases."""
-    cases = [read_case(Path(folder)) for folder in sys.argv[1:]]
-    print("| case | rule | takes | perplexity | regret (95 % interval) | against the last `ffn_input` |")
+def print_overview(cases: Sequence[Case]) -> None:
+    """A row for each case: the plain LM, the best layer in hindsight, the default, and the last `ffn_input`."""
+    print("| case | keys | layers | tokens | LM | best in hindsight | the default takes | the last `ffn_input` |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in cases:
+        chosen, keys = case.choices(), int(case.common["keys"])
+        best = min(case.layers, key=lambda name: float(case.losses(name).mean()))
+        plain = math.exp(-float(case.common["lm"][case.both].mean()))
+        told = [f"{name} {perplexity(case, name)}" for name in (best, chosen[DEFAULT], chosen[LAST])]
+        sizes = f"{keys:,} | {len(case.layers)} | {int(case.both.sum()):,}"
+        print(f"| {case.name} | {sizes} | {plain:.2f} | {' | '.join(told)} |")
+
+
+def perplexity(case: Case, layer: str) -> str:
+    """Of the tokens that are compared."""
+    return f"{math.exp(case.losses(layer).mean()):.3f}" if layer in case.layers else "(not evaluated)"
+
+
+def print_rules(cases: Sequence[Case]) -> dict[str, list[tuple[float, bool]]]:
+    """A row for each case and rule; return each rule's costs, and whether it is surely worse than the last layer."""
+    print("\n| case | rule | takes | perplexity | regret (95 % interval) | against the last `ffn_input` |")
     print("| --- | --- | --- | --- | --- | --- |")
     costs: dict[str, list[tuple[float, bool]]] = {}
     for case in cases:
         chosen = case.choices()
         for rule, layer in chosen.items():
-            (cost, spread), (more, beside) = case.regret(layer), case.change(layer, chosen["the last `ffn_input`"])
-            perplexity = math.exp(case.losses(layer).mean())
-            told = f"{cost:+.2%} ({spread.low:+.2%} … {spread.high:+.2%}) | {more:+.2%} ({beside.low:+.2%} … "
-            print(f"| {case.name} | {rule} | {layer} | {perplexity:.3f} | {told}{beside.high:+.2%}) |")
+            begun = f"| {case.name} | {rule} | {layer} | {perplexity(case, layer)} |"
+            if layer not in case.layers:
+                print(f"{begun} | |")
+                continue
+            (cost, spread), (more, beside) = case.regret(layer), case.change(layer, chosen[LAST])
+            print(f"{begun} {told(cost, spread)} | {told(more, beside) if layer != chosen[LAST] else ''} |")
             costs.setdefault(rule, []).append((cost, beside.low > 0))
+    return costs
+
+
+def told(value: float, interval: Interval) -> str:
+    """A change of perplexity with its interval."""
+    return f"{value:+.2%} ({interval.low:+.2%} … {interval.high:+.2%})"
+
+
+def main() -> None:
+    """Print the tables."""
+    cases = [read_case(Path(folder)) for folder in sys.argv[1:]]
+    print_overview(cases)
+    costs = print_rules(cases)
     print("\n| rule | median regret | worst | worse than the last `ffn_input` beyond the interval |")
     print("| --- | --- | --- | --- |")
     for rule, found in costs.items():

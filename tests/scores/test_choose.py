@@ -1,4 +1,4 @@
-"""The choice: who may be chosen, by what, and when the pilot overrules."""
+"""The choice: who may be chosen, by what, and when a better pilot is told of."""
 
 from __future__ import annotations
 
@@ -92,31 +92,49 @@ PILOTED = [
 ]
 
 
-@pytest.mark.parametrize(("difference", "taken"), [(TOGETHER, "3.ffn_input"), (APART, "1.ffn_input")])
-def test_dispersion_proposes_and_the_pilot_judges(difference: Interval, taken: str) -> None:
-    """The best pilot beyond doubt is taken, also of a layer that is no candidate."""
-    choice = choose(PILOTED, LayerConfig(), NAMES, difference)
-    assert (choice.layer, choice.select, choice.disagreement) == (taken, "auto", None)
-    if taken == "1.ffn_input":
-        assert choice.reason == (
-            "1.ffn_input has a pilot (perplexity 70.00) that is better by 10.0% to 30.0% than that of 3.ffn_input "
-            "(100.00), which dispersion proposes"
-        )
+@pytest.mark.parametrize("difference", [TOGETHER, APART])
+def test_the_best_pilot_of_the_candidates_kind_is_taken_by_default_in_any_block(difference: Interval) -> None:
+    """Other kinds of layers do not compete, however good their pilots; nor does it matter how near the others are."""
+    choice = choose([*PILOTED, score("final_norm", 0.4, pilot=60.0)], LayerConfig(), NAMES, difference)
+    assert (choice.layer, choice.select, choice.disagreement) == ("1.ffn_input", "auto", None)
+    assert choice.candidates == ("2.ffn_input", "3.ffn_input")
+    assert choice.reason == (
+        "1.ffn_input has the best pilot (perplexity 70.00) of 3 layers; dispersion proposes 3.ffn_input (100.00)"
+    )
 
 
-def test_the_judge_takes_the_best_of_those_that_are_better_beyond_doubt() -> None:
+def test_where_dispersion_agrees_nothing_is_said_of_it() -> None:
+    choice = choose([*PILOTED[:3], replace(PILOTED[3], pilot=60.0)], LayerConfig(), NAMES)
+    assert choice.reason == "3.ffn_input has the best pilot (perplexity 60.00) of 3 layers"
+
+
+def test_candidates_that_the_user_names_are_the_only_ones_compared() -> None:
+    choice = choose(PILOTED, LayerConfig(candidates="2-3.ffn_input"), NAMES, APART)
+    assert (choice.layer, choice.reason) == (
+        "2.ffn_input",
+        "2.ffn_input has the best pilot (perplexity 90.00) of 2 layers; dispersion proposes 3.ffn_input (100.00)",
+    )
+
+
+def test_without_pilots_dispersion_decides() -> None:
+    choice = choose([replace(one, pilot=math.nan) for one in PILOTED], LayerConfig(), NAMES, UNKNOWN)
+    assert (choice.layer, choice.select, choice.disagreement) == ("3.ffn_input", "auto", None)
+    assert "most dispersed" in choice.reason
+
+
+def test_the_note_names_the_best_of_those_that_are_better_beyond_doubt() -> None:
     """The best pilot of all may be within its interval, and another beyond it."""
-    choice = choose_by(PILOTED, LayerConfig(), NAMES, lambda one, other: APART if one == "0.attn_input" else TOGETHER)
-    assert choice.layer == "0.attn_input"
+    config = LayerConfig(select="dispersion")
+    choice = choose_by(PILOTED, config, NAMES, lambda one, other: APART if one == "0.attn_input" else TOGETHER)
+    assert choice.layer == "3.ffn_input"
+    assert choice.disagreement is not None
+    assert "0.attn_input has a pilot" in choice.disagreement
 
 
-def test_the_judge_keeps_to_candidates_that_the_user_names() -> None:
-    assert choose(PILOTED, LayerConfig(candidates="2-3.ffn_input"), NAMES, APART).layer == "2.ffn_input"
-
-
-def test_the_judge_compares_with_what_dispersion_proposes() -> None:
+def test_the_note_compares_with_what_dispersion_takes() -> None:
     asked = []
-    choose_by(PILOTED, LayerConfig(), NAMES, lambda one, other: asked.append((one, other)) or TOGETHER)
+    config = LayerConfig(select="dispersion")
+    choose_by(PILOTED, config, NAMES, lambda one, other: asked.append((one, other)) or TOGETHER)
     assert set(asked) == {(one.layer, "3.ffn_input") for one in PILOTED[:3]}
 
 
