@@ -256,18 +256,18 @@ def _names(scene: Scene) -> str:
 
 
 def index_twice(shop: Workshop, rng: random.Random, tally: Tally) -> None:
-    """Kill a Python call that indexes a layer of a store."""
-    name = "index_layer"
+    """Kill a Python call that indexes a layer of a store, one that `build` has not indexed."""
+    name, words = "index_layer", build_words(shop, "first", "--index", "exact", "--select", "2.ffn_input")
     shutil.rmtree(shop.store, ignore_errors=True)
-    well(command(build_words(shop, "first", "--index", "exact")))
+    well(command(words))
     before = fork(lambda: _index(shop.store))
     seconds = well(before).seconds
     shutil.rmtree(shop.store)
-    well(command(build_words(shop, "first", "--index", "exact")))
+    well(command(words))
     ended = fork(lambda: _index(shop.store), kill_after=rng.uniform(0, REACH * seconds))
     tally.count(name, "killed" if ended.status == -9 else "came too late")
-    for words in (["verify", shop.store], eval_words(shop)):
-        after = command(words)
+    for reading in (["verify", shop.store], eval_words(shop)):
+        after = command(reading)
         if after.status:
             tally.fault(name, "opens damaged", after.output)
     if "1.ffn_input" in json.loads((shop.store / "datastore.json").read_text(encoding="utf-8"))["indexes"]:

@@ -46,12 +46,14 @@ def main() -> None:
     tally = Tally()
     with temporary("shop") as folder:
         shop = make(Path(folder))
-        for name in args.only.split(","):
-            campaign, whole, quick = PARTS[name]
-            started = time.perf_counter()
-            campaign(shop, args.count or (quick if args.quick else whole), args.seed, tally)
-            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    show(tally)
+        try:
+            for name in args.only.split(","):
+                campaign, whole, quick = PARTS[name]
+                started = time.perf_counter()
+                campaign(shop, args.count or (quick if args.quick else whole), args.seed, tally)
+                print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        finally:
+            show(tally)
     if args.json:
         args.json.write_text(json.dumps({"counts": tally.counts, "faults": tally.faults}, indent=1) + "\n")
     sys.exit(bool(tally.told))
