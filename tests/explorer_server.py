@@ -81,7 +81,7 @@ class Running:
                 return await asyncio.to_thread(sleep_and)
 
         app = FastAPI()
-        app.include_router(explorer_router(self.explainer, run))
+        app.include_router(explorer_router(lambda: self.explainer, run))
 
         @app.middleware("http")
         async def gate(request: Request, call_next):

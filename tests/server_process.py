@@ -12,6 +12,7 @@ from threading import Event, Semaphore, Thread
 import openai
 
 from knnlm import KNNLM
+from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.model.loading import load_model
 from knnlm.server.app import create_app
 from knnlm.server.limits import Limits
@@ -61,7 +62,12 @@ def make_service(store: Path, name: str = NAME, **limits) -> Service:
     """A service of its own model, so that no test sees another's."""
     lm = load_model(Datastore.open(store).model)
     model = KNNLM.from_store(store, LAYER, K, TEMPERATURE, LAMBDA, lm=lm)
-    return Service(name, lm, model, Limits(**limits))
+    return Service(name, lm, model, Limits(**limits), newest=lambda: newest(store))
+
+
+def newest(store: Path, layer: str = LAYER) -> Retrieval:
+    """What the newest generation of a datastore is searched with."""
+    return open_retrieval(Datastore.open(store), layer, K, TEMPERATURE, LAMBDA)
 
 
 @contextmanager

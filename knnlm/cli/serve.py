@@ -74,7 +74,7 @@ def serve(
         message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
         raise typer.BadParameter(message, param_hint="--host")
     from knnlm.documents import whole_text
-    from knnlm.inference.explain import Explainer
+    from knnlm.inference.explain import NewestExplainer
     from knnlm.inference.model import KNNLM
     from knnlm.server.app import create_app
     from knnlm.server.explorer.routes import explorer_router
@@ -95,9 +95,16 @@ def serve(
         lm = load_own(opened, model, compute, trust_remote_code, screen)
         _check_memory(bound, lm, opened)
         name = opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name
-        service = Service(whole_text(name), lm, KNNLM.from_retrieval(lm, retrieval), limits, max_copy=max_copy)
+        service = Service(
+            whole_text(name),
+            lm,
+            KNNLM.from_retrieval(lm, retrieval),
+            limits,
+            max_copy=max_copy,
+            newest=lambda: retrieving.open(stores.open()),
+        )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
-        page = explorer_router(Explainer(lm, retrieval), service.thread.run, limits.seconds)
+        page = explorer_router(NewestExplainer(lm, lambda: service.retrieval), service.thread.run, limits.seconds)
         app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
-        serve(app, service, listener, lambda: screen.say(line))
+        serve(app, service, listener, lambda: screen.say(line), screen.say)

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm.inference.model import KNNLM
-from knnlm.knn.mixing import Mix
-from knnlm.knn.retrieval import RowRetrieval
+from knnlm.knn.retrieval import Retrieval, RowRetrieval
 
 ReceiveLogProbs = Callable[[int, Tensor], None]
 """Called with the first position of a chunk and the chunk's log-probabilities [B, T, V]."""
@@ -32,18 +31,20 @@ _PROMPT_SCORES = 1 << 24
 
 
 class RowModel:
-    """A kNN-LM with a setting for each row. Not thread-safe: it changes the model's `retrieval`."""
+    """A kNN-LM with a retrieval for each row, all of one layer. Not thread-safe: it changes the model's `retrieval`."""
 
     def __init__(self, model: KNNLM, vocabulary: int) -> None:
         self._model, self.vocabulary = model, vocabulary
-        self._retrieval = model.retrieval
         self._takes = set(inspect.signature(type(model).forward).parameters)
         token_BT = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         cached = "past_key_values" in self._takes
         self.keeps_cache = cached and _is_known(model(token_BT, use_cache=True).past_key_values)
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], settings: Sequence[Mix], receive: ReceiveLogProbs | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        retrievals: Sequence[Retrieval],
+        receive: ReceiveLogProbs | None = None,
     ) -> tuple[RunningBatch, Tensor]:
         """Read non-empty prompts; return the batch and the log-probabilities of the next token, float32 [B, V].
 
@@ -53,7 +54,7 @@ class RowModel:
         length, device = max(map(len, prompts)), self._model.device
         tokens_BT = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        batch = RunningBatch(self, tokens_BT, mask_BT, list(settings))
+        batch = RunningBatch(self, tokens_BT, mask_BT, list(retrievals))
         if receive is None:
             return batch, batch.read(0, length)
         size = max(1, _PROMPT_SCORES // (len(prompts) * self.vocabulary)) if self.keeps_cache else length
@@ -62,7 +63,7 @@ class RowModel:
             receive(start, log_probs_BTV)
         return batch, log_probs_BTV[:, -1]
 
-    def run(self, start: int, text: tuple[Tensor, Tensor], cache: Any, settings: Sequence[Mix], keep: int) -> Any:
+    def run(self, start: int, text: tuple[Tensor, Tensor], cache: Any, retrievals: Sequence[Retrieval], keep: int) -> Any:
         """Return the output for the rows' tokens from `start` on; the cache, if there is one, holds the earlier ones.
 
         :param text: all tokens of the rows, and their mask.
@@ -76,24 +77,24 @@ class RowModel:
             "use_cache": self.keeps_cache,
             "logits_to_keep": keep,
         }
-        retrieval = self._retrieval
-        self._model.retrieval = RowRetrieval(retrieval.searcher, retrieval.setting, tuple(settings))
+        first = retrievals[0]
+        self._model.retrieval = RowRetrieval(first.searcher, first.setting, tuple(retrievals))
         taken = {name: value for name, value in given.items() if name in self._takes}
         return self._model(tokens_BT, **taken, text_so_far=text)
 
 
 @dataclass
 class RunningBatch:
-    """Rows continued together, with their mask, settings and cache."""
+    """Rows continued together, with their mask, retrievals and cache."""
 
     model: RowModel
     tokens_BT: Tensor
     mask_BT: Tensor
-    settings: list[Mix]
+    retrievals: list[Retrieval]
     cache: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.settings)
+        return len(self.retrievals)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append a token to each row; return the log-probabilities of the next one, float32 [B, V]."""
@@ -110,7 +111,7 @@ class RunningBatch:
     def forward(self, start: int, stop: int, *, keep: int) -> Tensor:
         """Log-probabilities [B, T, V] at the last `keep` positions, 0 for all; the cache holds those before `start`."""
         text = self.tokens_BT[:, :stop], self.mask_BT[:, :stop]
-        output = self.model.run(start, text, self.cache, self.settings, keep)
+        output = self.model.run(start, text, self.cache, self.retrievals, keep)
         if self.model.keeps_cache:
             self.cache = output.past_key_values
         log_probs_BTV: Tensor = output.logits
@@ -118,7 +119,7 @@ class RunningBatch:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a repeated row is duplicated."""
-        self.settings = [self.settings[row] for row in rows]
+        self.retrievals = [self.retrievals[row] for row in rows]
         chosen = torch.tensor(rows, dtype=torch.long, device=self.tokens_BT.device)
         self.tokens_BT, self.mask_BT = self.tokens_BT[chosen], self.mask_BT[chosen]
         for layer in self._layers():
@@ -131,7 +132,7 @@ class RunningBatch:
         length = max(self.tokens_BT.shape[1], other.tokens_BT.shape[1])
         for one in (self, other):
             one._resize(length)
-        self.settings += other.settings
+        self.retrievals += other.retrievals
         self.tokens_BT = torch.cat([self.tokens_BT, other.tokens_BT])
         self.mask_BT = torch.cat([self.mask_BT, other.mask_BT])
         for layer, added in zip(self._layers(), other._layers(), strict=True):

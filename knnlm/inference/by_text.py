@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.errors import InputError
-from knnlm.knn.mixing import Floats, Mix, TokenShares, mix
+from knnlm.knn.mixing import Floats, TokenShares, mix
 from knnlm.knn.retrieval import Retrieval
 from knnlm.knn.trust import FIRST, heard, token_gains, trusts, updated
 from knnlm.layer_names import FINAL
@@ -80,7 +80,7 @@ class RowPlan:
 
     tokens: Ids
     """The text so far."""
-    setting: Mix
+    retrieval: Retrieval
     trust: float
     """The trust at the first place."""
     places_Q: Ids
@@ -119,8 +119,7 @@ class TextMemory:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm, self._lock = lm, Lock()
-        self._searcher: object = None
-        self._standings: dict[tuple[Mix, bytes], _Standing] = {}
+        self._standings: dict[tuple[Retrieval, bytes], _Standing] = {}
 
     def plans(self, texts: TextsSoFar, kept: Sequence[int], rows_Q: Tensor, retrieval: Retrieval) -> list[RowPlan]:
         """Plan a pass, for the rows whose setting is by text: each begins where its trust is known.
@@ -128,14 +127,14 @@ class TextMemory:
         :param kept: the columns that have logits.
         :param rows_Q: the positions to mix, among the B x `kept` that have logits.
         """
-        outputs_N, settings, found = rows_Q.cpu().numpy(), retrieval.settings(len(texts.tokens_BL)), []
+        outputs_N, retrievals, found = rows_Q.cpu().numpy(), retrieval.of_rows(len(texts.tokens_BL)), []
         for row in np.unique(outputs_N // len(kept)).tolist():
-            if settings[row].by_text and settings[row].lam > 0:
+            if retrievals[row].setting.by_text and retrievals[row].setting.lam > 0:
                 places_T, own_N = texts.places(row), outputs_N[outputs_N // len(kept) == row]
                 outputs = {int(places_T[kept[at % len(kept)]]): int(at) for at in own_N}
                 outputs.pop(-1, None)  # padding that a mask for a static cache does not show
                 if outputs:
-                    found.append(self._plan(texts, row, outputs, Retrieval(retrieval.searcher, settings[row])))
+                    found.append(self._plan(texts, row, outputs, retrievals[row]))
         return found
 
     def _plan(self, texts: TextsSoFar, row: int, outputs: Mapping[int, int], retrieval: Retrieval) -> RowPlan:
@@ -144,7 +143,7 @@ class TextMemory:
         places_Q = np.arange(first, max(outputs) + 1)
         outputs_Q = np.array([outputs.get(at, -1) for at in places_Q.tolist()])
         columns_Q = row * texts.columns + np.flatnonzero(np.isin(places_T, places_Q))
-        return RowPlan(tokens, retrieval.setting, trust, places_Q, outputs_Q, columns_Q)
+        return RowPlan(tokens, retrieval, trust, places_Q, outputs_Q, columns_Q)
 
     def _begin(self, tokens: Ids, mixed: int, read: int, retrieval: Retrieval) -> tuple[int, float]:
         """The first place to search for, and its trust: the first that is mixed, or that this pass reads."""
@@ -160,14 +159,14 @@ class TextMemory:
         vectors_TD, final_TD = read_vectors(self._lm, retrieval.layer, tokens)
         places_Q = np.arange(len(tokens))
         outputs_Q = np.where(places_Q == places_Q[-1], 0, -1)
-        plan = RowPlan(tokens, retrieval.setting, FIRST, places_Q, outputs_Q, places_Q)
+        plan = RowPlan(tokens, retrieval, FIRST, places_Q, outputs_Q, places_Q)
         lm_Q = target_log_probs(self._lm, final_TD, plan.targets_Q)
-        self.mix_in(self._lm.log_probs(final_TD[-1:]).clone(), [plan], vectors_TD, lm_Q, retrieval)
+        self.mix_in(self._lm.log_probs(final_TD[-1:]).clone(), [plan], vectors_TD, lm_Q)
         found = self._known(tokens, retrieval)
         assert found is not None, "it was just read"
         return found
 
-    def mix_read(self, log_probs_NV: Tensor, plans: Sequence[RowPlan], read: Read, retrieval: Retrieval) -> None:
+    def mix_read(self, log_probs_NV: Tensor, plans: Sequence[RowPlan], read: Read) -> None:
         """Mix in place what a pass has read; see `mix_in`."""
         targets_Q = np.concatenate([plan.targets_Q for plan in plans])
         if read.every_BTD is None or read.final_BTD is None:  # one place of each row: none before it moves the trust
@@ -177,7 +176,7 @@ class TextMemory:
             columns = torch.from_numpy(np.concatenate([plan.columns_Q for plan in plans]))
             vectors_QD = read.every_BTD.flatten(0, 1)[columns]
             lm_Q = target_log_probs(self._lm, read.final_BTD.flatten(0, 1)[columns], targets_Q)
-        self.mix_in(log_probs_NV, plans, vectors_QD, lm_Q, retrieval)
+        self.mix_in(log_probs_NV, plans, vectors_QD, lm_Q)
 
     def mix_end(
         self, log_probs_NV: Tensor, tokens: Ids, lm_TV: Tensor, vectors_TD: Tensor, retrieval: Retrieval
@@ -185,24 +184,22 @@ class TextMemory:
         """Mix in place the last N places of a whole text; the LM's log-probabilities and vectors are of all places."""
         places_Q = np.arange(len(tokens))
         outputs_Q = np.maximum(places_Q - len(places_Q) + len(log_probs_NV), -1)
-        plan = RowPlan(tokens, retrieval.setting, FIRST, places_Q, outputs_Q, places_Q)
+        plan = RowPlan(tokens, retrieval, FIRST, places_Q, outputs_Q, places_Q)
         targets = torch.from_numpy(tokens[1:]).to(lm_TV.device)[:, None]
         lm_Q = np.append(lm_TV[: len(targets)].gather(1, targets)[:, 0].double().cpu().numpy(), 0.0)
-        self.mix_in(log_probs_NV, [plan], vectors_TD, lm_Q, retrieval)
+        self.mix_in(log_probs_NV, [plan], vectors_TD, lm_Q)
 
-    def mix_in(
-        self, log_probs_NV: Tensor, plans: Sequence[RowPlan], vectors_QD: Tensor, lm_Q: Floats, retrieval: Retrieval
-    ) -> None:
+    def mix_in(self, log_probs_NV: Tensor, plans: Sequence[RowPlan], vectors_QD: Tensor, lm_Q: Floats) -> None:
         """Mix in place; the vectors, and log p_LM of the targets (any number for `UNKNOWN`), are of all plans' places.
 
         A position for which no neighbour is found keeps the plain LM's, as one at which the trust is too low.
         """
-        settings_Q = [plan.setting for plan in plans for _ in plan.places_Q]
-        for setting in dict.fromkeys(settings_Q):
-            chosen_Q = np.array([other == setting for other in settings_Q])
+        retrievals_Q = [plan.retrieval for plan in plans for _ in plan.places_Q]
+        for one in dict.fromkeys(retrievals_Q):
+            chosen_Q = np.array([other == one for other in retrievals_Q])
             vectors = vectors_QD[torch.from_numpy(chosen_Q).to(vectors_QD.device)]
-            same = [plan for plan in plans if plan.setting == setting]
-            self._mix_alike(log_probs_NV, same, vectors, lm_Q[chosen_Q], Retrieval(retrieval.searcher, setting))
+            same = [plan for plan in plans if plan.retrieval == one]
+            self._mix_alike(log_probs_NV, same, vectors, lm_Q[chosen_Q], one)
 
     def _mix_alike(
         self, log_probs_NV: Tensor, plans: Sequence[RowPlan], vectors_QD: Tensor, lm_Q: Floats, retrieval: Retrieval
@@ -221,12 +218,10 @@ class TextMemory:
 
     def _known(self, text: Ids, retrieval: Retrieval) -> _Standing | None:
         with self._lock:
-            return self._standings.get(_key(text, retrieval)) if self._searcher is retrieval.searcher else None
+            return self._standings.get(_key(text, retrieval))
 
     def _hold(self, text: Ids, retrieval: Retrieval, standing: _Standing) -> None:
         with self._lock:
-            if self._searcher is not retrieval.searcher:
-                self._searcher, self._standings = retrieval.searcher, {}
             self._standings.pop(_key(text, retrieval), None)
             self._standings[_key(text, retrieval)] = standing
             while len(self._standings) > _HELD:
@@ -303,5 +298,5 @@ def _standing(log_probs_V: Tensor, shares: TokenShares, number: int, lambdas_N: 
     return _Standing(float(trust_N[number]), tokens_M.astype(np.int32), gains_M.astype(np.float32), other)
 
 
-def _key(text: Ids, retrieval: Retrieval) -> tuple[Mix, bytes]:
-    return retrieval.setting, blake2b(text.astype(np.int32).tobytes(), digest_size=16).digest()
+def _key(text: Ids, retrieval: Retrieval) -> tuple[Retrieval, bytes]:
+    return retrieval, blake2b(text.astype(np.int32).tobytes(), digest_size=16).digest()

@@ -159,9 +159,11 @@ class Citer:
 
     def memory(self, store: StoredText) -> Memory:
         """The documents and the text of a datastore, read on first use."""
-        if store not in self._memories:
-            self._memories = {store: Memory(store)}
-        return self._memories[store]
+        found = self._memories.get(store)
+        if found is None:  # another thread may ask for another datastore meanwhile
+            found = Memory(store)
+            self._memories = {store: found}
+        return found
 
     def text(self, text: str, prompt: str, retrieval: Retrieval) -> Citations:
         """Cite a text that follows a prompt.

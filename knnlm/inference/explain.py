@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +235,23 @@ class Explainer:
     def _likeliest(self, tokens_M: NDArray[np.int64], share_M: Floats) -> tuple[Likely, ...]:
         first = np.argsort(-share_M, kind="stable")[:LIKELIEST]
         return tuple(Likely(self.token_text(int(tokens_M[at])), float(share_M[at])) for at in first if share_M[at] > 0)
+
+
+class NewestExplainer:
+    """Returns an explainer of what a server answers from now, for the model's thread.
+
+    :param retrieval: returns that.
+    """
+
+    def __init__(self, lm: LanguageModel, retrieval: Callable[[], Retrieval]) -> None:
+        self._lm, self._retrieval = lm, retrieval
+        self._of, self._explainer = (found := retrieval()), Explainer(lm, found)
+
+    def __call__(self) -> Explainer:
+        """Return the same explainer until another generation is served."""
+        if (now := self._retrieval()) is not self._of:
+            self._of, self._explainer = now, Explainer(self._lm, now)
+        return self._explainer
 
 
 def _evidence(found: Neighborhood, log_probs_V: Tensor, token: int) -> Evidence:

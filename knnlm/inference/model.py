@@ -137,14 +137,15 @@ class KNNLM:
         batch = _entering(given).shape[0]
         rows_Q = _searched_rows((batch, len(kept)), keep, given, finished)
         plans: list[RowPlan] = []
-        if any(setting.by_text for setting in retrieval.settings(batch)):
+        by_text_B = [one.setting.by_text for one in retrieval.of_rows(batch)]
+        if any(by_text_B):
             plans = self.texts.plans(texts_so_far(given, _entering(given), text), kept, rows_Q, retrieval)
-            rows_Q = rows_Q[[not retrieval.settings(batch)[row].by_text for row in (rows_Q // len(kept)).tolist()]]
+            rows_Q = rows_Q[[not by_text_B[row] for row in (rows_Q // len(kept)).tolist()]]
         output, read = self._plain.run(given, retrieval.layer, keep, wide=any(len(one.places_Q) > 1 for one in plans))
         log_probs_NV, rows_Q = log_softmax(output.logits.flatten(0, 1)), rows_Q.to(read.kept_BTD.device)
         retrieval.mix_in(log_probs_NV, rows_Q, read.kept_BTD.flatten(0, 1)[rows_Q])
         if plans:
-            self.texts.mix_read(log_probs_NV, plans, read, retrieval)
+            self.texts.mix_read(log_probs_NV, plans, read)
         return output, log_probs_NV.view(output.logits.shape)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:

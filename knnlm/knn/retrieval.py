@@ -74,9 +74,9 @@ class Retrieval:
             found = self.find(vectors_QD[block])
             self.mix_shares(log_probs_NV, rows_Q[block], self.shares(found), self.lambdas(found))
 
-    def settings(self, rows: int) -> tuple[Mix, ...]:
-        """Return the setting of each of a batch's rows."""
-        return (self.setting,) * rows
+    def of_rows(self, rows: int) -> tuple[Retrieval, ...]:
+        """Return the retrieval of each of a batch's rows."""
+        return (self,) * rows
 
     def find(self, vectors_QD: Tensor) -> Found:
         """Search for raw vectors of the layer."""
@@ -116,22 +116,21 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class RowRetrieval(Retrieval):
-    """Retrieval with a setting for each row of a batch; every row has the same number of positions."""
+    """Retrieval with one for each row of a batch, all of one layer; every row has the same number of positions."""
 
-    settings_B: tuple[Mix, ...]
+    retrievals_B: tuple[Retrieval, ...]
 
-    def settings(self, rows: int) -> tuple[Mix, ...]:
-        """Return the setting of each row."""
-        return self.settings_B
+    def of_rows(self, rows: int) -> tuple[Retrieval, ...]:
+        """Return the retrieval of each row."""
+        return self.retrievals_B
 
     def mix_in(self, log_probs_NV: Tensor, rows_Q: Tensor, vectors_QD: Tensor) -> None:
-        """As `Retrieval.mix_in`, with one search for each distinct setting."""
-        positions = len(log_probs_NV) // len(self.settings_B)
+        """As `Retrieval.mix_in`, with one search for each distinct retrieval."""
+        positions = len(log_probs_NV) // len(self.retrievals_B)
         owners_Q = (rows_Q // positions).tolist()
-        for setting in dict.fromkeys(self.settings_B):
-            chosen_Q = torch.tensor([self.settings_B[owner] == setting for owner in owners_Q], dtype=torch.bool)
-            same = Retrieval(self.searcher, setting)
-            same.mix_in(log_probs_NV, rows_Q[chosen_Q.to(rows_Q.device)], vectors_QD[chosen_Q.to(vectors_QD.device)])
+        for one in dict.fromkeys(self.retrievals_B):
+            chosen_Q = torch.tensor([self.retrievals_B[owner] == one for owner in owners_Q], dtype=torch.bool)
+            one.mix_in(log_probs_NV, rows_Q[chosen_Q.to(rows_Q.device)], vectors_QD[chosen_Q.to(vectors_QD.device)])
 
 
 def open_retrieval(

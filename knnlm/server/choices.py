@@ -18,7 +18,7 @@ from knnlm.inference.cite import Citation
 from knnlm.inference.copying import CopyGuard
 from knnlm.inference.detokenizer import INCOMPLETE, Detokenizer, TokenTexts
 from knnlm.inference.sampling import choose
-from knnlm.knn.mixing import Mix
+from knnlm.knn.retrieval import Retrieval
 from knnlm.model.lm import LanguageModel
 from knnlm.server.refusals import Refusal
 from knnlm.utf8 import byte_places
@@ -223,6 +223,7 @@ class Prompt:
     """One prompt of a request, and its `n` choices.
 
     :param text: the text given by the client, or that of the given tokens.
+    :param retrieval: what it is answered from, whatever is served by the time of its end.
     :param first: index of its first choice in the answer.
     :param seed: the same seed gives the same choices; None is random.
     :param guard: against runs of the datastore's text in an answer.
@@ -239,7 +240,7 @@ class Prompt:
         words: Words,
         tokens: list[int],
         text: str,
-        setting: Mix,
+        retrieval: Retrieval,
         wish: Wish,
         *,
         first: int,
@@ -249,7 +250,7 @@ class Prompt:
         cite: Cite | None = None,
     ) -> None:
         self.guard, self.cite = guard, cite
-        self.tokens, self.text, self.setting, self.wish, self._words = tokens, text, setting, wish, words
+        self.tokens, self.text, self.retrieval, self.wish, self._words = tokens, text, retrieval, wish, words
         self._first = first
         self._offsets, self._names = words.places(tokens, text) if self.is_scored else ([], [])
         self._scores: list[TokenScore] = []

@@ -19,7 +19,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 _LOCKED = ("/v1/", "/explorer/")
 # Paths counted under their own names.
 _TIMED = ("/v1/completions", "/v1/chat/completions")
-_COUNTED = (*_TIMED, "/v1/models", "/healthz", "/metrics")
+_COUNTED = (*_TIMED, "/v1/models", "/v1/datastore/reload", "/healthz", "/metrics")
 
 
 class RequestGate:

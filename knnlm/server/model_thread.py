@@ -159,8 +159,8 @@ class ModelThread:
             for prompt, log_probs_TV in zip(prompts, log_probs_BTV, strict=True):
                 prompt.score(start - length + len(prompt.tokens), log_probs_TV)
 
-        tokens, settings = [prompt.tokens for prompt in prompts], [prompt.setting for prompt in prompts]
-        batch, log_probs_BV = self._model.prefill(tokens, settings, receive if prompts[0].is_scored else None)
+        tokens, retrievals = [prompt.tokens for prompt in prompts], [prompt.retrieval for prompt in prompts]
+        batch, log_probs_BV = self._model.prefill(tokens, retrievals, receive if prompts[0].is_scored else None)
         self._metrics.count("knnlm_tokens_total", sum(map(len, tokens)), kind="prompt")
         rows = [(row, choice) for row, prompt in enumerate(prompts) for choice in prompt.choices]
         for prompt in prompts:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -45,16 +47,27 @@ def listen(host: str, port: int) -> socket.socket:
     return taken
 
 
-def serve(app: FastAPI, service: Service, listener: socket.socket, started: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish running requests.
+def _ignore(line: str) -> None:
+    """Say nothing."""
+
+
+def serve(
+    app: FastAPI,
+    service: Service,
+    listener: socket.socket,
+    started: Callable[[], None],
+    say: Callable[[str], None] = _ignore,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish running requests. SIGHUP serves the datastore's newest generation.
 
     :param started: called once the server accepts connections.
+    :param say: called with one line when a generation has taken another one's place, or could not.
     :raises KeyboardInterrupt: a second signal came; running requests were not finished.
     """
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
     connection = partial(_Connection, seconds=service.limits.seconds)
     config = uvicorn.Config(app, http=connection, timeout_graceful_shutdown=_IDLE, **options)  # type: ignore[arg-type]
-    server = _Server(config, service, started)
+    server = _Server(config, service, started, say)
     server.run(sockets=[listener])
     if server.force_exit:
         raise KeyboardInterrupt
@@ -145,14 +158,35 @@ class _Connection(H11Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's server, which stops listening only when no request is running; until then new ones are refused."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        started: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
         super().__init__(config)
-        self._service, self._when_started, self._last = service, started, math.inf
+        self._service, self._when_started, self._say, self._last = service, started, say, math.inf
+        self._reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, and call `started`."""
         await super().startup(sockets)
+        # As uvicorn: other threads get no signals, and Windows has no SIGHUP.
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin_reload)
         self._when_started()
+
+    def _begin_reload(self) -> None:
+        task = asyncio.ensure_future(self._reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        try:
+            self._say(f"Serving {await asyncio.to_thread(self._service.reload)}")
+        except Refusal as refusal:
+            self._say(f"Not reloaded: {refusal}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to shut down. uvicorn itself would raise the signal again, and the exit status would not be 0."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from knnlm.errors import InputError, first_line
 from knnlm.inference.batch import RowModel
@@ -20,6 +21,7 @@ from knnlm.server.limits import Limits
 from knnlm.server.metrics import Metrics
 from knnlm.server.model_thread import ModelThread
 from knnlm.server.refusals import Refusal
+from knnlm.server.served import Generations, Served
 from knnlm.server.wire import CompletionRequest, Sampling
 
 
@@ -41,11 +43,13 @@ class Service:
         limits: Limits | None = None,
         *,
         max_copy: int | None = None,
+        newest: Callable[[], Retrieval] | None = None,
     ) -> None:
         """Serve a model; its thread is not yet started.
 
         :param max_copy: the longest run of generated tokens that may stand verbatim in one document. A request may set
             a smaller one.
+        :param newest: opens the newest generation of the datastore, for `reload`; None: there is none.
         :raises InputError: `max_copy` is below 1.
         """
         self.name, self.lm, self.limits = name, lm, limits or Limits()
@@ -53,10 +57,17 @@ class Service:
         self.metrics = Metrics()
         self.thread = ModelThread(RowModel(model, lm.vocabulary), self.limits, self.metrics)
         self._words = Words(lm, end_tokens(model, lm))
-        self._model, self._searcher = model, model.retrieval.searcher
-        self._guard = None if max_copy is None else model.copy_guard(max_copy)
-        self._max_copy = max_copy
-        self._setting, self._count = model.retrieval.setting, model.retrieval.searcher.store.count
+        self._citer, self._max_copy = model.citer, max_copy
+        self._generations = Generations(lm, model, newest, max_copy)
+
+    @property
+    def retrieval(self) -> Retrieval:
+        """What requests that begin now are answered from."""
+        return self._generations.now.retrieval
+
+    def reload(self) -> Served:
+        """Answer from the datastore's newest generation, as `Generations.reload`; requests that run keep theirs."""
+        return self._generations.reload()
 
     def check_model(self, name: str) -> None:
         """:raises Refusal: another model is requested."""
@@ -133,9 +144,9 @@ class Service:
         :param field: the request's field that they come from, for errors.
         :raises Refusal: a field is beyond a limit or not supported.
         """
-        given, n = _one_by_one(request), request.n or 1
-        setting, wish = self._setting_of(request), self._wish(request)
-        guard, cite = self._guard_of(request), self._cite_of(request, setting)
+        given, n, served = _one_by_one(request), request.n or 1, self._generations.now
+        retrieval, wish = self._retrieval_of(request, served), self._wish(request)
+        guard, cite = self._guard_of(request, served), self._cite_of(request, retrieval)
         tokens = [self._encode(one, wish.max_tokens, field) for one in given]
         if wish.scores_prompt:
             self._check_scored(n * sum(map(len, tokens)))
@@ -146,7 +157,7 @@ class Service:
                 self._words,
                 tokens[number],
                 text,
-                setting,
+                retrieval,
                 wish,
                 first=number * n,
                 n=n,
@@ -174,14 +185,14 @@ class Service:
             message = f"the prompts with n ask for {choices} choices, but at most {limits.queue} can wait; send fewer"
             raise Refusal(400, message, param="prompt")
 
-    def _setting_of(self, request: CompletionRequest) -> Mix:
-        asked, own = request.knn, self._setting
+    def _retrieval_of(self, request: CompletionRequest, served: Served) -> Retrieval:
+        asked, own = request.knn, served.retrieval.setting
         if asked is None:
-            return own
-        most = min(self._count, max(self.limits.neighbors, own.k))
+            return served.retrieval
+        most = min(served.store.count, max(self.limits.neighbors, own.k))
         if asked.k is not None and asked.k > most:
             raise Refusal(400, f"knn.k is {asked.k}, but can be at most {most}", param="knn.k")
-        return Mix(
+        setting = Mix(
             own.k if asked.k is None else asked.k,
             own.temperature if asked.temperature is None else asked.temperature,
             own.lam if asked.lam is None else asked.lam,
@@ -189,18 +200,18 @@ class Service:
             own.gate if asked.lam is None else None,
             own.by_text and asked.lam is None,
         )
+        return replace(served.retrieval, setting=setting)
 
-    def _guard_of(self, request: CompletionRequest) -> CopyGuard | None:
+    def _guard_of(self, request: CompletionRequest, served: Served) -> CopyGuard | None:
         asked = None if request.knn is None else request.knn.max_copy
         if asked is None or (self._max_copy is not None and self._max_copy <= asked):
-            return self._guard
-        return self._model.copy_guard(asked)
+            return served.guard
+        return self._generations.guard(served.store, asked)
 
-    def _cite_of(self, request: CompletionRequest, setting: Mix) -> Cite | None:
+    def _cite_of(self, request: CompletionRequest, retrieval: Retrieval) -> Cite | None:
         if not (request.knn and request.knn.citations):
             return None
-        retrieval = Retrieval(self._searcher, setting)
-        return lambda tokens, first: self._model.citer.tokens(tokens, first, retrieval).whole
+        return lambda tokens, first: self._citer.tokens(tokens, first, retrieval).whole
 
     def _wish(self, request: CompletionRequest) -> Wish:
         tokens = 16 if request.max_tokens is None else request.max_tokens  # the defaults are those of OpenAI's API

@@ -102,6 +102,15 @@ class Sampling(Request):
     prompt_cache_key: Ignored = None
 
 
+class Reloaded(BaseModel):
+    """The generation of each datastore that is served from now on."""
+
+    object: Literal["datastore"] = "datastore"
+    id: str
+    generations: list[int]
+    keys: int
+
+
 class CompletionRequest(Sampling):
     """OpenAI's completion request, with the additional field `knn`. Without a prompt, a new text is begun."""
 

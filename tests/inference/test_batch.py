@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +30,10 @@ def alone(model: KNNLM, tokens: list[int], setting: Mix) -> torch.Tensor:
     return forced(model, tokens)
 
 
+def with_settings(model: KNNLM, settings: Sequence[Mix]) -> list[Retrieval]:
+    return [Retrieval(model.retrieval.searcher, setting) for setting in settings]
+
+
 class Rows:
     """A batch, and the tokens that its rows must have."""
 
@@ -38,7 +43,8 @@ class Rows:
         self.batch: RunningBatch | None = None
 
     def enter(self, *rows: tuple[list[int], Mix]) -> None:
-        added, log_probs_BV = self.model.prefill([tokens for tokens, _ in rows], [setting for _, setting in rows])
+        retrievals = with_settings(self.reference, [setting for _, setting in rows])
+        added, log_probs_BV = self.model.prefill([tokens for tokens, _ in rows], retrievals)
         self.check(rows, log_probs_BV)
         if self.batch is None:
             self.batch = added
@@ -90,7 +96,9 @@ def test_all_positions_of_prompts_are_those_alone(kind, scores, knn_of, monkeypa
     random = np.random.default_rng(1)
     prompts = [random.integers(0, VOCABULARY - 1, size).tolist() for size in (7, 29)]
     knn, parts = knn_of(kind), []
-    batch, last_BV = RowModel(knn, VOCABULARY).prefill(prompts, SETTINGS[:2], lambda *part: parts.append(part))
+    batch, last_BV = RowModel(knn, VOCABULARY).prefill(
+        prompts, with_settings(knn, SETTINGS[:2]), lambda *part: parts.append(part)
+    )
     assert [start for start, _ in parts] == list(range(0, 29, 2 if scores < 1e6 and batch.cache else 29))
     whole_BTV = torch.cat([log_probs for _, log_probs in parts], 1)
     for row, (prompt, setting) in enumerate(zip(prompts, SETTINGS, strict=False)):
@@ -116,7 +124,7 @@ def test_one_search_serves_all_rows_of_one_setting(knn_of) -> None:  # noqa: F81
     model.retrieval = replace(model.retrieval, searcher=Watching(model.retrieval.searcher))
     rows = RowModel(model, VOCABULARY)
     searches.clear()
-    rows.prefill([[1, 2], [3], [4, 5, 6], [7]], SETTINGS)
+    rows.prefill([[1, 2], [3], [4, 5, 6], [7]], with_settings(model, SETTINGS))
     assert searches == [(2, 64), (1, 8)]  # none for lambda 0, none at other positions than the last
 
 

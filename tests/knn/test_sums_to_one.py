@@ -119,15 +119,15 @@ def test_any_mixture_sums_to_one(seed, vocabulary, sharpness, scale, offset, mix
             check(mixed_log_probs(make_evidence(one, lm_V), lm_V, setting)[None])
     for found, setting in product((one_store, joint), mixed):
         setting, tokens = replace(setting, by_text=True), rng.integers(0, vocabulary, 4)
-        plan = RowPlan(tokens, setting, 0.5, np.arange(4), np.arange(4), np.arange(4))
+        plan = RowPlan(tokens, Retrieval(found, setting), 0.5, np.arange(4), np.arange(4), np.arange(4))
         lm_Q = plain[torch.arange(4), torch.from_numpy(np.roll(tokens, -1))].double().numpy()
         text_NV = plain.clone()
-        TextMemory(None).mix_in(text_NV, [plan], vectors, lm_Q, Retrieval(found, setting))
+        TextMemory(None).mix_in(text_NV, [plan], vectors, lm_Q)
         check(text_NV)
         assert torch.equal(text_NV[0], plain[0])
     for found in (one_store, joint):
-        rows_NV = plain.clone()
-        RowRetrieval(found, mixed[0], tuple(mixed)).mix_in(rows_NV, rows, vectors)
+        rows_NV, retrievals = plain.clone(), tuple(Retrieval(found, one) for one in mixed)
+        RowRetrieval(found, mixed[0], retrievals).mix_in(rows_NV, rows, vectors)
         check(rows_NV)
 
 
@@ -145,9 +145,10 @@ def test_logits_of_the_model_sum_to_one(lam, gate, by_text, knn_of) -> None:  # 
 
 def test_log_probs_of_the_server_sum_to_one(knn_of) -> None:  # noqa: F811
     settings = (Mix(64, 4.0, 0.6), Mix(16, 2.0, 0.0), Mix(3, 0.5, 1.0), Mix(64, 4.0, 0.6, GATE, by_text=True))
-    rows, heard = RowModel(knn_of("llama"), VOCABULARY), []
+    rows, heard = RowModel(model := knn_of("llama"), VOCABULARY), []
+    retrievals = [Retrieval(model.retrieval.searcher, setting) for setting in settings]
     prompts = [encode(prompt) for prompt in (*PROMPTS, PROMPTS[0])]
-    batch, log_probs_BV = rows.prefill(prompts, settings, lambda start, log_probs_BTV: heard.append(log_probs_BTV))
+    batch, log_probs_BV = rows.prefill(prompts, retrievals, lambda start, log_probs_BTV: heard.append(log_probs_BTV))
     check(torch.cat([log_probs_BV, batch.step([1, 2, 3, 4]), *(one.flatten(0, 1) for one in heard)]))
 
 

@@ -30,7 +30,7 @@ def paced(store: Path, **limits):
     service = make_service(store, **limits)
     turns = Paced(service)
     explainer = Explainer(service.lm, open_retrieval(Datastore.open(store), LAYER, K, TEMPERATURE, LAMBDA))
-    page = explorer_router(explainer, service.thread.run, service.limits.seconds)
+    page = explorer_router(lambda: explainer, service.thread.run, service.limits.seconds)
     with running(service, routers=[page]) as server, ThreadPoolExecutor(8) as pool:
         try:
             yield server, turns, pool
@@ -143,7 +143,7 @@ def test_a_layer_whose_index_is_damaged_names_the_file(store_folder, tmp_path) -
     (copy / "index" / indexed / "index.json").write_text("{}")
     service = make_service(store_folder)
     explainer = Explainer(service.lm, open_retrieval(Datastore.open(copy), other, K, TEMPERATURE, LAMBDA))
-    with running(service, routers=[explorer_router(explainer, service.thread.run)]) as server:
+    with running(service, routers=[explorer_router(lambda: explainer, service.thread.run)]) as server:
         body = {"text": "the nurse", "layer": other}
         assert httpx.post(f"{server.url}/explorer/explain", json=body).status_code == 200
         told = httpx.post(f"{server.url}/explorer/explain", json=body | {"layer": indexed})

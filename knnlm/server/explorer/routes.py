@@ -53,9 +53,10 @@ class Run(Protocol):
     def __call__(self, function: Callable[[], T], /, *, admitted: bool = False) -> Awaitable[T]: ...  # noqa: D102
 
 
-def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seconds) -> APIRouter:
+def explorer_router(explainer: Callable[[], Explainer], run: Run, seconds: float = Limits.seconds) -> APIRouter:
     """Return the routes: the page at `/`, and below `/explorer/` its API, which alone reveals the datastore's text.
 
+    :param explainer: returns that of the datastore's newest generation; called on the model's thread.
     :param seconds: time limit of an answer.
     """
     router = APIRouter(route_class=_Route, responses=_ERRORS)
@@ -74,29 +75,29 @@ def explorer_router(explainer: Explainer, run: Run, seconds: float = Limits.seco
     @router.get("/explorer/store")
     async def store(request: Request) -> Response:
         """Model, datastore, layers with their settings, and limits."""
-        return await answer(request, lambda: wire.store_document(explainer))
+        return await answer(request, lambda: wire.store_document(explainer()))
 
     @router.post("/explorer/explain")
     async def explain(asked: wire.ExplainRequest, request: Request) -> Response:
         """Return each token of a text with the data needed to mix the distributions again under other settings."""
-        return await answer(request, lambda: _explained(explainer, asked))
+        return await answer(request, lambda: _explained(explainer(), asked))
 
     @router.post("/explorer/sources")
     async def sources(asked: wire.SourcesRequest, request: Request) -> Response:
         """Return the text around rows of the datastore."""
-        return await answer(request, lambda: _sources(explainer, asked))
+        return await answer(request, lambda: _sources(explainer(), asked))
 
     @router.post("/explorer/overlaps")
     async def overlaps(asked: wire.OverlapsRequest, request: Request) -> Response:
         """Return the longest run of a text's tokens in each document."""
-        return await answer(request, lambda: wire.overlaps_document(explainer, _checked(explainer, asked.tokens)))
+        return await answer(request, lambda: _overlaps(explainer(), asked))
 
     @router.post("/explorer/continue", response_class=StreamingResponse, responses=_EVENTS)
     async def go_on(asked: wire.ContinueRequest, request: Request) -> Response:
         """Stream new tokens, each an event with its explanation; the last has the finish reason, or an error."""
         deadline = Deadline(seconds)
         # Errors in the request are raised here, while the status can still be set.
-        begun = deadline.wait(run(lambda: _Steps(explainer, asked)))
+        begun = deadline.wait(run(lambda: _Steps(explainer(), asked)))
         steps = await unless_gone(request.receive, begun)
         events = sent_events(_documents(steps, run, deadline))
         return StreamingResponse(events, media_type="text/event-stream", headers=_HEADERS)
@@ -148,24 +149,33 @@ def _dump(document: object) -> str:
 def _explained(explainer: Explainer, asked: wire.ExplainRequest) -> dict[str, Any]:
     if (asked.text is None) == (asked.tokens is None):
         raise InputError("give text or tokens, one of them")
+    _check_generation(explainer, asked)
     tokens = explainer.encode(asked.text) if asked.text is not None else _checked(explainer, asked.tokens or [])
     _check_length(explainer, tokens)
     layer = _layer(explainer, asked.layer)
     evidence = [None, *explainer.evidence(tokens, layer)]
-    return {"layer": layer, **wire.texts_document(explainer, tokens, explainer.pieces(tokens), evidence)}
+    told = {"layer": layer, "generation": wire.generation(explainer)}
+    return {**told, **wire.texts_document(explainer, tokens, explainer.pieces(tokens), evidence)}
 
 
 def _sources(explainer: Explainer, asked: wire.SourcesRequest) -> dict[str, Any]:
+    _check_generation(explainer, asked)
     count = explainer.store.count
     if wrong := next((row for row in asked.rows if row >= count), None):
         raise InputError(f"row {wrong} is none of the datastore's {count}")
     return wire.sources_document(explainer, asked.rows)
 
 
+def _overlaps(explainer: Explainer, asked: wire.OverlapsRequest) -> dict[str, Any]:
+    _check_generation(explainer, asked)
+    return wire.overlaps_document(explainer, _checked(explainer, asked.tokens))
+
+
 class _Steps:
     """Events of one continuation, made on the model's thread; the first is made at once."""
 
     def __init__(self, explainer: Explainer, asked: wire.ContinueRequest) -> None:
+        _check_generation(explainer, asked)
         tokens = _checked(explainer, asked.tokens)
         self._left = min(asked.max_new_tokens, wire.max_tokens(explainer) - len(tokens))
         layer = _layer(explainer, asked.layer)
@@ -203,6 +213,13 @@ async def _documents(steps: _Steps, run: Run, deadline: Deadline) -> AsyncIterat
     while event is not None:
         yield _dump(event)
         event = await deadline.wait(run(steps.next, admitted=True))
+
+
+def _check_generation(explainer: Explainer, asked: wire.OfGeneration) -> None:
+    """:raises Refusal: rows and documents that the client knows are numbered otherwise by now."""
+    if asked.generation not in (None, wire.generation(explainer)):
+        message = "the server reads another generation of the datastore by now; explain the text again"
+        raise Refusal(409, message, param="generation", code="other_generation")
 
 
 def _checked(explainer: Explainer, tokens: list[int]) -> list[int]:

@@ -36,7 +36,13 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_leng
 Row = Annotated[int, Field(ge=0)]
 
 
-class ExplainRequest(Request):
+class OfGeneration(Request):
+    """A request that goes on from an explanation: rows and documents are those of its `generation`."""
+
+    generation: str | None = None
+
+
+class ExplainRequest(OfGeneration):
     """A text or its tokens, and the layer whose keys are searched."""
 
     text: Text | None = None
@@ -44,7 +50,7 @@ class ExplainRequest(Request):
     layer: str | None = None
 
 
-class ContinueRequest(Request):
+class ContinueRequest(OfGeneration):
     """Tokens to continue under a setting; a `temperature_lm` of 0 takes the likeliest token each time."""
 
     tokens: Tokens
@@ -60,16 +66,22 @@ class ContinueRequest(Request):
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
 
 
-class SourcesRequest(Request):
+class SourcesRequest(OfGeneration):
     """Rows of the datastore whose text is requested."""
 
     rows: Annotated[list[Row], Field(max_length=MAX_SOURCES)]
 
 
-class OverlapsRequest(Request):
+class OverlapsRequest(OfGeneration):
     """Tokens of a text whose longest runs in the documents are requested."""
 
     tokens: Tokens
+
+
+def generation(explainer: Explainer) -> str:
+    """Name of the generation: under another one, rows and documents may have other numbers."""
+    manifests = [one.manifest for one in explainer.store.stores]
+    return "+".join(f"{one.generation}-{one.frame[:8]}" for one in manifests)
 
 
 def store_document(explainer: Explainer) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const FULL_BITS = 6; // of change from which on a token has its full colour
 const UNCHANGED_BITS = 0.2; // below which it has none: 15 % more or less
-const state = { store: null, layer: "", setting: null, tokens: [], texts: new Map(), chosen: -1, voters: null, cuts: [], byLayer: new Map(), stop: null, documents: new Map(), overlaps: null, without: null };
+const state = { store: null, layer: "", setting: null, tokens: [], texts: new Map(), chosen: -1, voters: null, cuts: [], byLayer: new Map(), stop: null, documents: new Map(), overlaps: null, without: null, generation: null };
 
 // Distributions
 
@@ -221,6 +221,8 @@ async function explainText(signal) {
   if (!$("text").value) throw new Error("there is no text yet");
   if (!state.store) await loadStore();
   const answer = await (await ask("explorer/explain", { text: $("text").value, layer: state.layer }, signal)).json();
+  if (state.generation !== answer.generation) sources.clear();
+  state.generation = answer.generation;
   state.byLayer.clear();
   state.texts.clear();
   state.cuts = [];
@@ -236,7 +238,7 @@ const goOn = () =>
     if ($("tokens").hidden) await explainText(signal);
     const drawn = $("how").value === "drawn" ? { temperature_lm: 1, top_p: 0.9, seed: Math.floor(Math.random() * 2 ** 53) } : {};
     const { gate, ...setting } = state.setting;
-    const from = { tokens: state.tokens.map((one) => one.token), layer: state.layer, ...setting, gated: Boolean(gate) };
+    const from = { tokens: state.tokens.map((one) => one.token), layer: state.layer, generation: state.generation, ...setting, gated: Boolean(gate) };
     const response = await ask("explorer/continue", { ...from, max_new_tokens: Number($("count").value), ...drawn }, signal);
     state.byLayer.clear();
     switchOff(null);
@@ -253,7 +255,7 @@ const goOn = () =>
 
 async function measureOverlaps(signal) {
   const tokens = state.tokens.map((one) => one.token);
-  state.overlaps = (await (await ask("explorer/overlaps", { tokens }, signal)).json()).overlaps;
+  state.overlaps = (await (await ask("explorer/overlaps", { tokens, generation: state.generation }, signal)).json()).overlaps;
   showDocuments();
 }
 
@@ -294,7 +296,7 @@ const changeLayer = () =>
     state.byLayer.set(state.layer, state.tokens);
     try {
       if (state.tokens.length && !state.byLayer.has(name)) {
-        const answer = await (await ask("explorer/explain", { tokens: state.tokens.map((one) => one.token), layer: name }, signal)).json();
+        const answer = await (await ask("explorer/explain", { tokens: state.tokens.map((one) => one.token), layer: name, generation: state.generation }, signal)).json();
         state.byLayer.set(name, unpack(answer));
       }
     } catch (error) {
@@ -473,7 +475,7 @@ function showVoters(at) {
   document.querySelectorAll(`#${list} li`)[place]?.querySelector("button")?.focus();
 }
 
-const sources = new Map(); // by row of the datastore
+const sources = new Map(); // by row of the datastore, in the generation of the explanation
 let turn = 0;
 
 async function showNeighbors(evidence, weights) {
@@ -486,7 +488,7 @@ async function showNeighbors(evidence, weights) {
   const missing = shown.map((i) => evidence.rows[i]).filter((row) => !sources.has(row));
   $("neighbors").setAttribute("aria-busy", missing.length > 0);
   if (missing.length) {
-    const told = await ask("explorer/sources", { rows: missing }).then((response) => response.json(), () => null);
+    const told = await ask("explorer/sources", { rows: missing, generation: state.generation }).then((response) => response.json(), () => null);
     told?.sources.forEach((source, at) => sources.set(missing[at], source));
     if (mine !== turn) return; // something else was opened meanwhile
     if (!told) $("neighbors-note").append(" Their text could not be fetched.");

@@ -1,0 +1,88 @@
+"""What the server answers from: one generation of a datastore, until a newer one takes its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+
+from knnlm.errors import DatastoreMismatch, InputError, KNNLMError, ModelError
+from knnlm.inference.copying import CopyGuard
+from knnlm.inference.model import KNNLM
+from knnlm.knn.retrieval import Retrieval
+from knnlm.model.lm import LanguageModel
+from knnlm.server.refusals import Refusal
+from knnlm.store.joint import AnyStore
+from knnlm.store.tokens import check_tokens
+
+
+@dataclass(frozen=True)
+class Served:
+    """One generation as it was opened. A request keeps the one that it began with."""
+
+    retrieval: Retrieval
+    guard: CopyGuard | None
+    """Against runs of its text that are longer than the server allows."""
+
+    @property
+    def store(self) -> AnyStore:
+        """The datastore, or several as one."""
+        return self.retrieval.searcher.store
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """That of each datastore, in the order in which they were given."""
+        return tuple(one.manifest.generation for one in self.store.stores)
+
+    def __str__(self) -> str:
+        return f"generation {' + '.join(map(str, self.generations))} with {self.store.count:,} keys"
+
+
+class Generations:
+    """The generation that is served now, and how the newest one takes its place.
+
+    :param newest: opens the newest generation; None: there is only the one of the model.
+    :param max_copy: the longest run of generated tokens that may stand verbatim in one document.
+    :raises InputError: `max_copy` is below 1.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, model: KNNLM, newest: Callable[[], Retrieval] | None, max_copy: int | None
+    ) -> None:
+        self._lm, self._citer, self._newest, self._max_copy = lm, model.citer, newest, max_copy
+        self._lock = Lock()
+        self.now = self._served(model.retrieval)
+        """What requests that begin now are answered from."""
+
+    def guard(self, store: AnyStore, max_copy: int) -> CopyGuard:
+        """Return a guard against runs of a generation's text."""
+        return CopyGuard(self._citer.memory(store).text, max_copy)
+
+    def reload(self) -> Served:
+        """Serve the newest generation from now on, and return it. For any thread: it takes seconds.
+
+        :raises Refusal: it cannot be served; the one before still is. 409: it does not fit what is served. 503: it
+            cannot be read.
+        """
+        with self._lock:
+            try:
+                self.now = self._open()
+            except KNNLMError as error:
+                wrong = isinstance(error, InputError | ModelError | DatastoreMismatch)
+                status, code = (409, "datastore_mismatch") if wrong else (503, "datastore_unreadable")
+                raise Refusal(status, f"{error}; {self.now} goes on being served", code=code) from error
+            return self.now
+
+    def _open(self) -> Served:
+        if self._newest is None:
+            raise InputError("this server was not told how to open its datastore again; start it anew")
+        found = self._newest()
+        found.searcher.store.first.check_model(self._lm.fingerprint)
+        check_tokens(found.searcher.store, self._lm.vocabulary)
+        if found.layer != (own := self.now.retrieval.layer):
+            raise DatastoreMismatch(f"its layer is {found.layer} by now, but {own} is served; start the server anew")
+        return self._served(found)
+
+    def _served(self, retrieval: Retrieval) -> Served:
+        most = self._max_copy
+        return Served(retrieval, None if most is None else self.guard(retrieval.searcher.store, most))

@@ -1,0 +1,253 @@
+"""A server whose datastore grows: the newest generation is served when it is asked for, and what runs keeps its own."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+
+import knnlm
+from knnlm import KNNLM
+from knnlm.inference.explain import NewestExplainer
+from knnlm.knn.retrieval import open_retrieval
+from knnlm.server.explorer.routes import explorer_router
+from knnlm.server.refusals import Refusal
+from knnlm.store.datastore import Datastore
+from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
+from tests.server.test_server_limits import post, start
+from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, make_service, newest, running, until
+
+PROMPT = "the nurse counts"
+
+
+@pytest.fixture
+def store(store_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(store_folder, tmp_path / "store"))
+
+
+def grow(store: Path, lm: knnlm.LanguageModel) -> Datastore:
+    """Add documents that go on as the prompt does, each with another word than the datastore has."""
+    more = [f"{PROMPT} zero zero zero zero zero zero zero zero" for _ in range(40)]
+    return knnlm.add(lm, store, [str(write_jsonl(store.parent / "more.jsonl", [*more, *texts(7, 2)]))])
+
+
+def greedy(store: Datastore, lm: knnlm.LanguageModel, tokens: int) -> str:
+    """What the kNN-LM of a generation itself writes."""
+    model = KNNLM.from_store(store, LAYER, K, TEMPERATURE, LAMBDA, lm=lm)
+    ids = torch.tensor([lm.encode(PROMPT).tolist()])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return lm.decode(found[0].tolist()).removeprefix(PROMPT)
+
+
+def text(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def reload(server, **options) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/datastore/reload", timeout=60, **options)
+
+
+def test_a_request_that_runs_keeps_its_generation_and_the_next_has_the_newest(store) -> None:
+    service = make_service(store)
+    before = Datastore.open(store)
+    after = grow(store, service.lm)  # not served yet
+    turns = Paced(service)
+    with running(service) as server, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(post, server, max_tokens=8)
+        until(lambda: turns.is_due)
+        turns.allow(3)
+        until(lambda: turns.is_due and service.thread.running == 1)
+        answer = reload(server)
+        assert answer.json() == {
+            "object": "datastore",
+            "id": NAME,
+            "generations": [after.manifest.generation],
+            "keys": after.count,
+        }
+        second = pool.submit(post, server, max_tokens=8)
+        until(lambda: service.thread.waiting == 1)
+        turns.allow(2)  # a step, and the reading of the second
+        until(lambda: turns.is_due and service.thread.running == 2)  # both are in one batch
+        turns.allow(1000)
+        found = text(first.result()), text(second.result())
+    assert after.count > before.count
+    assert found == (greedy(before, service.lm, 8), greedy(after, service.lm, 8)) and found[0] != found[1]
+
+
+def test_k_citations_and_the_guard_are_those_of_the_newest(store) -> None:
+    service = make_service(store, neighbors=10_000)
+    with running(service) as server:
+        before, knn = Datastore.open(store), {"citations": True, "lambda": 0.9}
+        told = post(server, max_tokens=4, knn={"k": before.count + 1})
+        assert told.status_code == 400 and f"at most {before.count}" in told.text
+        after = grow(store, service.lm)
+        assert reload(server).status_code == 200
+        cited = post(server, max_tokens=4, knn={"k": before.count + 1, **knn}).json()["choices"][0]["citations"]
+        assert "more.jsonl" in {one["document"] for one in cited["documents"]}
+        copied = text(post(server, max_tokens=6, knn={"lambda": 1.0, "k": 4}))
+        guarded = text(post(server, max_tokens=6, knn={"lambda": 0.9, "k": 64, "max_copy": 2}))
+        words = service.lm.encode(f"{PROMPT}{guarded}").tolist()[len(service.lm.encode(PROMPT)) :]
+        assert "zero zero" in copied
+        runs = {tuple(after.values[row : row + 3].tolist()) for row in range(before.count, after.count - 2)}
+        assert not {tuple(words[at : at + 3]) for at in range(len(words) - 2)} & runs
+
+
+def damage(store: Path) -> None:
+    manifest = store / "datastore.json"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+
+
+def check_refusal(answer: httpx.Response, status: int, code: str, words: str) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code)
+    assert re.search(words, error["message"]) and "\n" not in error["message"]
+    assert error["message"].endswith("goes on being served")
+
+
+def test_a_damaged_datastore_leaves_the_old_one_serving(store) -> None:
+    service = make_service(store)
+    with running(service) as server:
+        first = text(post(server, max_tokens=6))
+        grow(store, service.lm)
+        whole = (store / "datastore.json").read_bytes()
+        damage(store)
+        check_refusal(
+            reload(server), 503, "datastore_unreadable", r"datastore.json .*; generation \d+ with [\d,]+ keys"
+        )
+        assert text(post(server, max_tokens=6)) == first
+        shutil.move(store, store.with_name("away"))
+        check_refusal(reload(server), 503, "datastore_unreadable", "is not a datastore")
+        shutil.move(store.with_name("away"), store)
+        (store / "datastore.json").write_bytes(whole)
+        assert reload(server).status_code == 200
+        assert text(post(server, max_tokens=6)) != first
+
+
+@pytest.mark.parametrize("problem", ["layer", "model", "neither"])
+def test_what_does_not_fit_is_refused(store, problem, gpt2_folder, tmp_path) -> None:
+    service = make_service(store)
+    if problem == "layer":
+        service._generations._newest = lambda: newest(store, "1.ffn_input")
+        words = "its layer is 1.ffn_input by now, but 2.ffn_input is served"
+    elif problem == "neither":
+        service._generations._newest = None
+        words = "start it anew"
+    else:
+        fingerprint = {**service.lm.fingerprint, "weights": "0" * 64}
+        service._generations._lm = SimpleNamespace(fingerprint=fingerprint, vocabulary=service.lm.vocabulary)
+        words = "was made with another model"
+    with running(service) as server:
+        check_refusal(reload(server), 409, "datastore_mismatch", words)
+        assert post(server, max_tokens=1).status_code == 200
+
+
+def test_reload_needs_the_key_and_is_described(store) -> None:
+    with running(make_service(store), api_key="s3cret") as server:
+        assert reload(server).status_code == 401
+        assert reload(server, headers={"authorization": "Bearer s3cret"}).status_code == 200
+        assert reload(server, headers={"authorization": "Bearer s3cret"}, content=b"anything").status_code == 200
+        described = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/v1/datastore/reload"]["post"]
+        assert (
+            "newest generation" in described["description"] and {"200", "4XX", "5XX"} <= described["responses"].keys()
+        )
+        counted = 'path="/v1/datastore/reload",status="200"} 2'
+        assert counted in httpx.get(f"{server.url}/metrics").text
+
+
+# The explorer
+
+
+@contextmanager
+def explored(store: Path):
+    service = make_service(store)
+    explainer = NewestExplainer(service.lm, lambda: service.retrieval)
+    with running(service, routers=[explorer_router(explainer, service.thread.run)]) as server:
+        yield service, server
+
+
+def test_explorer_explains_the_newest_and_refuses_numbers_of_another(store) -> None:
+    with explored(store) as (service, server):
+
+        def ask(path: str, **body) -> httpx.Response:
+            return httpx.post(f"{server.url}/explorer/{path}", json=body, timeout=60)
+
+        def keys() -> int:
+            return httpx.get(f"{server.url}/explorer/store", timeout=60).json()["keys"]
+
+        before = Datastore.open(store).count
+        told = ask("explain", text=PROMPT).json()
+        rows, tokens = told["tokens"][1]["evidence"]["rows"][:2], [one["token"] for one in told["tokens"]]
+        knows = {"generation": told["generation"]}
+        assert keys() == before and ask("sources", rows=rows, **knows).status_code == 200
+        after = grow(store, service.lm)
+        assert keys() == before
+        assert reload(server).status_code == 200
+        assert keys() == after.count
+        again = ask("explain", text=PROMPT).json()
+        assert again["generation"] != told["generation"]
+        assert max(again["tokens"][-1]["evidence"]["rows"]) >= before
+        going = {"tokens": tokens, "k": 4, "temperature": 1.0, "lambda": 0.5, "max_new_tokens": 2}
+        for path, body in (
+            ("sources", {"rows": rows}),
+            ("explain", {"tokens": tokens}),
+            ("overlaps", {"tokens": tokens}),
+            ("continue", going),
+        ):
+            answer = ask(path, **body, **knows)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_generation")
+            assert ask(path, **body, generation=again["generation"]).status_code == 200
+
+
+# The process
+
+
+def test_sighup_takes_the_newest_and_says_so(store) -> None:
+    process, url = start(store)
+
+    def hang_up() -> str:
+        process.send_signal(signal.SIGHUP)
+        return process.stdout.readline()
+
+    with process, httpx.Client(base_url=url, timeout=60) as client:
+        body = {"model": store.name, "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+        lm = knnlm.load_model(Datastore.open(store).model)
+        assert text(client.post("/v1/completions", json=body)) == greedy(Datastore.open(store), lm, 8)
+        after = grow(store, lm)
+        assert hang_up() == f"Serving generation {after.manifest.generation} with {after.count:,} keys\n"
+        newer = greedy(after, lm, 8)
+        assert text(client.post("/v1/completions", json=body)) == newer
+        damage(store)
+        line = hang_up()
+        assert re.fullmatch(r"Not reloaded: .*datastore.json.*; generation \d+ with [\d,]+ keys goes .*\n", line), line
+        assert text(client.post("/v1/completions", json=body)) == newer
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_two_reloads_at_once_are_one_after_the_other(store) -> None:
+    service, opened = make_service(store), []
+    own = service._generations._newest
+
+    def slow():
+        opened.append("begun")
+        until(lambda: True)
+        found = own()
+        opened.append("done")
+        return found
+
+    service._generations._newest = slow
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: service.reload(), range(4)))
+    assert opened == ["begun", "done"] * 4
+    service._generations._newest = lambda: open_retrieval(Datastore.open(store / "nothing"), LAYER)
+    with pytest.raises(Refusal, match="is not a datastore"):
+        service.reload()
