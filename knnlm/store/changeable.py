@@ -104,17 +104,18 @@ class Changeable(ABC):
             newest._changing = True
             yield newest
 
-    def commit_parts(self, parts: Sequence[PartEntry], *, keep_indexes: bool = True) -> None:
+    def commit_parts(self, parts: Sequence[PartEntry], *, keep_indexes: bool = True, built: int | None = None) -> None:
         """Write the next generation, if its parts are others, and remove what it does not list; inside of `writing`.
 
         Indexes go on: what they lack is compared exactly. This object is of no more use then.
         :param keep_indexes: False: they are removed, and are to be trained anew (`renew_indexes`).
+        :param built: the manifest's field, where it changes.
         :raises DatastoreError: the folder cannot be written.
         """
         # The mark goes first: after a kill between the two, parts are made again, and never listed twice.
         (self.folder / UNFINISHED).unlink(missing_ok=True)
         if tuple(parts) != self._manifest.parts:
-            self._put(with_parts(self._manifest, parts, keep_indexes=keep_indexes))
+            self._put(with_parts(self._manifest, parts, keep_indexes=keep_indexes, built=built))
         self.remove_leftovers()
 
     def remove_leftovers(self) -> None:

@@ -20,7 +20,7 @@ from knnlm.errors import DatastoreMismatch, InputError
 from knnlm.files import write_json
 from knnlm.places import PARTS, REPORTS
 from knnlm.store.datastore import Datastore
-from knnlm.store.document_table import PartDocuments, row_runs
+from knnlm.store.document_table import PartDocuments, row_runs, rows_that_count
 from knnlm.store.manifest import NAME, PartEntry, centre_file, unbuilt_indexes
 from knnlm.store.model_place import relative_place
 from knnlm.store.part import part_number
@@ -45,7 +45,7 @@ def remove(store: Datastore, documents: Iterable[Named], *, purge: bool = False)
         if purge:
             _purge(newest, entries)
         else:
-            newest.commit_parts(entries)
+            newest.commit_parts(entries, built=_still_built(newest, entries))
     return Datastore.open(store.folder)
 
 
@@ -91,6 +91,7 @@ def merge(stores: Sequence[Datastore], folder: Path) -> Datastore:
         count=count,
         generation=1,
         corpus="",
+        built=first.manifest.built_keys,
         indexes=unbuilt_indexes(first.manifest),
     )
     write_json(folder / NAME, merged.to_json())
@@ -130,13 +131,23 @@ def _removing(one: PartDocuments, numbers_N: NDArray[np.int64]) -> PartEntry:
     return replace(one.entry, removed=removed, live=live)
 
 
+def _still_built(store: Datastore, entries: Sequence[PartEntry]) -> int:
+    """Keys left of those that the frame was made with, after these removals."""
+    live, built = store.live_rows, store.manifest.built_keys
+    if not built:
+        return 0
+    end = built if live is None else int(live.stored(np.array([built - 1]))[0]) + 1
+    left = [replace(one, entry=entry) for one, entry in zip(store.part_documents, entries, strict=True)]
+    return int(rows_that_count(left).live(np.array([end]))[0])
+
+
 def _purge(store: Datastore, entries: Sequence[PartEntry]) -> None:
     """Rewrite every part that has removed documents, and remove what else may hold them."""
     kept = [_joined(store, [entry]) for entry in entries if entry.live]
     # Reports first: once the documents are gone, the same command is refused, and would leave the reports.
     for name in REPORTS:
         (store.folder / name).unlink(missing_ok=True)
-    store.commit_parts(kept, keep_indexes=False)
+    store.commit_parts(kept, keep_indexes=False, built=_still_built(store, entries))
 
 
 def _groups(parts: Sequence[PartEntry], part_rows: int) -> Iterator[list[PartEntry]]:

@@ -18,6 +18,7 @@ Legend: N keys, D dimension.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from knnlm.progress import Advance
 from knnlm.shown import brief
 from knnlm.store.changeable import Changeable
 from knnlm.store.document_table import PartDocuments, document_table, index_runs, rows_that_count
+from knnlm.store.drift import key_drift, stale_lines
 from knnlm.store.hub import on_disk
 from knnlm.store.keys import Keys
 from knnlm.store.live import LiveRows
@@ -296,6 +298,7 @@ class Datastore(Changeable, StoredText):
     def describe(self) -> dict[str, Any]:
         """Return a summary as plain values, for `knnlm info`."""
         manifest = self._manifest
+        drift = {layer: key_drift(self.keys(layer), manifest.built_keys) for layer in self.layers}
         return {
             "folder": str(self.folder),
             "model": self.model,
@@ -312,25 +315,16 @@ class Datastore(Changeable, StoredText):
             "indexes": manifest.indexes,
             "choice": manifest.scores.get("choice") if isinstance(manifest.scores, dict) else None,
             "fitted": manifest.fitted,
-            "stale": self._stale(),
+            "drift": {layer: one and asdict(one) for layer, one in drift.items()},
+            "stale": list(stale_lines(manifest, self._lacking(), drift)),
             "versions": manifest.versions,
         }
 
-    def _stale(self) -> list[str]:
-        """What was measured or chosen on other documents than those of today, and what renews it."""
-        manifest, found = self._manifest, []
-        if manifest.corpus:
-            return []
-        if manifest.scores is not None:
-            found.append("Stale: the scores and the choice are of the documents before; `knnlm.build` makes new ones.")
-        if manifest.fitted:
-            found.append("Stale: k, λ and T were fitted to the documents before; `knnlm.evaluate` fits them again.")
-        for layer, entry in manifest.indexes.items():
-            if layer not in manifest.built_indexes:
-                found.append(f"The index of {layer} is still to be built, by `knnlm.compact`; search is exact.")
-            elif entry.get("parts") and self.index_runs(layer) is not None:
-                found.append(f"The index of {layer} was built over other documents; later ones are compared exactly.")
-        return found
+    def _lacking(self) -> dict[str, int]:
+        """For each layer whose index lacks keys, how many: all, where it is still to be built."""
+        runs = {layer: self.index_runs(layer) for layer in self._manifest.indexes}
+        found = {layer: self.count - int(runs_R3[:, 2].sum()) for layer, runs_R3 in runs.items() if runs_R3 is not None}
+        return {layer: keys for layer, keys in found.items() if keys}
 
     def _describe_keys(self, layer: LayerKeys) -> dict[str, Any]:
         size = self.count * layer.dim * np.dtype(layer.dtype).itemsize

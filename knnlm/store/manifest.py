@@ -174,6 +174,8 @@ class Manifest:
     """Rises with every change; 0 while the first parts are made."""
     corpus: str = ""
     """Fingerprint of the text's tokens; empty once documents were added or removed."""
+    built: int | None = None
+    """Keys that count of those that the frame was made with, which come first; None: all."""
     scores: Any = None
     """The layers' scores and the choice, as `knnlm.documents.score_document` returns them."""
     fitted: Any = None
@@ -215,6 +217,11 @@ class Manifest:
         return tuple(layer for layer, entry in self.indexes.items() if entry.get("parts") != [])
 
     @property
+    def built_keys(self) -> int:
+        """Keys that count of those that the frame was made with; later ones come after them."""
+        return self.count if self.built is None else self.built
+
+    @property
     def frame(self) -> str:
         """Checksum of what every part is made with: model, layers, windows."""
         return frame_checksum(self.fingerprint, self.layers, self.context, self.stride)
@@ -235,11 +242,14 @@ def frame_checksum(fingerprint: Mapping[str, str], layers: Mapping[str, LayerKey
     return str(sealed({"model": model, "layers": kept, "context": context, "stride": stride})[CHECKSUM])
 
 
-def with_parts(old: Manifest, parts: Sequence[PartEntry], *, keep_indexes: bool = True) -> Manifest:
+def with_parts(
+    old: Manifest, parts: Sequence[PartEntry], *, keep_indexes: bool = True, built: int | None = None
+) -> Manifest:
     """Return the next generation of a manifest, with other parts.
 
     Its indexes tell what they were built over; without `keep_indexes` they are to be trained anew. A k beyond the
     number of keys is lowered.
+    :param built: as the manifest's, where it changes.
     """
     count = sum(part.live for part in parts)
     then = [asdict(IndexedPart(part.name, part.live, part.removed)) for part in old.parts]
@@ -255,6 +265,7 @@ def with_parts(old: Manifest, parts: Sequence[PartEntry], *, keep_indexes: bool 
         count=count,
         generation=old.generation + 1,
         corpus="",
+        built=old.built_keys if built is None else built,
         indexes=indexes,
         fitted=fitted,
     )
@@ -359,6 +370,7 @@ def _check_counts(manifest: Manifest) -> None:
     live, names = sum(part.live for part in manifest.parts), {part.name for part in manifest.parts}
     demand(live == manifest.count, f"the parts have {live} rows, the datastore has {manifest.count}")
     demand(manifest.count >= 1, f"count is {manifest.count}, but must be at least 1")
+    demand(0 <= manifest.built_keys <= manifest.count, f"built is {manifest.built} of {manifest.count} keys")
     demand(manifest.generation >= 0, f"generation is {manifest.generation}, but must be at least 0")
     demand(len(names) == len(manifest.parts), "a part is listed twice")
 

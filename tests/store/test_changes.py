@@ -120,6 +120,7 @@ class Histories(RuleBasedStateMachine):
     @initialize(drawn=DRAWN)
     def begin(self, drawn):
         self.documents = documents_of(drawn)
+        self.first = list(self.documents)
         self.store = build(self.place / "store", self.documents)
         self.frame = build(self.place / "frame", self.documents)
 
@@ -192,6 +193,8 @@ class Histories(RuleBasedStateMachine):
         fresh = self.fresh(self.documents)
         check_same(Datastore.open(self.store.folder), fresh)
         shutil.rmtree(fresh.folder)
+        left = [tokens for _, _, tokens, vectors in self.documents if any(vectors is one[3] for one in self.first)]
+        assert self.store.manifest.built_keys == sum(len(tokens) - 1 for tokens in left)
 
 
 @pytest.fixture
