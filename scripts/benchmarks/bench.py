@@ -2,7 +2,7 @@
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes, without the layer table
-    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, parts, scale, real
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, changing, parts, scale, real
     scripts/bench --only real --model SMOLLM2 --text TEXT --held-out TEXT     the verbs on a real pretrained model
 
 Figures are ratios of speeds, measured in turn in one process; docs/performance.md explains each line. Without --model
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import building
+import changing
 import evaluation
 import exact
 import extraction
@@ -75,6 +76,7 @@ def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Ma
         "building": lambda: building.rows(args.keys, keys=size.searched, rounds=size.rounds),
         "parts": lambda: parts.rows(keys=size.searched, rounds=size.rounds),
         "scale": lambda: scale.rows(keys=size.searched),
+        "changing": lambda: changing.rows(args.keys, keys=size.searched, rounds=size.rounds),
         "extraction": lambda: extraction.rows(args.model, args.text, tokens=size.tokens, rounds=size.rounds),
         "evaluation": lambda: evaluation.rows(
             args.model, args.text, args.held_out, keys=size.keys, queries=size.queries, rounds=size.rounds
