@@ -10,8 +10,9 @@
 Names are loaded lazily, on first use, so that `import knnlm` is fast. `help(knnlm.NAME)` documents each.
 
 models    load_model, random_model, LanguageModel
-verbs     run, score, build, evaluate, rank_models, score_vectors
-store     open_datastore, open_datastores, Datastore, JointStore, index_layer, add, remove, compact, merge, push
+verbs     run, score, build, build_from_vectors, evaluate, rank_models, score_vectors
+store     open_datastore, open_datastores, Datastore, JointStore, DatastoreWriter, index_layer
+          add, remove, compact, merge, push
 use       KNNLM for generate(), register_lm_eval for lm-evaluation-harness
 settings  Settings, TextConfig, LayerConfig, KNNConfig, EvalConfig
 results   EvalResult, LayerResult, Perplexity, ByQuery, Choice, Regret, Correlation, IndexReport, Interval
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from knnlm.knn.indexing import index_layer
     from knnlm.model.lm import LanguageModel
     from knnlm.model.loading import load_model, random_model
-    from knnlm.pipeline import add, build, compact, evaluate, merge, remove, run, score
+    from knnlm.pipeline import add, build, build_from_vectors, compact, evaluate, merge, remove, run, score
     from knnlm.results import (
         ByQuery,
         Choice,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from knnlm.sharing.push import push
     from knnlm.store.datastore import Datastore, open_datastore
     from knnlm.store.joint import JointStore, open_datastores
+    from knnlm.store.writer import DatastoreWriter
     from knnlm.studies.correlate.study import CorrelateConfig, Study, study_correlation
     from knnlm.studies.rank_models.ranking import ModelGap, Ranking, rank_models
     from knnlm.studies.rank_models.token_sets import TokenSource
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
         "DatastoreError",
         "DatastoreExists",
         "DatastoreMismatch",
+        "DatastoreWriter",
         "EvalConfig",
         "EvalResult",
         "IndexReport",
@@ -130,6 +133,7 @@ if TYPE_CHECKING:
         "__version__",
         "add",
         "build",
+        "build_from_vectors",
         "compact",
         "different_token_distance",
         "distance_between",
@@ -185,6 +189,7 @@ _NAMES = {
     "pipeline": (
         "add",
         "build",
+        "build_from_vectors",
         "compact",
         "evaluate",
         "merge",
@@ -219,6 +224,7 @@ _NAMES = {
         "JointStore",
         "open_datastores",
     ),
+    "store.writer": ("DatastoreWriter",),
     "studies.correlate.study": (
         "CorrelateConfig",
         "Study",

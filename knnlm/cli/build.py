@@ -16,6 +16,11 @@ from knnlm.cli.store import show_store
 if TYPE_CHECKING:
     from knnlm.config import Settings
 
+Text = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="One or more files, folders (.txt .jsonl .parquet) or hf:NAME/CONFIG:SPLIT."),
+    Place(),
+]
 FitText = Annotated[
     list[str] | None,
     typer.Option("--eval-text", help="Text to fit k, λ and T on; default: about 1 % of the text is kept back."),
@@ -23,6 +28,11 @@ FitText = Annotated[
 ]
 
 
+HiddenStates = Annotated[
+    Path | None,
+    typer.Option("--hidden-states", help="Folder of given token ids and vectors (.npz .safetensors), not --text."),
+    Place(),
+]
 Frame = Annotated[
     Path | None, typer.Option("--frame", help="Datastore whose layers, centres and windows are taken, to merge both.")
 ]
@@ -61,7 +71,8 @@ class BuildOptions:
 def build(
     *,
     model: options.Model,
-    text: options.Text,
+    text: Text = None,
+    hidden_states: HiddenStates = None,
     out: options.Out,
     eval_text: FitText = None,
     given: BuildOptions,
@@ -75,16 +86,44 @@ def build(
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = given.settings()
+    _check_source(text, hidden_states, frame)
     from knnlm.places import as_list, check_new_folder, work_of
 
-    work = work_of("build", model, text, eval_text, settings, frame and str(frame))
-    check_new_folder(out, overwrite=overwrite, inputs=(model, *text, *as_list(eval_text)), work=work)
-    check_texts([*text, *(eval_text or ())], text_field=given.rows.text_field)
+    if hidden_states is None:
+        work = work_of("build", model, text, eval_text, settings, frame and str(frame))
+    else:
+        work = work_of("build from vectors", model, hidden_states, eval_text, settings)
+    inputs = (model, *as_list(text or hidden_states), *as_list(eval_text))
+    check_new_folder(out, overwrite=overwrite, inputs=inputs, work=work)
+    check_texts([*(text or ()), *(eval_text or ())], text_field=given.rows.text_field)
     screen = output.screen()
     lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline
+    from knnlm.pipeline import build_from_vectors
 
-    store = build_pipeline(
-        lm, text, out, eval_text=eval_text, settings=settings, overwrite=overwrite, frame=frame, progress=screen
-    )
+    if hidden_states is None:
+        store = build_pipeline(
+            lm,
+            text or [],
+            out,
+            eval_text=eval_text,
+            settings=settings,
+            overwrite=overwrite,
+            frame=frame,
+            progress=screen,
+        )
+    else:
+        store = build_from_vectors(
+            lm, hidden_states, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen
+        )
     show_store(store.describe(), screen)
+
+
+def _check_source(text: list[str] | None, hidden_states: Path | None, frame: Path | None) -> None:
+    """Refuse what does not say where keys come from, or says it twice."""
+    if (text is None) == (hidden_states is None):
+        raise typer.BadParameter("give one of them", param_hint="--text, --hidden-states")
+    if hidden_states is not None and frame is not None:
+        raise typer.BadParameter("--hidden-states makes a frame of its own", param_hint="--frame")
+    if hidden_states is not None and not hidden_states.is_dir():
+        raise typer.BadParameter(f"{hidden_states} is no folder", param_hint="--hidden-states")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from knnlm.config import BATCH_TOKENS
 from knnlm.errors import InputError
@@ -14,6 +15,7 @@ from knnlm.extraction.passes import forward, forward_to_head
 from knnlm.extraction.scorer_state import ScorerState
 from knnlm.extraction.sinks import TargetScorer, make_sinks
 from knnlm.layer_names import FINAL
+from knnlm.model.decoder import Receive
 from knnlm.model.lm import LanguageModel
 from knnlm.progress import Advance, ignore
 from knnlm.scores.dispersion import Span
@@ -22,6 +24,12 @@ from knnlm.store.writer import DatastoreWriter
 from knnlm.text.clusters import CLUSTER_TOKENS
 from knnlm.text.part_plan import in_parts
 from knnlm.text.windows import Batch, Fingerprint, TokenDocument, Window, WindowConfig, batches, windows
+
+
+class Give(Protocol):
+    """Gives the vectors of a batch, as far as it has the layers, to every receiver."""
+
+    def __call__(self, batch: Batch, layers: Sequence[str], /, *receivers: Receive) -> None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ def collect(
     scorer: LayerScorer | None = None,
     writer: DatastoreWriter | None = None,
     targets: TargetScorer | None = None,
+    give: Give | None = None,
     state: ScorerState | None = None,
     advance: Advance = ignore,
     stop: Callable[[LayerScorer], bool] | None = None,
@@ -51,6 +60,7 @@ def collect(
 
     :param layers: layers whose vectors the scorer and the writer get.
     :param targets: gets the vectors that enter the head, and scores every target.
+    :param give: gives the vectors of a batch in place of a forward pass.
     :param state: keeps the scorer between parts, so that it too goes on where the writer does.
     :param stop: called after every batch; True ends the pass early.
     :raises ModelError: a layer gives NaN or infinite values; names the layer, the document and the position.
@@ -67,6 +77,8 @@ def collect(
             sink.begin(batch, spans)
         if is_stored:
             pass
+        elif give is not None:
+            give(batch, read, *receivers)
         elif targets is None:
             forward(lm, batch, read, *receivers)
         else:

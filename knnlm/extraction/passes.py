@@ -26,6 +26,12 @@ def forward(
     :param unit: name of what a window's `number` counts in its source, for errors.
     :raises ModelError: a receiver met a `BadVector`; names the layer, the source and the position.
     """
+    take = located(batch, receivers, unit)
+    lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, take)
+
+
+def located(batch: Batch, receivers: Sequence[Receive], unit: str = "document") -> Receive:
+    """Return a receiver that gives a batch's vectors to all of them. Its errors are those of `forward`."""
 
     def take(layer: str, vectors_BTD: Tensor) -> None:
         try:
@@ -34,7 +40,7 @@ def forward(
         except BadVector as error:
             raise _located(error, layer, batch, unit) from None
 
-    lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, take)
+    return take
 
 
 def forward_to_head(lm: LanguageModel, batch: Batch, layers: Sequence[str], *receivers: Receive) -> Tensor:

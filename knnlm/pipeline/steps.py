@@ -16,6 +16,7 @@ from knnlm.evaluation.piloting import pilots_of
 from knnlm.evaluation.queries import Queries, check_evaluation, open_queries
 from knnlm.evaluation.summary import summarize
 from knnlm.extraction.collect import Collected, collect
+from knnlm.extraction.hidden_states import HiddenStates
 from knnlm.extraction.scorer_state import ScorerState
 from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import check_count
@@ -26,13 +27,14 @@ from knnlm.progress import toward
 from knnlm.results import EvalResult, LayerResult, ScoreResult
 from knnlm.scores.choose import candidate_layers, choose, layers_that_matter
 from knnlm.scores.layer_scorer import FOR_CHOICE, LayerScorer, Settled
+from knnlm.scores.pilot import no_pilot
 from knnlm.store.datastore import Datastore
 from knnlm.store.joint import AnyStore
 from knnlm.store.model_place import relative_place
 from knnlm.store.writer import DatastoreWriter
 from knnlm.text.clusters import CLUSTER_TOKENS
 from knnlm.text.held_out import hold_out, take_sample
-from knnlm.text.windows import TokenDocument, count_targets
+from knnlm.text.windows import TokenDocument, WindowConfig, count_targets
 from knnlm.version import versions
 
 # Tokens on which a layer is chosen before the pass that stores keys.
@@ -48,6 +50,7 @@ def extract(
     total: int | None,
     sampled: ScoreResult | None = None,
     frame: Datastore | None = None,
+    given: HiddenStates | None = None,
 ) -> ScoreResult:
     """Write the layers' keys to the folder in one pass, with their scores and the choice in its manifest.
 
@@ -56,9 +59,11 @@ def extract(
     :param total: approximate number of tokens, for the progress bar.
     :param sampled: scores by which the layers were already chosen; they are kept instead of new ones.
     :param frame: a datastore whose centres and scales are taken.
+    :param given: what has the documents' vectors; the model then makes none.
     """
     lm, dims = job.lm, {name: job.lm.dims[name] for name in layers}
-    scorer = None if sampled else _scorer(job, layers)
+    scorer = None if sampled else _scorer(job, layers, has_head=given is None or FINAL in given.layers)
+    window = job.window if given is None else WindowConfig(CLUSTER_TOKENS, CLUSTER_TOKENS)
     with DatastoreWriter(
         folder,
         dims,
@@ -74,11 +79,12 @@ def extract(
             collected = collect(
                 lm,
                 documents,
-                job.window,
+                window,
                 layers,
                 batch_tokens=job.batch_tokens,
                 scorer=scorer,
                 writer=writer,
+                give=None if given is None else given.give,
                 state=state,
                 advance=toward(total, advance),
             )
@@ -123,9 +129,9 @@ def choose_on_sample(job: Job, documents: Iterable[TokenDocument], *, most: int)
     return replace(scored, layers=whole), layers
 
 
-def _scorer(job: Job, layers: Sequence[str]) -> LayerScorer:
+def _scorer(job: Job, layers: Sequence[str], *, has_head: bool = True) -> LayerScorer:
     dims = {name: job.lm.dims[name] for name in layers}
-    return LayerScorer(dims, head=job.lm.dims[FINAL], seed=job.settings.seed)
+    return LayerScorer(dims, head=job.lm.dims[FINAL] if has_head else None, seed=job.settings.seed)
 
 
 def _score_pass(
@@ -161,7 +167,7 @@ def _score_result(
     """Scores of a finished pass, and the resulting choice."""
     lm, settings = job.lm, job.settings
     with job.progress.stage("pilots and other scores", "layers") as advance:
-        pilots = pilots_of(lm, scorer.head, seed=scorer.seed)
+        pilots = pilots_of(lm, scorer.head, seed=scorer.seed) if scorer.has_head else no_pilot
         scores = scorer.scores(advance, measure_pilot=pilots, only=only)
     return ScoreResult(
         layers=scores,

@@ -182,6 +182,11 @@ class LayerScorer:
             self._head.write(vectors_BTD, self._update)
 
     @property
+    def has_head(self) -> bool:
+        """Whether it gets `final_norm` vectors."""
+        return self._head is not None
+
+    @property
     def head(self) -> Sample:
         """The sample's `final_norm` vectors, for a scorer made with `head`."""
         assert self._head is not None

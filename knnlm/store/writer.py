@@ -43,7 +43,11 @@ INT32_MAX = np.iinfo(INT32).max
 
 
 class DatastoreWriter:
-    """Writes one datastore into an existing empty folder, best one of `files.new_folder`; a context manager.
+    """Writes one datastore into an existing empty folder; a context manager. docs/own-vectors.md has an example.
+
+    For each document `begin_document`, then `append_values` with the tokens after the first, and for each layer
+    `append_keys` with as many vectors, in pieces of any size; at the end `finish`. The vector at position t of a
+    document has seen tokens 0 to t, and token t + 1 is its value.
 
     Keys are stored as (vector - centre) / scale. The centre is the mean of a layer's first append and then fixed:
     distances do not depend on it, and for float16 any constant near the mean will do. float32 keys are centred, never
@@ -55,14 +59,17 @@ class DatastoreWriter:
 
     Conversion, checksums and writing run in a separate thread, whose errors are raised by the next call.
 
-    :param layers: name and vector size of each layer.
-    :param fingerprint, context, stride: the manifest's fields: the model, and the windows it was run on.
+    :param layers: name and vector size D of each layer.
+    :param fingerprint, context, stride: the manifest's fields: the model (`LanguageModel.fingerprint`), and the
+        windows, in tokens, that it was run on.
+    :param key_dtype: type of the keys on disk: `float16`, or `float32` for vectors that overflow it.
     :param part_rows: keys after which the next document begins a new part; at twice as many a document is cut.
     :param resume: go on with the parts that the folder holds.
     :param frame: a datastore whose centres and scales are taken, so that both can be merged.
     :param named_by: the field or variable that named the folder, for errors of the disk: `out` or TMPDIR.
     :raises InputError: no layers, or an unknown `key_dtype`.
-    :raises DatastoreError: the folder holds a datastore already; with `resume`, one of other layers.
+    :raises DatastoreError: the folder holds a datastore already; with `resume`, one of other layers. Every method: the
+        disk is full, or the writer is closed, as it is after any error.
     """
 
     def __init__(
@@ -146,7 +153,7 @@ class DatastoreWriter:
             self._open_part().documents.add(self._open_part().rows, first_token, source, number, start)
 
     def append_values(self, next_tokens_N: NDArray[np.integer[Any]]) -> None:
-        """Append the next tokens of N further positions of the document, [N].
+        """Append the next tokens of N further positions of the document, whole numbers [N].
 
         :raises DatastoreError: a token does not fit into int32, there is no document, or as `append_keys`.
         """
@@ -163,7 +170,7 @@ class DatastoreWriter:
             self._last_token = int(tokens[-1]) if tokens.size else self._last_token
 
     def append_keys(self, layer: str, vectors_ND: NDArray[np.floating[Any]]) -> None:
-        """Append the layer's raw (not centred) vectors of the next N positions, [N, D].
+        """Append the layer's raw (not centred) vectors of the next N positions, floating-point [N, D].
 
         Layers may come in any order, before or after their values. The writing thread reads the array later: do not
         change it.
