@@ -34,6 +34,7 @@ TOKENS = "token_ids"
 NPZ, SAFETENSORS = ".npz", ".safetensors"
 # First letters of the types of safetensors, and what they are: BF16, F32, I64, U8.
 _KINDS = {"B": "f", "F": "f", "I": "i", "U": "i"}
+_UNREADABLE = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class ArrayKind(NamedTuple):
@@ -168,7 +169,7 @@ def _readable(path: Path) -> Iterator[None]:
     """:raises InputError: what the block reads is damaged, or no such file."""
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}); write it again") from None
 
 

@@ -51,23 +51,17 @@ def build_from_vectors(
         raise InputError("`max_tokens` takes a part of a text; vectors that are given are stored whole: leave it out")
     work = work_of("build from vectors", lm.name, hidden_states, eval_text, settings)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
-        job, given = Job(lm, settings, progress or Silent()), HiddenStates(hidden_states, lm)
-        job = _among(job, given.layers)
+        given = HiddenStates(hidden_states, lm)
+        layers = select_layers(settings.layers.layers or ",".join(given.layers), given.layers)
+        named = replace(settings, layers=replace(settings.layers, layers=",".join(layers)))
+        check_choice(lm, layers, named)
+        job = Job(lm, named, progress or Silent())
         documents = _to_fit_on(job, eval_text)
-        begun = read_begun(folder) or begin(folder, work, select_layers(job.settings.layers.layers or (), given.layers))
+        begun = read_begun(folder) or begin(folder, work, layers)
         scored = extract(job, given.documents(), begun.layers, folder, total=given.targets, given=given)
         mark_whole(folder, work, begun, scored)
         index_and_fit(job, Datastore.open(folder), scored.choice.layer, documents)
     return Datastore.open(Path(out))
-
-
-def _among(job: Job, layers: Sequence[str]) -> Job:
-    """The job with the layers that are stored named: all that are given, where none are."""
-    wanted = select_layers(job.settings.layers.layers or ",".join(layers), layers)
-    named = replace(job.settings.layers, layers=",".join(wanted))
-    job = replace(job, settings=replace(job.settings, layers=named))
-    check_choice(job.lm, wanted, job.settings)
-    return job
 
 
 def _to_fit_on(job: Job, eval_text: Paths | None) -> Sequence[TokenDocument]:
