@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from knnlm.errors import InputError, first_line
 from knnlm.inference.batch import RowModel
@@ -200,7 +199,7 @@ class Service:
             own.gate if asked.lam is None else None,
             own.by_text and asked.lam is None,
         )
-        return replace(served.retrieval, setting=setting)
+        return Retrieval(served.retrieval.searcher.at(setting.temperature), setting)
 
     def _guard_of(self, request: CompletionRequest, served: Served) -> CopyGuard | None:
         asked = None if request.knn is None else request.knn.max_copy

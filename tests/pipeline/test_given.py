@@ -184,9 +184,9 @@ def bad(lm, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     elif name == "missing":
         del changed["0.block_output"]
     elif name == "more":
-        changed["0.ffn_input"] = changed["0.block_output"]
+        changed["0.ffn_input"] = changed["0.block_output"].copy()
     elif name == "unknown":
-        changed["99.block_output"] = changed["0.block_output"]
+        changed["99.block_output"] = changed["0.block_output"].copy()
     elif name == "length":
         changed["0.block_output"] = changed["0.block_output"][:-1]
     elif name == "dimension":
