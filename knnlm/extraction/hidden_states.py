@@ -135,13 +135,13 @@ class HiddenStates:
         for name in (TOKENS, *first.arrays, *one.arrays):
             if name not in one.arrays:
                 raise InputError(f"{one.path} has no array {name}; it has {', '.join(one.arrays) or 'none'}")
+            if name != TOKENS and name not in self._lm.layer_names:
+                known = list_names(self._lm.layer_names)
+                raise InputError(f"{one.path} has {name}, but no layer of {self._lm.name}; there are {known}")
             if name != TOKENS and name not in first.arrays:
                 raise InputError(
                     f"{one.path} has {name}, which {first.source} has not; give every file the same layers"
                 )
-            if name != TOKENS and name not in self.layers:
-                known = list_names(self._lm.layer_names)
-                raise InputError(f"{one.path} has {name}, but no layer of {self._lm.name}; there are {known}")
         (shape, dtype, kind), positions = one.arrays[TOKENS], one.arrays[TOKENS].shape[:1]
         if len(shape) != 1 or kind != "i":
             raise InputError(f"{one.path}: {TOKENS} is {dtype} {list(shape)}, but must be whole numbers [T]")
