@@ -16,6 +16,7 @@ import torch
 
 import knnlm
 from knnlm import KNNLM
+from knnlm.inference.copying import GuardProcessor
 from knnlm.inference.explain import NewestExplainer
 from knnlm.knn.retrieval import open_retrieval
 from knnlm.server.explorer.routes import explorer_router
@@ -93,12 +94,14 @@ def test_k_citations_and_the_guard_are_those_of_the_newest(store) -> None:
         assert reload(server).status_code == 200
         cited = post(server, max_tokens=4, knn={"k": before.count + 1, **knn}).json()["choices"][0]["citations"]
         assert "more.jsonl" in {one["document"] for one in cited["documents"]}
-        copied = text(post(server, max_tokens=6, knn={"lambda": 1.0, "k": 4}))
-        guarded = text(post(server, max_tokens=6, knn={"lambda": 0.9, "k": 64, "max_copy": 2}))
-        words = service.lm.encode(f"{PROMPT}{guarded}").tolist()[len(service.lm.encode(PROMPT)) :]
-        assert "zero zero" in copied
-        runs = {tuple(after.values[row : row + 3].tolist()) for row in range(before.count, after.count - 2)}
-        assert not {tuple(words[at : at + 3]) for at in range(len(words) - 2)} & runs
+        copied, guarded = (text(post(server, max_tokens=6, knn={"k": 64, **more})) for more in ({}, {"max_copy": 2}))
+    model = KNNLM.from_store(after, LAYER, 64, TEMPERATURE, LAMBDA, lm=service.lm)
+    ids = torch.tensor([service.lm.encode(PROMPT).tolist()])
+    guard = GuardProcessor(model.copy_guard(2), ids.shape[1])
+    mask = torch.ones_like(ids)
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, logits_processor=[guard])
+    assert guarded == service.lm.decode(found[0].tolist()).removeprefix(PROMPT)
+    assert guarded != copied == greedy(after, service.lm, 6)
 
 
 def damage(store: Path) -> None:
