@@ -95,7 +95,8 @@ def build(
         work = work_of("build from vectors", model, hidden_states, eval_text, settings)
     inputs = (model, *as_list(text or hidden_states), *as_list(eval_text))
     check_new_folder(out, overwrite=overwrite, inputs=inputs, work=work)
-    check_texts([*(text or ()), *(eval_text or ())], text_field=given.rows.text_field)
+    if texts := [*(text or ()), *(eval_text or ())]:
+        check_texts(texts, text_field=given.rows.text_field)
     screen = output.screen()
     lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline

@@ -27,7 +27,7 @@ def test_the_programs_of_the_page_make_the_same_datastore(gpt2_folder, tmp_path,
         text=TextConfig(context=128, stride=64),
         layers=LayerConfig(layers="1.block_output"),
         knn=KNNConfig(index="exact", max_k=16),
-        evaluation=EvalConfig(eval_tokens=100, examples=1),
+        evaluation=EvalConfig(eval_tokens=200, examples=1),
     )
     given = knnlm.build_from_vectors(knnlm.load_model("my-model"), "states", "own.knn", settings=settings)
     assert np.array_equal(written.values, given.values) and written.count > 300
