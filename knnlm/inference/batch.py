@@ -63,7 +63,9 @@ class RowModel:
             receive(start, log_probs_BTV)
         return batch, log_probs_BTV[:, -1]
 
-    def run(self, start: int, text: tuple[Tensor, Tensor], cache: Any, retrievals: Sequence[Retrieval], keep: int) -> Any:
+    def run(
+        self, start: int, text: tuple[Tensor, Tensor], cache: Any, retrievals: Sequence[Retrieval], keep: int
+    ) -> Any:
         """Return the output for the rows' tokens from `start` on; the cache, if there is one, holds the earlier ones.
 
         :param text: all tokens of the rows, and their mask.
