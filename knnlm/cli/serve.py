@@ -101,7 +101,7 @@ def serve(
             KNNLM.from_retrieval(lm, retrieval),
             limits,
             max_copy=max_copy,
-            newest=lambda: retrieving.open(stores.open()),
+            newest=lambda: retrieving.open(stores.open(), bound),
         )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         line = f"Serving {service.name} at {address} (Ctrl-C ends it)"

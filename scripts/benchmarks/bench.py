@@ -2,8 +2,8 @@
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes, without the layer table
-    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, changing, parts, scale,
-                                       real
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, changing, parts, scale
+                                       or real
     scripts/bench --only real --model SMOLLM2 --text TEXT --held-out TEXT     the verbs on a real pretrained model
 
 Figures are ratios of speeds, measured in turn in one process; docs/performance.md explains each line. Without --model
