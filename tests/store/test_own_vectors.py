@@ -33,5 +33,7 @@ def test_the_programs_of_the_page_make_the_same_datastore(gpt2_folder, tmp_path,
     assert np.array_equal(written.values, given.values) and written.count > 300
     assert written.documents[:, [0, 1]].tolist() == given.documents[:, [0, 1]].tolist()
     ours, theirs = (one.keys("1.block_output") for one in (written, given))
-    assert np.array_equal(ours.read(0, 9) + ours.centre, theirs.read(0, 9) + theirs.centre)
-    assert written.sources == given.sources and written.manifest.frame == given.manifest.frame
+    # The centre is the mean of the first append, here a document, there a batch; keys are rounded to float16 from it.
+    rows = [one.read(0, written.count) + one.centre for one in (ours, theirs)]
+    np.testing.assert_allclose(*rows, atol=2e-3)
+    assert written.sources == given.sources and written.manifest.fingerprint == given.manifest.fingerprint
