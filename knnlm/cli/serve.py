@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from socket import socket
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,6 +42,21 @@ def _check_memory(memory: float | None, lm: LanguageModel, store: AnyStore) -> N
     check_room(memory, pass_bytes(lm.dims[FINAL], BATCH_TOKENS) + store.loaded_bytes)
 
 
+def _check_access(host: str, api_key: str | None, *, insecure: bool) -> None:
+    """Refuse a key that no client can send, and an address at which anybody could read without one."""
+    from knnlm.server.gate import is_loopback
+
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise typer.BadParameter("the key is empty or has more than visible ASCII", param_hint="--api-key")
+    if not (is_loopback(host) or api_key or insecure):
+        message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
+        raise typer.BadParameter(message, param_hint="--host")
+
+
+def _address(host: str, listener: socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
 def serve(
     *,
     call: typer.Context,
@@ -65,14 +81,9 @@ def serve(
 
     Example: knnlm serve nursing.knn --port 8000
     """
-    from knnlm.server.gate import is_loopback
     from knnlm.server.run import listen, serve
 
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        raise typer.BadParameter("the key is empty or has more than visible ASCII", param_hint="--api-key")
-    if not (is_loopback(host) or api_key or insecure):
-        message = f"anybody could use the model and read from its text at {host}; give --api-key, or --insecure"
-        raise typer.BadParameter(message, param_hint="--host")
+    _check_access(host, api_key, insecure=insecure)
     from knnlm.documents import whole_text
     from knnlm.inference.explain import NewestExplainer
     from knnlm.inference.model import KNNLM
@@ -94,17 +105,15 @@ def serve(
         retrieval = retrieving.open(opened, bound)
         lm = load_own(opened, model, compute, trust_remote_code, screen)
         _check_memory(bound, lm, opened)
-        name = opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name
         service = Service(
-            whole_text(name),
+            whole_text(opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name),
             lm,
             KNNLM.from_retrieval(lm, retrieval),
             limits,
             max_copy=max_copy,
             newest=lambda: retrieving.open(stores.open(), bound),
         )
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        line = f"Serving {service.name} at {address} (Ctrl-C ends it)"
+        line = f"Serving {service.name} at {_address(host, listener)} (Ctrl-C ends it)"
         page = explorer_router(NewestExplainer(lm, lambda: service.retrieval), service.thread.run, limits.seconds)
         app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
         serve(app, service, listener, lambda: screen.say(line), screen.say)

@@ -91,10 +91,7 @@ class KNNLM:
     def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
         """Combine a model with a retrieval from `open_retrieval`. Raises as `from_store`."""
         _check_kind(type(lm.model))
-        store = retrieval.searcher.store
-        store.first.check_model(lm.fingerprint)
-        check_tokens(store, lm.vocabulary)
-        check_names([retrieval.layer], lm.layer_names)
+        check_fits(lm, retrieval)
         model: Any = _own_modules(lm.model)
         plain = _Plain(model)
         model.__class__ = _class_for(cast(Any, type(lm.model)))
@@ -199,6 +196,14 @@ class KNNLM:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
         def __getattr__(self, name: str) -> Any: ...
+
+
+def check_fits(lm: LanguageModel, retrieval: Retrieval) -> None:
+    """:raises DatastoreMismatch: a retrieval is of another model. :raises DatastoreCorrupt: it has other tokens."""
+    store = retrieval.searcher.store
+    store.first.check_model(lm.fingerprint)
+    check_tokens(store, lm.vocabulary)
+    check_names([retrieval.layer], lm.layer_names)
 
 
 def _check_kind(kind: type[nn.Module]) -> None:

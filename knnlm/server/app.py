@@ -92,7 +92,7 @@ def _routes(service: Service) -> APIRouter:
     async def reload() -> wire.Reloaded:
         """Serve the newest generation of the datastore; requests that run are finished with theirs."""
         now = await asyncio.to_thread(service.reload)
-        return wire.Reloaded(id=service.name, generations=list(now.generations), keys=now.store.count)
+        return wire.Reloaded(id=service.name, generations=list(now.generations), keys=now.count)
 
     @router.post("/v1/completions", response_model=wire.Completion, responses=_STREAM)
     async def completions(asked: wire.CompletionRequest, request: Request) -> Any:  # noqa: ANN401 - a model or a response

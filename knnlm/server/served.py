@@ -8,12 +8,10 @@ from threading import Lock
 
 from knnlm.errors import DatastoreMismatch, InputError, KNNLMError, ModelError
 from knnlm.inference.copying import CopyGuard
-from knnlm.inference.model import KNNLM
+from knnlm.inference.model import KNNLM, check_fits
 from knnlm.knn.retrieval import Retrieval
 from knnlm.model.lm import LanguageModel
 from knnlm.server.refusals import Refusal
-from knnlm.store.joint import AnyStore
-from knnlm.store.tokens import check_tokens
 
 
 @dataclass(frozen=True)
@@ -25,17 +23,17 @@ class Served:
     """Against runs of its text that are longer than the server allows."""
 
     @property
-    def store(self) -> AnyStore:
-        """The datastore, or several as one."""
-        return self.retrieval.searcher.store
+    def count(self) -> int:
+        """Number of its keys."""
+        return self.retrieval.searcher.store.count
 
     @property
     def generations(self) -> tuple[int, ...]:
         """That of each datastore, in the order in which they were given."""
-        return tuple(one.manifest.generation for one in self.store.stores)
+        return tuple(one.manifest.generation for one in self.retrieval.searcher.store.stores)
 
     def __str__(self) -> str:
-        return f"generation {' + '.join(map(str, self.generations))} with {self.store.count:,} keys"
+        return f"generation {' + '.join(map(str, self.generations))} with {self.count:,} keys"
 
 
 class Generations:
@@ -54,9 +52,9 @@ class Generations:
         self.now = self._served(model.retrieval)
         """What requests that begin now are answered from."""
 
-    def guard(self, store: AnyStore, max_copy: int) -> CopyGuard:
+    def guard(self, retrieval: Retrieval, max_copy: int) -> CopyGuard:
         """Return a guard against runs of a generation's text."""
-        return CopyGuard(self._citer.memory(store).text, max_copy)
+        return CopyGuard(self._citer.memory(retrieval.searcher.store).text, max_copy)
 
     def reload(self) -> Served:
         """Serve the newest generation from now on, and return it. For any thread: it takes seconds.
@@ -77,12 +75,11 @@ class Generations:
         if self._newest is None:
             raise InputError("this server was not told how to open its datastore again; start it anew")
         found = self._newest()
-        found.searcher.store.first.check_model(self._lm.fingerprint)
-        check_tokens(found.searcher.store, self._lm.vocabulary)
+        check_fits(self._lm, found)
         if found.layer != (own := self.now.retrieval.layer):
             raise DatastoreMismatch(f"its layer is {found.layer} by now, but {own} is served; start the server anew")
         return self._served(found)
 
     def _served(self, retrieval: Retrieval) -> Served:
         most = self._max_copy
-        return Served(retrieval, None if most is None else self.guard(retrieval.searcher.store, most))
+        return Served(retrieval, None if most is None else self.guard(retrieval, most))

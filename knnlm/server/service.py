@@ -188,7 +188,7 @@ class Service:
         asked, own = request.knn, served.retrieval.setting
         if asked is None:
             return served.retrieval
-        most = min(served.store.count, max(self.limits.neighbors, own.k))
+        most = min(served.count, max(self.limits.neighbors, own.k))
         if asked.k is not None and asked.k > most:
             raise Refusal(400, f"knn.k is {asked.k}, but can be at most {most}", param="knn.k")
         setting = Mix(
@@ -205,7 +205,7 @@ class Service:
         asked = None if request.knn is None else request.knn.max_copy
         if asked is None or (self._max_copy is not None and self._max_copy <= asked):
             return served.guard
-        return self._generations.guard(served.store, asked)
+        return self._generations.guard(served.retrieval, asked)
 
     def _cite_of(self, request: CompletionRequest, retrieval: Retrieval) -> Cite | None:
         if not (request.knn and request.knn.citations):

@@ -34,11 +34,17 @@ GATES = (None, Gate(3.0, -0.5, -0.9), Gate(-20.0, 0.0, 0.0), Gate(200.0, 0.0, 0.
 K = 12
 
 
+class Text(SimpleNamespace):
+    """What is asked of a datastore; like one, a key of dictionaries by itself."""
+
+    __hash__ = object.__hash__
+
+
 class Found:
     """A searcher that finds what it is given: neighbours of `values`, fewer than asked for or none."""
 
     def __init__(self, found: Neighbors, values_N: np.ndarray) -> None:
-        self.found, self.store, self.layer, self.metric = found, SimpleNamespace(values=values_N), "any", "l2"
+        self.found, self.store, self.layer, self.metric = found, Text(values=values_N), "any", "l2"
 
     def neighbors(self, vectors_QD: np.ndarray, k: int) -> Neighbors:
         rows = vectors_QD[:, 0].astype(int)
@@ -62,7 +68,7 @@ def searcher(rng: np.random.Generator, queries: int, vocabulary: int, scale: flo
 def several(rng: np.random.Generator, queries: int, vocabulary: int, scale: float, offset: float) -> JointSearcher:
     """Three datastores: one with an offset of its distances, and one that is not searched."""
     parts = tuple(searcher(rng, queries, vocabulary, scale) for _ in range(3))
-    text = SimpleNamespace(values=np.concatenate([one.store.values for one in parts]), starts=(0, 400, 800))
+    text = Text(values=np.concatenate([one.store.values for one in parts]), starts=(0, 400, 800))
     return JointSearcher(text, "any", parts, (0.0, offset, np.inf))
 
 

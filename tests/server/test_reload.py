@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(store, problem, gpt2_folder, tmp_path) -> 
         words = "start it anew"
     else:
         fingerprint = {**service.lm.fingerprint, "weights": "0" * 64}
-        service._generations._lm = SimpleNamespace(fingerprint=fingerprint, vocabulary=service.lm.vocabulary)
+        service._generations._lm = SimpleNamespace(fingerprint=fingerprint)
         words = "was made with another model"
     with running(service) as server:
         check_refusal(reload(server), 409, "datastore_mismatch", words)

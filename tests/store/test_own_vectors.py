@@ -36,4 +36,5 @@ def test_the_programs_of_the_page_make_the_same_datastore(gpt2_folder, tmp_path,
     # The centre is the mean of the first append, here a document, there a batch; keys are rounded to float16 from it.
     rows = [one.read(0, written.count) + one.centre for one in (ours, theirs)]
     np.testing.assert_allclose(*rows, atol=2e-3)
-    assert written.sources == given.sources and written.manifest.fingerprint == given.manifest.fingerprint
+    assert written.sources == given.sources
+    given.check_model(written.manifest.fingerprint)
