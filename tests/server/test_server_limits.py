@@ -279,8 +279,8 @@ def test_prompts_that_cannot_be_read_do_not_end_what_runs(store_folder) -> None:
         thread = server.service.thread
         model, run = thread._model, thread._model.run
 
-        def run_short(tokens_BT, *others):
-            return fail() if tokens_BT.shape[1] > 40 else run(tokens_BT, *others)
+        def run_short(start, text, *others):
+            return fail() if text[0].shape[1] - start > 40 else run(start, text, *others)
 
         model.run = run_short
         runs = pool.submit(post, server, max_tokens=6)
