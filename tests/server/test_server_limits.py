@@ -404,7 +404,7 @@ def test_a_second_signal_ends_at_once(store_folder) -> None:
 
 def test_a_client_that_does_not_read_is_not_waited_for(store_folder) -> None:
     service = make_service(store_folder, seconds=0.2)
-    server = run._Server(uvicorn.Config(create_app(service)), service, lambda: None)
+    server = run._Server(uvicorn.Config(create_app(service)), service, lambda: None, lambda line: None)
     service.active = 1
     assert not asyncio.run(server.on_tick(1))
     server.handle_exit(signal.SIGTERM, None)
@@ -464,7 +464,7 @@ def test_damage_is_told_at_the_start(name, call, store_folder, tmp_path, monkeyp
 
 def test_a_datastore_may_have_any_name(call, store_folder, tmp_path, monkeypatch) -> None:
     served = []
-    monkeypatch.setattr(run, "serve", lambda app, service, listener, started: served.append(service))
+    monkeypatch.setattr(run, "serve", lambda app, service, listener, started, say: served.append(service))
     odd = shutil.copytree(store_folder, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.knn"))
     assert call("serve", odd, "--port", 0, *SETTING).status == 0
     with running(served[0]) as server, server.client() as client:
