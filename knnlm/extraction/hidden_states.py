@@ -105,23 +105,21 @@ class HiddenStates:
 
     def _read(self, one: VectorFile, layer: str) -> Any:  # noqa: ANN401 - a slice of a file, or an array
         """What gives rows by slices. The arrays of one .npz, which is read as a whole, are held."""
-        with _readable(one.path):
-            if one.path.suffix == SAFETENSORS:
-                return _Rows(one.path, layer)
-            if self._held[0] != one.source:
-                self._held = one.source, {}
-            if layer not in self._held[1]:
-                with np.load(one.path, allow_pickle=False) as arrays:
-                    self._held[1][layer] = arrays[layer]
-            return self._held[1][layer]
+        if one.path.suffix == SAFETENSORS:
+            return _Rows(one.path, layer)
+        if self._held[0] != one.source:
+            self._held = one.source, {}
+        if layer not in self._held[1]:
+            with _readable(one.path), np.load(one.path, allow_pickle=False) as arrays:
+                self._held[1][layer] = arrays[layer]
+        return self._held[1][layer]
 
     def _tokens(self, one: VectorFile) -> NDArray[np.int32]:
-        with _readable(one.path):
-            if one.path.suffix == SAFETENSORS:
-                tokens = _Rows(one.path, TOKENS)[:]
-            else:
-                with np.load(one.path, allow_pickle=False) as arrays:
-                    tokens = arrays[TOKENS]
+        if one.path.suffix == SAFETENSORS:
+            tokens = _Rows(one.path, TOKENS)[:]
+        else:
+            with _readable(one.path), np.load(one.path, allow_pickle=False) as arrays:
+                tokens = arrays[TOKENS]
         wrong = np.flatnonzero((tokens < 0) | (tokens >= self._lm.vocabulary))
         if len(wrong):
             raise InputError(
@@ -198,6 +196,6 @@ class _Rows:
         self._path, self._name = path, name
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
-        with safe_open(self._path, framework="pt") as file:
+        with _readable(self._path), safe_open(self._path, framework="pt") as file:
             found = file.get_slice(self._name)[rows]
         return np.asarray((found.float() if found.is_floating_point() else found).numpy())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
 
 Ids = NDArray[np.int64]
+_Key = tuple[ref[Retrieval], bytes]
 UNKNOWN = -1
 """In place of the next token, where it is not known yet."""
 # Texts whose next token is prepared for, 8 bytes for each token with a neighbour; and of each row in one pass: of
@@ -119,7 +121,7 @@ class TextMemory:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm, self._lock = lm, Lock()
-        self._standings: dict[tuple[Retrieval, bytes], _Standing] = {}
+        self._standings: dict[_Key, _Standing] = {}
 
     def plans(self, texts: TextsSoFar, kept: Sequence[int], rows_Q: Tensor, retrieval: Retrieval) -> list[RowPlan]:
         """Plan a pass, for the rows whose setting is by text: each begins where its trust is known.
@@ -211,9 +213,9 @@ class TextMemory:
         found, outputs_N = found.rows(is_mixed_Q), torch.from_numpy(outputs_Q[is_mixed_Q]).to(log_probs_NV.device)
         trust_N = np.array(list(_trusts(plans, gains_Q)))[is_mixed_Q]
         lambdas_N, shares = retrieval.lambdas(found), retrieval.shares(found)
-        for number, text in _ends(plans):
+        for number, text, own in _ends(plans):
             prepared = _standing(log_probs_NV[outputs_N[number]], shares, number, lambdas_N, trust_N)
-            self._hold(text, retrieval, prepared)
+            self._hold(text, own, prepared)
         retrieval.mix_shares(log_probs_NV, outputs_N, shares, lambdas_N * heard(trust_N))
 
     def _known(self, text: Ids, retrieval: Retrieval) -> _Standing | None:
@@ -278,13 +280,13 @@ def _trusts(plans: Sequence[RowPlan], gains_Q: Floats) -> Iterator[float]:
         start = stop
 
 
-def _ends(plans: Sequence[RowPlan]) -> Iterator[tuple[int, Ids]]:
-    """The last of each plan's mixed places: numbers among those of all plans, and the texts that end there."""
+def _ends(plans: Sequence[RowPlan]) -> Iterator[tuple[int, Ids, Retrieval]]:
+    """The last of each plan's mixed places: numbers among those of all plans, the texts that end there, what reads."""
     start = 0
     for plan in plans:
         mixed = plan.places_Q[plan.outputs_Q >= 0]
         for at in range(max(0, len(mixed) - _BRANCHES), len(mixed)):
-            yield start + at, plan.tokens[: mixed[at] + 1]
+            yield start + at, plan.tokens[: mixed[at] + 1], plan.retrieval
         start += len(mixed)
 
 
@@ -298,5 +300,6 @@ def _standing(log_probs_V: Tensor, shares: TokenShares, number: int, lambdas_N: 
     return _Standing(float(trust_N[number]), tokens_M.astype(np.int32), gains_M.astype(np.float32), other)
 
 
-def _key(text: Ids, retrieval: Retrieval) -> tuple[Retrieval, bytes]:
-    return retrieval, blake2b(text.astype(np.int32).tobytes(), digest_size=16).digest()
+def _key(text: Ids, retrieval: Retrieval) -> _Key:
+    # Weak: what was read with an older generation of a datastore must not keep its files and tokens.
+    return ref(retrieval), blake2b(text.astype(np.int32).tobytes(), digest_size=16).digest()

@@ -6,6 +6,8 @@ takes all values from 0.001 to 0.999.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -168,6 +170,18 @@ def test_what_is_no_longer_remembered_is_read_again(model_of, monkeypatch) -> No
         model.generate(**batch, max_new_tokens=6, do_sample=False)
     monkeypatch.setattr("knnlm.inference.by_text._HELD", 1)
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_what_is_remembered_does_not_keep_a_datastore_that_is_no_longer_served(model_of) -> None:
+    model, ids = model_of(), torch.tensor([encode(PROMPTS[0])])
+    before, old = model(ids).logits, weakref.ref(model.retrieval)
+    model.retrieval = replace(model.retrieval)  # an equal one, as of another request
+    torch.testing.assert_close(model(ids).logits, before)
+    gc.collect()
+    assert old() is None and len(model.texts._standings) > 0
+    counting = count_queries(model)
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert counting.queries == ids.shape[1] + 2
 
 
 def test_a_cache_of_ones_own_needs_the_text(model_of) -> None:

@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 import knnlm
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.errors import InputError, LayerError
+from knnlm.extraction.hidden_states import HiddenStates
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build, build_from_vectors, evaluate
 from knnlm.store import writer as store_writer
 from knnlm.store.datastore import Datastore
+from knnlm.text.windows import WindowConfig, windows
+from knnlm.text.windows import batches as batches_of
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -258,6 +261,18 @@ def test_damaged_and_pickled_files_are_told(lm, exported, tmp_path):
     with pytest.raises(InputError, match="has token_ids only"):
         build_from_vectors(lm, only, tmp_path / "out", settings=SETTINGS)
     assert zipfile.is_zipfile(only / "000.npz")
+
+
+@pytest.mark.parametrize("kind", [".npz", ".safetensors"])
+def test_a_file_that_is_gone_when_its_vectors_are_read_is_told(lm, exported, kind, tmp_path):
+    folder = save(tmp_path / "states", exported[:2], kind)
+    given = HiddenStates(folder, lm)
+    batches = list(batches_of(windows(given.documents(), WindowConfig(64, 64)), 64))
+    (folder / f"001{kind}").unlink()
+    with pytest.raises(InputError, match=rf"001{kind} cannot be read \(.*\); write it again") as found:
+        for batch in batches:
+            given.give(batch, LAYERS, lambda *_: None)
+    assert "\n" not in str(found.value)
 
 
 def test_command_line(call, gpt2_folder, text_file, tmp_path):

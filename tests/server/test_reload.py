@@ -7,6 +7,7 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from knnlm.inference.copying import GuardProcessor
 from knnlm.inference.explain import NewestExplainer
 from knnlm.knn.retrieval import open_retrieval
 from knnlm.server.explorer.routes import explorer_router
+from knnlm.server.explorer.wire import generation
 from knnlm.server.refusals import Refusal
 from knnlm.store.datastore import Datastore
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
@@ -208,6 +210,14 @@ def test_explorer_explains_the_newest_and_refuses_numbers_of_another(store) -> N
             answer = ask(path, **body, **knows)
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_generation")
             assert ask(path, **body, generation=again["generation"]).status_code == 200
+
+
+def test_a_datastore_that_was_built_anew_with_the_same_frame_is_another_generation(store) -> None:
+    ours = Datastore.open(store).manifest
+    other = replace(ours, parts=tuple(replace(part, checksum="0" * 64) for part in ours.parts))
+    stores = [SimpleNamespace(store=SimpleNamespace(stores=[SimpleNamespace(manifest=one)])) for one in (ours, other)]
+    assert (other.frame, other.generation) == (ours.frame, ours.generation)
+    assert generation(stores[0]) == generation(stores[0]) != generation(stores[1])
 
 
 # The process
