@@ -208,8 +208,9 @@ def test_rows_of_the_server_equal_single_texts(kind, model_of, monkeypatch) -> N
     prompts = [encode(prompt) for prompt in (PROMPTS[0], PROMPTS[2], FOREIGN, PROMPTS[1])]
     monkeypatch.setattr("knnlm.inference.batch._PROMPT_SCORES", 7 * 2 * VOCABULARY)
     rows, heard = RowModel(model, VOCABULARY), []
-    batch, first = rows.prefill(prompts[:2], settings[:2], lambda start, part: heard.append(part))
-    other, second = rows.prefill(prompts[2:], settings[2:])
+    own = [replace(model.retrieval, setting=setting) for setting in settings]
+    batch, first = rows.prefill(prompts[:2], own[:2], lambda start, part: heard.append(part))
+    other, second = rows.prefill(prompts[2:], own[2:])
     texts_so_far, steps = [list(prompt) for prompt in prompts], [torch.cat([first, second])]
     batch.join(other)
     for new in ([5, 90, 40, 41], [60, 61, 5, 80]):
