@@ -17,7 +17,9 @@ import torch
 from knnlm import KNNLM
 from knnlm.errors import InputError
 from knnlm.inference.batch import RowModel
+from knnlm.inference.by_text import RowPlan, TextMemory
 from knnlm.knn.mixing import Gate, Mix
+from knnlm.knn.retrieval import Retrieval
 from knnlm.model.head import log_softmax
 from tests.evaluation.test_evaluate_oracle import texts
 from tests.inference.test_generation import (  # noqa: F401
@@ -36,6 +38,7 @@ from tests.inference.test_generation import (  # noqa: F401
     padded,
     stores,
 )
+from tests.knn.test_sums_to_one import searcher
 from tests.tiny_models import VOCABULARY
 
 # λ stays high on foreign text too, so that it costs much there.
@@ -172,16 +175,17 @@ def test_what_is_no_longer_remembered_is_read_again(model_of, monkeypatch) -> No
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_what_is_remembered_does_not_keep_a_datastore_that_is_no_longer_served(model_of) -> None:
-    model, ids = model_of(), torch.tensor([encode(PROMPTS[0])])
-    before, old = model(ids).logits, weakref.ref(model.retrieval)
-    model.retrieval = replace(model.retrieval)  # an equal one, as of another request
-    torch.testing.assert_close(model(ids).logits, before)
+def test_what_is_remembered_does_not_keep_a_datastore_that_is_no_longer_served() -> None:
+    texts_read, tokens, places = TextMemory(None), np.arange(4), np.arange(4)
+    first = Retrieval(searcher(np.random.default_rng(0), 4, 50, 1.0), SETTING)
+    same, plan = replace(first), RowPlan(tokens, first, 0.5, places, places, places)
+    vectors, plain_NV = torch.arange(4.0)[:, None], log_softmax(torch.randn(4, 50))
+    texts_read.mix_in(plain_NV, [plan], vectors, np.full(4, -3.0))
+    assert texts_read._known(tokens, first) is texts_read._known(tokens, same) is not None
+    old = weakref.ref(first)
+    del first, plan
     gc.collect()
-    assert old() is None and len(model.texts._standings) > 0
-    counting = count_queries(model)
-    model.generate(ids, max_new_tokens=3, do_sample=False)
-    assert counting.queries == ids.shape[1] + 2
+    assert old() is None and texts_read._known(tokens, same) is None
 
 
 def test_a_cache_of_ones_own_needs_the_text(model_of) -> None:
