@@ -145,7 +145,8 @@ def test_wrong_fields_are_refused(knn, client) -> None:
 
 
 def test_a_guard_that_leaves_no_token_ends_its_own_request_only(client, server, monkeypatch) -> None:
-    real = server.service._model.copy_guard
+    generations = server.service._generations
+    real = generations.guard
 
     class Harsh:
         def apply(self, generated, log_probs_V):
@@ -153,7 +154,7 @@ def test_a_guard_that_leaves_no_token_ends_its_own_request_only(client, server, 
                 raise InputError("each possible token would be one more than `max_copy=7`")
             return log_probs_V
 
-    monkeypatch.setattr(server.service._model, "copy_guard", lambda n: Harsh() if n == 7 else real(n))
+    monkeypatch.setattr(generations, "guard", lambda kept, n: Harsh() if n == 7 else real(kept, n))
     with ThreadPoolExecutor(2) as pool:
         good = pool.submit(ask, client, knn={}, **GREEDY)
         with pytest.raises(openai.BadRequestError, match="one more than"):
