@@ -34,14 +34,14 @@ def remove(store: Datastore, documents: Iterable[Named], *, purge: bool = False)
     """Remove documents, and return the datastore without them. Their rows stay in the files, unseen.
 
     :param documents: a name of a source stands for all its documents; (name, number) for one.
-    :param purge: rewrite the parts concerned, so that no file holds text, tokens or keys of removed documents. Indexes
-        and reports, which hold some too, are removed.
+    :param purge: rewrite the parts concerned, so that no file holds text, tokens or keys of removed documents, those
+        removed before included. Indexes and reports, which hold some too, are removed.
     :raises InputError: a document that is not there, or nothing would be left; nothing is changed.
     :raises DatastoreError: another process is changing the datastore, or the disk is full.
     """
     wanted = list(documents)
     with store.writing() as newest:
-        entries = _without(newest, wanted)
+        entries = _without(newest, wanted, also_removed=purge)
         if purge:
             _purge(newest, entries)
         else:
@@ -98,16 +98,16 @@ def merge(stores: Sequence[Datastore], folder: Path) -> Datastore:
     return Datastore.open(folder)
 
 
-def _without(store: Datastore, wanted: Sequence[Named]) -> list[PartEntry]:
-    """The parts with these documents removed."""
+def _without(store: Datastore, wanted: Sequence[Named], *, also_removed: bool) -> list[PartEntry]:
+    """The parts with these documents removed; some of them may be removed already if `also_removed`."""
     missing, entries = {*wanted}, []
     for one in store.part_documents:
-        kept = one.kept()
-        sources = [one.part.sources[number] for number in one.rows[kept, 2].tolist()]
-        pairs = list(zip(sources, one.rows[kept, 3].tolist(), strict=True))
+        known = np.arange(len(one.rows)) if also_removed else one.kept()
+        sources = [one.part.sources[number] for number in one.rows[known, 2].tolist()]
+        pairs = list(zip(sources, one.rows[known, 3].tolist(), strict=True))
         gone = np.array([source in wanted or (source, number) in wanted for source, number in pairs], bool)
         missing -= {*(name for name, out in zip(sources, gone, strict=True) if out), *pairs}
-        entries.append(_removing(one, kept[gone]))
+        entries.append(_removing(one, known[gone]))
     if missing:
         name = sorted(missing, key=str)[0]
         what = f"source {name}" if isinstance(name, str) else f"document {name[1]} of {name[0]}"

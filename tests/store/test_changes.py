@@ -106,7 +106,7 @@ def documents_of(drawn):
 
 
 class Histories(RuleBasedStateMachine):
-    """A datastore, and the list of its documents in memory."""
+    """A datastore, and the lists of its documents, and of those that are removed but still in its files, in memory."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(drawn=DRAWN)
     def begin(self, drawn):
-        self.documents = documents_of(drawn)
+        self.documents, self.hidden = documents_of(drawn), []
         self.first = list(self.documents)
         self.store = build(self.place / "store", self.documents)
         self.frame = build(self.place / "frame", self.documents)
@@ -143,16 +143,18 @@ class Histories(RuleBasedStateMachine):
     )
     def remove(self, name, purge):
         left = self.without(name)
-        if len(left) == len(self.documents) or not left:
+        gone = [one[:2] for one in self.documents if name in (one[0], one[:2])]
+        known = gone or (purge and any(name in (source, (source, number)) for source, number in self.hidden))
+        if not known or not left:
             with pytest.raises(InputError):
                 remove(self.store, [name], purge=purge)
         else:
             self.store = remove(self.store, [name], purge=purge)
-            self.documents = left
+            self.documents, self.hidden = left, [] if purge else self.hidden + gone
 
     @rule(part_rows=st.sampled_from([1, 5, 20]))
     def compact(self, part_rows):
-        self.store = compact(self.store, part_rows=part_rows)
+        self.store, self.hidden = compact(self.store, part_rows=part_rows), []
         assert not any(part.removed for part in self.store.manifest.parts)
 
     @rule(drawn=DRAWN)
