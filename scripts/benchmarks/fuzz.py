@@ -24,7 +24,7 @@ from serving import Server, started
 SETTINGS = """[checks.positive_data_acceptance]
 expected-statuses = ["2xx", 400, 404, 409, 429]
 """
-"""Requests that the schema allows may still exceed a limit of the server or of its model, or name another generation."""
+"""Requests that the schema allows may exceed a limit of the server or of its model, or name another generation."""
 
 
 def described(server: Server, *, named: bool) -> dict[str, Any]:
