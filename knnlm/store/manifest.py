@@ -222,6 +222,11 @@ class Manifest:
         return self.count if self.built is None else self.built
 
     @property
+    def content(self) -> str:
+        """Digits of the parts: a datastore that was built anew may have the same frame and generation."""
+        return str(sealed({"parts": [part.checksum for part in self.parts]})[CHECKSUM])[:8]
+
+    @property
     def frame(self) -> str:
         """Checksum of what every part is made with: model, layers, windows."""
         return frame_checksum(self.fingerprint, self.layers, self.context, self.stride)

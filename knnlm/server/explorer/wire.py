@@ -9,7 +9,6 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from knnlm.knn.evidence import LIKELIEST, Evidence
 from knnlm.knn.mixing import NEAREST
 from knnlm.knn.trust import FIRST, SILENT, SWITCH
 from knnlm.server.wire import Request
-from knnlm.store.manifest import Manifest
 
 MAX_TOKENS = 1024
 """Tokens of a text; a shorter context of the model is a limit as well."""
@@ -82,12 +80,7 @@ class OverlapsRequest(OfGeneration):
 
 def generation(explainer: Explainer) -> str:
     """Name of the generation: under another one, rows and documents may have other numbers."""
-    return "+".join(f"{one.manifest.generation}-{_content(one.manifest)}" for one in explainer.store.stores)
-
-
-def _content(manifest: Manifest) -> str:
-    """Digits of the parts: a datastore that was built anew may have the same frame and generation."""
-    return sha256(" ".join(part.checksum for part in manifest.parts).encode()).hexdigest()[:8]
+    return "+".join(f"{one.manifest.generation}-{one.manifest.content}" for one in explainer.store.stores)
 
 
 def store_document(explainer: Explainer) -> dict[str, Any]:
