@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import compress
 from threading import Lock
 from typing import Any
 from weakref import ref
@@ -196,11 +197,11 @@ class TextMemory:
 
         A position for which no neighbour is found keeps the plain LM's, as one at which the trust is too low.
         """
-        retrievals_Q = [plan.retrieval for plan in plans for _ in plan.places_Q]
-        for one in dict.fromkeys(retrievals_Q):
-            chosen_Q = np.array([other == one for other in retrievals_Q])
+        places = [len(plan.places_Q) for plan in plans]
+        for one in dict.fromkeys(plan.retrieval for plan in plans):
+            is_same = [plan.retrieval == one for plan in plans]
+            chosen_Q, same = np.repeat(is_same, places), [*compress(plans, is_same)]
             vectors = vectors_QD[torch.from_numpy(chosen_Q).to(vectors_QD.device)]
-            same = [plan for plan in plans if plan.retrieval == one]
             self._mix_alike(log_probs_NV, same, vectors, lm_Q[chosen_Q], one)
 
     def _mix_alike(
@@ -219,13 +220,15 @@ class TextMemory:
         retrieval.mix_shares(log_probs_NV, outputs_N, shares, lambdas_N * heard(trust_N))
 
     def _known(self, text: Ids, retrieval: Retrieval) -> _Standing | None:
+        key = _key(text, retrieval)
         with self._lock:
-            return self._standings.get(_key(text, retrieval))
+            return self._standings.get(key)
 
     def _hold(self, text: Ids, retrieval: Retrieval, standing: _Standing) -> None:
+        key = _key(text, retrieval)
         with self._lock:
-            self._standings.pop(_key(text, retrieval), None)
-            self._standings[_key(text, retrieval)] = standing
+            self._standings.pop(key, None)
+            self._standings[key] = standing
             while len(self._standings) > _HELD:
                 del self._standings[next(iter(self._standings))]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from knnlm.errors import InputError
 from knnlm.inference.by_text import read_vectors
+from knnlm.inference.copying import CopyGuard
 from knnlm.inference.detokenizer import pieces_of
 from knnlm.inference.store_text import LongestRun, StoreText
 from knnlm.knn.citing import DocumentMap, Support, deep_neighbors, support
@@ -164,6 +165,10 @@ class Citer:
             found = Memory(store)
             self._memories = {store: found}
         return found
+
+    def copy_guard(self, store: StoredText, max_copy: int) -> CopyGuard:
+        """Return a guard against runs of a datastore's text. Raises as `CopyGuard`."""
+        return CopyGuard(self.memory(store).text, max_copy)
 
     def text(self, text: str, prompt: str, retrieval: Retrieval) -> Citations:
         """Cite a text that follows a prompt.

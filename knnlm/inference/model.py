@@ -181,7 +181,7 @@ class KNNLM:
 
         :raises InputError: `max_copy` is below 1.
         """
-        return CopyGuard(self.citer.memory(self.retrieval.searcher.store).text, max_copy)
+        return self.citer.copy_guard(self.retrieval.searcher.store, max_copy)
 
     def _sample(self, *args: Any, stopping_criteria: Any, **kwargs: Any) -> Any:
         """Greedy search and sampling; `forward` does not search for rows that are finished."""

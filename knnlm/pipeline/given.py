@@ -16,6 +16,7 @@ from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.begun import begin, mark_whole, read_begun
 from knnlm.pipeline.job import Job, Paths
 from knnlm.pipeline.kept_back import index_and_fit
+from knnlm.pipeline.needs import check_build_memory
 from knnlm.pipeline.plan import check_choice
 from knnlm.pipeline.steps import extract
 from knnlm.places import as_list, work_of
@@ -56,6 +57,7 @@ def build_from_vectors(
         named = replace(settings, layers=replace(settings.layers, layers=",".join(layers)))
         check_choice(lm, layers, named)
         job = Job(lm, named, progress or Silent())
+        check_build_memory(job, given.targets)
         documents = _to_fit_on(job, eval_text)
         begun = read_begun(folder) or begin(folder, work, layers)
         scored = extract(job, given.documents(), begun.layers, folder, total=given.targets, given=given)

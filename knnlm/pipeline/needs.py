@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from knnlm.layer_names import FINAL, select_layers
 from knnlm.memory import check_room, pass_bytes
-from knnlm.pipeline.job import Job, Paths
-from knnlm.pipeline.plan import estimate_tokens
+from knnlm.pipeline.job import Job
 from knnlm.scores.layer_scorer import SAMPLE_BYTES, SAMPLE_CAPACITY
 from knnlm.store.joint import AnyStore
 from knnlm.store.writer import PENDING_BYTES
@@ -14,9 +13,10 @@ from knnlm.store.writer import PENDING_BYTES
 _NEIGHBOUR = 20
 
 
-def check_build_memory(job: Job, text: Paths) -> None:
-    """Check that `settings.memory` can be kept by `build` or `run`.
+def check_build_memory(job: Job, tokens: int | None) -> None:
+    """Check that `settings.memory` can be kept by a verb that stores keys.
 
+    :param tokens: about how many; None: not known.
     :raises InputError: it cannot; the message says what is needed.
     """
     lm, settings = job.lm, job.settings
@@ -25,8 +25,7 @@ def check_build_memory(job: Job, text: Paths) -> None:
     layers = select_layers(settings.layers.layers or "all", lm.layer_names)
     sample = min(SAMPLE_BYTES, 4 * SAMPLE_CAPACITY * sum(lm.dims[name] for name in layers))
     fitted = _fitting(job, settings.evaluation.eval_tokens or 0)
-    values = 4 * (estimate_tokens(lm, text, settings.text) or 0)
-    check_room(settings.memory, _pass(job) + max(sample + PENDING_BYTES, fitted) + values)
+    check_room(settings.memory, _pass(job) + max(sample + PENDING_BYTES, fitted) + 4 * (tokens or 0))
 
 
 def check_evaluation_memory(job: Job, store: AnyStore, queries: int) -> None:

@@ -96,9 +96,9 @@ def build(
     work = work_of("build", lm.name, text, eval_text, settings, like and str(like.folder))
     settings = settings if like is None else _like(lm, settings, like)
     job, inputs = Job(lm, settings, progress or Silent()), (lm.name, *as_list(text), *as_list(eval_text))
-    check_build_memory(job, text)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
+        check_build_memory(job, total)
         split = split_off(job, text, eval_text, total)
         begun = read_begun(folder) or _begin_build(job, text, eval_text, total, folder, work)
         job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None, queries=split.queries))
@@ -224,15 +224,15 @@ def run(
     settings = settings or Settings()
     job, clock = Job(lm, settings, progress or Silent()), Clock()
     inputs, work = (lm.name, *as_list(text), *as_list(eval_text)), work_of("run", lm.name, text, eval_text, settings)
-    check_build_memory(job, text)
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
+        total = estimate_tokens(lm, text, settings.text)
+        check_build_memory(job, total)
         with clock.time("extract and score"):
             given = job.evaluation_documents(eval_text) if eval_text else None
             if given is not None:
                 check_evaluation(given)
             begun = read_begun(folder) or _begin_run(job, text, given, folder, work)
             training, evaluation = split_text(job, text, given)
-            total = estimate_tokens(lm, text, settings.text)
             queries, is_scored = query_count(settings, total, given), begun.scored is not None
             job.progress.plan(run_stages(lm, begun.layers, total, queries, settings.knn.search_k, scored=is_scored))
             scored = extract(job, training, begun.layers, folder, total=total, sampled=begun.scored)

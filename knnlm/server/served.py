@@ -54,7 +54,7 @@ class Generations:
 
     def guard(self, retrieval: Retrieval, max_copy: int) -> CopyGuard:
         """Return a guard against runs of a generation's text."""
-        return CopyGuard(self._citer.memory(retrieval.searcher.store).text, max_copy)
+        return self._citer.copy_guard(retrieval.searcher.store, max_copy)
 
     def reload(self) -> Served:
         """Serve the newest generation from now on, and return it. For any thread: it takes seconds.

@@ -136,6 +136,13 @@ def test_choice_is_among_the_given_layers(lm, exported, tmp_path):
         build_from_vectors(lm, folder, tmp_path / "out3", settings=Settings(layers=LayerConfig(layers="0.ffn_input")))
 
 
+def test_a_bound_of_memory_that_cannot_be_kept_is_told_before_any_work(lm, exported, tmp_path):
+    folder = save(tmp_path / "states", exported)
+    with pytest.raises(InputError, match=r"`memory` is 0\.0 GB, but the model and libraries take"):
+        build_from_vectors(lm, folder, tmp_path / "out", settings=Settings(memory=1e6))
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]
+
+
 def test_bfloat16_and_folders_inside(lm, exported, tmp_path):
     (tmp_path / "states" / "b").mkdir(parents=True)
     for name, arrays in (("b/1.safetensors", exported[0]), ("a.safetensors", exported[1])):
