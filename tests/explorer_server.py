@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
-from threading import Thread
+from threading import Semaphore, Thread
 from time import sleep
 
 import pytest
@@ -59,26 +59,44 @@ class Running:
 
     explainer: Explainer
     api_key: str | None = None
-    delay: float = 0.0
-    """Seconds that the model's thread takes for everything, besides."""
     calls: list[str] = field(default_factory=list)
     """Paths that were asked for."""
     work: int = 0
     """Functions that the model's thread executed."""
+    waiting: int = 0
+    """Functions that it does not execute before they are released."""
+    turns: Semaphore | None = None
     port: int = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/"
 
+    @contextmanager
+    def held(self) -> Iterator[Semaphore]:
+        """Let the model's thread execute nothing in the block but as many functions as are released."""
+        self.turns = Semaphore(0)
+        try:
+            yield self.turns
+        finally:
+            self.turns = None
+
+    async def _turn(self) -> None:
+        self.waiting += 1
+        try:
+            while (turns := self.turns) is not None and not turns.acquire(blocking=False):
+                await asyncio.sleep(0.005)
+        finally:
+            self.waiting -= 1
+
     def app(self) -> FastAPI:
         lock = asyncio.Lock()
 
         async def run(function, *, admitted=False):
             async with lock:
+                await self._turn()
                 self.work += 1
-                sleep_and = lambda: (sleep(self.delay), function())[1]  # noqa: E731
-                return await asyncio.to_thread(sleep_and)
+                return await asyncio.to_thread(function)
 
         app = FastAPI()
         app.include_router(explorer_router(lambda: self.explainer, run))

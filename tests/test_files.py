@@ -433,7 +433,7 @@ def test_old_folder_that_cannot_come_back_is_named(tmp_path, monkeypatch):
 def test_of_two_that_start_at_once_one_works(tmp_path):
     """Eight processes, which begin at one moment: one gets the place, the others learn it before their work."""
     code = """
-        import sys, time
+        import sys
         from knnlm.errors import DatastoreExists
         from knnlm.files import new_folder
         print("ready", flush=True)
@@ -442,7 +442,7 @@ def test_of_two_that_start_at_once_one_works(tmp_path):
             with new_folder(sys.argv[1]) as folder:
                 print("works", flush=True)
                 (folder / "a").write_text(sys.argv[2])
-                time.sleep(3)
+                sys.stdin.readline()
         except DatastoreExists:
             print("refused", flush=True)
     """
@@ -460,9 +460,10 @@ def test_of_two_that_start_at_once_one_works(tmp_path):
     for run in runs:
         run.stdin.write("go\n")
         run.stdin.flush()
-    said = [run.communicate(timeout=60)[0].split() for run in runs]
-    assert sorted(map(tuple, said)) == [("refused",)] * 7 + [("works",)]
-    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == f"{said.index(['works'])}"
+    said = [run.stdout.readline().strip() for run in runs]  # before the one that works may end
+    assert sorted(said) == ["refused"] * 7 + ["works"]
+    assert [run.communicate("end\n", timeout=60)[0] for run in runs] == [""] * 8
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == f"{said.index('works')}"
 
 
 # What is whole, though not complete

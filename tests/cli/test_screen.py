@@ -18,25 +18,27 @@ STAGES = [
 ]
 
 
-def shown(terminal: bool, seconds: float) -> str:
-    """What a stage of some seconds shows."""
+def shown(terminal: bool, wanted: str) -> str:
+    """What a stage shows that goes on until the wanted is there, or for a minute."""
     screen, written = Screen(as_json=False), io.StringIO()
     screen.err = screens._console(file=written, force_terminal=terminal, width=80)
     screen.plan(STAGES)
     with screen.stage("evaluation text through the model", "tokens") as advance:
         advance(1, None)
-        time.sleep(seconds)
+        end = time.monotonic() + 60
+        while not re.search(wanted, written.getvalue()) and time.monotonic() < end:
+            time.sleep(0.02)
     return written.getvalue()
 
 
 def test_a_terminal_of_80_columns_shows_one_bar_for_the_whole_with_the_time_left():
-    lines = shown(terminal=True, seconds=0.7)
-    assert re.search(r"━.*0%.* evaluation text through the model, about 6 min( \d\d s)? left", lines)
+    wanted = r"━.*0%.* evaluation text through the model, about 6 min( \d\d s)? left"
+    assert re.search(wanted, shown(terminal=True, wanted=wanted))
 
 
 def test_without_a_terminal_there_is_a_line_at_times(monkeypatch):
     monkeypatch.setattr("knnlm.cli.telling.LINE_SECONDS", 0.5)
-    lines = shown(terminal=False, seconds=1.3).splitlines()
+    lines = shown(terminal=False, wanted="\n").splitlines()
     assert lines and all(
         re.fullmatch(r"evaluation text through the model, 1 of 1,000 tokens, about \d min( \d\d s)? left", line)
         for line in lines

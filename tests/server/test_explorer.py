@@ -7,7 +7,6 @@ import json
 import re
 from dataclasses import asdict, replace
 from http.client import HTTPConnection
-from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from knnlm.server.explorer import wire
 from knnlm.server.explorer.routes import PAGE
 from tests import explorer_server
 from tests.explorer_server import FITTED, GATE, SOURCE, Running, running
+from tests.server_process import until
 
 explainer, server = explorer_server.explainer, explorer_server.server
 
@@ -164,21 +164,18 @@ def test_continuation_ends_with_the_end_token(server, monkeypatch) -> None:
 
 
 def test_who_goes_away_is_not_computed_for(explainer) -> None:
-    with running(explainer, delay=0.05) as server:
+    with running(explainer) as server, server.held() as turns:
         connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
         body = {"tokens": explainer.encode("the"), **ON, "max_new_tokens": 100}
         connection.request("POST", "/explorer/continue", json.dumps(body), {"content-type": "application/json"})
+        turns.release(2)
         answer = connection.getresponse()
         answer.read(1)
+        until(lambda: server.work == 2 and server.waiting == 1)
         answer.close()
         connection.close()
-        until = monotonic() + 30
-        seen = -1
-        while seen != server.work:
-            seen = server.work
-            sleep(0.5)
-            assert monotonic() < until
-        assert seen < 60
+        until(lambda: server.waiting == 0)  # although nothing is computed
+    assert server.work == 2
 
 
 # What is refused

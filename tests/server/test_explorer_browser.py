@@ -32,6 +32,9 @@ PROBABILITIES = """
 return [...document.querySelectorAll('#tokens [role=option]')].slice(1)
   .map((one) => [one.dataset.lm, one.dataset.mixed].map(Number))
 """
+ANSWERED = """
+return performance.getEntriesByType('resource').filter((one) => one.name.endsWith(arguments[0])).length
+"""
 NAMELESS = """
 return [...document.querySelectorAll('button, select, input, textarea, [role=listbox]')].filter((one) =>
   one.checkVisibility() && !(one.ariaLabel || one.labels?.length || one.textContent.trim()))
@@ -252,15 +255,18 @@ def test_a_token_of_a_distribution_shows_who_votes_for_it(page, explainer) -> No
 
 
 def test_neighbours_that_come_late_do_not_replace_those_of_another_token(browser, explainer) -> None:
-    with running(explainer, delay=0.3) as slow:
-        page = Page(browser, slow)
+    with running(explainer) as own:
+        page = Page(browser, own)
         page.explain()
         page.open(5)
         shown = page.find("#neighbors").text
-        for at in (9, 5):
-            page.driver.execute_script("arguments[0].click()", page.tokens()[at])
-        page.wait(lambda: slow.calls.count("/explorer/sources") == 3)
-        page.driver.execute_async_script("setTimeout(arguments[0], 600)")
+        with own.held():
+            for at in (9, 5):
+                page.driver.execute_script("arguments[0].click()", page.tokens()[at])
+            page.wait(lambda: own.calls.count("/explorer/sources") == 3)
+            assert page.find("#neighbors").text == shown
+        page.wait(lambda: page.driver.execute_script(ANSWERED, "/explorer/sources") == 3)
+        page.settle()
         assert page.find("#neighbors").text == shown
 
 
@@ -371,21 +377,25 @@ def test_continuation_is_explained_as_it_comes(page, explainer) -> None:
 
 
 def test_tokens_appear_one_by_one_and_can_be_stopped(browser, explainer) -> None:
-    with running(explainer, delay=0.2) as slow:
-        page = Page(browser, slow)
+    with running(explainer) as own:
+        page = Page(browser, own)
         page.explain("the nurse")
         first = len(page.tokens())
-        page.find("#continue").click()
-        page.wait(lambda: len(page.tokens()) > first + 1)
-        assert page.find("#stop").is_displayed() and not page.find("#continue").is_displayed()
-        assert not page.find("#layer").is_enabled()
-        page.find("#stop").click()
+        with own.held() as turns:
+            page.find("#continue").click()
+            for count in (1, 2):
+                turns.release()
+                page.wait(lambda count=count: len(page.tokens()) == first + count)
+            assert page.find("#stop").is_displayed() and not page.find("#continue").is_displayed()
+            assert not page.find("#layer").is_enabled()
+            page.find("#stop").click()
         page.settle()
-        shown = len(page.tokens())
-        assert first < shown < first + 40
-        page.find("#continue").click()
-        page.wait(lambda: len(page.tokens()) > shown)
-        page.find("#stop").click()
+        assert len(page.tokens()) == first + 2
+        with own.held() as turns:
+            page.find("#continue").click()
+            turns.release()
+            page.wait(lambda: len(page.tokens()) == first + 3)
+            page.find("#stop").click()
         page.settle()
         assert len(page.all("#tokens .cut")) == 2
         assert page.find("#error").get_attribute("hidden") and browser.get_log("browser") == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -89,10 +88,12 @@ def test_time_of_a_call_is_limited(store_folder) -> None:
 
 
 def test_time_of_a_continuation_is_limited(store_folder, monkeypatch) -> None:
-    change_steps(monkeypatch, lambda: time.sleep(0.3))
-    with paced(store_folder, seconds=1) as (server, _, _):
-        events = go_on(server, 100)
-        assert events[-1]["error"]["code"] == "timeout" and 2 <= len(events) <= 4
+    steps = Semaphore(2)
+    change_steps(monkeypatch, lambda: steps.acquire(timeout=60))
+    with paced(store_folder, seconds=2) as (server, _, _):
+        *told, last = go_on(server, 100)
+        assert last["error"]["code"] == "timeout" and len(told) == 2
+        steps.release()  # the one that runs
 
 
 def test_a_continuation_that_was_let_in_goes_on_although_the_queue_is_full(store_folder, monkeypatch) -> None:

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -166,7 +167,8 @@ def test_headers_must_come_in_time(store_folder) -> None:
 
 
 def test_an_answer_may_take_longer_than_headers(store_folder) -> None:
-    with paced(store_folder, seconds=3) as (server, turns, pool):
+    with paced(store_folder, seconds=1) as (server, turns, pool):
+        server.service.limits = Limits()  # of answers; connections keep theirs
         request = pool.submit(post, server, max_tokens=1)
         until(lambda: turns.is_due)
         time.sleep(1.5)
@@ -178,8 +180,10 @@ def test_an_end_does_not_wait_for_a_body_that_never_comes(store_folder) -> None:
     process, url = start(store_folder)
     host, port = url.removeprefix("http://").split(":")
     with process, socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 10\r\n\r\n{")
-        time.sleep(0.5)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 10\r\nexpect: 100-continue\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100")  # the body is waited for
+        connection.sendall(b"{")
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
         answer = connection.recv(65536)
@@ -402,14 +406,17 @@ def test_a_second_signal_ends_at_once(store_folder) -> None:
         assert line.startswith("knnlm: stopped by Ctrl-C")
 
 
-def test_a_client_that_does_not_read_is_not_waited_for(store_folder) -> None:
-    service = make_service(store_folder, seconds=0.2)
+def test_a_client_that_does_not_read_is_not_waited_for(store_folder, monkeypatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    service = make_service(store_folder, seconds=20)
     server = run._Server(uvicorn.Config(create_app(service)), service, lambda: None, lambda line: None)
     service.active = 1
     assert not asyncio.run(server.on_tick(1))
     server.handle_exit(signal.SIGTERM, None)
+    now[0] += 19
     assert not asyncio.run(server.on_tick(1))
-    time.sleep(0.25)
+    now[0] += 2
     assert asyncio.run(server.on_tick(1)) and not server.force_exit
 
 
