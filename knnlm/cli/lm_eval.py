@@ -17,6 +17,8 @@ def lm_eval(context: typer.Context) -> None:
     """Run lm-eval with the additional model knnlm; all options are lm-eval's.
 
     Example: knnlm lm-eval --model knnlm --model_args store=nursing.knn --tasks arc_easy
+
+    For several datastores: --model_args 'store=["wards.knn","pharmacy.knn"]'.
     """
     from knnlm.inference.harness import main
 

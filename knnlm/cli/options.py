@@ -121,14 +121,9 @@ class StoreOptions:
 
     def open(self) -> AnyStore:
         """Open what is given; a single datastore has no weights."""
-        from knnlm.errors import InputError
-        from knnlm.store.joint import as_store, open_datastores
+        from knnlm.store.joint import as_store
 
-        if self.weights is None:
-            return as_store(self.store)
-        if len(self.store) == 1:
-            raise InputError(f"`weights` are for several datastores, but only {self.store[0]} is given; name another")
-        return open_datastores(self.store, _weights(self.weights))
+        return as_store(self.store, None if self.weights is None else _weights(self.weights))
 
     def told(self) -> dict[str, object]:
         """For JSON: the datastore as it was named, or all, with their weights as given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from knnlm.cli.shared import load_own
 
 if TYPE_CHECKING:
     from knnlm.model.lm import LanguageModel
+    from knnlm.server.limits import Limits
     from knnlm.store.joint import AnyStore
 
 Host = Annotated[
@@ -31,6 +33,29 @@ MaxQueue = Annotated[
     int, typer.Option("--max-queue", help="Maximum number of waiting choices; more are refused with status 429.")
 ]
 MaxSeconds = Annotated[float, typer.Option("--max-seconds", help="Maximum duration of a request.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """Limits of a request and of the queue."""
+
+    max_prompt_tokens: PromptTokens = 8192
+    max_completion_tokens: CompletionTokens = 2048
+    max_batch: MaxBatch = 16
+    max_queue: MaxQueue = 128
+    max_seconds: MaxSeconds = 120.0
+
+    def limits(self) -> Limits:
+        """Raises as `Limits`."""
+        from knnlm.server.limits import Limits
+
+        return Limits(
+            prompt_tokens=self.max_prompt_tokens,
+            completion_tokens=self.max_completion_tokens,
+            batch=self.max_batch,
+            queue=self.max_queue,
+            seconds=self.max_seconds,
+        )
 
 
 def _check_memory(memory: float | None, lm: LanguageModel, store: AnyStore) -> None:
@@ -66,13 +91,9 @@ def serve(
     api_key: ApiKey = None,
     insecure: Insecure = False,
     retrieving: options.RetrievalOptions,
-    max_prompt_tokens: PromptTokens = 8192,
-    max_completion_tokens: CompletionTokens = 2048,
+    limiting: LimitOptions,
     max_copy: options.MaxCopy = None,
     memory: options.Memory = None,
-    max_batch: MaxBatch = 16,
-    max_queue: MaxQueue = 128,
-    max_seconds: MaxSeconds = 120.0,
     model: options.OtherModel = None,
     compute: options.ComputeOptions,
     trust_remote_code: options.Trust = False,
@@ -81,39 +102,33 @@ def serve(
 
     Example: knnlm serve nursing.knn --port 8000
     """
-    from knnlm.server.run import listen, serve
+    from knnlm.server.hang_ups import hang_ups_wait
 
-    _check_access(host, api_key, insecure=insecure)
-    from knnlm.documents import whole_text
-    from knnlm.inference.explain import NewestExplainer
-    from knnlm.inference.model import KNNLM
-    from knnlm.server.app import create_app
-    from knnlm.server.explorer.routes import explorer_router
-    from knnlm.server.limits import Limits
-    from knnlm.server.service import Service
+    with hang_ups_wait():
+        _check_access(host, api_key, insecure=insecure)
+        from knnlm.documents import whole_text
+        from knnlm.inference.explain import NewestExplainer
+        from knnlm.inference.model import KNNLM
+        from knnlm.server.app import create_app
+        from knnlm.server.explorer.routes import explorer_router
+        from knnlm.server.run import listen, serve
+        from knnlm.server.service import Service
 
-    limits = Limits(
-        prompt_tokens=max_prompt_tokens,
-        completion_tokens=max_completion_tokens,
-        batch=max_batch,
-        queue=max_queue,
-        seconds=max_seconds,
-    )
-    screen, bound = options.open_screen(call), options.memory_bytes(memory)
-    with listen(host, port) as listener:
-        opened = stores.open()
-        retrieval = retrieving.open(opened, bound)
-        lm = load_own(opened, model, compute, trust_remote_code, screen)
-        _check_memory(bound, lm, opened)
-        service = Service(
-            whole_text(opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name),
-            lm,
-            KNNLM.from_retrieval(lm, retrieval),
-            limits,
-            max_copy=max_copy,
-            newest=lambda: retrieving.open(stores.open(), bound),
-        )
-        line = f"Serving {service.name} at {_address(host, listener)} (Ctrl-C ends it)"
-        page = explorer_router(NewestExplainer(lm, lambda: service.retrieval), service.thread.run, limits.seconds)
-        app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
-        serve(app, service, listener, lambda: screen.say(line), screen.say)
+        limits, screen, bound = limiting.limits(), options.open_screen(call), options.memory_bytes(memory)
+        with listen(host, port) as listener:
+            opened = stores.open()
+            retrieval = retrieving.open(opened, bound)
+            lm = load_own(opened, model, compute, trust_remote_code, screen)
+            _check_memory(bound, lm, opened)
+            service = Service(
+                whole_text(opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name),
+                lm,
+                KNNLM.from_retrieval(lm, retrieval),
+                limits,
+                max_copy=max_copy,
+                newest=lambda: retrieving.open(stores.open(), bound),
+            )
+            line = f"Serving {service.name} at {_address(host, listener)} (Ctrl-C ends it)"
+            page = explorer_router(NewestExplainer(lm, lambda: service.retrieval), service.thread.run, limits.seconds)
+            app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
+            serve(app, service, listener, lambda: screen.say(line), screen.say)

@@ -22,7 +22,8 @@ from knnlm.inference.model import KNNLM
 from knnlm.inference.own_model import own_model
 from knnlm.knn.retrieval import open_retrieval
 from knnlm.model.loading import load_model
-from knnlm.store.datastore import Datastore, as_datastore
+from knnlm.store.datastore import Datastore
+from knnlm.store.joint import GivenStores, JointStore, as_store
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -40,7 +41,9 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
     Where λ is by the text so far, a request is a text of its own, or a window of one that is longer than the model
     takes: its context is searched for too.
 
-    :param store: the datastore. `layer`, `k`, `temperature` and `lam` (or `lambda`) are as in `KNNLM.from_store`.
+    :param store: the datastore, or several. `layer`, `k`, `temperature` and `lam` (or `lambda`) are as in
+        `KNNLM.from_store`.
+    :param weights: what each of several datastores counts for, as in `knnlm.open_datastores`.
     :param model: path or id of the datastore's model, if it has moved.
     :param max_length: longest input in tokens; the model's limit by default.
     :raises InputError: an unknown argument; or as `KNNLM.from_store`.
@@ -52,7 +55,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
 
     def __init__(
         self,
-        store: str | Path | Datastore,
+        store: GivenStores,
         layer: str | None = None,
         k: int | None = None,
         temperature: float | None = None,
@@ -64,12 +67,13 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
         max_batch_size: int = 64,
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        weights: Sequence[float] | None = None,
         **others: Any,
     ) -> None:
         lam = others.pop("lambda", lam)  # a keyword in Python
         if others:
             raise InputError(f"knnlm has no argument {', '.join(others)}; see docs/lm-eval.md for those that it has")
-        opened = as_datastore(store if isinstance(store, Datastore) else str(store))  # lm-eval parses 7 as a number
+        opened = as_store(_named(store), weights)
         retrieval = open_retrieval(opened, layer, k, temperature, lam)
         with own_model(opened, model) as source:
             lm = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -113,6 +117,15 @@ class HarnessModel(HFLM):  # type: ignore[misc] # lm_eval has no types
             rows_Q = torch.arange(len(vectors_QD), device=vectors_QD.device)
             retrieval.mix_in(log_probs_QV, rows_Q, vectors_QD)
         return log_probs_QV
+
+
+def _named(store: Any) -> GivenStores:
+    """The datastores with their names as text: lm-eval parses 7 as a number."""
+    if isinstance(store, Datastore | JointStore):
+        return store
+    if isinstance(store, list | tuple):
+        return [one if isinstance(one, Datastore) else str(one) for one in store]
+    return str(store)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from index.base import VectorIndex
 from index.build import check_spec
 from index.covered import Cover
-from index.errors import CorruptIndex
+from index.errors import CorruptIndex, VectorIndexError
 from index.exact import ExactIndex
 from index.metric import Metric
 from index.neighbors import Neighbors
@@ -23,7 +23,7 @@ from index.saved import SavedIndex
 from index.spec import parse_spec
 from index.storage import open_covered, open_index
 from knnlm.config import KNNConfig, Settings
-from knnlm.errors import DatastoreCorrupt, InputError
+from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.knn.mixing import NEAREST, Search
 from knnlm.layer_names import select_layers
 from knnlm.memory import work_bytes
@@ -91,6 +91,7 @@ def open_searcher(
     :param memory: bytes that the process may take; None: searches take what is quick.
     :raises InputError: the index was built for another metric.
     :raises DatastoreCorrupt: a file of the index is missing, short or changed.
+    :raises DatastoreError: FAISS refuses the index for another reason.
     """
     index = _open_index(store, layer, metric, exact=exact)
     index.work_bytes = work_bytes(memory, index.work_bytes)
@@ -107,6 +108,8 @@ def _open_index(store: Datastore, layer: str, metric: str, *, exact: bool) -> Ve
         return open_layer_index(store, layer)
     except CorruptIndex as error:
         raise DatastoreCorrupt(str(error)) from None
+    except VectorIndexError as error:
+        raise DatastoreError(str(error)) from None
 
 
 def open_layer_index(store: Datastore, layer: str) -> VectorIndex:

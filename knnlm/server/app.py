@@ -89,8 +89,10 @@ def _routes(service: Service) -> APIRouter:
         return model
 
     @router.post("/v1/datastore/reload")
-    async def reload() -> wire.Reloaded:
+    async def reload(request: Request) -> wire.Reloaded:
         """Serve the newest generation of the datastore; requests that run are finished with theirs."""
+        if "origin" in request.headers:  # browsers send a POST without a JSON body from any page, and ask nobody
+            raise Refusal(403, "a web page must not reload the datastore; send this without Origin")
         now = await asyncio.to_thread(service.reload)
         return wire.Reloaded(id=service.name, generations=list(now.generations), keys=now.count)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,6 +18,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from knnlm.errors import InputError
+from knnlm.server.hang_ups import take_hang_ups
 from knnlm.server.refusals import Refusal
 from knnlm.server.service import Service
 
@@ -172,9 +171,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, and call `started`."""
         await super().startup(sockets)
-        # As uvicorn: other threads get no signals, and Windows has no SIGHUP.
-        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin_reload)
+        take_hang_ups(self._begin_reload)
         self._when_started()
 
     def _begin_reload(self) -> None:

@@ -59,17 +59,21 @@ class Generations:
     def reload(self) -> Served:
         """Serve the newest generation from now on, and return it. For any thread: it takes seconds.
 
-        :raises Refusal: it cannot be served; the one before still is. 409: it does not fit what is served. 503: it
-            cannot be read.
+        :raises Refusal: it cannot be served; the one before still is. 409: it does not fit what is served, or another
+            thread is at it. 503: it cannot be read.
         """
-        with self._lock:
-            try:
-                self.now = self._open()
-            except KNNLMError as error:
-                wrong = isinstance(error, InputError | ModelError | DatastoreMismatch)
-                status, code = (409, "datastore_mismatch") if wrong else (503, "datastore_unreadable")
-                raise Refusal(status, f"{error}; {self.now} goes on being served", code=code) from error
-            return self.now
+        if not self._lock.acquire(blocking=False):  # one that waited would keep a thread, which completions need
+            message = "a reload is under way; ask again when it has ended"
+            raise Refusal(409, message, code="reload_under_way", headers={"retry-after": "1"})
+        try:
+            self.now = self._open()
+        except (KNNLMError, OSError) as error:
+            wrong = isinstance(error, InputError | ModelError | DatastoreMismatch)
+            status, code = (409, "datastore_mismatch") if wrong else (503, "datastore_unreadable")
+            raise Refusal(status, f"{error}; {self.now} goes on being served", code=code) from error
+        finally:
+            self._lock.release()
+        return self.now
 
     def _open(self) -> Served:
         if self._newest is None:

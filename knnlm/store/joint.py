@@ -108,13 +108,20 @@ def open_datastores(stores: Sequence[OneStore], weights: Sequence[float] | None 
     return JointStore([as_datastore(one) for one in stores], weights)
 
 
-def as_store(given: GivenStores) -> AnyStore:
-    """Return what is opened as it is, and open the rest; a single one stays a `Datastore`. Raises as the two."""
+def as_store(given: GivenStores, weights: Sequence[float] | None = None) -> AnyStore:
+    """Return what is opened as it is, and open the rest; a single one stays a `Datastore`.
+
+    :param weights: as for `open_datastores`, for several that are not opened as one.
+    :raises InputError: weights are given for one datastore, or for what has its own; or as `open_datastores`.
+    """
+    if isinstance(given, str | Path | Datastore):
+        given = (given,)
+    if weights is not None and (isinstance(given, JointStore) or len(given) == 1):
+        told = "an opened set has its own" if isinstance(given, JointStore) else f"only {given[0]} is given"
+        raise InputError(f"`weights` are for several datastores, but {told}; leave them out, or name several")
     if isinstance(given, JointStore):
         return given
-    if isinstance(given, str | Path | Datastore):
-        return as_datastore(given)
-    return as_datastore(given[0]) if len(given) == 1 else open_datastores(given)
+    return as_datastore(given[0]) if len(given) == 1 else open_datastores(given, weights)
 
 
 def _check_weights(weights: Sequence[float], stores: Sequence[Datastore]) -> None:

@@ -290,6 +290,45 @@ def test_an_open_store_may_be_given(stores) -> None:
     assert made.model.retrieval.searcher.store is store
 
 
+def test_several_stores_are_searched_as_one(stores, tasks, tmp_path) -> None:
+    """As on the command line, in lm-eval's two ways to write a list; beside KNNLM with the same datastores."""
+    from lm_eval._cli.utils import key_val_to_dict
+
+    text = write_jsonl(tmp_path / "more.jsonl", texts(5, 6))
+    settings = Settings(
+        text=TextConfig(context=CONTEXT, stride=STRIDE), layers=LayerConfig(layers=LAYER), key_dtype="float32"
+    )
+    lm = load_model(stores / "gpt2-model", device="cpu")
+    build(lm, [text], tmp_path / "7", eval_text=[text], settings=settings)
+    names = [str(stores / "gpt2"), str(tmp_path / "7")]
+    given = key_val_to_dict(f"store={names!r},k={K},temperature={TEMPERATURE},lambda={LAMBDA},device=cpu")
+    found = {}
+    for weights in (None, [1, 0.125]):
+        joint = knnlm.open_datastores(names, weights)
+        due = teacher_forced(KNNLM.from_store(joint, LAYER, K, TEMPERATURE, LAMBDA, lm=lm))
+        more = {} if weights is None else {"weights": weights}
+        found[str(weights)] = likelihoods(evaluate(tasks, "tiny_choice", "knnlm", given | more)["answers"])
+        for got, expected in zip(found[str(weights)], due, strict=True):
+            assert got == pytest.approx(expected, abs=1e-4)
+    alone = likelihoods(evaluate(tasks, "tiny_choice", "knnlm", ours(stores, "gpt2"))["answers"])
+    assert np.abs(np.subtract(np.concatenate(alone), np.concatenate(found["None"]))).max() > 0.1
+    assert np.abs(np.subtract(np.concatenate(found["None"]), np.concatenate(found["[1, 0.125]"]))).max() > 0.01
+
+
+def test_a_store_may_have_a_number_for_its_name(stores, tmp_path, monkeypatch) -> None:
+    """lm-eval reads 7 as a number."""
+    from knnlm.inference.harness import HarnessModel
+
+    shutil.copytree(stores / "gpt2", tmp_path / "7")
+    monkeypatch.chdir(tmp_path)
+    model = str(stores / "gpt2-model")
+    for given in (7, [7]):
+        made = HarnessModel(given, None, K, TEMPERATURE, LAMBDA, model, device="cpu")
+        assert made.model.retrieval.searcher.store.folder.name == "7"
+    with pytest.raises(InputError, match="`weights` are for several datastores, but only 7 is given"):
+        HarnessModel(7, None, K, TEMPERATURE, LAMBDA, model, weights=[1])
+
+
 def test_unknown_argument_is_refused(stores) -> None:
     from knnlm.inference.harness import HarnessModel
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import httpx
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 import knnlm
+from index.errors import FaissFailed
 from knnlm import KNNLM
 from knnlm.inference.copying import GuardProcessor
 from knnlm.inference.explain import NewestExplainer
@@ -25,8 +29,9 @@ from knnlm.server.explorer.wire import generation
 from knnlm.server.refusals import Refusal
 from knnlm.store.datastore import Datastore
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
-from tests.server.test_server_limits import post, start
+from tests.server.test_server_limits import command, post, start
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, make_service, newest, running, until
+from tests.source_files import ROOT
 
 PROMPT = "the nurse counts"
 
@@ -246,21 +251,81 @@ def test_sighup_takes_the_newest_and_says_so(store) -> None:
         assert process.wait(60) == 0
 
 
-def test_two_reloads_at_once_are_one_after_the_other(store) -> None:
-    service, opened = make_service(store), []
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which signals wait")
+def test_a_hang_up_while_the_model_is_loaded_waits_for_the_server(store) -> None:
+    process = subprocess.Popen(command(store), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with process:
+        until(lambda: signal.SIGHUP in blocked(process.pid))
+        process.send_signal(signal.SIGHUP)
+        assert [process.stdout.readline().split()[0:2] for _ in range(2)] == [
+            ["Serving", "store"],
+            ["Serving", "generation"],
+        ]
+        process.terminate()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+def blocked(process: int) -> set[int]:
+    """The signals that wait before the main thread of a process."""
+    (mask,) = re.findall(r"SigBlk:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return {number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1}
+
+
+def test_reloads_that_come_during_one_are_refused_and_keep_no_thread(store) -> None:
+    service, opened, go = make_service(store), [], Event()
     own = service._generations._newest
+    service._generations._newest = lambda: (opened.append(1), go.wait(60), own())[-1]
+    with running(service) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(reload, server)
+        try:
+            until(lambda: opened == [1])
+            for _ in range(50):  # more than there are threads
+                answer = reload(server)
+                assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
+            assert answer.json()["error"]["code"] == "reload_under_way"
+            assert post(server, max_tokens=1).status_code == 200
+        finally:
+            go.set()
+        assert first.result().status_code == reload(server).status_code == 200
+    assert opened == [1, 1]
 
-    def slow():
-        opened.append("begun")
-        until(lambda: True)
-        found = own()
-        opened.append("done")
-        return found
 
-    service._generations._newest = slow
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: service.reload(), range(4)))
-    assert opened == ["begun", "done"] * 4
+def test_a_web_page_cannot_reload(store) -> None:
+    """A browser sends such a POST from any page without asking; others need a content type that it asks for."""
+    service = make_service(store)
+    with running(service) as server:
+        served = service.retrieval
+        answer = reload(server, headers={"origin": "http://evil.example"})
+        assert answer.status_code == 403 and "a web page" in answer.json()["error"]["message"]
+        assert service.retrieval is served
+        body = b'{"model": "tiny", "prompt": "a"}'
+        sent = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "text/plain"})
+        assert sent.status_code == 400
+
+
+def test_an_index_that_faiss_refuses_and_files_that_the_system_refuses_leave_the_old_one(store, monkeypatch) -> None:
+    service = make_service(store)
+    with running(service) as server:
+        for error, words in (
+            (FaissFailed("FAISS has not enough memory for this index"), "not enough memory"),
+            (OSError(24, "Too many open files", "keys"), "Too many open files"),
+        ):
+            monkeypatch.setattr("knnlm.knn.searcher.open_layer_index", fail_with(error))
+            check_refusal(reload(server), 503, "datastore_unreadable", words)
+            assert post(server, max_tokens=1).status_code == 200
+        monkeypatch.undo()
+        assert reload(server).status_code == 200
+
+
+def fail_with(error: Exception):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def test_python_is_told_the_reason_too(store) -> None:
+    service = make_service(store)
     service._generations._newest = lambda: open_retrieval(Datastore.open(store / "nothing"), LAYER)
     with pytest.raises(Refusal, match="is not a datastore"):
         service.reload()

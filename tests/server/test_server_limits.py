@@ -346,10 +346,15 @@ def test_what_runs_is_finished_and_new_requests_are_told(store_folder) -> None:
         assert request.result().json()["usage"]["completion_tokens"] == 4
 
 
-def start(store: Path, *options: object) -> tuple[subprocess.Popen[str], str]:
+def command(store: Path, *options: object) -> list[str]:
     setting = ("--layer", LAYER, "--k", K, "--temperature", TEMPERATURE, "--lambda", LAMBDA)
-    words = [sys.executable, "-m", "knnlm", "serve", str(store), "--port", "0", *map(str, (*setting, *options))]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [sys.executable, "-m", "knnlm", "serve", str(store), "--port", "0", *map(str, (*setting, *options))]
+
+
+def start(store: Path, *options: object) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        command(store, *options), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     line = process.stdout.readline()
     address = re.fullmatch(r"Serving (\S+) at (http://\S+) \(Ctrl-C ends it\)\n", line)
     assert address, line + process.stderr.read()
