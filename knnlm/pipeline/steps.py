@@ -108,25 +108,27 @@ def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: floa
     return _score_result(job, scorer, collected, stopped_early=settled is not None and settled.met)
 
 
-def choose_on_sample(job: Job, documents: Iterable[TokenDocument], *, most: int) -> tuple[ScoreResult, tuple[str, ...]]:
-    """Score all layers on a bounded sample of the documents, and choose; also return the layers that can matter.
+def choose_on_sample(
+    job: Job, documents: Iterable[TokenDocument], layers: Sequence[str], *, most: int
+) -> tuple[ScoreResult, tuple[str, ...]]:
+    """Score layers on a bounded sample of the documents, and choose; also return those that can matter.
 
     Those are at most `most`, the chosen one included (`layers_that_matter`); the other layers have only the scores that
     a choice rests on.
     """
-    lm, settings = job.lm, job.settings
+    settings = job.settings
     # By documents, whatever the datastore's protocol: a sample of rows has no windows of its own.
     text = replace(settings.text, max_tokens=None, protocol="documents")
     job = replace(job, settings=replace(settings, text=text))
     sample = take_sample(documents, SAMPLE_TOKENS, run=CLUSTER_TOKENS, seed=settings.seed)
-    scorer, collected = _score_pass(job, sample, lm.layer_names, count_targets(sample))
+    scorer, collected = _score_pass(job, sample, layers, count_targets(sample))
     scored = _score_result(job, scorer, collected, only=FOR_CHOICE)
-    layers = layers_that_matter(scored, most)
+    stored = layers_that_matter(scored, most)
     job.progress.note(f"{scored.choice.reason}, on {scored.tokens:,} tokens")
     if scored.choice.disagreement:
         job.progress.note(scored.choice.disagreement)
-    whole = tuple(scorer.completed(one) if one.layer in layers else one for one in scored.layers)
-    return replace(scored, layers=whole), layers
+    whole = tuple(scorer.completed(one) if one.layer in stored else one for one in scored.layers)
+    return replace(scored, layers=whole), stored
 
 
 def _scorer(job: Job, layers: Sequence[str], *, has_head: bool = True) -> LayerScorer:

@@ -42,7 +42,7 @@ from knnlm.pipeline.steps import (
 from knnlm.places import as_list, work_of
 from knnlm.progress import Progress, Silent
 from knnlm.results import EvalResult, ScoreResult
-from knnlm.scores.choose import SCORES_THAT_CHOOSE
+from knnlm.scores.choose import SCORES_THAT_CHOOSE, layers_to_score
 from knnlm.store.datastore import Datastore, as_datastore
 from knnlm.store.joint import AnyStore, GivenStores, JointStore, as_store
 from knnlm.store.tokens import check_tokens
@@ -127,11 +127,12 @@ def _begin_build(job: Job, text: Paths, eval_text: Paths | None, total: int | No
     check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
     if wanted.layers is not None or wanted.select not in SCORES_THAT_CHOOSE:
         return begin(folder, work, select_layers(wanted.layers or wanted.select, lm.layer_names))
-    sample = score_stages(lm, lm.layer_names, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
+    scored = layers_to_score(wanted, lm.layer_names)
+    sample = score_stages(lm, scored, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
     job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True, queries=0)])
     # An evaluation text that is given is not read a second time.
     stored = job.documents(text) if eval_text else split_off(job, text, None, total).documents
-    sampled, layers = choose_on_sample(job, stored, most=1)
+    sampled, layers = choose_on_sample(job, stored, scored, most=1)
     return begin(folder, work, layers, sampled)
 
 
@@ -264,6 +265,6 @@ def _begin_run(job: Job, text: Paths, given: list[TokenDocument] | None, folder:
     rest = run_stages(lm, stored, plan.tokens, queries, settings.knn.search_k, scored=True)
     job.progress.plan([*sample, *rest])
     training, evaluation = split_text(job, text, given)
-    sampled, layers = choose_on_sample(job, training, most=plan.most)
+    sampled, layers = choose_on_sample(job, training, plan.layers, most=plan.most)
     evaluation()  # too short a text is an error before the second pass
     return begin(folder, work, layers, sampled)

@@ -24,6 +24,23 @@ def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: 
     return tuple(name for name in looked_at if name in wanted) or tuple(looked_at)
 
 
+def layers_to_score(config: LayerConfig, all_layers: Sequence[str]) -> tuple[str, ...]:
+    """Return the layers that `choose` looks at: the candidates and those of their kind in all blocks.
+
+    If dispersion is to choose, these are all layers, as any of them may have a better pilot.
+    """
+    candidates = candidate_layers(config, all_layers, all_layers)
+    if config.candidates != LayerConfig.candidates:
+        return candidates
+    return tuple(all_layers if config.select == "dispersion" else filter(_of_kind(candidates), all_layers))
+
+
+def _of_kind(candidates: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a layer is the same part of its block as one of the candidates."""
+    kinds = {loosely_split(name)[1] for name in candidates}
+    return lambda name: loosely_split(name)[1] in kinds
+
+
 # Of one layer's pilot relative to another's: the interval of the change of perplexity.
 PilotChange = Callable[[str, str], Interval]
 
@@ -51,8 +68,8 @@ def choose(
     allowed = [score for score in scores if score.layer in candidates]
     # Whoever names candidates wants one of them.
     compared = scores if config.candidates == LayerConfig.candidates else allowed
-    kinds = {loosely_split(name)[1] for name in candidates}
-    alike = [score for score in compared if loosely_split(score.layer)[1] in kinds]
+    kind = _of_kind(candidates)
+    alike = [score for score in compared if kind(score.layer)]
     if config.select == "auto" and (best := by_pilot(alike)) is not None:
         return Choice(best.layer, "auto", candidates, _pilot_reason(best, alike, by_dispersion(allowed)))
     chosen = _by_score(allowed, config.select)

@@ -12,7 +12,7 @@ from knnlm.config import LayerConfig
 from knnlm.errors import InputError, LayerError
 from knnlm.layer_names import PARTS
 from knnlm.results import Choice, Interval, LayerScore, ScoreResult
-from knnlm.scores.choose import candidate_layers, layers_that_matter
+from knnlm.scores.choose import candidate_layers, layers_that_matter, layers_to_score
 from knnlm.scores.choose import choose as choose_by
 
 # Of one layer's pilot relative to another's: better beyond doubt, or not.
@@ -136,6 +136,17 @@ def test_the_note_compares_with_what_dispersion_takes() -> None:
     config = LayerConfig(select="dispersion")
     choose_by(PILOTED, config, NAMES, lambda one, other: asked.append((one, other)) or TOGETHER)
     assert set(asked) == {(one.layer, "3.ffn_input") for one in PILOTED[:3]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LayerConfig(), LayerConfig(candidates="2-3.ffn_input")]
+    + [LayerConfig(select=select) for select in ("dispersion", "probe", "pilot")],
+)
+def test_a_choice_needs_the_scores_of_no_other_layers(config: LayerConfig) -> None:
+    needed = [one for one in PILOTED if one.layer in layers_to_score(config, NAMES)]
+    assert choose(needed, config, NAMES, APART) == choose(PILOTED, config, NAMES, APART)
+    assert ("0.attn_input" in [one.layer for one in needed]) == (config.select == "dispersion")
 
 
 def test_dispersion_alone_tells_of_a_better_pilot_with_the_way_out() -> None:
