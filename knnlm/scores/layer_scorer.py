@@ -9,9 +9,8 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +42,22 @@ SAMPLE_BYTES = 3 << 29
 # Layers scored at a time: each needs some 50 MB.
 _MOST_AT_ONCE = 8
 
+T = TypeVar("T")
+
+
+class _Once(Generic[T]):
+    """A property that is computed once. That of `functools` has, in Python 3.11, one lock for all objects: layers that
+    are scored in threads would wait for one another.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+
+    def __get__(self, owner: object, kind: type) -> T:
+        value = self._compute(owner)
+        vars(owner)[self._compute.__name__] = value  # from now on found before this descriptor
+        return value
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -53,22 +68,22 @@ class Seen:
     seed: int
     measure_pilot: MeasurePilot = no_pilot
 
-    @cached_property
+    @_Once
     def spectrum(self) -> Float64:
         """Squared singular values of the centred sample."""
         return spectrum(self.sample.vectors_MD)
 
-    @cached_property
+    @_Once
     def search(self) -> SampleSearch:
         """Neighbours of some of the sample."""
         return search_sample(self.sample, seed=self.seed)
 
-    @cached_property
+    @_Once
     def probe(self) -> Probe:
         """Retrieval probe of the sample, with its interval."""
         return retrieval_probe(self.search)
 
-    @cached_property
+    @_Once
     def pilot(self) -> Pilot:
         """The small kNN-LM of the sample."""
         return self.measure_pilot(self.search)
