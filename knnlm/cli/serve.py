@@ -13,9 +13,7 @@ from knnlm.cli import options
 from knnlm.cli.shared import load_own
 
 if TYPE_CHECKING:
-    from knnlm.model.lm import LanguageModel
     from knnlm.server.limits import Limits
-    from knnlm.store.joint import AnyStore
 
 Host = Annotated[
     str, typer.Option("--host", help="Address to listen on; other than a loopback address, it needs a key.")
@@ -58,15 +56,6 @@ class LimitOptions:
         )
 
 
-def _check_memory(memory: float | None, lm: LanguageModel, store: AnyStore) -> None:
-    """:raises InputError: the bound cannot be kept."""
-    from knnlm.config import BATCH_TOKENS
-    from knnlm.layer_names import FINAL
-    from knnlm.memory import check_room, pass_bytes
-
-    check_room(memory, pass_bytes(lm.dims[FINAL], BATCH_TOKENS) + store.loaded_bytes)
-
-
 def _check_access(host: str, api_key: str | None, *, insecure: bool) -> None:
     """Refuse a key that no client can send, and an address at which anybody could read without one."""
     from knnlm.server.gate import is_loopback
@@ -107,7 +96,6 @@ def serve(
     with hang_ups_wait():
         _check_access(host, api_key, insecure=insecure)
         from knnlm.documents import whole_text
-        from knnlm.inference.explain import NewestExplainer
         from knnlm.inference.model import KNNLM
         from knnlm.server.app import create_app
         from knnlm.server.explorer.routes import explorer_router
@@ -119,7 +107,6 @@ def serve(
             opened = stores.open()
             retrieval = retrieving.open(opened, bound)
             lm = load_own(opened, model, compute, trust_remote_code, screen)
-            _check_memory(bound, lm, opened)
             service = Service(
                 whole_text(opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name),
                 lm,
@@ -127,8 +114,9 @@ def serve(
                 limits,
                 max_copy=max_copy,
                 newest=lambda: retrieving.open(stores.open(), bound),
+                memory=bound,
             )
             line = f"Serving {service.name} at {_address(host, listener)} (Ctrl-C ends it)"
-            page = explorer_router(NewestExplainer(lm, lambda: service.retrieval), service.thread.run, limits.seconds)
+            page = explorer_router(service.explainer, service.thread.run, limits.seconds)
             app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
             serve(app, service, listener, lambda: screen.say(line), screen.say)

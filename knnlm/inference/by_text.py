@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import compress
+from itertools import compress, islice
 from threading import Lock
 from typing import Any
 from weakref import ref
@@ -26,6 +26,7 @@ from torch import Tensor
 from knnlm.errors import InputError
 from knnlm.knn.mixing import Floats, TokenShares, mix
 from knnlm.knn.retrieval import Retrieval
+from knnlm.knn.searcher import QUERY_BLOCK
 from knnlm.knn.trust import FIRST, heard, token_gains, trusts, updated
 from knnlm.layer_names import FINAL
 from knnlm.model.lm import LanguageModel
@@ -207,17 +208,24 @@ class TextMemory:
     def _mix_alike(
         self, log_probs_NV: Tensor, plans: Sequence[RowPlan], vectors_QD: Tensor, lm_Q: Floats, retrieval: Retrieval
     ) -> None:
-        found = retrieval.find(vectors_QD)
-        gains_Q = retrieval.gains(found, np.concatenate([plan.targets_Q for plan in plans]), lm_Q)
+        targets_Q = np.concatenate([plan.targets_Q for plan in plans])
         outputs_Q = np.concatenate([plan.outputs_Q for plan in plans])
-        is_mixed_Q = outputs_Q >= 0
-        found, outputs_N = found.rows(is_mixed_Q), torch.from_numpy(outputs_Q[is_mixed_Q]).to(log_probs_NV.device)
-        trust_N = np.array(list(_trusts(plans, gains_Q)))[is_mixed_Q]
-        lambdas_N, shares = retrieval.lambdas(found), retrieval.shares(found)
-        for number, text, own in _ends(plans):
-            prepared = _standing(log_probs_NV[outputs_N[number]], shares, number, lambdas_N, trust_N)
-            self._hold(text, own, prepared)
-        retrieval.mix_shares(log_probs_NV, outputs_N, shares, lambdas_N * heard(trust_N))
+        gains_Q, ends, mixed = np.empty(len(targets_Q)), _ends(plans), 0
+        trust = _trusts(plans, gains_Q)
+        for start in range(0, len(targets_Q), QUERY_BLOCK):
+            block = slice(start, start + QUERY_BLOCK)
+            found, is_mixed_Q = retrieval.find(vectors_QD[block]), outputs_Q[block] >= 0
+            gains_Q[block] = retrieval.gains(found, targets_Q[block], lm_Q[block])
+            trust_N = np.array([*islice(trust, len(is_mixed_Q))])[is_mixed_Q]
+            outputs_N = torch.from_numpy(outputs_Q[block][is_mixed_Q]).to(log_probs_NV.device)
+            found = found.rows(is_mixed_Q)
+            lambdas_N, shares = retrieval.lambdas(found), retrieval.shares(found)
+            for number in range(len(trust_N)):
+                if (end := ends.get(mixed + number)) is not None:
+                    standing = _standing(log_probs_NV[outputs_N[number]], shares, number, lambdas_N, trust_N)
+                    self._hold(*end, standing)
+            mixed += len(trust_N)
+            retrieval.mix_shares(log_probs_NV, outputs_N, shares, lambdas_N * heard(trust_N))
 
     def _known(self, text: Ids, retrieval: Retrieval) -> _Standing | None:
         key = _key(text, retrieval)
@@ -275,22 +283,23 @@ def target_log_probs(lm: LanguageModel, final_QD: Tensor, targets_Q: Ids) -> Flo
 
 
 def _trusts(plans: Sequence[RowPlan], gains_Q: Floats) -> Iterator[float]:
-    """The trust at each place of all plans."""
+    """The trust at each place of all plans; a place's gain is read only when the trust at the next one is due."""
     start = 0
     for plan in plans:
         stop = start + len(plan.places_Q)
-        yield from trusts(gains_Q[start : stop - 1].tolist(), plan.trust)
+        yield from trusts((float(gains_Q[at]) for at in range(start, stop - 1)), plan.trust)
         start = stop
 
 
-def _ends(plans: Sequence[RowPlan]) -> Iterator[tuple[int, Ids, Retrieval]]:
-    """The last of each plan's mixed places: numbers among those of all plans, the texts that end there, what reads."""
-    start = 0
+def _ends(plans: Sequence[RowPlan]) -> dict[int, tuple[Ids, Retrieval]]:
+    """The last of each plan's mixed places, numbered among those of all: the texts that end there, and what reads."""
+    start, found = 0, {}
     for plan in plans:
-        mixed = plan.places_Q[plan.outputs_Q >= 0]
-        for at in range(max(0, len(mixed) - _BRANCHES), len(mixed)):
-            yield start + at, plan.tokens[: mixed[at] + 1], plan.retrieval
-        start += len(mixed)
+        places = plan.places_Q[plan.outputs_Q >= 0]
+        for at in range(max(0, len(places) - _BRANCHES), len(places)):
+            found[start + at] = plan.tokens[: places[at] + 1], plan.retrieval
+        start += len(places)
+    return found
 
 
 def _standing(log_probs_V: Tensor, shares: TokenShares, number: int, lambdas_N: Floats, trust_N: Floats) -> _Standing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -60,22 +61,27 @@ class Citation:
 
 
 class Memory:
-    """The datastore's documents and text, as citations need them. Made once for a datastore."""
+    """The datastore's documents and text, as citations need them. Made once for a datastore, which it does not keep."""
 
     def __init__(self, store: StoredText) -> None:
-        self._store, self.documents = store, DocumentMap(store)
+        self._store, self.documents = ref(store), DocumentMap(store)
 
     @cached_property
     def text(self) -> StoreText:
         """All tokens and where they stand; made on first use, which sorts them."""
-        return StoreText(self._store, self.documents)
+        store = self._store()
+        assert store is not None, "whoever asks for the text has the datastore"
+        return StoreText(store, self.documents)
 
 
 class Citations:
     """The citations of a text's tokens, each alone or any of them together: see `KNNLM.cite`."""
 
-    def __init__(self, memory: Memory, tokens: Sequence[int], pieces: Sequence[str], found: Sequence[Support]) -> None:
-        self._memory, self._tokens, self.pieces = memory, list(tokens), tuple(pieces)
+    def __init__(
+        self, store: StoredText, memory: Memory, tokens: Sequence[int], pieces: Sequence[str], found: Sequence[Support]
+    ) -> None:
+        self._store, self._memory = store, memory
+        self._tokens, self.pieces = list(tokens), tuple(pieces)
         """`pieces` are the cited tokens' texts."""
         sizes = [len(one.documents_M) for one in found]
         self._log_probs_T: Floats = np.array([one.log_prob for one in found])
@@ -156,14 +162,13 @@ class Citer:
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
-        self._memories: dict[StoredText, Memory] = {}
+        self._memories: WeakKeyDictionary[StoredText, Memory] = WeakKeyDictionary()
 
     def memory(self, store: StoredText) -> Memory:
-        """The documents and the text of a datastore, read on first use."""
+        """The documents and the text of a datastore, read on first use and kept as long as it is in use."""
         found = self._memories.get(store)
-        if found is None:  # another thread may ask for another datastore meanwhile
-            found = Memory(store)
-            self._memories = {store: found}
+        if found is None:
+            found = self._memories[store] = Memory(store)
         return found
 
     def copy_guard(self, store: StoredText, max_copy: int) -> CopyGuard:
@@ -190,7 +195,8 @@ class Citer:
         """
         if first >= len(tokens):
             raise InputError("the text has no token that something predicts; give a longer text")
-        setting, memory, begin = retrieval.setting, self.memory(retrieval.searcher.store), first - 1
+        setting, store, begin = retrieval.setting, retrieval.searcher.store, first - 1
+        memory = self.memory(store)
         # Where λ is by the text so far, what is not cited is read and searched for too.
         since = 0 if setting.by_text else begin
         targets_T = np.array(tokens[1:])
@@ -198,12 +204,11 @@ class Citer:
         lm_T = self._lm.target_log_probs(final_TD[since:], torch.from_numpy(targets_T[since:])).numpy()
         trust = Trust(setting)
         if begin > since:
-            before = retrieval.find(vectors_TD[:begin])
-            trust = Trust(setting, retrieval.gains(before, targets_T[:begin], lm_T[:begin]).tolist())
+            trust = Trust(setting, retrieval.gains_at(vectors_TD[:begin], targets_T[:begin], lm_T[:begin]).tolist())
         queries_TD = vectors_TD[begin:].float().cpu().numpy()
         near = deep_neighbors(retrieval.searcher, queries_TD, setting.k, memory.documents)
         found = []
         for one, token, lm in zip(near, tokens[first:], lm_T[begin - since :].tolist(), strict=True):
             found.append(support(one, memory.documents.of(one.rows_K), token, lm, setting, trust.factor))
             trust.add(found[-1].gain)
-        return Citations(memory, tokens[first:], pieces_of(self._lm, tokens)[first:], found)
+        return Citations(store, memory, tokens[first:], pieces_of(self._lm, tokens)[first:], found)

@@ -72,11 +72,11 @@ class Continuing:
         documents = self._model.citer.memory(searcher.store).documents
         (found,) = deep_neighbors(searcher, query_1D, self._depth, documents)
         evidence = make_evidence(found, log_probs_V)
-        mixed_V = mixed_log_probs(evidence, log_probs_V, self._setting, trust.factor)
-        token = choose(mixed_V, self._temperature, self._top_p, self._random)
+        under = evidence.under(self._setting, trust.factor)
+        token = choose(mixed_log_probs(under, log_probs_V), self._temperature, self._top_p, self._random)
         self._tokens.append(token)
         evidence = evidence.including(token, log_probs_V)
-        trust.add(evidence.gain(self._setting, token))
+        trust.add(evidence.gain(under, token))
         return NextToken(token, evidence, token in self._ends)
 
     def _begin(self, vectors_TD: Tensor, logits_TV: Tensor) -> Trust:
@@ -85,5 +85,5 @@ class Continuing:
             return Trust(self._setting)
         retrieval = Retrieval(self._model.retrieval.searcher, self._setting)
         targets_T = torch.tensor(self._tokens[1:])
-        found, lm_T = retrieval.find(vectors_TD), log_prob(logits_TV, targets_T).numpy()
-        return Trust(self._setting, retrieval.gains(found, targets_T.numpy(), lm_T).tolist())
+        lm_T = log_prob(logits_TV, targets_T).numpy()
+        return Trust(self._setting, retrieval.gains_at(vectors_TD, targets_T.numpy(), lm_T).tolist())

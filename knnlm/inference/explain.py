@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knnlm.config import KNNConfig
 from knnlm.errors import InputError
-from knnlm.inference.cite import Memory
+from knnlm.inference.cite import Citer, Memory
 from knnlm.inference.continuing import Continuing
 from knnlm.inference.detokenizer import TokenTexts, pieces_of
 from knnlm.inference.model import KNNLM
@@ -24,6 +24,7 @@ from knnlm.knn.evidence import (
     Evidence,
     Neighborhood,
     NeighborSource,
+    Prediction,
     SourcedNeighbor,
     make_evidence,
     read_source,
@@ -93,14 +94,19 @@ class Explainer:
     """Explains texts with any layer of the datastore; the default is the layer of the given `Retrieval`.
 
     Another layer uses the setting fitted for it, or else that of the default layer.
+    :param citer: as in `KNNLM.from_retrieval`.
+    :param memory: as in `open_retrieval`, for the other layers.
     :raises DatastoreMismatch: the datastore was made with another model.
     """
 
-    def __init__(self, lm: LanguageModel, retrieval: Retrieval) -> None:
+    def __init__(
+        self, lm: LanguageModel, retrieval: Retrieval, *, citer: Citer | None = None, memory: float | None = None
+    ) -> None:
         self.lm, self.first = lm, retrieval.layer
         self.store = retrieval.searcher.store
+        self._citer, self._memory = citer or Citer(lm), memory
         self._retrievals = {retrieval.layer: retrieval}
-        self._models = {retrieval.layer: KNNLM.from_retrieval(lm, retrieval)}
+        self._models = {retrieval.layer: KNNLM.from_retrieval(lm, retrieval, self._citer)}
         self.token_text = TokenTexts(lm)
 
     def model(self, layer: str | None = None) -> KNNLM:
@@ -110,21 +116,21 @@ class Explainer:
         """
         layer = layer or self.first
         if layer not in self._models:
-            self._models[layer] = KNNLM.from_retrieval(self.lm, self.retrieval(layer))
+            self._models[layer] = KNNLM.from_retrieval(self.lm, self.retrieval(layer), self._citer)
         return self._models[layer]
 
     @property
     def memory(self) -> Memory:
         """The datastore's documents and their text."""
-        return self.model().citer.memory(self.store)
+        return self._citer.memory(self.store)
 
     def retrieval(self, layer: str | None = None) -> Retrieval:
         """Retrieval from a layer's keys with its default setting. Raises as `model`."""
         layer = layer or self.first
         if layer not in self._retrievals:
             first = self._retrievals[self.first].setting
-            given = () if self._fitted(layer) else (first.k, first.temperature, first.lam)
-            self._retrievals[layer] = open_retrieval(self.store, layer, *given)
+            k, temperature, lam = (None,) * 3 if self._fitted(layer) else (first.k, first.temperature, first.lam)
+            self._retrievals[layer] = open_retrieval(self.store, layer, k, temperature, lam, self._memory)
         return self._retrievals[layer]
 
     def is_fitted(self, layer: str) -> bool:
@@ -181,8 +187,9 @@ class Explainer:
             raise InputError("the text has one token, which nothing predicts; give a longer text")
         told, trust = [], Trust(setting)
         for evidence, token, piece in zip(found, tokens[1:], pieces[1:], strict=True):
-            told.append(self._token(evidence, setting, trust.factor, token, piece))
-            trust.add(evidence.gain(setting, token))
+            under = evidence.under(setting, trust.factor)
+            told.append(self._token(evidence, under, trust.factor, token, piece))
+            trust.add(evidence.gain(under, token))
         return Explanation(layer or self.first, setting, pieces[0], tuple(told))
 
     def go_on(
@@ -215,8 +222,8 @@ class Explainer:
         """Fitted setting of a layer in datastore.json; empty if there is none."""
         return (self.store.first.manifest.fitted or {}).get(layer) or {}
 
-    def _token(self, evidence: Evidence, setting: Mix, trust: float, token: int, piece: str) -> ExplainedToken:
-        under, at = evidence.under(setting, trust), evidence.place(token)
+    def _token(self, evidence: Evidence, under: Prediction, trust: float, token: int, piece: str) -> ExplainedToken:
+        at = evidence.place(token)
         lm, knn, mixed = (float(one_M[at]) for one_M in (under.lm_M, under.knn_M, under.mixed_M))
         return ExplainedToken(
             piece,
@@ -235,23 +242,6 @@ class Explainer:
     def _likeliest(self, tokens_M: NDArray[np.int64], share_M: Floats) -> tuple[Likely, ...]:
         first = np.argsort(-share_M, kind="stable")[:LIKELIEST]
         return tuple(Likely(self.token_text(int(tokens_M[at])), float(share_M[at])) for at in first if share_M[at] > 0)
-
-
-class NewestExplainer:
-    """Returns an explainer of what a server answers from now, for the model's thread.
-
-    :param retrieval: returns that.
-    """
-
-    def __init__(self, lm: LanguageModel, retrieval: Callable[[], Retrieval]) -> None:
-        self._lm, self._retrieval = lm, retrieval
-        self._of, self._explainer = (found := retrieval()), Explainer(lm, found)
-
-    def __call__(self) -> Explainer:
-        """Return the same explainer until another generation is served."""
-        if (now := self._retrieval()) is not self._of:
-            self._of, self._explainer = now, Explainer(self._lm, now)
-        return self._explainer
 
 
 def _evidence(found: Neighborhood, log_probs_V: Tensor, token: int) -> Evidence:

@@ -88,8 +88,11 @@ class KNNLM:
         return cls.from_retrieval(lm, retrieval)
 
     @staticmethod
-    def from_retrieval(lm: LanguageModel, retrieval: Retrieval) -> KNNLM:
-        """Combine a model with a retrieval from `open_retrieval`. Raises as `from_store`."""
+    def from_retrieval(lm: LanguageModel, retrieval: Retrieval, citer: Citer | None = None) -> KNNLM:
+        """Combine a model with a retrieval from `open_retrieval`. Raises as `from_store`.
+
+        :param citer: that of another `KNNLM` of this model, which shares what it knows of the datastore's text.
+        """
         _check_kind(type(lm.model))
         check_fits(lm, retrieval)
         model: Any = _own_modules(lm.model)
@@ -97,7 +100,7 @@ class KNNLM:
         model.__class__ = _class_for(cast(Any, type(lm.model)))
         model.tokenizer, model.retrieval, model._plain = lm.tokenizer, retrieval, plain
         model.texts = TextMemory(lm)
-        model.citer = Citer(lm)
+        model.citer = citer or Citer(lm)
         return cast(KNNLM, model)
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,19 @@ from numpy.typing import NDArray
 from knnlm.knn.citing import DocumentMap
 from knnlm.store.stored_text import StoredText
 
-Positions = NDArray[np.int64]
+Positions = NDArray[np.integer[Any]]
 # Between documents; no token.
 _BORDER = -1
+
+
+def text_bytes(store: StoredText) -> int:
+    """Return the memory that the making of a `StoreText` takes, the most that it ever does."""
+    return 16 * _positions(store)
+
+
+def _positions(store: StoredText) -> int:
+    """P: values, two for each document, and a last border."""
+    return store.count + 2 * len(store.documents) + 1
 
 
 @dataclass(frozen=True)
@@ -33,19 +44,23 @@ class LongestRun:
 class StoreText:
     """All tokens of a datastore's documents, first tokens included, and where each of them stands.
 
-    12 bytes for each token of the text.
+    8 bytes for each token of the text, twice as many while it is made (`text_bytes`).
     """
 
     def __init__(self, store: StoredText, documents: DocumentMap) -> None:
-        starts, first_tokens = store.documents[:, 0], store.documents[:, 1]
         # Before each document's values a border and its first token, which is no value.
-        added = np.stack([np.full(len(starts), _BORDER), first_tokens], axis=1).ravel()
-        self._tokens_P = np.append(np.insert(store.values, np.repeat(starts, 2), added), _BORDER).astype(np.int32)
-        self._order_P = np.argsort(self._tokens_P, kind="stable")
+        self._documents, self._starts = documents, store.documents[:, 0] + 2 * np.arange(len(store.documents))
+        self._tokens_P = np.full(_positions(store), _BORDER, np.int32)
+        self._tokens_P[self._starts + 1] = store.documents[:, 1]
+        is_value_P = np.ones(len(self._tokens_P), np.bool_)
+        is_value_P[np.concatenate([self._starts, self._starts + 1, [-1]])] = False
+        self._tokens_P[is_value_P] = store.values
+        del is_value_P
+        fitting = np.int32 if len(self._tokens_P) < 1 << 31 else np.int64
+        self._order_P: Positions = np.argsort(self._tokens_P, kind="stable").astype(fitting)
         sorted_P = self._tokens_P[self._order_P]
-        self._known, firsts = np.unique(sorted_P, return_index=True)
-        self._ends = np.append(firsts, len(sorted_P))
-        self._documents, self._starts = documents, starts + 2 * np.arange(len(starts))
+        firsts = np.flatnonzero(np.append(True, sorted_P[1:] != sorted_P[:-1]))
+        self._known, self._ends = sorted_P[firsts], np.append(firsts, len(sorted_P))
 
     def places(self, token: int) -> Positions:
         """Return where a token stands, ascending."""
@@ -72,7 +87,7 @@ class StoreText:
         lengths_M = np.zeros(len(self._documents.sizes_M), np.int64)
         lasts_M = np.zeros_like(lengths_M)
         run_P = np.zeros(len(self._tokens_P), np.int32)
-        before = np.empty(0, np.int64)
+        before: Positions = np.empty(0, np.int64)
         for place, token in enumerate(tokens):
             here = self.places(token)
             length = run_P[here - 1] + 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from knnlm.knn.evidence import Neighborhood
 from knnlm.knn.joint import Searcher
 from knnlm.knn.mixing import NEAREST, Floats, Mix, mix, neighbor_weights
+from knnlm.knn.searcher import QUERY_BLOCK
 from knnlm.knn.trust import token_gains
 from knnlm.store.stored_text import StoredText
 
@@ -76,6 +77,13 @@ def deep_neighbors(
 
     Where all other documents have fewer than k keys, all of these remain.
     """
+    for start in range(0, len(vectors_TD), QUERY_BLOCK):
+        yield from _deep_neighbors(searcher, vectors_TD[start : start + QUERY_BLOCK], k, documents)
+
+
+def _deep_neighbors(
+    searcher: Searcher, vectors_TD: NDArray[np.float32], k: int, documents: DocumentMap
+) -> Iterator[Neighborhood]:
     depth, due = min(k + k // _MARGIN + _MARGIN, searcher.store.count), np.arange(len(vectors_TD))
     ids_TK: list[Ids] = [np.empty(0, np.int64)] * len(vectors_TD)
     distances_TK: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(vectors_TD)

@@ -36,6 +36,8 @@ class Prediction:
     mixed_M: Floats
     lam: float
     """λ at this position, which a gate and the trust may vary; 0 without any neighbour."""
+    full_lam: float
+    """λ at full trust."""
     weights_K: Floats
     """Weights of the nearest k; their sum is 1, or 0 if there are none."""
 
@@ -117,17 +119,22 @@ class Evidence:
         shares = token_shares(distances_1K, values_1K, setting.temperature)
         knn_M = np.full(len(self.tokens_M), -math.inf)
         knn_M[np.searchsorted(self.tokens_M, shares.tokens_M)] = shares.log_probs_M
-        lam = trust * float(setting.lambdas(distances_1K, values_1K)[0]) if distances_1K.size else 0.0
+        full_lam = float(setting.lambdas(distances_1K, values_1K)[0]) if distances_1K.size else 0.0
+        lam = trust * full_lam
         mixed_M = mix(self.lm_M, knn_M, lam)
         weights_K = self.found.weights(setting)
-        return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, weights_K)
+        return Prediction(self.tokens_M, np.exp(self.lm_M), np.exp(knn_M), np.exp(mixed_M), lam, full_lam, weights_K)
 
-    def gain(self, setting: Mix, token: int) -> float:
-        """Return log p at full trust minus log p_LM of one of the M tokens: what moves the trust."""
-        under, at = self.under(setting), self.place(token)
+    def gain(self, under: Prediction, token: int) -> float:
+        """Return log p at full trust minus log p_LM of one of the M tokens: what moves the trust.
+
+        :param under: what `under` has returned, of this evidence before or after the token was included.
+        """
+        at = self.place(token)
         with np.errstate(divide="ignore"):
-            knn_1, lm_1 = np.log(under.knn_M[at : at + 1]), self.lm_M[at : at + 1]
-        return float(token_gains(mix(lm_1, knn_1, under.lam), lm_1)[0])
+            knn_1, lm_1 = np.log(under.knn_M[under.tokens_M == token]), self.lm_M[at : at + 1]
+        knn_1 = knn_1 if len(knn_1) else np.full(1, -math.inf)  # no neighbour has it
+        return float(token_gains(mix(lm_1, knn_1, under.full_lam), lm_1)[0])
 
     def including(self, token: int, log_probs_V: Tensor) -> Evidence:
         """Return the evidence with the actual token among the M."""
@@ -176,9 +183,8 @@ def make_evidence(found: Neighborhood, log_probs_V: Tensor) -> Evidence:
     return Evidence(found, tokens_M, log_probs_V.cpu().numpy()[tokens_M].astype(np.float64))
 
 
-def mixed_log_probs(evidence: Evidence, log_probs_V: Tensor, setting: Mix, trust: float = 1.0) -> Tensor:
+def mixed_log_probs(under: Prediction, log_probs_V: Tensor) -> Tensor:
     """Return the log-probabilities of the mixture, float64 [V]; tokens beyond the evidence have no neighbour."""
-    under = evidence.under(setting, trust)
     rest = math.log1p(-under.lam) if under.lam < 1 else -math.inf
     mixed_V = log_probs_V.cpu().double() + rest
     with np.errstate(divide="ignore"):

@@ -99,6 +99,14 @@ class Retrieval:
         knn_Q = knn_log_probs(search, self.setting.k, self.setting.temperature)
         return token_gains(mix(lm_log_probs, knn_Q, self.lambdas(found)), lm_log_probs)
 
+    def gains_at(self, vectors_QD: Tensor, targets_Q: NDArray[np.integer[Any]], lm_log_probs: Floats) -> Floats:
+        """As `gains`, of raw vectors of the layer, which are searched for."""
+        starts = range(0, len(vectors_QD), QUERY_BLOCK)
+        blocks = [slice(start, start + QUERY_BLOCK) for start in starts]
+        return np.concatenate(
+            [self.gains(self.find(vectors_QD[one]), targets_Q[one], lm_log_probs[one]) for one in blocks]
+        )
+
     def mix_shares(self, log_probs_NV: Tensor, rows_Q: Tensor, shares: TokenShares, lambdas_Q: Floats) -> None:
         """As `mix_in`, of what was found, with these lambdas."""
         device = log_probs_NV.device

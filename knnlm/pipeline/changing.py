@@ -8,15 +8,14 @@ from pathlib import Path
 
 from knnlm.config import Settings
 from knnlm.errors import DatastoreError, InputError
-from knnlm.extraction.collect import collect
 from knnlm.files import new_folder
 from knnlm.knn.renewing import renew_indexes
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.job import Job, Paths
 from knnlm.pipeline.plan import estimate_tokens
-from knnlm.pipeline.steps import windows_like
+from knnlm.pipeline.steps import EXTRACTING, read_through, windows_like
 from knnlm.places import UNFINISHED, mark_unfinished, work_of
-from knnlm.progress import Progress, Silent, toward
+from knnlm.progress import Progress, Silent
 from knnlm.store import changes
 from knnlm.store.appender import DatastoreAppender
 from knnlm.store.changes import Named
@@ -62,16 +61,8 @@ def _append(job: Job, store: Datastore, text: Paths, work: str) -> None:
     with store.writing(work) as newest:
         mark_unfinished(newest.folder, work, layers=newest.layers)
         try:
-            with DatastoreAppender(newest) as writer, job.progress.stage("extracting keys", "tokens") as advance:
-                collect(
-                    job.lm,
-                    job.documents(text),
-                    job.window,
-                    newest.layers,
-                    batch_tokens=job.batch_tokens,
-                    writer=writer,
-                    advance=toward(total, advance),
-                )
+            with DatastoreAppender(newest) as writer:
+                read_through(job, job.documents(text), newest.layers, total, stage=EXTRACTING, writer=writer)
                 if not writer.commit(once=True):
                     job.progress.note(f"nothing was added: {newest.folder} has all these documents already")
         except TextHasChanged:
@@ -98,12 +89,14 @@ def remove(
     :raises InputError: a document that is not there, or nothing would be left; nothing is changed.
     :raises DatastoreError: another process is changing the datastore, or the disk is full.
     """
-    store, progress = as_datastore(store), progress or Silent()
+    store, progress, wanted = as_datastore(store), progress or Silent(), list(documents)
     try:
-        changed = changes.remove(store, documents, purge=purge)
+        changed = changes.remove(store, wanted, purge=purge)
     except InputError:
         # They may be gone by the same call, which was killed before it came to the indexes.
-        renew_indexes(Datastore.open(store.folder), progress)
+        newest = Datastore.open(store.folder)
+        if purge or changes.has_removed(newest, wanted):
+            renew_indexes(newest, progress)
         raise
     renew_indexes(changed, progress)
     return Datastore.open(store.folder)

@@ -11,6 +11,8 @@ from knnlm.store.writer import PENDING_BYTES
 
 # Bytes of each neighbour of an evaluation: distance, hit, and copies while k, lambda and T are fitted.
 _NEIGHBOUR = 20
+# Bytes of each neighbour in one of several datastores, before they are merged: distance and hit.
+_UNMERGED = 5
 
 
 def check_build_memory(job: Job, tokens: int | None) -> None:
@@ -30,7 +32,9 @@ def check_build_memory(job: Job, tokens: int | None) -> None:
 
 def check_evaluation_memory(job: Job, store: AnyStore, queries: int) -> None:
     """As `check_build_memory`, for `evaluate` with so many queries."""
-    check_room(job.settings.memory, _pass(job) + max(PENDING_BYTES, _fitting(job, queries)) + store.loaded_bytes)
+    stores, fitting = len(store.stores), _fitting(job, queries)
+    unmerged = _UNMERGED * stores * queries * job.settings.knn.search_k if stores > 1 else 0
+    check_room(job.settings.memory, _pass(job) + max(PENDING_BYTES, fitting + unmerged) + store.loaded_bytes)
 
 
 def _pass(job: Job) -> float:

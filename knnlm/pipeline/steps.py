@@ -37,6 +37,7 @@ from knnlm.text.held_out import hold_out, take_sample
 from knnlm.text.windows import TokenDocument, WindowConfig, count_targets
 from knnlm.version import versions
 
+EXTRACTING = "extracting keys"
 # Tokens on which a layer is chosen before the pass that stores keys.
 SAMPLE_TOKENS = 8192
 
@@ -63,7 +64,6 @@ def extract(
     """
     lm, dims = job.lm, {name: job.lm.dims[name] for name in layers}
     scorer = None if sampled else _scorer(job, layers, has_head=given is None or FINAL in given.layers)
-    window = job.window if given is None else WindowConfig(CLUSTER_TOKENS, CLUSTER_TOKENS)
     with DatastoreWriter(
         folder,
         dims,
@@ -75,19 +75,9 @@ def extract(
         frame=frame,
     ) as writer:
         state = ScorerState(folder, scorer, writer) if scorer else None
-        with job.progress.stage("extracting keys", "tokens") as advance:
-            collected = collect(
-                lm,
-                documents,
-                window,
-                layers,
-                batch_tokens=job.batch_tokens,
-                scorer=scorer,
-                writer=writer,
-                give=None if given is None else given.give,
-                state=state,
-                advance=toward(total, advance),
-            )
+        collected = read_through(
+            job, documents, layers, total, stage=EXTRACTING, given=given, scorer=scorer, writer=writer, state=state
+        )
         check_count(job.settings.knn, collected.tokens)
         scored = _score_result(job, scorer, collected) if scorer else sampled
         assert scored is not None
@@ -95,6 +85,40 @@ def extract(
         if state is not None:
             state.remove()
     return scored
+
+
+def read_through(
+    job: Job,
+    documents: Iterable[TokenDocument],
+    layers: Sequence[str],
+    total: int | None,
+    *,
+    stage: str,
+    given: HiddenStates | None = None,
+    scorer: LayerScorer | None = None,
+    writer: DatastoreWriter | None = None,
+    state: ScorerState | None = None,
+    stop: Callable[[LayerScorer], bool] | None = None,
+) -> Collected:
+    """Read documents once, in a stage of this name. Raises as `collect`, which explains the other parameters.
+
+    :param total: approximate number of tokens, for the progress bar.
+    :param given: what has the documents' vectors; they are then cut as clusters of text are.
+    """
+    with job.progress.stage(stage, "tokens") as advance:
+        return collect(
+            job.lm,
+            documents,
+            job.window if given is None else WindowConfig(CLUSTER_TOKENS, CLUSTER_TOKENS),
+            layers,
+            batch_tokens=job.batch_tokens,
+            scorer=scorer,
+            writer=writer,
+            give=None if given is None else given.give,
+            state=state,
+            advance=toward(total, advance),
+            stop=stop,
+        )
 
 
 def score_layers(job: Job, text: Paths, *, stop_early: bool = False, share: float = 1) -> ScoreResult:
@@ -144,18 +168,7 @@ def _score_pass(
     stop: Callable[[LayerScorer], bool] | None = None,
 ) -> tuple[LayerScorer, Collected]:
     scorer = _scorer(job, layers)
-    with job.progress.stage("scoring layers", "tokens") as advance:
-        collected = collect(
-            job.lm,
-            documents,
-            job.window,
-            layers,
-            batch_tokens=job.batch_tokens,
-            scorer=scorer,
-            advance=toward(total, advance),
-            stop=stop,
-        )
-    return scorer, collected
+    return scorer, read_through(job, documents, layers, total, stage="scoring layers", scorer=scorer, stop=stop)
 
 
 def _score_result(

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
+from knnlm.config import BATCH_TOKENS
 from knnlm.errors import DatastoreMismatch, InputError, KNNLMError, ModelError
 from knnlm.inference.copying import CopyGuard
+from knnlm.inference.explain import Explainer
 from knnlm.inference.model import KNNLM, check_fits
+from knnlm.inference.store_text import text_bytes
 from knnlm.knn.retrieval import Retrieval
+from knnlm.layer_names import FINAL
+from knnlm.memory import check_room, pass_bytes
 from knnlm.model.lm import LanguageModel
 from knnlm.server.refusals import Refusal
 
@@ -41,16 +46,30 @@ class Generations:
 
     :param newest: opens the newest generation; None: there is only the one of the model.
     :param max_copy: the longest run of generated tokens that may stand verbatim in one document.
-    :raises InputError: `max_copy` is below 1.
+    :param memory: bytes that the process may take.
+    :raises InputError: `max_copy` is below 1, or `memory` cannot be kept.
     """
 
     def __init__(
-        self, lm: LanguageModel, model: KNNLM, newest: Callable[[], Retrieval] | None, max_copy: int | None
+        self,
+        lm: LanguageModel,
+        model: KNNLM,
+        newest: Callable[[], Retrieval] | None,
+        max_copy: int | None,
+        memory: float | None = None,
     ) -> None:
         self._lm, self._citer, self._newest, self._max_copy = lm, model.citer, newest, max_copy
-        self._lock = Lock()
+        self._memory, self._lock = memory, Lock()
+        self._explainer: Explainer | None = None
         self.now = self._served(model.retrieval)
         """What requests that begin now are answered from."""
+
+    def explainer(self) -> Explainer:
+        """Return an explainer of what is served now, the same until a reload; for the model's thread."""
+        found, now = self._explainer, self.now.retrieval
+        if found is None or found.retrieval() is not now:
+            found = self._explainer = Explainer(self._lm, now, citer=self._citer, memory=self._memory)
+        return found
 
     def guard(self, retrieval: Retrieval, max_copy: int) -> CopyGuard:
         """Return a guard against runs of a generation's text."""
@@ -66,7 +85,7 @@ class Generations:
             message = "a reload is under way; ask again when it has ended"
             raise Refusal(409, message, code="reload_under_way", headers={"retry-after": "1"})
         try:
-            self.now = self._open()
+            self.now, self._explainer = self._open(), None
         except (KNNLMError, OSError) as error:
             wrong = isinstance(error, InputError | ModelError | DatastoreMismatch)
             status, code = (409, "datastore_mismatch") if wrong else (503, "datastore_unreadable")
@@ -85,5 +104,8 @@ class Generations:
         return self._served(found)
 
     def _served(self, retrieval: Retrieval) -> Served:
+        # The generation before may still be in use, and is counted as such.
+        store, work = retrieval.searcher.store, pass_bytes(self._lm.dims[FINAL], BATCH_TOKENS)
+        check_room(self._memory, work + store.loaded_bytes + text_bytes(store))
         most = self._max_copy
         return Served(retrieval, None if most is None else self.guard(retrieval, most))

@@ -9,6 +9,7 @@ from knnlm.errors import InputError, first_line
 from knnlm.inference.batch import RowModel
 from knnlm.inference.copying import CopyGuard
 from knnlm.inference.detokenizer import encode_prompt, end_tokens
+from knnlm.inference.explain import Explainer
 from knnlm.inference.model import KNNLM
 from knnlm.knn.mixing import Mix
 from knnlm.knn.retrieval import Retrieval
@@ -43,13 +44,15 @@ class Service:
         *,
         max_copy: int | None = None,
         newest: Callable[[], Retrieval] | None = None,
+        memory: float | None = None,
     ) -> None:
         """Serve a model; its thread is not yet started.
 
         :param max_copy: the longest run of generated tokens that may stand verbatim in one document. A request may set
             a smaller one.
         :param newest: opens the newest generation of the datastore, for `reload`; None: there is none.
-        :raises InputError: `max_copy` is below 1.
+        :param memory: bytes that the process may take; a reload that needs more is refused.
+        :raises InputError: `max_copy` is below 1, or `memory` cannot be kept.
         """
         self.name, self.lm, self.limits = name, lm, limits or Limits()
         self.created = int(time.time())
@@ -57,12 +60,16 @@ class Service:
         self.thread = ModelThread(RowModel(model, lm.vocabulary), self.limits, self.metrics)
         self._words = Words(lm, end_tokens(model, lm))
         self._citer, self._max_copy = model.citer, max_copy
-        self._generations = Generations(lm, model, newest, max_copy)
+        self._generations = Generations(lm, model, newest, max_copy, memory)
 
     @property
     def retrieval(self) -> Retrieval:
         """What requests that begin now are answered from."""
         return self._generations.now.retrieval
+
+    def explainer(self) -> Explainer:
+        """Return an explainer of what is served now; for the model's thread, as what `explorer_router` is given."""
+        return self._generations.explainer()
 
     def reload(self) -> Served:
         """Answer from the datastore's newest generation, as `Generations.reload`; requests that run keep theirs."""

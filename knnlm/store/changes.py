@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +47,15 @@ def remove(store: Datastore, documents: Iterable[Named], *, purge: bool = False)
         else:
             newest.commit_parts(entries, built=_still_built(newest, entries))
     return Datastore.open(store.folder)
+
+
+def has_removed(store: Datastore, documents: Collection[Named]) -> bool:
+    """Whether one of the documents, named as in `remove`, was removed, and its rows are still in the files."""
+    for one in store.part_documents:
+        gone = np.setdiff1d(np.arange(len(one.rows)), one.kept())
+        if any(_is_wanted(pair, documents) for pair in _pairs(one, gone)):
+            return True
+    return False
 
 
 def compact(store: Datastore, *, part_rows: int = PART_ROWS) -> Datastore:
@@ -103,10 +112,9 @@ def _without(store: Datastore, wanted: Sequence[Named], *, also_removed: bool) -
     missing, entries = {*wanted}, []
     for one in store.part_documents:
         known = np.arange(len(one.rows)) if also_removed else one.kept()
-        sources = [one.part.sources[number] for number in one.rows[known, 2].tolist()]
-        pairs = list(zip(sources, one.rows[known, 3].tolist(), strict=True))
-        gone = np.array([source in wanted or (source, number) in wanted for source, number in pairs], bool)
-        missing -= {*(name for name, out in zip(sources, gone, strict=True) if out), *pairs}
+        pairs = _pairs(one, known)
+        gone = np.array([_is_wanted(pair, wanted) for pair in pairs], bool)
+        missing -= {*(source for (source, _), out in zip(pairs, gone, strict=True) if out), *pairs}
         entries.append(_removing(one, known[gone]))
     if missing:
         name = sorted(missing, key=str)[0]
@@ -115,6 +123,15 @@ def _without(store: Datastore, wanted: Sequence[Named], *, also_removed: bool) -
     if not any(entry.live for entry in entries):
         raise InputError(f"nothing would be left of {store.folder}; remove its folder instead")
     return entries
+
+
+def _pairs(one: PartDocuments, numbers_N: NDArray[np.int64]) -> list[tuple[str, int]]:
+    """The source of each of these documents, and its number in it."""
+    return [(one.part.sources[source], number) for source, number in one.rows[numbers_N, 2:4].tolist()]
+
+
+def _is_wanted(pair: tuple[str, int], wanted: Collection[Named]) -> bool:
+    return pair in wanted or pair[0] in wanted
 
 
 def _removing(one: PartDocuments, numbers_N: NDArray[np.int64]) -> PartEntry:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from knnlm import memory
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.errors import DatastoreMismatch, InputError
 from knnlm.evaluation.outcomes import evaluate_layers
 from knnlm.evaluation.queries import Queries, open_queries
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build, evaluate, merge
+from knnlm.pipeline.job import Job
+from knnlm.pipeline.needs import check_evaluation_memory
 from knnlm.progress import Silent
 from knnlm.store.datastore import Datastore
-from knnlm.store.joint import open_datastores
+from knnlm.store.joint import as_store, open_datastores
 from knnlm.text.windows import TokenDocument, WindowConfig
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.tiny_models import tiny_model, tiny_tokenizer
@@ -101,6 +105,20 @@ def brute_force(stores, weights, queries: Queries, k: int, temperature: float, l
         share = heavy_N[near] @ (values_N[near] == target) / heavy_N[near].sum()
         losses.append(-np.log(lam * share + (1 - lam) * np.exp(lm)))
     return np.array(losses)
+
+
+def test_a_bound_of_memory_counts_the_search_in_each_datastore(lm, made, monkeypatch) -> None:
+    """Besides those of the merged search, 5 bytes for each neighbour from each: distances in float32, and hits."""
+    monkeypatch.setattr(memory, "own_bytes", lambda: 10**9)
+    queries, least = 10**6, {}
+    for number in (1, 2, 3):
+        store = as_store(made[:number])
+        job = Job(lm, Settings(memory=1.0, knn=KNNConfig(max_k=64)), Silent())
+        with pytest.raises(InputError) as found:
+            check_evaluation_memory(job, store, queries)
+        least[number] = float(re.search(r"give ([\d.]+)GB", str(found.value))[1])
+    assert least[2] - least[1] == pytest.approx(2 * 5 * 64 * queries / 1e9, abs=0.11)
+    assert least[3] - least[2] == pytest.approx(5 * 64 * queries / 1e9, abs=0.11)
 
 
 @pytest.mark.parametrize("given", [{}, {"temperature": 3.0}])

@@ -18,6 +18,7 @@ from knnlm import KNNLM
 from knnlm.errors import InputError
 from knnlm.inference.batch import RowModel
 from knnlm.inference.by_text import RowPlan, TextMemory
+from knnlm.inference.explain import Explainer
 from knnlm.knn.mixing import Gate, Mix
 from knnlm.knn.retrieval import Retrieval
 from knnlm.model.head import log_softmax
@@ -186,6 +187,50 @@ def test_what_is_remembered_does_not_keep_a_datastore_that_is_no_longer_served()
     del first, plan
     gc.collect()
     assert old() is None and texts_read._known(tokens, same) is None
+
+
+class Widest:
+    """A searcher that remembers how many queries it was asked for at once."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.most = inner, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def neighbors(self, vectors_QD, k):
+        self.most = max(self.most, len(vectors_QD))
+        return self.inner.neighbors(vectors_QD, k)
+
+
+def test_places_of_long_texts_are_searched_for_in_blocks(model_of, stores, monkeypatch) -> None:  # noqa: F811
+    """Those of rows of different lengths too, and wherever a block ends: what is found does not depend on it."""
+    rows = [encode(" ".join(PROMPTS)), encode(PROMPTS[0] + FOREIGN)]
+    lm, _ = stores("llama")
+
+    def found() -> tuple[int, list[np.ndarray]]:
+        model = model_of()
+        widest = Widest(model.retrieval.searcher)
+        model.retrieval = replace(model.retrieval, searcher=widest)
+        batch, explainer = padded(rows, "left"), Explainer(lm, model.retrieval)
+        logits = [model(**batch).logits[at, -len(row) :].numpy() for at, row in enumerate(rows)]
+        new = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        cited = model.citer.tokens(rows[0], 25, model.retrieval)
+        told = explainer.explain(lm.decode(rows[0])).tokens
+        going = explainer.go_on(rows[0], SETTING)
+        steps = [going.step().token for _ in range(3)]
+        figures = [[one.gain for one in cited.whole.documents], [one.log_prob for one in cited.tokens]]
+        figures += [[one.trust for one in told], [one.mixed_probability for one in told], steps]
+        return widest.most, [*logits, new.numpy(), *map(np.array, figures)]
+
+    most, whole = found()
+    assert most > len(rows[0])
+    for module in ("knnlm.inference.by_text", "knnlm.knn.citing", "knnlm.knn.retrieval"):
+        monkeypatch.setattr(f"{module}.QUERY_BLOCK", 7)
+    most, in_blocks = found()
+    assert most == 7
+    for one, other in zip(whole, in_blocks, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5, rtol=1e-4)
 
 
 def test_a_cache_of_ones_own_needs_the_text(model_of) -> None:

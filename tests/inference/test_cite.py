@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from knnlm import KNNLM
 from knnlm.config import LayerConfig, Settings, TextConfig
 from knnlm.errors import InputError
+from knnlm.inference.cite import Citer
 from knnlm.knn.mixing import Gate, Mix
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build
@@ -113,6 +116,22 @@ def test_by_the_text_so_far_it_is_deletion_at_each_token(before, stores, text) -
     answer = stores.model(by_text).cite(text[60:], prompt=before + text[:60])
     same = cited.span(len(cited) - len(answer), len(cited))
     assert answer.whole.documents[0].gain == pytest.approx(same.documents[0].gain, abs=1e-6)
+
+
+def test_what_is_known_of_a_datastore_is_kept_while_it_is_in_use_and_no_longer(stores, text) -> None:
+    older, newer = Datastore.open(stores.build().folder), Datastore.open(stores.build().folder)
+    citer = Citer(stores.lm)
+    both = citer.memory(older), citer.memory(newer)
+    runs = both[0].text
+    for _ in range(2):  # requests of two generations take turns
+        assert (citer.memory(older), citer.memory(newer)) == both and citer.memory(older).text is runs
+    gone, kept = weakref.ref(both[0]), weakref.ref(older)
+    del both, older, runs
+    gc.collect()
+    assert gone() is kept() is None and citer.memory(newer) is not None
+    cited = stores.model(SETTINGS["fixed"]).cite(text)
+    gc.collect()
+    assert cited.whole.documents[0].overlap > 9  # nobody else has the datastore any more
 
 
 def test_a_random_document_is_told_right_too(stores, text) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from knnlm import KNNLM
 from knnlm.errors import InputError
 from knnlm.inference.copying import CopyGuard, GuardProcessor
-from knnlm.inference.store_text import StoreText
+from knnlm.inference.store_text import StoreText, text_bytes
 from knnlm.inference.writer import Decoding, Writer
 from knnlm.knn.citing import DocumentMap
 from knnlm.knn.mixing import Mix
@@ -35,13 +36,35 @@ def longest_copied(tokens: list[int], documents: list[list[int]]) -> int:
     return found
 
 
-def make_text(documents: list[list[int]]) -> StoreText:
+def make_store(documents: list[list[int]]) -> SimpleNamespace:
     lengths = [len(one) - 1 for one in documents]
     rows = np.cumsum([0, *lengths[:-1]])
     table = np.array([[row, one[0], 0, number] for number, (row, one) in enumerate(zip(rows, documents, strict=True))])
     values = np.concatenate([np.array(one[1:], np.int32) for one in documents])
-    store = SimpleNamespace(documents=table, values=values, count=len(values), sources=("a.jsonl",))
+    return SimpleNamespace(documents=table, values=values, count=len(values), sources=("a.jsonl",))
+
+
+def make_text(documents: list[list[int]]) -> StoreText:
+    store = make_store(documents)
     return StoreText(store, DocumentMap(store))
+
+
+def test_the_text_takes_no_more_than_is_foretold() -> None:
+    documents = np.random.default_rng(0).integers(0, 5000, (300, 1000)).tolist()
+    store = make_store(documents)
+    known = DocumentMap(store)
+    tracemalloc.start()
+    try:
+        text = StoreText(store, known)
+        kept, peak = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        assert text.longest_runs(documents[7][:50])[7].tokens == 50
+        used = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    due = text_bytes(store)
+    assert 16 * 300_000 < due < 17 * 300_000
+    assert 0.8 * due < peak < 1.02 * due and 0.45 * due < kept < 0.55 * due and used < due
 
 
 @settings(max_examples=60)

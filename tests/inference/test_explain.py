@@ -27,7 +27,7 @@ from knnlm.config import LayerConfig, Settings, TextConfig
 from knnlm.errors import DatastoreMismatch, InputError
 from knnlm.inference.detokenizer import TokenTexts
 from knnlm.inference.explain import SHOWN_NEIGHBORS, Explainer
-from knnlm.knn.evidence import Prediction, mixed_log_probs
+from knnlm.knn.evidence import Evidence, Prediction, mixed_log_probs
 from knnlm.knn.mixing import Gate, Mix
 from knnlm.knn.retrieval import open_retrieval
 from knnlm.knn.trust import Trust
@@ -217,11 +217,23 @@ def test_likeliest_tokens_are_those_of_generate(setting, text, explainer) -> Non
     assert [one.token for one in steps] == expected[9:]
     log_probs = forced(explainer, expected[:-1], "2.ffn_input", setting)[8:]
     whole = explainer.evidence([*tokens, *(one.token for one in steps)])
-    trust = Trust(setting, [one.gain(setting, token) for one, token in zip(whole, expected[1:9], strict=False)])
+    trust = Trust(
+        setting, [one.gain(one.under(setting), token) for one, token in zip(whole, expected[1:9], strict=False)]
+    )
     for step, log_probs_V in zip(steps, log_probs, strict=True):
         under = step.evidence.under(setting, trust.factor)
-        trust.add(step.evidence.gain(setting, step.token))
+        trust.add(step.evidence.gain(under, step.token))
         np.testing.assert_allclose(under.mixed_M, np.exp(log_probs_V[under.tokens_M]), **TOLERANCE)
+
+
+def test_a_token_is_mixed_once(explainer, monkeypatch) -> None:
+    mixed, under = [], Evidence.under
+    monkeypatch.setattr(Evidence, "under", lambda self, *given: (mixed.append(given), under(self, *given))[1])
+    tokens = explainer.encode(TEXT)
+    explainer.explain(TEXT)
+    assert len(mixed) == len(tokens) - 1
+    going = explainer.go_on(tokens, BY_TEXT)
+    assert [going.step() for _ in range(3)] and len(mixed) == len(tokens) + 2
 
 
 def test_an_architecture_without_a_cache_goes_on_too(explainer, monkeypatch) -> None:
@@ -262,7 +274,7 @@ def test_tokens_are_drawn_from_the_mixed_distribution(setting, explainer) -> Non
     log_probs_TV = torch.log_softmax(explainer.lm.model(torch.tensor([tokens])).logits[0].detach(), -1)
     expected = np.exp(forced(explainer, tokens, "2.ffn_input", setting))
     for place, evidence in enumerate(explainer.evidence(tokens)):
-        mixed_V = mixed_log_probs(evidence, log_probs_TV[place], setting).exp()
+        mixed_V = mixed_log_probs(evidence.under(setting), log_probs_TV[place]).exp()
         np.testing.assert_allclose(mixed_V, expected[place], **TOLERANCE)
 
 

@@ -122,7 +122,7 @@ def test_any_mixture_sums_to_one(seed, vocabulary, sharpness, scale, offset, mix
         check(one_NV)
         assert torch.equal(one_NV[0], plain[0])  # no neighbour
         for one, lm_V in zip(find_neighbors(found, vectors.numpy(), setting.k), plain, strict=True):
-            check(mixed_log_probs(make_evidence(one, lm_V), lm_V, setting)[None])
+            check(mixed_log_probs(make_evidence(one, lm_V).under(setting), lm_V)[None])
     for found, setting in product((one_store, joint), mixed):
         setting, tokens = replace(setting, by_text=True), rng.integers(0, vocabulary, 4)
         plan = RowPlan(tokens, Retrieval(found, setting), 0.5, np.arange(4), np.arange(4), np.arange(4))
@@ -168,4 +168,4 @@ def test_explained_distributions_sum_to_one(stores, knn_of) -> None:  # noqa: F8
             rest = 1 - float(lm_V.double().exp()[told.tokens_M].sum())
             assert told.mixed_M.sum() + (1 - told.lam) * rest == pytest.approx(1, abs=WITHIN)
             assert told.knn_M.sum() == pytest.approx(1, abs=WITHIN)
-            check(mixed_log_probs(evidence, lm_V, setting, 0.37)[None])
+            check(mixed_log_probs(evidence.under(setting, 0.37), lm_V)[None])

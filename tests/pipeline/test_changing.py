@@ -13,6 +13,7 @@ import pytest
 from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.errors import DatastoreError, DatastoreMismatch, InputError
 from knnlm.extraction import collect as collecting
+from knnlm.knn import renewing
 from knnlm.knn.indexing import verify_store
 from knnlm.locks import locked
 from knnlm.model.lm import LanguageModel
@@ -212,6 +213,21 @@ def test_what_cannot_be_is_one_line(lm, text, tmp_path):
     with locked(store.folder), pytest.raises(DatastoreError, match="is being changed by another process"):
         remove(store, [("0.jsonl", 1)])
     assert Datastore.open(store.folder).manifest == store.manifest
+
+
+def test_a_name_that_never_was_measures_no_recall(lm, text, tmp_path, monkeypatch):
+    store = remove(build(lm, [text(0, 8)], tmp_path / "store", settings=SETTINGS), [("0.jsonl", 2)])
+    measured, measure = [], renewing.measure_recall
+    monkeypatch.setattr(
+        renewing, "measure_recall", lambda *given, **more: (measured.append(1), measure(*given, **more))[1]
+    )
+    for name in ("nowhere.txt", ("0.jsonl", 99)):
+        with pytest.raises(InputError, match="has no"):
+            remove(store, iter([name]))
+    assert not measured
+    with pytest.raises(InputError, match=r"has no document 2 of 0\.jsonl"):
+        remove(store, iter([("0.jsonl", 2)]))  # its removal may have been killed before the indexes
+    assert len(measured) == 2
 
 
 def test_a_reader_keeps_its_generation(lm, text, tmp_path):

@@ -130,7 +130,7 @@ def trusts(found: list[Evidence], tokens: list[int], setting: Mix) -> list[float
     trust, told = Trust(setting), []
     for one, token in zip(found, tokens[1:], strict=True):
         told.append(trust.factor)
-        trust.add(one.gain(setting, token))
+        trust.add(one.gain(one.under(setting), token))
     return told
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,14 +22,18 @@ import torch
 
 import knnlm
 from index.errors import FaissFailed
-from knnlm import KNNLM
+from knnlm import KNNLM, memory
+from knnlm.config import BATCH_TOKENS
+from knnlm.errors import InputError
 from knnlm.inference.copying import GuardProcessor
-from knnlm.inference.explain import NewestExplainer
-from knnlm.knn.retrieval import open_retrieval
+from knnlm.knn.mixing import Gate
+from knnlm.knn.retrieval import Retrieval, open_retrieval
 from knnlm.server.explorer.routes import explorer_router
 from knnlm.server.explorer.wire import generation
 from knnlm.server.refusals import Refusal
+from knnlm.server.service import Service
 from knnlm.store.datastore import Datastore
+from knnlm.store.joint import open_datastores
 from tests.evaluation.test_evaluate_oracle import texts, write_jsonl
 from tests.server.test_server_limits import command, post, start
 from tests.server_process import LAMBDA, LAYER, NAME, TEMPERATURE, K, Paced, make_service, newest, running, until
@@ -173,14 +179,73 @@ def test_reload_needs_the_key_and_is_described(store) -> None:
         assert counted in httpx.get(f"{server.url}/metrics").text
 
 
+def test_several_datastores_with_lambda_by_text_keep_their_generations(store, tmp_path) -> None:
+    """One of two grows: what runs with the older pair and what comes with the newer are in one batch."""
+    other = Path(shutil.copytree(store, tmp_path / "other"))
+    gate = Gate(offset=1.0, distance=-0.02, different=-0.1)
+
+    def opened(*stores: Datastore | Path) -> Retrieval:
+        found = open_retrieval(open_datastores(stores, [1, 0.5]), LAYER, K, TEMPERATURE, LAMBDA)
+        return replace(found, setting=replace(found.setting, gate=gate, by_text=True))
+
+    lm = make_service(store).lm
+    knnlm.remove(other, [(Datastore.open(other).sources[0], 2)])
+    before = opened(Datastore.open(store), Datastore.open(other))
+    service = Service(NAME, lm, KNNLM.from_retrieval(lm, before), newest=lambda: opened(store, other))
+    after = opened(store, grow(other, lm))
+    turns, asked = Paced(service), {"prompt": f"{PROMPT} zero zero", "max_tokens": 8, "logprobs": 0}
+    with running(service) as server, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(post, server, **asked)
+        turns.allow(3)
+        until(lambda: turns.is_due and service.thread.running == 1)
+        told = reload(server).json()
+        assert told["generations"] == list(one.manifest.generation for one in after.searcher.store.stores)
+        second = pool.submit(post, server, **asked)
+        until(lambda: service.thread.waiting == 1)
+        turns.allow(1000)
+        answers = [one.result().json()["choices"][0] for one in (first, second)]
+    for answer, retrieval in zip(answers, (before, after), strict=True):
+        model = KNNLM.from_retrieval(lm, retrieval)
+        prompt, new = (lm.encode(one).tolist() for one in (asked["prompt"], asked["prompt"] + answer["text"]))
+        log_probs = model(torch.tensor([new[:-1]])).logits[0, len(prompt) - 1 :]
+        due = log_probs.gather(1, torch.tensor(new[len(prompt) :])[:, None])[:, 0]
+        assert torch.equal(log_probs.argmax(dim=1), torch.tensor(new[len(prompt) :]))
+        assert answer["logprobs"]["token_logprobs"] == pytest.approx(due.tolist(), abs=1e-4)
+    assert answers[0]["text"] != answers[1]["text"]
+
+
+def test_a_bound_of_memory_counts_text_and_refuses_a_reload_for_which_it_leaves_no_room(store, monkeypatch) -> None:
+    used = [10**9]
+    monkeypatch.setattr(memory, "own_bytes", lambda: used[0])
+    lm, opened = make_service(store).lm, Datastore.open(store)
+    model = KNNLM.from_store(opened, LAYER, K, TEMPERATURE, LAMBDA, lm=lm)
+    text_bytes = 16 * (opened.count + 2 * len(opened.documents) + 1)
+    room = memory.LEAST_WORK + memory.pass_bytes(lm.dims["final_norm"], BATCH_TOKENS) + text_bytes
+    with pytest.raises(InputError, match=r"`memory` is 1\.\d GB"):
+        Service(NAME, lm, model, memory=used[0] + room - 1)
+    service = Service(NAME, lm, model, newest=lambda: newest(store), memory=used[0] + room)
+    assert service.explainer() is service.explainer()
+    assert service.explainer().retrieval("1.ffn_input").searcher.index.work_bytes == memory.LEAST_WORK
+    first = service.retrieval
+    assert service.explainer().memory is model.citer.memory(first.searcher.store)  # not held twice
+    used[0] += 1
+    with pytest.raises(Refusal, match=r"give 1\.\dGB or more; generation \d+ .* goes on being served") as found:
+        service.reload()
+    assert found.value.status == 409 and service.retrieval is first
+    used[0] -= 1
+    old = weakref.ref(service.explainer())
+    service.reload()
+    gc.collect()
+    assert service.retrieval is not first and old() is None
+
+
 # The explorer
 
 
 @contextmanager
 def explored(store: Path):
     service = make_service(store)
-    explainer = NewestExplainer(service.lm, lambda: service.retrieval)
-    with running(service, routers=[explorer_router(explainer, service.thread.run)]) as server:
+    with running(service, routers=[explorer_router(service.explainer, service.thread.run)]) as server:
         yield service, server
 
 
