@@ -23,7 +23,7 @@ _DIMENSION_NS, _RANK_NS, _DISTANCE_NS, _NEIGHBOUR_NS = 0.008, 1.8, 0.09, 60.0
 # For each query: k, λ and T of 1,188 settings on two parts, the gate, and the losses.
 _FIT_NS = 90_000.0
 # For each number of a layer's sampled vectors: effective rank, probe and intrinsic dimension.
-_SCORE_NS = 90.0
+_SCORE_NS = 45.0
 # For each number of the keys: clusters and codes of an index, and its tuning.
 _INDEX_NS = 150.0
 SAMPLED = 8192
