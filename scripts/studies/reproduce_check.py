@@ -48,11 +48,12 @@ def make_hub(folder: Path, model: Path, text: Path) -> dict[str, list[str]]:
     return splits
 
 
-def command(folder: Path, *more: str) -> list[dict[str, float]]:
+def command(folder: Path) -> list[dict[str, float]]:
+    """Rows of the command's two stages."""
     done = [sys.executable, "-m", "knnlm", "reproduce", "wikitext103", "--hub", str(folder), "--dtype", "float32"]
-    told = subprocess.run([*done, *more, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout
-    rows: list[dict[str, float]] = json.loads(told)["rows"]
-    return rows
+    done += ["--out", str(folder / "store"), "--json"]
+    told = json.loads(subprocess.run(done, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return [*told["plain"]["rows"], *told["memory"]["rows"]]
 
 
 def their_index(keys: np.ndarray) -> faiss.IndexIVFPQ:
@@ -86,8 +87,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
     splits = make_hub(args.folder, args.model, args.text)
-    (plain,) = command(args.folder)
-    told = command(args.folder, "--out", str(args.folder / "store"))
+    told = command(args.folder)
 
     lm = load_model(args.folder / "gpt2", device="cpu", dtype="float32")
     module = lm.model.get_submodule(f"model.layers.{lm.model.config.num_hidden_layers - 1}.mlp")
@@ -104,7 +104,7 @@ def main() -> None:
         *(float(np.exp(-passes[split].log_probs.mean())) for split in ("test", "validation")),
         *their_perplexities(keys, store.values, passes["validation"]),
     ]
-    for row, again in zip((plain, *told), expected, strict=False):
+    for row, again in zip(told, expected, strict=False):
         print(f"{row['name']}: {row['perplexity']:.4f}, written again {again:.4f}")
     print(f"{told[-1]['name']}: {told[-1]['perplexity']:.4f}")
 
