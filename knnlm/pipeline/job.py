@@ -14,10 +14,14 @@ from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.plan import estimate_tokens, take_share
 from knnlm.progress import Progress, toward
 from knnlm.text.corpus import measured, read_documents, read_text_rows, text_bytes, thin, tokenize_measured
-from knnlm.text.held_out import take_slices
+from knnlm.text.held_out import KEPT_BUDGETS, take_slices
 from knnlm.text.windows import TokenDocument, WindowConfig, rows_to_groups, window_config
 
 Paths = Sequence[str | Path]
+
+# Of an evaluation text that is larger, as many tokens are read even for a small budget, so that the sections that it is
+# taken in are longer than slices.
+LEAST_READ = 8192
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,19 @@ class Job:
             self.progress.note(f"the size of a hub set is not known: the first {config.max_tokens:,} tokens are taken")
 
     def evaluation_documents(self, text: Paths) -> list[TokenDocument]:
-        """The evaluation text, cut to its budget; groups of rows are never cut, as that would move their windows."""
+        """The evaluation text, cut to its budget; groups of rows are never cut, as that would move their windows.
+
+        Of a text of known size, a few times the budget is tokenised, evenly from all of it.
+        """
         settings = self.settings
-        whole = replace(self, settings=replace(settings, text=replace(settings.text, max_tokens=None)))
         budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
-        total = estimate_tokens(self.lm, text, whole.settings.text)
+        known = budget is not None and text_bytes(text, text_field=settings.text.text_field) is not None
+        most = KEPT_BUDGETS * max(budget, LEAST_READ) if budget and known else None
+        config = replace(settings.text, max_tokens=most)
+        part = replace(self, settings=replace(settings, text=config))
+        total = estimate_tokens(self.lm, text, config)
         with self.progress.stage("reading the evaluation text", "tokens") as advance:
-            told = _told(whole.documents(text), lambda tokens: toward(total, advance)(tokens, None))
+            told = _told(part.documents(text), lambda tokens: toward(total, advance)(tokens, None))
             return take_slices(told, budget, seed=settings.seed)
 
     def record(self) -> Mapping[str, object]:
