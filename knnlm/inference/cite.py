@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from threading import Lock
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -65,13 +65,19 @@ class Memory:
 
     def __init__(self, store: StoredText) -> None:
         self._store, self.documents = ref(store), DocumentMap(store)
+        self._text: StoreText | None = None
+        # That of `cached_property` is one for all objects in Python 3.11: generations would wait for one another.
+        self._lock = Lock()
 
-    @cached_property
+    @property
     def text(self) -> StoreText:
         """All tokens and where they stand; made on first use, which sorts them."""
-        store = self._store()
-        assert store is not None, "whoever asks for the text has the datastore"
-        return StoreText(store, self.documents)
+        with self._lock:
+            if self._text is None:
+                store = self._store()
+                assert store is not None, "whoever asks for the text has the datastore"
+                self._text = StoreText(store, self.documents)
+            return self._text
 
 
 class Citations:
@@ -167,9 +173,7 @@ class Citer:
     def memory(self, store: StoredText) -> Memory:
         """The documents and the text of a datastore, read on first use and kept as long as it is in use."""
         found = self._memories.get(store)
-        if found is None:
-            found = self._memories[store] = Memory(store)
-        return found
+        return found or self._memories.setdefault(store, Memory(store))  # another thread may have been first
 
     def copy_guard(self, store: StoredText, max_copy: int) -> CopyGuard:
         """Return a guard against runs of a datastore's text. Raises as `CopyGuard`."""

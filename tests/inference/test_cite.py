@@ -6,7 +6,9 @@ import gc
 import json
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from knnlm import KNNLM
 from knnlm.config import LayerConfig, Settings, TextConfig
 from knnlm.errors import InputError
 from knnlm.inference.cite import Citer
+from knnlm.inference.store_text import StoreText
+from knnlm.knn.citing import DocumentMap
 from knnlm.knn.mixing import Gate, Mix
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline import build
@@ -132,6 +136,30 @@ def test_what_is_known_of_a_datastore_is_kept_while_it_is_in_use_and_no_longer(s
     cited = stores.model(SETTINGS["fixed"]).cite(text)
     gc.collect()
     assert cited.whole.documents[0].overlap > 9  # nobody else has the datastore any more
+
+
+def test_text_is_made_once_and_that_of_another_generation_is_not_waited_for(stores, monkeypatch) -> None:
+    older, newer = Datastore.open(stores.build().folder), Datastore.open(stores.build().folder)
+    citer, begun, go, made = Citer(stores.lm), Event(), Event(), []
+
+    def make(store: Datastore, documents: DocumentMap) -> StoreText:
+        made.append(store)
+        if store is newer:
+            begun.set()
+            assert go.wait(60)
+        return StoreText(store, documents)
+
+    monkeypatch.setattr("knnlm.inference.cite.StoreText", make)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(lambda: citer.memory(newer).text)
+        assert begun.wait(60)
+        second = pool.submit(lambda: citer.memory(newer).text)
+        try:
+            assert pool.submit(lambda: citer.memory(older).text).result(20) is citer.memory(older).text
+        finally:
+            go.set()
+        assert first.result() is second.result()
+    assert made == [newer, older]
 
 
 def test_a_random_document_is_told_right_too(stores, text) -> None:

@@ -227,7 +227,7 @@ def test_a_name_that_never_was_measures_no_recall(lm, text, tmp_path, monkeypatc
     assert not measured
     with pytest.raises(InputError, match=r"has no document 2 of 0\.jsonl"):
         remove(store, iter([("0.jsonl", 2)]))  # its removal may have been killed before the indexes
-    assert len(measured) == 2
+    assert measured == [1]
 
 
 def test_a_reader_keeps_its_generation(lm, text, tmp_path):
