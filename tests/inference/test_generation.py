@@ -69,6 +69,7 @@ def stores(tmp_path_factory):
         settings = Settings(
             text=TextConfig(context=CONTEXT, stride=STRIDE),
             layers=LayerConfig(layers=",".join(LAYERS)),
+            knn=KNNConfig(max_k=K),
             key_dtype="float32",
         )
         return lm, build(lm, [text], folder / kind, eval_text=[text], settings=settings)
