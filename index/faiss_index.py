@@ -267,6 +267,9 @@ def create_index(text: str, dim: int, metric: Metric) -> FaissIndex:
             f"index {text!r} for {dim} dimensions has {misfit}; take another size, or a factory string such as "
             "'IVF1024,Flat'"
         )
+    if hasattr(coded := _with_lists_or_codes(native), "do_polysemous_training"):
+        # It orders code words by Hamming distance, which no search here uses: 2 seconds a quantizer.
+        coded.do_polysemous_training = False
     return FaissIndex(native)
 
 
@@ -306,24 +309,29 @@ def _projections(native: Any) -> Iterator[Any]:  # noqa: ANN401
 
 
 def _unwrapped(native: Any, kind: type) -> Any:  # noqa: ANN401
-    """The index of a kind under projections, id maps and refinement; None if there is none."""
+    """The index of a kind under projections, id maps, refinement and graphs; None if there is none."""
     while native is not None:
         native = faiss.downcast_index(native)
         if isinstance(native, kind):
             return native
-        native = getattr(native, "index", None) or getattr(native, "base_index", None)
+        native = next(filter(None, (getattr(native, name, None) for name in ("index", "base_index", "storage"))), None)
     return None
+
+
+def _with_lists_or_codes(native: Any) -> Any:  # noqa: ANN401
+    """The inverted file, or the index of product quantizer's codes; None if there is neither."""
+    if (lists := faiss.try_extract_index_ivf(native)) is not None:
+        return faiss.downcast_index(lists)
+    return _unwrapped(native, faiss.IndexPQ) or _unwrapped(native, faiss.IndexPQFastScan)
 
 
 def _clusterings(native: Any) -> Iterator[Any]:  # noqa: ANN401
     """The k-means settings of an inverted file and of product quantizers."""
-    if (lists := faiss.try_extract_index_ivf(native)) is not None:
-        native = faiss.downcast_index(lists)
-        yield native.cp
-    else:
-        native = _unwrapped(native, faiss.IndexPQ) or _unwrapped(native, faiss.IndexPQFastScan)
-    if hasattr(native, "pq"):
-        yield native.pq.cp
+    trained = _with_lists_or_codes(native)
+    if hasattr(trained, "cp"):
+        yield trained.cp
+    if hasattr(trained, "pq"):
+        yield trained.pq.cp
 
 
 @contextmanager

@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import typer
 import typer.exceptions
+from typer.core import TyperGroup
 
 from knnlm.cli import (
     build,
@@ -119,6 +120,14 @@ NOTHING_LEFT = ("nothing half-written was left behind",)
 """Note after a stop, if the stopped work left none."""
 
 
+@cache
+def _command() -> TyperGroup:
+    """All verbs with their options, read from their signatures once: a refusal takes no longer than that."""
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    return command
+
+
 class _Terminated(SystemExit):
     """Raised on SIGTERM, which schedulers, `docker stop` and `timeout` send."""
 
@@ -140,7 +149,7 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # if it is not UTF-8, a result with ? in it is better than none
     try:
-        status = app(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
+        status = _command()(_spread(sys.argv[1:]) or ["--help"], prog_name="knnlm", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort) as stop:
         _fail(_with_notes("stopped by Ctrl-C", stop.__cause__, NOTHING_LEFT), INTERRUPTED)
     except _Terminated as stop:
@@ -213,7 +222,7 @@ def _with_notes(message: str, error: BaseException | None, otherwise: Sequence[s
 
 def _fail(message: str, status: int) -> NoReturn:
     """Print a message as one line, with options in place of fields and control characters escaped, and exit."""
-    verb = typer.main.get_command(app).commands.get(next(iter(sys.argv[1:]), ""))  # type: ignore[attr-defined]
+    verb = _command().commands.get(next(iter(sys.argv[1:]), ""))
     told = in_options(message, options_of(verb) if verb else {})
     sys.stderr.write(f"knnlm: {visible(' '.join(told.split()))}\n")
     sys.exit(status)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def _fit_lambdas(lm_log_probs: Floats, knn_SQ: Floats, steps: int) -> Floats:
     low_S, high_S = (np.full(len(knn_SQ), end) for end in (LEAST_LAMBDA, MOST_LAMBDA))
     for _ in range(steps):
         middle_S = (low_S + high_S) / 2
-        rising_S = np.mean(more_SQ / (lm_SQ + middle_S[:, None] * more_SQ), axis=1) > 0
+        rising_S = np.sum(more_SQ / (lm_SQ + middle_S[:, None] * more_SQ), axis=1) > 0
         low_S, high_S = np.where(rising_S, middle_S, low_S), np.where(rising_S, high_S, middle_S)
     found_S: Floats = (low_S + high_S) / 2
     return found_S
@@ -84,36 +85,43 @@ def fit(
 ) -> Mix:
     """Return the (k, temperature, lambda) with the lowest perplexity on these queries; given values are kept.
 
-    A grid search over k and temperature, with lambda by bisection at each point; then the temperature is refined by
-    halving the grid's step, in the logarithm, three times around the best point.
+    A grid search over k and temperature, with lambda by a short bisection at each point; then the temperature is
+    refined by halving the grid's step, in the logarithm, three times around the best point, and lambda at last.
     """
     ks = (k,) if k else k_grid(search.distances_QK.shape[1])
     scale = distance_scale(search)
     grid = (temperature,) if temperature else tuple(scale * t for t in _TEMPERATURES)
-    tried: dict[float, tuple[float, Mix]] = {}
+    tried: dict[float, _Tried] = {}
 
     def attempt(ks: Sequence[int], temperatures: Sequence[float]) -> None:
         for t, knn_SQ in zip(temperatures, log_probs_of_grid(search, ks, temperatures), strict=True):
-            tried[t] = _best_over_k(lm_log_probs, knn_SQ, ks, t, lam)
+            tried[t] = _best_over_k(lm_log_probs, knn_SQ, ks, lam)
 
     attempt(ks, grid)
     step = 2.0
     for _ in range(0 if temperature else 3):
         step = step**0.5
-        best = min(tried, key=lambda t: tried[t][0])
-        attempt((tried[best][1].k,), (best / step, best * step))
-    return min(tried.values(), key=lambda pair: pair[0])[1]
+        best = min(tried, key=lambda t: tried[t].loss)
+        attempt((tried[best].k,), (best / step, best * step))
+    found = min(tried, key=lambda t: tried[t].loss)
+    weight = fit_lambda(lm_log_probs, tried[found].knn_Q) if lam is None else lam
+    return Mix(tried[found].k, found, weight)
 
 
-def _best_over_k(
-    lm_log_probs: Floats, knn_SQ: Floats, ks: Sequence[int], temperature: float, lam: float | None
-) -> tuple[float, Mix]:
+class _Tried(NamedTuple):
+    """The best k at one temperature."""
+
+    loss: float
+    k: int
+    knn_Q: Floats
+
+
+def _best_over_k(lm_log_probs: Floats, knn_SQ: Floats, ks: Sequence[int], lam: float | None) -> _Tried:
     weights_S = _fit_lambdas(lm_log_probs, knn_SQ, steps=12) if lam is None else np.full(len(ks), float(lam))
     losses_S = np.broadcast_to(-np.mean(mix(lm_log_probs, knn_SQ, weights_S[:, None]), axis=-1), len(ks))
     # Losses tie if lambda is 0, or if it is 1 and a target that no neighbour has makes all infinite.
     best = min(range(len(ks)), key=lambda number: (losses_S[number], -ks[number]))
-    weight = fit_lambda(lm_log_probs, knn_SQ[best]) if lam is None else lam
-    return float(losses_S[best]), Mix(ks[best], temperature, weight)
+    return _Tried(float(losses_S[best]), ks[best], knn_SQ[best])
 
 
 def fit_gate(search: Search, lm_log_probs: Floats, setting: Mix, *, prior: float = _PRIOR_TOKENS) -> Mix:

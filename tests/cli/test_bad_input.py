@@ -593,7 +593,7 @@ def test_ctrl_c_leaves_no_scores_and_no_report(
 def test_interrupt_of_a_real_process(
     gpt2_folder: Path, tmp_path: Path, number: signal.Signals, status: int, says: str
 ) -> None:
-    text = write_jsonl(tmp_path / "long.jsonl", texts(0, 3000))
+    text = write_jsonl(tmp_path / "long.jsonl", texts(0, 1000))
     command = [sys.executable, "-m", "knnlm", *RUN, "--model", str(gpt2_folder), "--text", str(text)]
     out = tmp_path / "out" / "store"
     process = subprocess.Popen(

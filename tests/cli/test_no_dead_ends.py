@@ -11,15 +11,25 @@ import pytest
 WINDOWS = ("--context", 32, "--stride", 16)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what was built once lies."""
+    return tmp_path_factory.mktemp("moved") / "kept"
+
+
 @pytest.fixture
-def moved(call, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model and a datastore of it, made in another place."""
-    shutil.copytree(gpt2_folder, tmp_path / "before" / "model")
-    monkeypatch.chdir(tmp_path / "before")
-    built = call("build", "--model", "model", "--text", text_file, "--out", "store", *WINDOWS)
-    assert built.status == 0, built.errors
+def moved(
+    call, kept: Path, gpt2_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder with a model and a datastore of it, made in another place, of which nothing is left."""
+    if not kept.exists():
+        shutil.copytree(gpt2_folder, tmp_path / "before" / "model")
+        monkeypatch.chdir(tmp_path / "before")
+        built = call("build", "--model", "model", "--text", text_file, "--out", "store", *WINDOWS)
+        assert built.status == 0, built.errors
+        (tmp_path / "before").rename(kept)
     monkeypatch.chdir(tmp_path)
-    return (tmp_path / "before").rename(tmp_path / "after")
+    return Path(shutil.copytree(kept, tmp_path / "after"))
 
 
 def test_every_verb_works_with_nothing_else_given(call, moved: Path, text_file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,16 @@ def run_tiny(
     return run(lm, [training], folder / "out", eval_text=[held_out], settings=settings), lm
 
 
+@lru_cache
+def keys_of(kind: str, layer: str) -> tuple[oracle.Pass, oracle.Pass]:
+    """Keys of the training text and of the held-out one, by loops over a model of their own."""
+    model, tokenizer, (path, take) = tiny_model(kind), tiny_tokenizer(), MODULES[kind][layer]
+    module = model.get_submodule(path)
+    rows = [[tokenizer(text)["input_ids"] for text in texts(seed, count)] for seed, count in ((0, 6), (1, 2))]
+    store, queries = (oracle.run_documents(model, module, take, one, CONTEXT, STRIDE) for one in rows)
+    return store, queries
+
+
 # Few neighbours: rounding to float16 decides which is the ninth, so float32 keys; many: the last ones weigh nothing.
 @pytest.mark.parametrize(("k", "key_dtype", "tolerance"), [(9, "float32", 1e-6), (512, "float16", 1e-4)])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -72,15 +83,10 @@ def test_perplexity_equals_float64_brute_force(
 ) -> None:
     temperature = TEMPERATURES[metric]
     knn = KNNConfig(k=k, temperature=temperature, lam=LAMBDA, metric=metric)
-    result, lm = run_tiny(kind, tmp_path, knn, ",".join(MODULES[kind]), key_dtype)
-    encode = [lm.encode(text).tolist() for text in texts(0, 6)]
-    encode_eval = [lm.encode(text).tolist() for text in texts(1, 2)]
+    result, _ = run_tiny(kind, tmp_path, knn, ",".join(MODULES[kind]), key_dtype)
     assert len(result.layers) == 3
     for one in result.layers:
-        path, take = MODULES[kind][one.layer]
-        module = lm.model.get_submodule(path)
-        store = oracle.run_documents(lm.model, module, take, encode, CONTEXT, STRIDE)
-        queries = oracle.run_documents(lm.model, module, take, encode_eval, CONTEXT, STRIDE)
+        store, queries = keys_of(kind, one.layer)
         expected = oracle.perplexity(store, queries, k, temperature, LAMBDA, metric)
         assert result.keys == len(store.targets)
         assert result.lm.tokens == len(queries.targets)

@@ -69,6 +69,7 @@ def stores(tmp_path_factory):
         settings = Settings(
             text=TextConfig(context=CONTEXT, stride=STRIDE),
             layers=LayerConfig(layers=",".join(LAYERS)),
+            knn=KNNConfig(max_k=K),
             key_dtype="float32",
         )
         return lm, build(lm, [text], folder / kind, eval_text=[text], settings=settings)
@@ -139,12 +140,18 @@ def forced(model: KNNLM, tokens: Sequence[int]) -> Tensor:
 # The distribution itself
 
 
+@lru_cache(maxsize=4)
+def stored(lm: LanguageModel, path: str, take: str) -> oracle.Pass:
+    """Raw keys of the text of `stores`, and their targets."""
+    documents = [encode(text) for text in texts(0, 6)]
+    return oracle.run_documents(lm.model, lm.model.get_submodule(path), take, documents, CONTEXT, STRIDE)
+
+
 def brute_force(lm, kind: str, layer: str, tokens: list[int], gate: Gate = NO_GATE) -> np.ndarray:
     """log p over the vocabulary at each position, all in float64, from raw keys."""
     path, take = MODULES[kind][layer]
-    module = lm.model.get_submodule(path)
-    store = oracle.run_documents(lm.model, module, take, [encode(text) for text in texts(0, 6)], CONTEXT, STRIDE)
-    hidden, logits = oracle.forward(lm.model, module, take, tokens)
+    store = stored(lm, path, take)
+    hidden, logits = oracle.forward(lm.model, lm.model.get_submodule(path), take, tokens)
     plain = np.exp(logits - logits.max(1, keepdims=True))
     plain /= plain.sum(1, keepdims=True)
     knn = np.zeros_like(plain)

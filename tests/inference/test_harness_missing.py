@@ -1,19 +1,32 @@
-"""What `knnlm lm-eval` says where lm-eval is not installed."""
+"""What is said where lm-eval is not installed."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from tests.source_files import ROOT
+import pytest
 
-WITHOUT = (
-    "import sys; sys.modules['lm_eval'] = None; sys.argv = ['knnlm', 'lm-eval', '--help']; import knnlm.cli as cli"
-)
+import knnlm
+import knnlm.inference
+
+LINE = "lm-eval needs lm_eval, which is not installed; pip install '.[eval]'"
 
 
-def test_one_line_says_how_to_install_lm_eval() -> None:
-    words = [sys.executable, "-c", f"{WITHOUT}; cli.main()"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "knnlm: lm-eval needs lm_eval, which is not installed; pip install '.[eval]'\n"
+@pytest.fixture(autouse=True)
+def _without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lm_eval", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "knnlm.inference.harness", raising=False)
+    monkeypatch.delattr(knnlm.inference, "harness", raising=False)
+
+
+def test_one_line_says_how_to_install_lm_eval(call) -> None:
+    refused = call("lm-eval", "--help")
+    assert (refused.status, refused.out, refused.errors) == (2, "", (f"knnlm: {LINE}",))
+
+
+def test_registration_says_so_each_time() -> None:
+    for _ in range(2):
+        with pytest.raises(knnlm.InputError) as raised:
+            knnlm.register_lm_eval()
+        assert str(raised.value) == LINE

@@ -116,7 +116,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(name, lm, corpus, tmp_
     parts = len(Datastore.open(place / "store").manifest.parts)
     assert parts > 4 and len(snapshots.moments) > 6 * parts
     rng = np.random.default_rng(0)
-    chosen = {len(snapshots.moments) - 2, *rng.choice(len(snapshots.moments) - 1, 5, replace=False).tolist()}
+    chosen = {len(snapshots.moments) - 2, *rng.choice(len(snapshots.moments) - 1, 4, replace=False).tolist()}
     for number in sorted(chosen):
         moment = snapshots.moments[number]
         if (moment / "store").exists() and not (moment / "store" / "unfinished.json").exists():

@@ -17,6 +17,7 @@ pytest.importorskip("tenacity", reason="tenacity is not installed: scripts/insta
 
 from tests.inference.test_harness import (
     QUESTIONS,
+    _quick_and_silent,  # noqa: F401 - a fixture
     evaluate,
     knn_of,
     likelihoods,
