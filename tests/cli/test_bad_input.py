@@ -612,6 +612,6 @@ def test_interrupt_of_a_real_process(
     said, told = process.communicate(timeout=240)
     assert (process.returncode, said) == (status, ""), told
     *_, line = told.splitlines()
-    assert told.startswith(PLAN)
+    assert f"\n{PLAN}" in f"\n{told}"  # on a slow machine after a line on loading
     assert line == f"knnlm: {says}"
     assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"]
