@@ -99,7 +99,7 @@ def test_what_verify_calls_whole_can_be_used(store, outcome):
     rng, usable = random.Random(1), 0
     for path in (store / "datastore.json", store / "index" / "2.ffn_input" / "index.json"):
         data = path.read_text()
-        for text in damaged_documents(json.loads(data), rng, 40):
+        for text in damaged_documents(json.loads(data), rng, 60):
             path.write_text(text)
             found = problems_of(store)
             try:
