@@ -151,8 +151,8 @@ def choose_on_sample(
     job.progress.note(f"{scored.choice.reason}, on {scored.tokens:,} tokens")
     if scored.choice.disagreement:
         job.progress.note(scored.choice.disagreement)
-    whole = tuple(scorer.completed(one) if one.layer in stored else one for one in scored.layers)
-    return replace(scored, layers=whole), stored
+    whole = {one.layer: one for one in scorer.completed([one for one in scored.layers if one.layer in stored])}
+    return replace(scored, layers=tuple(whole.get(one.layer, one) for one in scored.layers)), stored
 
 
 def _scorer(job: Job, layers: Sequence[str], *, has_head: bool = True) -> LayerScorer:

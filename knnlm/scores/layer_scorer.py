@@ -234,19 +234,17 @@ class LayerScorer:
             values = {field: function(seen) for field, function in wanted.items()}
             return LayerScore(layer=name, **({kind.name: math.nan for kind in SCORES} | values))
 
-        # A layer for each core: threads inside these small steps wait for one another, most of all on shared cores.
-        scores, cores = [], min(_MOST_AT_ONCE, torch.get_num_threads())
-        with one_thread(), ThreadPoolExecutor(cores) as pool:
-            for one in pool.map(score, self._dispersion):
-                scores.append(one)
-                advance(len(scores), len(self._dispersion))
-        return tuple(scores)
+        return _for_each(score, tuple(self._dispersion), advance)
 
-    def completed(self, score: LayerScore) -> LayerScore:
-        """Return a layer's scores with those that `FOR_CHOICE` left out."""
-        seen = self._seen(score.layer, no_pilot)
-        missing = {field: function(seen) for field, function in functions().items() if field not in FOR_CHOICE}
-        return replace(score, **missing)
+    def completed(self, scores: Sequence[LayerScore]) -> tuple[LayerScore, ...]:
+        """Return these layers' scores with those that `FOR_CHOICE` left out."""
+        left_out = {field: function for field, function in functions().items() if field not in FOR_CHOICE}
+
+        def complete(score: LayerScore) -> LayerScore:
+            seen = self._seen(score.layer, no_pilot)
+            return replace(score, **{field: function(seen) for field, function in left_out.items()})
+
+        return _for_each(complete, scores)
 
     def pilot_of(self, name: str) -> Pilot:
         """Return a layer's pilot. Call after `scores`."""
@@ -262,6 +260,20 @@ class LayerScorer:
 
     def _seen(self, name: str, measure_pilot: MeasurePilot) -> Seen:
         return Seen(self._dispersion[name].result(), self._samples[name].sample(), self.seed, measure_pilot)
+
+
+def _for_each(
+    function: Callable[[T], LayerScore], items: Sequence[T], advance: Advance = ignore
+) -> tuple[LayerScore, ...]:
+    """Call it for a layer on each core: threads inside its small steps wait for one another, most of all on shared
+    cores.
+    """
+    scores, cores = [], min(_MOST_AT_ONCE, torch.get_num_threads())
+    with one_thread(), ThreadPoolExecutor(cores) as pool:
+        for one in pool.map(function, items):
+            scores.append(one)
+            advance(len(scores), len(items))
+    return tuple(scores)
 
 
 class Settled:

@@ -80,7 +80,7 @@ def test_scorer_gives_each_score_of_what_it_saw() -> None:
     (quick,) = scorer.scores(only=FOR_CHOICE)
     assert math.isnan(quick.effective_rank)
     assert (quick.dispersion, quick.probe) == (found.dispersion, found.probe)
-    assert replace(scorer.completed(quick), pilot=0.0) == replace(found, pilot=0.0)
+    assert replace(scorer.completed([quick])[0], pilot=0.0) == replace(found, pilot=0.0)
     assert found.probe_interval == probe.interval
 
 
