@@ -118,5 +118,6 @@ def serve(
             )
             line = f"Serving {service.name} at {_address(host, listener)} (Ctrl-C ends it)"
             page = explorer_router(service.explainer, service.thread.run, limits.seconds)
+            del opened, retrieval  # of the first generation, which must not outlive its use
             app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
             serve(app, service, listener, lambda: screen.say(line), screen.say)

@@ -28,6 +28,7 @@ from knnlm.errors import InputError
 from knnlm.inference.copying import GuardProcessor
 from knnlm.knn.mixing import Gate
 from knnlm.knn.retrieval import Retrieval, open_retrieval
+from knnlm.server import run
 from knnlm.server.explorer.routes import explorer_router
 from knnlm.server.explorer.wire import generation
 from knnlm.server.refusals import Refusal
@@ -237,6 +238,24 @@ def test_a_bound_of_memory_counts_text_and_refuses_a_reload_for_which_it_leaves_
     service.reload()
     gc.collect()
     assert service.retrieval is not first and old() is None
+
+
+def test_the_generation_that_a_command_began_with_is_let_go_once_another_answers(store, call, monkeypatch) -> None:
+    first = []
+
+    def ask(app, service, *_) -> None:
+        first.append(weakref.ref(service.retrieval.searcher.store))
+        assert first[0]() is not None
+        grow(store, service.lm)
+        service.reload()
+        service.thread._model.prefill([[1]], [service.retrieval])
+        gc.collect()
+        first.append(first[0]())
+
+    monkeypatch.setattr(run, "serve", ask)
+    setting = ("--layer", LAYER, "--k", K, "--temperature", TEMPERATURE, "--lambda", LAMBDA)
+    assert call("serve", store, "--port", 0, *setting).status == 0
+    assert first[1] is None
 
 
 # The explorer

@@ -7,7 +7,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Semaphore
+from threading import Event, Semaphore
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from knnlm.inference.continuing import Continuing
 from knnlm.inference.explain import Explainer
 from knnlm.knn.retrieval import open_retrieval
+from knnlm.server import waiting
 from knnlm.server.explorer.routes import explorer_router
 from knnlm.store.datastore import Datastore
 from tests.server.test_server_limits import open_socket, post
@@ -88,12 +90,22 @@ def test_time_of_a_call_is_limited(store_folder) -> None:
 
 
 def test_time_of_a_continuation_is_limited(store_folder, monkeypatch) -> None:
-    steps = Semaphore(2)
-    change_steps(monkeypatch, lambda: steps.acquire(timeout=60))
-    with paced(store_folder, seconds=2) as (server, _, _):
+    """By a clock that jumps in the second step, and not before, however slow the machine is."""
+    now, begun, go = [1000.0], [], Event()
+
+    def before() -> None:
+        begun.append(1)
+        if len(begun) == 2:
+            now[0] += 99.9
+        if len(begun) > 2:
+            go.wait(60)
+
+    change_steps(monkeypatch, before)
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with paced(store_folder, seconds=100) as (server, _, _):
         *told, last = go_on(server, 100)
         assert last["error"]["code"] == "timeout" and len(told) == 2
-        steps.release()  # the one that runs
+        go.set()  # for the one that runs
 
 
 def test_a_continuation_that_was_let_in_goes_on_although_the_queue_is_full(store_folder, monkeypatch) -> None:
