@@ -60,7 +60,7 @@ def raylets() -> Iterator[Raylets]:
     from ray.cluster_utils import Cluster as RayCluster
 
     # A lost machine is noticed after 5 seconds instead of half a minute.
-    noticing = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+    noticing = {"health_check_period_ms": 1000}
     head = {
         "num_cpus": 1,
         "include_dashboard": False,
