@@ -113,7 +113,7 @@ class Pending(Generic[Result]):
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, KNNLMError):
                 raise error.cause from None
-            raise error.cause from error
+            raise (error.cause or error) from error
         except self._ray.exceptions.RayError as error:
             raise DatastoreError(
                 f"a Ray worker was lost more often than it is tried again ({_told(error)}); give the same command again"
