@@ -163,7 +163,8 @@ def _connect(ray: Any, address: str) -> None:  # noqa: ANN401  (a module)
     # Ray's log goes to its own files: what a task has to say is in its result or its error.
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address == LOCAL:
-        ray.init(address=LOCAL, include_dashboard=False, **quiet)
+        # Workers as urgent as one process is; by default they wait for all other work on the machine.
+        ray.init(address=LOCAL, include_dashboard=False, _system_config={"worker_niceness": 0}, **quiet)
         return
     if address != RUNNING:
         _check_address(address)

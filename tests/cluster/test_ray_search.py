@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from knnlm.cluster.search import ClusterSearch
 from knnlm.config import EvalConfig, KNNConfig
 from knnlm.errors import DatastoreError
 from knnlm.knn.indexing import index_layer
 from knnlm.knn.joint import open_search
+from knnlm.knn.retrieval import open_retrieval
 from knnlm.pipeline import evaluate, remove
 from knnlm.store.datastore import Datastore
 from tests.cluster.conftest import SETTINGS
@@ -84,6 +86,23 @@ def test_an_evaluation_is_that_of_one_process(cluster, lm, store, tmp_path):
     here = evaluate(lm, store, [text], settings=settings, dry_run=True)
     there = evaluate(lm, store, [text], settings=settings, dry_run=True, cluster=cluster)
     assert (there.lm, there.layers, there.helped, there.hurt) == (here.lm, here.layers, here.helped, here.hurt)
+
+
+def test_the_command_line_evaluates_on_the_cluster(raylets, cluster, store, call, tmp_path):
+    text = write_jsonl(tmp_path / "held-out.jsonl", texts(900, 6))
+    given = ("eval", store.folder, "--eval-text", text, "--eval-tokens", 600, "--k", 8, "--dry-run", "--json")
+    here, there = call(*given), call(*given, "--ray", raylets.address)
+    assert (there.status, there.out) == (here.status, here.out) and there.out.startswith("{")
+
+
+def test_generation_retrieves_what_one_process_does(cluster, store):
+    # The seam by which `knnlm serve --ray` searches.
+    here = open_retrieval(store, None, 8, 1.0, 0.25)
+    there = open_retrieval(store, None, 8, 1.0, 0.25, opening=ClusterSearch(cluster))
+    for queries in (1, 5):
+        vectors_QD = torch.randn(queries, store.keys(store.layers[0]).dim, generator=torch.Generator().manual_seed(0))
+        one, other = here.find(vectors_QD), there.find(vectors_QD)
+        assert np.array_equal(one.distances_QK, other.distances_QK) and np.array_equal(one.values_QK, other.values_QK)
 
 
 def test_actors_refuse_another_generation(cluster, one_process, tmp_path):
