@@ -11,7 +11,7 @@ Names are loaded lazily, on first use, so that `import knnlm` is fast. `help(knn
 
 models    load_model, random_model, LanguageModel
 verbs     run, score, build, build_from_vectors, evaluate, rank_models, score_vectors
-store     open_datastore, open_datastores, Datastore, JointStore, DatastoreWriter, index_layer
+store     open_datastore, open_datastores, open_cluster, Datastore, JointStore, DatastoreWriter, index_layer
           add, remove, compact, merge, push
 use       KNNLM for generate(), register_lm_eval for lm-evaluation-harness
 settings  Settings, TextConfig, LayerConfig, KNNConfig, EvalConfig
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 from knnlm.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from knnlm.cluster.core import open_cluster
     from knnlm.config import EvalConfig, KNNConfig, LayerConfig, Settings, TextConfig
     from knnlm.errors import (
         DatastoreCorrupt,
@@ -143,6 +144,7 @@ if TYPE_CHECKING:
         "mean_distance",
         "measure_slices",
         "merge",
+        "open_cluster",
         "open_datastore",
         "open_datastores",
         "push",
@@ -161,6 +163,7 @@ if TYPE_CHECKING:
 # The same names for run time; tests/test_public_names.py keeps the two lists equal.
 # A public name must not also be a module's name: importing the module would replace the function.
 _NAMES = {
+    "cluster.core": ("open_cluster",),
     "config": (
         "EvalConfig",
         "KNNConfig",

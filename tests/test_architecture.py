@@ -43,8 +43,9 @@ MAY_IMPORT = {
     "knn": {"root", "store", "index"},
     "sharing": {"root", "store", "knn"},
     "extraction": {"root", "text", "model", "scores", "store"},
+    "cluster": {"root", "text", "model", "store", "knn", "extraction", "index"},
     "evaluation": {"root", "text", "model", "scores", "store", "knn", "extraction"},
-    "pipeline": {"root", "text", "model", "scores", "store", "knn", "extraction", "evaluation"},
+    "pipeline": {"root", "text", "model", "scores", "store", "knn", "extraction", "cluster", "evaluation"},
     "inference": {"root", "model", "store", "knn"},
     "server": {"root", "model", "knn", "inference"},
     "report": {"root"},
@@ -60,6 +61,7 @@ MAY_IMPORT = {
         "store",
         "knn",
         "sharing",
+        "cluster",
         "pipeline",
         "inference",
         "server",
@@ -69,7 +71,7 @@ MAY_IMPORT = {
     },
     "root": {"index"},
 }
-HEAVY = {"torch", "transformers", "datasets", "huggingface_hub", "faiss", "lm_eval", "fastapi", "uvicorn"}
+HEAVY = {"torch", "transformers", "datasets", "huggingface_hub", "faiss", "lm_eval", "fastapi", "uvicorn", "ray"}
 ONLY_IN = {
     "faiss": {"index/faiss_index.py", "index/faiss_lists.py"},
     "transformers": {"knnlm/model/lm.py", "knnlm/model/loading.py", "knnlm/studies/train/trainer.py"},
@@ -81,6 +83,7 @@ ONLY_IN = {
     "fastapi": {"knnlm/server/app.py", "knnlm/server/run.py", "knnlm/server/explorer/routes.py"},
     "pydantic": {"knnlm/server/wire.py", "knnlm/server/chat_wire.py", "knnlm/server/explorer/wire.py"},
     "uvicorn": {"knnlm/server/run.py"},
+    "ray": {"knnlm/cluster/core.py"},
 }
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450
 

@@ -80,7 +80,7 @@ def test_dir_lists_the_names():
 
 def test_help_is_short_and_has_every_name_in_a_group():
     text = pydoc.render_doc(knnlm, renderer=pydoc.plaintext)
-    assert text.count("\n") < 70 and "CLASSES" not in text and "FUNCTIONS" not in text
+    assert text.count("\n") < 75 and "CLASSES" not in text and "FUNCTIONS" not in text
     groups = text[text.index("models ") : text.index("PACKAGE CONTENTS")]
     assert set(LAZY) <= set(re.findall(r"\w+", groups))
 

@@ -78,6 +78,7 @@ def build(
     given: BuildOptions,
     output: options.Output,
     frame: Frame = None,
+    address: options.Ray = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -86,7 +87,7 @@ def build(
     Example: knnlm build --model gpt2 --text nursing.jsonl --out nursing.knn
     """
     settings = given.settings()
-    _check_source(text, hidden_states, frame)
+    _check_source(text, hidden_states, frame, address)
     from knnlm.places import as_list, check_new_folder, work_of
 
     if hidden_states is None:
@@ -98,33 +99,37 @@ def build(
     if texts := [*(text or ()), *(eval_text or ())]:
         check_texts(texts, text_field=given.rows.text_field)
     screen = output.screen()
-    lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
     from knnlm.pipeline import build as build_pipeline
     from knnlm.pipeline import build_from_vectors
 
-    if hidden_states is None:
-        store = build_pipeline(
-            lm,
-            text or [],
-            out,
-            eval_text=eval_text,
-            settings=settings,
-            overwrite=overwrite,
-            frame=frame,
-            progress=screen,
-        )
-    else:
-        store = build_from_vectors(
-            lm, hidden_states, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen
-        )
+    with options.cluster(address, trust=trust_remote_code) as cluster:
+        lm = load(model, given.passes.compute, trust_remote_code, screen, layers=settings.layers)
+        if hidden_states is None:
+            store = build_pipeline(
+                lm,
+                text or [],
+                out,
+                eval_text=eval_text,
+                settings=settings,
+                overwrite=overwrite,
+                frame=frame,
+                cluster=cluster,
+                progress=screen,
+            )
+        else:
+            store = build_from_vectors(
+                lm, hidden_states, out, eval_text=eval_text, settings=settings, overwrite=overwrite, progress=screen
+            )
     show_store(store.describe(), screen)
 
 
-def _check_source(text: list[str] | None, hidden_states: Path | None, frame: Path | None) -> None:
+def _check_source(text: list[str] | None, hidden_states: Path | None, frame: Path | None, address: str | None) -> None:
     """Refuse what does not say where keys come from, or says it twice."""
     if (text is None) == (hidden_states is None):
         raise typer.BadParameter("give one of them", param_hint="--text, --hidden-states")
     if hidden_states is not None and frame is not None:
         raise typer.BadParameter("--hidden-states makes a frame of its own", param_hint="--frame")
+    if hidden_states is not None and address is not None:
+        raise typer.BadParameter("--hidden-states needs no passes of a model to share out", param_hint="--ray")
     if hidden_states is not None and not hidden_states.is_dir():
         raise typer.BadParameter(f"{hidden_states} is no folder", param_hint="--hidden-states")

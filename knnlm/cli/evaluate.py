@@ -62,6 +62,7 @@ def evaluate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do not store the fitted k, λ and T.")] = False,
     show: options.Show = None,
     all_layers: options.AllLayers = False,
+    address: options.Ray = None,
     output: options.Output,
     trust_remote_code: options.Trust = False,
 ) -> None:
@@ -84,12 +85,20 @@ def evaluate(
     if verify:
         for one in opened.stores:
             check_before_use(one, layers_read, screen, exact=is_exact(settings.knn.index))
-    lm = load_own(opened, model, given.passes.compute, trust_remote_code, screen)
     from knnlm.pipeline import evaluate as evaluate_pipeline
 
-    result = evaluate_pipeline(
-        lm, opened, eval_text, settings=settings, fit_weights=fit_weights, dry_run=dry_run, progress=screen
-    )
+    with options.cluster(address, trust=trust_remote_code) as cluster:
+        lm = load_own(opened, model, given.passes.compute, trust_remote_code, screen)
+        result = evaluate_pipeline(
+            lm,
+            opened,
+            eval_text,
+            settings=settings,
+            fit_weights=fit_weights,
+            dry_run=dry_run,
+            cluster=cluster,
+            progress=screen,
+        )
     show_evaluation(result, screen, report, show, all_layers=all_layers)
     if report is not None:
         screen.say(f"Report: {report / 'report.html'}")

@@ -5,6 +5,9 @@ A group's methods return the settings made from its options; heavy imports are i
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +19,10 @@ from knnlm.cli.groups import Place
 from knnlm.cli.screen import Screen
 
 if TYPE_CHECKING:
+    from knnlm.cluster.core import Cluster
     from knnlm.config import KNNConfig, LayerConfig, TextConfig
     from knnlm.knn.retrieval import Retrieval
+    from knnlm.knn.searcher import OpenIndex
     from knnlm.store.joint import AnyStore
 
 Model = Annotated[str, typer.Option("--model", help="Hugging Face id or folder of a decoder-only causal LM."), Place()]
@@ -109,7 +114,36 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is dr
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Say more, such as the type that a model is computed in.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if knnlm made all of it.")]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="Ray cluster to work on: local (this machine), auto, or HOST:PORT; default: without."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")]
+
+
+@contextmanager
+def cluster(address: str | None, *, trust: bool) -> Iterator[Cluster | None]:
+    """The cluster given as --ray, for the duration of the block. What Ray prints goes to standard error."""
+    if address is None:
+        yield None
+        return
+    from knnlm.cluster.core import open_cluster
+
+    # Of lost machines Ray tells on standard output, where results are expected.
+    with redirect_stdout(sys.stderr), open_cluster(address, trust_remote_code=trust) as opened:
+        yield opened
+
+
+@contextmanager
+def actors(address: str | None, *, trust: bool) -> Iterator[OpenIndex | None]:
+    """What opens indexes on the cluster given as --ray, for the duration of the block; None: this process."""
+    with cluster(address, trust=trust) as opened:
+        if opened is None:
+            yield None
+            return
+        from knnlm.cluster.search import ClusterSearch
+
+        yield ClusterSearch(opened)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +212,11 @@ class RetrievalOptions:
     layer: Layer = None
     mix: MixOptions
 
-    def open(self, store: AnyStore, memory: float | None = None) -> Retrieval:
-        """Open the retrieval from a datastore, or several; `memory` as in `open_retrieval`."""
+    def open(self, store: AnyStore, memory: float | None = None, opening: OpenIndex | None = None) -> Retrieval:
+        """Open the retrieval from a datastore, or several; `memory` and `opening` as in `open_retrieval`."""
         from knnlm.knn.retrieval import open_retrieval
 
-        return open_retrieval(store, self.layer, self.mix.k, self.mix.temperature, self.mix.lam, memory)
+        return open_retrieval(store, self.layer, self.mix.k, self.mix.temperature, self.mix.lam, memory, opening)
 
 
 @dataclass(frozen=True, kw_only=True)

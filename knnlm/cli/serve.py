@@ -67,8 +67,9 @@ def _check_access(host: str, api_key: str | None, *, insecure: bool) -> None:
         raise typer.BadParameter(message, param_hint="--host")
 
 
-def _address(host: str, listener: socket) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+def _ready(name: str, host: str, listener: socket) -> str:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    return f"Serving {name} at {address} (Ctrl-C ends it)"
 
 
 def serve(
@@ -85,6 +86,7 @@ def serve(
     memory: options.Memory = None,
     model: options.OtherModel = None,
     compute: options.ComputeOptions,
+    address: options.Ray = None,
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Serve the kNN-LM over OpenAI's completions API, with a web page that explains its predictions.
@@ -103,9 +105,9 @@ def serve(
         from knnlm.server.service import Service
 
         limits, screen, bound = limiting.limits(), options.open_screen(call), options.memory_bytes(memory)
-        with listen(host, port) as listener:
+        with listen(host, port) as listener, options.actors(address, trust=trust_remote_code) as opening:
             opened = stores.open()
-            retrieval = retrieving.open(opened, bound)
+            retrieval = retrieving.open(opened, bound, opening)
             lm = load_own(opened, model, compute, trust_remote_code, screen)
             service = Service(
                 whole_text(opened.name if len(stores.store) > 1 else Path(stores.store[0]).resolve().name),
@@ -113,11 +115,10 @@ def serve(
                 KNNLM.from_retrieval(lm, retrieval),
                 limits,
                 max_copy=max_copy,
-                newest=lambda: retrieving.open(stores.open(), bound),
+                newest=lambda: retrieving.open(stores.open(), bound, opening),
                 memory=bound,
             )
-            line = f"Serving {service.name} at {_address(host, listener)} (Ctrl-C ends it)"
             page = explorer_router(service.explainer, service.thread.run, limits.seconds)
             del opened, retrieval  # of the first generation, which must not outlive its use
             app = create_app(service, api_key=api_key, only_local=not (api_key or insecure), routers=[page])
-            serve(app, service, listener, lambda: screen.say(line), screen.say)
+            serve(app, service, listener, lambda: screen.say(_ready(service.name, host, listener)), screen.say)

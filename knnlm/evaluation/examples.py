@@ -14,6 +14,7 @@ from knnlm.evaluation.outcomes import LayerOutcome
 from knnlm.evaluation.queries import Queries
 from knnlm.knn.evidence import Neighborhood, NeighborSource, SourcedNeighbor, find_neighbors, read_source
 from knnlm.knn.joint import open_search
+from knnlm.knn.searcher import OpenIndex
 from knnlm.model.lm import LanguageModel
 from knnlm.results import NeighborText, TokenExample
 from knnlm.store.joint import AnyStore
@@ -35,6 +36,7 @@ def find_examples(
     metric: str,
     exact: bool,
     memory: float | None = None,
+    opening: OpenIndex | None = None,
 ) -> tuple[tuple[TokenExample, ...], tuple[TokenExample, ...]]:
     """Return the `count` tokens that one layer's keys made likelier by the most, and the `count` that lost the most.
 
@@ -47,7 +49,9 @@ def find_examples(
     lost, gained = order[:count], order[::-1][:count]
     gained, lost = gained[gain_Q[gained] > LEAST_CHANGE], lost[gain_Q[lost] < -LEAST_CHANGE]
     rows = np.concatenate([gained, lost])
-    searcher = open_search(store, shown.layer, metric, exact=exact, offsets=shown.offsets, memory=memory)
+    searcher = open_search(
+        store, shown.layer, metric, exact=exact, offsets=shown.offsets, memory=memory, opening=opening
+    )
     found = find_neighbors(searcher, queries.vectors(shown.layer)[rows], shown.mix.k)
     explain = _Explainer(lm, store, queries, shown)
     examples = tuple(explain(int(row), one) for row, one in zip(rows, found, strict=True))

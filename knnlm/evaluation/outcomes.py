@@ -22,7 +22,7 @@ from knnlm.evaluation.weighing import weigh
 from knnlm.knn.fitting import LAMBDA_CURVE, fit, fit_gate
 from knnlm.knn.joint import open_search
 from knnlm.knn.mixing import Mix, Search, knn_log_probs, mix
-from knnlm.knn.searcher import check_k, open_searcher
+from knnlm.knn.searcher import OpenIndex, check_k, open_searcher
 from knnlm.knn.trust import log_probs_by_text
 from knnlm.progress import Progress, Silent
 from knnlm.store.datastore import Datastore
@@ -59,18 +59,19 @@ def evaluate_layers(
     exact: bool = False,
     fit_weights: bool = False,
     memory: float | None = None,
+    opening: OpenIndex | None = None,
     progress: Progress | None = None,
 ) -> Iterator[LayerOutcome]:
     """Search, fit and score the layers one by one.
 
     :param fit_weights: also fit the weights of several datastores.
-    :param memory: as in `open_searcher`.
+    :param memory, opening: as in `open_searcher`.
     """
     check_k(knn.k, store.count)
     progress, k = progress or Silent(), min(knn.search_k, store.count)
     with progress.stage("evaluating", "layers") as advance:
         for number, layer in enumerate(layers, start=1):
-            searcher = open_search(store, layer, knn.metric, exact=exact, memory=memory)
+            searcher = open_search(store, layer, knn.metric, exact=exact, memory=memory, opening=opening)
             found = weigh(searcher, queries, k, knn, fit_weights=fit_weights)
             yield replace(outcome(layer, found.search, queries, found.knn), offsets=found.offsets)
             advance(number, len(layers))

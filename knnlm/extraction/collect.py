@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from knnlm.config import BATCH_TOKENS
 from knnlm.errors import InputError
 from knnlm.extraction.passes import forward, forward_to_head
 from knnlm.extraction.scorer_state import ScorerState
-from knnlm.extraction.sinks import TargetScorer, make_sinks
+from knnlm.extraction.sinks import TargetScorer, counted_vectors, make_sinks
 from knnlm.layer_names import FINAL
 from knnlm.model.decoder import Receive
 from knnlm.model.lm import LanguageModel
@@ -30,6 +34,12 @@ class Give(Protocol):
     """Gives the vectors of a batch, as far as it has the layers, to every receiver."""
 
     def __call__(self, batch: Batch, layers: Sequence[str], /, *receivers: Receive) -> None: ...  # noqa: D102
+
+
+class Elsewhere(Protocol):
+    """Has the parts of a text made by other processes, and yields each one's windows once the writer has it."""
+
+    def __call__(self, parts: Iterator[Iterator[Window]], /) -> Iterator[Iterable[Window]]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ def collect(
     targets: TargetScorer | None = None,
     give: Give | None = None,
     state: ScorerState | None = None,
+    elsewhere: Elsewhere | None = None,
     advance: Advance = ignore,
     stop: Callable[[LayerScorer], bool] | None = None,
 ) -> Collected:
@@ -62,6 +73,7 @@ def collect(
     :param targets: gets the vectors that enter the head, and scores every target.
     :param give: gives the vectors of a batch in place of a forward pass.
     :param state: keeps the scorer between parts, so that it too goes on where the writer does.
+    :param elsewhere: makes the parts that the writer lacks.
     :param stop: called after every batch; True ends the pass early.
     :raises ModelError: a layer gives NaN or infinite values; names the layer, the document and the position.
     :raises InputError: no document has two tokens.
@@ -71,7 +83,7 @@ def collect(
     read = layers if scorer is None else tuple(dict.fromkeys((*layers, FINAL)))
     tokens = last_document = 0
     text = windows(_fingerprinted(documents, fingerprint), config)
-    for is_stored, batch in _batches(text, batch_tokens, writer, state):
+    for is_stored, batch in _batches(text, batch_tokens, writer, state, elsewhere):
         spans = clusters.spans(batch)
         for sink in sinks:
             sink.begin(batch, spans)
@@ -92,11 +104,44 @@ def collect(
     return Collected(tokens, last_document + 1, fingerprint.hexdigest())
 
 
+def collect_part(
+    lm: LanguageModel, text: Iterable[Window], layers: Sequence[str], writer: DatastoreWriter, batch_tokens: int
+) -> None:
+    """Write the values and keys of one part, as `collect` does. Raises ModelError as there."""
+    clusters, sinks = _Clusters(), make_sinks(layers, None, writer)
+    for batch in batches(text, batch_tokens):
+        spans = clusters.spans(batch)
+        for sink in sinks:
+            sink.begin(batch, spans)
+        forward(lm, batch, layers, *(sink.receive for sink in sinks))
+
+
+def first_vectors(
+    lm: LanguageModel, text: Iterable[Window], layers: Sequence[str], batch_tokens: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return the vectors [N, D] of each layer that `collect` would append first. Raises ModelError as there."""
+    batch = next(batches(text, batch_tokens))
+    spans = _Clusters().spans(batch)
+    found: dict[str, NDArray[np.float32]] = {}
+
+    def keep(name: str, vectors_BTD: Tensor) -> None:
+        if name in layers:
+            found[name] = counted_vectors(vectors_BTD, spans)
+
+    forward(lm, batch, layers, keep)
+    return found
+
+
 def _batches(
-    text: Iterable[Window], batch_tokens: int, writer: DatastoreWriter | None, state: ScorerState | None
+    text: Iterable[Window],
+    batch_tokens: int,
+    writer: DatastoreWriter | None,
+    state: ScorerState | None,
+    elsewhere: Elsewhere | None,
 ) -> Iterator[tuple[bool, Batch]]:
     """All batches, none over the border of two parts, and whether the writer has the part already."""
-    for number, part in enumerate(in_parts(text, None if writer is None else writer.part_rows)):
+    parts = in_parts(text, None if writer is None else writer.part_rows)
+    for number, part in enumerate(parts if elsewhere is None else elsewhere(parts)):
         is_stored = writer is not None and writer.begin_part()
         if state is not None and not is_stored:
             state.between_parts(number)

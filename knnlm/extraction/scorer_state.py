@@ -39,10 +39,6 @@ class ScorerState:
             self._write(number)
         self._kept = {}
 
-    def remove(self) -> None:
-        """Remove the file, once all parts are finished."""
-        self._path.unlink(missing_ok=True)
-
     def _write(self, parts: int) -> None:
         temporary = self._path.with_name(f".{NAME}")
         with temporary.open("wb") as file:
@@ -51,6 +47,11 @@ class ScorerState:
             os.fsync(file.fileno())
         temporary.replace(self._path)
         fsync_folder(self._path.parent)
+
+
+def forget(folder: Path) -> None:
+    """Remove the file, if there is one, once all parts are finished."""
+    (folder / NAME).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:

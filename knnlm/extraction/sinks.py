@@ -91,8 +91,14 @@ class _Store(Sink):
     def receive(self, name: str, vectors_BTD: Tensor) -> None:
         """Take one layer's vectors."""
         if name in self._layers:
-            rows = [vectors_BTD[span.row, span.first : span.last] for span in self.spans]
-            self._writer.append_keys(name, torch.cat(rows).float().cpu().numpy())
+            self._writer.append_keys(name, counted_vectors(vectors_BTD, self.spans))
+
+
+def counted_vectors(vectors_BTD: Tensor, spans: Sequence[Span]) -> NDArray[np.float32]:
+    """Return a copy of the vectors at the positions that count, [N, D]."""
+    rows = [vectors_BTD[span.row, span.first : span.last] for span in spans]
+    found: NDArray[np.float32] = torch.cat(rows).float().cpu().numpy()
+    return found
 
 
 @dataclass(frozen=True, eq=False)

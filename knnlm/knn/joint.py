@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from index.neighbors import Neighbors, merge, ordered
 from knnlm.knn.mixing import NEAREST, Floats, Search
-from knnlm.knn.searcher import QUERY_BLOCK, LayerSearcher, open_searcher
+from knnlm.knn.searcher import QUERY_BLOCK, LayerSearcher, OpenIndex, open_searcher
 from knnlm.store.joint import AnyStore, JointStore
 
 
@@ -75,18 +75,21 @@ def open_search(
     exact: bool = False,
     offsets: Sequence[float] = (),
     memory: float | None = None,
+    opening: OpenIndex | None = None,
 ) -> Searcher:
     """Return the layer of one datastore or of several, each with its own index, or with exact search.
 
     :param offsets: added to the distances of each of several; none: a plain merge. `JointSearcher.at` applies weights.
-    :param memory: as in `open_searcher`.
+    :param memory, opening: as in `open_searcher`.
     :raises DatastoreMismatch: one of them has no keys of the layer; lists those that it has.
     :raises InputError: an index was built for another metric.
     :raises DatastoreCorrupt: a file of an index is missing, short or changed.
     """
     if not isinstance(store, JointStore):
-        return open_searcher(store, layer, metric, exact=exact, memory=memory)
-    searchers = tuple(open_searcher(one, layer, metric, exact=exact, memory=memory) for one in store.stores)
+        return open_searcher(store, layer, metric, exact=exact, memory=memory, opening=opening)
+    searchers = tuple(
+        open_searcher(one, layer, metric, exact=exact, memory=memory, opening=opening) for one in store.stores
+    )
     return JointSearcher(store, layer, searchers, tuple(offsets) or (0.0,) * len(searchers))
 
 

@@ -29,7 +29,7 @@ from knnlm.knn.mixing import (
     mix,
     token_shares,
 )
-from knnlm.knn.searcher import QUERY_BLOCK, built_with, check_k
+from knnlm.knn.searcher import QUERY_BLOCK, OpenIndex, built_with, check_k
 from knnlm.knn.trust import token_gains
 from knnlm.memory import LEAST_WORK
 from knnlm.store.datastore import Datastore
@@ -148,6 +148,7 @@ def open_retrieval(
     temperature: float | None = None,
     lam: float | None = None,
     memory: float | None = None,
+    opening: OpenIndex | None = None,
 ) -> Retrieval:
     """Open the retrieval of a layer, by default the chosen one; settings default to those fitted by an evaluation.
 
@@ -155,12 +156,13 @@ def open_retrieval(
     with the text so far. Of several datastores the first gives the layer and the settings.
 
     :param memory: bytes that the process may take; with it, searches take `knnlm.memory.LEAST_WORK` each.
+    :param opening: as in `open_searcher`.
     :raises InputError: a setting is neither given nor fitted, a value is invalid, or no layer was chosen among several.
     :raises DatastoreMismatch: the layer is not stored, in one of them.
     """
     layer = layer or _chosen_layer(store.first)
     metric = search_metric(store.first, layer)
-    searcher = open_search(store, layer, metric)
+    searcher = open_search(store, layer, metric, opening=opening)
     if memory is not None:  # how much the model will leave is not known yet, and generation has few queries
         for one in searcher.searchers:
             one.index.work_bytes = LEAST_WORK

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,8 @@ from index.metric import Metric
 from index.neighbors import Neighbors
 from index.saved import SavedIndex
 from index.spec import parse_spec
-from index.storage import open_covered, open_index
+from index.storage import open_covered
+from index.storage import open_index as open_saved
 from knnlm.config import KNNConfig, Settings
 from knnlm.errors import DatastoreCorrupt, DatastoreError, InputError
 from knnlm.knn.mixing import NEAREST, Search
@@ -35,6 +36,22 @@ from knnlm.store.joint import AnyStore
 QUERY_BLOCK = 4096
 
 
+class Searches(Protocol):
+    """Finds the nearest keys of prepared queries: an index, in this process or elsewhere."""
+
+    work_bytes: int
+    """Memory that a search may take."""
+
+    def search(self, queries_QD: NDArray[np.float32], k: int, /) -> Neighbors:
+        """Return the k nearest keys of each query."""
+
+
+class OpenIndex(Protocol):
+    """Opens what searches a layer: `open_index`, or a function that has it done elsewhere."""
+
+    def __call__(self, store: Datastore, layer: str, metric: str, /, *, exact: bool) -> Searches: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class LayerSearcher:
     """A layer's keys with the index that searches them, under one metric."""
@@ -42,7 +59,7 @@ class LayerSearcher:
     store: Datastore
     layer: str
     metric: str
-    index: VectorIndex
+    index: Searches
 
     @property
     def searchers(self) -> tuple[LayerSearcher, ...]:
@@ -83,22 +100,30 @@ class LayerSearcher:
 
 
 def open_searcher(
-    store: Datastore, layer: str, metric: str, *, exact: bool = False, memory: float | None = None
+    store: Datastore,
+    layer: str,
+    metric: str,
+    *,
+    exact: bool = False,
+    memory: float | None = None,
+    opening: OpenIndex | None = None,
 ) -> LayerSearcher:
     """Return the layer with the index that the datastore holds for it, or with exact search.
 
     :param exact: search exactly even if there is an index.
     :param memory: bytes that the process may take; None: searches take what is quick.
+    :param opening: opens what searches, in the place of `open_index`.
     :raises InputError: the index was built for another metric.
     :raises DatastoreCorrupt: a file of the index is missing, short or changed.
     :raises DatastoreError: FAISS refuses the index for another reason.
     """
-    index = _open_index(store, layer, metric, exact=exact)
+    index = (opening or open_index)(store, layer, metric, exact=exact)
     index.work_bytes = work_bytes(memory, index.work_bytes)
     return LayerSearcher(store, layer, metric, index)
 
 
-def _open_index(store: Datastore, layer: str, metric: str, *, exact: bool) -> VectorIndex:
+def open_index(store: Datastore, layer: str, metric: str, *, exact: bool) -> VectorIndex:
+    """Return the index that searches a layer here. Parameters and errors as in `open_searcher`."""
     source = store.keys(layer).for_metric(metric)
     # By the manifest, not the folder: a run stopped between the two leaves an index that is not known to be complete.
     if exact or layer not in store.manifest.built_indexes:
@@ -112,6 +137,12 @@ def _open_index(store: Datastore, layer: str, metric: str, *, exact: bool) -> Ve
         raise DatastoreError(str(error)) from None
 
 
+def is_searched_exactly(store: Datastore, layer: str, *, exact: bool) -> bool:
+    """Return whether `open_index` compares every key of a layer."""
+    entry = store.manifest.index_entry(layer)
+    return exact or layer not in store.manifest.built_indexes or (entry is not None and is_exact(entry.spec))
+
+
 def open_layer_index(store: Datastore, layer: str) -> VectorIndex:
     """Return the layer's index over the rows that count now, also if these have changed since it was built.
 
@@ -120,7 +151,7 @@ def open_layer_index(store: Datastore, layer: str) -> VectorIndex:
     saved, runs, entry = checked_index(store, layer), store.index_runs(layer), store.manifest.index_entry(layer)
     source = store.keys(layer).for_metric(store.manifest.index_metric(layer))
     if runs is None:
-        return open_index(saved, source)
+        return open_saved(saved, source)
     if saved.manifest.is_exact:
         return ExactIndex(source, Metric(saved.manifest.metric))
     built_over = sum(part.rows for part in (entry and entry.parts) or ())

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from knnlm.cluster.core import Cluster
+from knnlm.cluster.search import ClusterSearch
 from knnlm.config import Settings
+from knnlm.knn.searcher import OpenIndex
 from knnlm.model.lm import LanguageModel
 from knnlm.pipeline.plan import estimate_tokens, take_share
 from knnlm.progress import Progress, toward
@@ -31,6 +34,13 @@ class Job:
     lm: LanguageModel
     settings: Settings
     progress: Progress
+    cluster: Cluster | None = None
+    """Where keys are made and searched; None: in this process."""
+
+    @cached_property
+    def opening(self) -> OpenIndex | None:
+        """What opens the indexes that are searched; None: this process."""
+        return None if self.cluster is None else ClusterSearch(self.cluster)
 
     @cached_property
     def window(self) -> WindowConfig:

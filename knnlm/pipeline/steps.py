@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from knnlm.cluster.parts import PartMaker
 from knnlm.config import TextConfig, check_stride
 from knnlm.documents import score_document
 from knnlm.evaluation.examples import find_examples
@@ -15,9 +16,9 @@ from knnlm.evaluation.overlap import overlap_warning
 from knnlm.evaluation.piloting import pilots_of
 from knnlm.evaluation.queries import Queries, check_evaluation, open_queries
 from knnlm.evaluation.summary import summarize
-from knnlm.extraction.collect import Collected, collect
+from knnlm.extraction.collect import Collected, Elsewhere, collect
 from knnlm.extraction.hidden_states import HiddenStates
-from knnlm.extraction.scorer_state import ScorerState
+from knnlm.extraction.scorer_state import ScorerState, forget
 from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import check_count
 from knnlm.layer_names import FINAL, select_layers
@@ -29,6 +30,7 @@ from knnlm.scores.choose import candidate_layers, choose, layers_that_matter
 from knnlm.scores.layer_scorer import FOR_CHOICE, LayerScorer, Settled
 from knnlm.scores.pilot import no_pilot
 from knnlm.store.datastore import Datastore
+from knnlm.store.elsewhere import PartsElsewhere
 from knnlm.store.joint import AnyStore
 from knnlm.store.model_place import relative_place
 from knnlm.store.writer import DatastoreWriter
@@ -62,18 +64,8 @@ def extract(
     :param frame: a datastore whose centres and scales are taken.
     :param given: what has the documents' vectors; the model then makes none.
     """
-    lm, dims = job.lm, {name: job.lm.dims[name] for name in layers}
     scorer = None if sampled else _scorer(job, layers, has_head=given is None or FINAL in given.layers)
-    with DatastoreWriter(
-        folder,
-        dims,
-        fingerprint={**lm.fingerprint, "model": relative_place(lm.name, folder)},
-        context=job.window.context,
-        stride=job.window.stride,
-        key_dtype=job.settings.key_dtype,
-        resume=True,
-        frame=frame,
-    ) as writer:
+    with _writer(job, layers, folder, frame) as writer:
         state = ScorerState(folder, scorer, writer) if scorer else None
         collected = read_through(
             job, documents, layers, total, stage=EXTRACTING, given=given, scorer=scorer, writer=writer, state=state
@@ -82,9 +74,28 @@ def extract(
         scored = _score_result(job, scorer, collected) if scorer else sampled
         assert scored is not None
         writer.finish(corpus=collected.fingerprint, scores=score_document(scored), versions=versions())
-        if state is not None:
-            state.remove()
+        forget(folder)
     return scored
+
+
+def _writer(job: Job, layers: Sequence[str], folder: Path, frame: Datastore | None) -> DatastoreWriter:
+    kind = DatastoreWriter if job.cluster is None else PartsElsewhere
+    return kind(
+        folder,
+        {name: job.lm.dims[name] for name in layers},
+        fingerprint={**job.lm.fingerprint, "model": relative_place(job.lm.name, folder)},
+        context=job.window.context,
+        stride=job.window.stride,
+        key_dtype=job.settings.key_dtype,
+        resume=True,
+        frame=frame,
+    )
+
+
+def _elsewhere(job: Job, writer: DatastoreWriter | None) -> AbstractContextManager[Elsewhere | None]:
+    if job.cluster is None or not isinstance(writer, PartsElsewhere):
+        return nullcontext()
+    return PartMaker(job.cluster, job.lm, writer, job.batch_tokens)
 
 
 def read_through(
@@ -105,7 +116,7 @@ def read_through(
     :param total: approximate number of tokens, for the progress bar.
     :param given: what has the documents' vectors; they are then cut as clusters of text are.
     """
-    with job.progress.stage(stage, "tokens") as advance:
+    with job.progress.stage(stage, "tokens") as advance, _elsewhere(job, writer) as elsewhere:
         return collect(
             job.lm,
             documents,
@@ -116,6 +127,7 @@ def read_through(
             writer=writer,
             give=None if given is None else given.give,
             state=state,
+            elsewhere=elsewhere,
             advance=toward(total, advance),
             stop=stop,
         )
@@ -140,11 +152,7 @@ def choose_on_sample(
     Those are at most `most`, the chosen one included (`layers_that_matter`); the other layers have only the scores that
     a choice rests on.
     """
-    settings = job.settings
-    # By documents, whatever the datastore's protocol: a sample of rows has no windows of its own.
-    text = replace(settings.text, max_tokens=None, protocol="documents")
-    job = replace(job, settings=replace(settings, text=text))
-    sample = take_sample(documents, SAMPLE_TOKENS, run=CLUSTER_TOKENS, seed=settings.seed)
+    job, sample = _sampled(job, documents)
     scorer, collected = _score_pass(job, sample, layers, count_targets(sample))
     scored = _score_result(job, scorer, collected, only=FOR_CHOICE)
     stored = layers_that_matter(scored, most)
@@ -153,6 +161,21 @@ def choose_on_sample(
         job.progress.note(scored.choice.disagreement)
     whole = {one.layer: one for one in scorer.completed([one for one in scored.layers if one.layer in stored])}
     return replace(scored, layers=tuple(whole.get(one.layer, one) for one in scored.layers)), stored
+
+
+def score_sample(job: Job, documents: Iterable[TokenDocument], layers: Sequence[str]) -> ScoreResult:
+    """Scores of these layers on a bounded sample of the documents, and the choice."""
+    job, sample = _sampled(job, documents)
+    scorer, collected = _score_pass(job, sample, layers, count_targets(sample))
+    return _score_result(job, scorer, collected)
+
+
+def _sampled(job: Job, documents: Iterable[TokenDocument]) -> tuple[Job, list[TokenDocument]]:
+    """A sample of the documents, and the job that reads it."""
+    # By documents, whatever the datastore's protocol: a sample of rows has no windows of its own.
+    text = replace(job.settings.text, max_tokens=None, protocol="documents")
+    sample = take_sample(documents, SAMPLE_TOKENS, run=CLUSTER_TOKENS, seed=job.settings.seed)
+    return replace(job, settings=replace(job.settings, text=text)), sample
 
 
 def _scorer(job: Job, layers: Sequence[str], *, has_head: bool = True) -> LayerScorer:
@@ -271,6 +294,7 @@ def compare_layers(
             exact=exact,
             fit_weights=fit_weights,
             memory=job.settings.memory,
+            opening=job.opening,
             progress=progress,
         )
         outcomes = list(found)
@@ -287,6 +311,7 @@ def compare_layers(
                 metric=knn.metric,
                 exact=exact,
                 memory=job.settings.memory,
+                opening=job.opening,
             )
         for one in store.stores:
             one.check_untouched()

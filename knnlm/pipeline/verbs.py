@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from knnlm.cluster.core import Cluster
 from knnlm.config import Settings
 from knnlm.documents import score_from_document
 from knnlm.errors import InputError
@@ -36,6 +37,7 @@ from knnlm.pipeline.steps import (
     fitted_settings,
     index_chosen,
     score_layers,
+    score_sample,
     split_text,
     windows_like,
 )
@@ -79,6 +81,7 @@ def build(
     settings: Settings | None = None,
     overwrite: bool = False,
     frame: str | Path | Datastore | None = None,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> Datastore:
     """Choose a layer on a bounded sample (or take `settings.layers.layers`), store its keys, index and fit them.
@@ -89,18 +92,22 @@ def build(
     kill, unless `overwrite` is given.
 
     :param frame: a datastore whose layers, centres, windows and type of keys are taken, so that both can be merged.
+    :param cluster: where the keys are made (docs/scale.md); their bytes are the same. Layers that are named are then
+        scored on a sample too, and not on all keys.
     :raises DatastoreMismatch: it was made with another model.
     :raises DatastoreExists: `out` exists and must not be replaced; nothing was done.
     """
     settings, like = settings or Settings(), None if frame is None else as_datastore(frame)
     work = work_of("build", lm.name, text, eval_text, settings, like and str(like.folder))
     settings = settings if like is None else _like(lm, settings, like)
-    job, inputs = Job(lm, settings, progress or Silent()), (lm.name, *as_list(text), *as_list(eval_text))
+    job, inputs = Job(lm, settings, progress or Silent(), cluster), (lm.name, *as_list(text), *as_list(eval_text))
     with new_folder(out, overwrite=overwrite, inputs=inputs, work=work) as folder:
         total = estimate_tokens(lm, text, settings.text)
         check_build_memory(job, total)
         split = split_off(job, text, eval_text, total)
-        begun = read_begun(folder) or _begin_build(job, text, eval_text, total, folder, work)
+        begun = read_begun(folder)
+        if begun is None or (begun.scored is None and cluster is not None):
+            begun = _begin_build(job, text, eval_text, total, folder, work)
         job.progress.plan(build_stages(lm, begun.layers, total, scored=begun.scored is not None, queries=split.queries))
         scored = extract(job, split.documents, begun.layers, folder, total=total, sampled=begun.scored, frame=like)
         mark_whole(folder, work, begun, scored)
@@ -125,13 +132,14 @@ def _begin_build(job: Job, text: Paths, eval_text: Paths | None, total: int | No
     lm, wanted = job.lm, job.settings.layers
     job.tell_what_is_taken(text)
     check_choice(lm, select_layers(wanted.layers or "all", lm.layer_names), job.settings)
+    # An evaluation text that is given is not read a second time.
+    stored = job.documents(text) if eval_text else split_off(job, text, None, total).documents
     if wanted.layers is not None or wanted.select not in SCORES_THAT_CHOOSE:
-        return begin(folder, work, select_layers(wanted.layers or wanted.select, lm.layer_names))
+        named = select_layers(wanted.layers or wanted.select, lm.layer_names)
+        return begin(folder, work, named, None if job.cluster is None else score_sample(job, stored, named))
     scored = layers_to_score(wanted, lm.layer_names)
     sample = score_stages(lm, scored, min(SAMPLE_TOKENS, total or SAMPLE_TOKENS))
     job.progress.plan([*sample, *build_stages(lm, lm.layer_names, total, scored=True, queries=0)])
-    # An evaluation text that is given is not read a second time.
-    stored = job.documents(text) if eval_text else split_off(job, text, None, total).documents
     sampled, layers = choose_on_sample(job, stored, scored, most=1)
     return begin(folder, work, layers, sampled)
 
@@ -144,6 +152,7 @@ def evaluate(
     settings: Settings | None = None,
     fit_weights: bool = False,
     dry_run: bool = False,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Perplexity of the plain LM and of the kNN-LM for every layer that the datastore holds.
@@ -158,6 +167,7 @@ def evaluate(
         stored.
     :param fit_weights: also fit what the neighbours from each of several datastores count for.
     :param dry_run: store nothing.
+    :param cluster: where the datastore is searched (docs/scale.md); what is found is the same.
     :raises InputError: settings that do not fit the datastore, such as another index or metric (`searched_layers`); or
         weights to fit that are given, or for one datastore.
     :raises DatastoreMismatch: the datastore was made with another model or tokenizer; the message says which.
@@ -169,7 +179,7 @@ def evaluate(
     store.first.check_model(lm.fingerprint)
     check_tokens(store, lm.vocabulary)
     layers = searched_layers(store, settings)
-    job = Job(lm, replace(settings, text=windows_like(store.first, settings.text)), progress or Silent())
+    job = Job(lm, replace(settings, text=windows_like(store.first, settings.text)), progress or Silent(), cluster)
     documents = job.evaluation_documents(eval_text)
     check_evaluation(documents)
     check_query_room(lm, layers, count_targets(documents))

@@ -37,6 +37,7 @@ from knnlm.store.changeable import Changeable
 from knnlm.store.document_table import PartDocuments, document_table, index_runs, rows_that_count
 from knnlm.store.drift import key_drift, stale_lines
 from knnlm.store.hub import on_disk
+from knnlm.store.joined import LOADED_BYTES, joined
 from knnlm.store.keys import Keys
 from knnlm.store.live import LiveRows
 from knnlm.store.manifest import (
@@ -162,20 +163,22 @@ class Datastore(Changeable, StoredText):
     @property
     def loaded_bytes(self) -> int:
         """Memory that `values` takes: none where they are mapped."""
-        return 0 if len(self._manifest.parts) == 1 and self.live_rows is None else 4 * self.count
+        mapped = len(self._manifest.parts) == 1 and self.live_rows is None
+        return 0 if mapped else min(4 * self.count, LOADED_BYTES)
 
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """The next token of each key, int32 [N], read-only.
 
-        Memory-mapped if it is one part without removals, else loaded (4 x N bytes). The checksum is checked, which is
-        quick compared with reading keys: a token outside the vocabulary could crash the process anywhere.
+        Memory-mapped if it is one part without removals, else loaded (4 x N bytes), or mapped from a temporary file
+        (`knnlm.store.joined`). The checksum is checked, which is quick compared with reading keys: a token outside the
+        vocabulary could crash the process anywhere.
         :raises DatastoreCorrupt: the values have changed since they were written.
         """
         parts = [self._checked_array(one) for one in self._described(()) if one.file.endswith(f"/{VALUES}")]
-        values: NDArray[np.int32] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        values = joined(parts)
         if self.live_rows is not None:
-            values = self.live_rows.pick(values)
+            values = joined(self.live_rows.pick(values))
         values.flags.writeable = False
         return values
 

@@ -18,6 +18,7 @@ from knnlm.errors import DatastoreMismatch, InputError
 from knnlm.files import short_names
 from knnlm.store.datastore import Datastore, as_datastore
 from knnlm.store.hub import hub_name
+from knnlm.store.joined import LOADED_BYTES, joined
 from knnlm.store.stored_text import StoredText
 
 
@@ -62,12 +63,12 @@ class JointStore(StoredText):
     @property
     def loaded_bytes(self) -> int:
         """Memory that `values` takes."""
-        return 4 * self.count + sum(one.loaded_bytes for one in self.stores)
+        return min(4 * self.count, LOADED_BYTES) + sum(one.loaded_bytes for one in self.stores)
 
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """The next token of each key, int32 [N], read-only, in memory. Raises as `Datastore.values`."""
-        values = np.concatenate([one.values for one in self.stores])
+        values = joined([one.values for one in self.stores])
         values.flags.writeable = False
         return values
 

@@ -48,9 +48,9 @@ class LiveRows:
             yield start + shift, last + shift
             start, number = last, number + 1
 
-    def pick(self, rows_N: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Return the live ones of an array over all stored rows."""
-        return np.concatenate([rows_N[:0], *(rows_N[first:last] for first, last in self._runs_R2.tolist())])
+    def pick(self, rows_N: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+        """Return the live ones of an array over all stored rows, as the pieces that follow one another."""
+        return [rows_N[:0], *(rows_N[first:last] for first, last in self._runs_R2.tolist())]
 
 
 def kept_runs(removed: Iterable[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ Legend: N keys, D dimension.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import secrets
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from index.mapped import OpenFolder
 from index.typed import CHECKSUM
-from knnlm.errors import DatastoreError, ModelError
+from knnlm.errors import DatastoreCorrupt, DatastoreError, ModelError
 from knnlm.files import fsync_folder, write_json
 from knnlm.places import PART, PARTS
 from knnlm.store.half import FLOAT16_MAX, all_finite, to_float16
@@ -221,11 +222,25 @@ class PartWriter:
         write_json(self._folder / PART, document)
         fsync_folder(self._folder / "keys")
         name = part_name(self._number, document)
-        # The same part, of a process that died before the manifest was written.
-        shutil.rmtree(self._parts / name, ignore_errors=True)
-        self._folder.rename(self._parts / name)
+        entry = PartEntry(name, document[CHECKSUM], self.rows, self.rows)
+        self._take_name(entry)
         fsync_folder(self._parts)
-        return PartEntry(name, document[CHECKSUM], self.rows, self.rows)
+        return entry
+
+    def _take_name(self, entry: PartEntry) -> None:
+        """Rename the folder, unless the same part is there, of a process that died or that makes it too."""
+        place = self._parts / entry.name
+        try:
+            self._folder.rename(place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            layers = {name: (one.dim, one.dtype.name) for name, one in self._frames.items()}
+            if is_whole(self._parts.parent, entry, layers):
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                shutil.rmtree(place, ignore_errors=True)
+                self._folder.rename(place)
 
     def abort(self) -> None:
         """Close the files as they are."""
@@ -274,6 +289,17 @@ def stored_part(opened: OpenFolder, entry: PartEntry, layers: Mapping[str, Layer
     files = part_files(entry.name, part, {name: (one.dim, one.dtype) for name, one in layers.items()})
     documents, *_ = [map_npy(opened, one.file, one.dtype, one.shape)[0] for one in files]
     return StoredPart(entry, part, documents)
+
+
+def is_whole(folder: Path, entry: PartEntry, layers: Mapping[str, tuple[int, str]]) -> bool:
+    """Return whether all files of a part are there, with the right sizes; dim and dtype of each layer are given."""
+    try:
+        with OpenFolder(folder) as opened:
+            for one in part_files(entry.name, read_part(opened, entry.name, entry.checksum), layers):
+                map_npy(opened, one.file, one.dtype, one.shape)
+    except DatastoreCorrupt:
+        return False
+    return True
 
 
 def _shard(file: NpyWriter) -> Shard:

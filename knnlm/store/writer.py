@@ -100,6 +100,8 @@ class DatastoreWriter:
                 one.centre, one.scale = frame.keys(name).centre, frame.manifest.layers[name].scale
         self._kept: dict[str, LayerKeys] = {}
         self._stored: list[StoredPart] = []
+        # Parts of the folder's manifest.
+        self._listed = 0
         self._entries: list[PartEntry] = []
         # The number of the first part.
         self._first = 0
@@ -123,6 +125,7 @@ class DatastoreWriter:
     def use_stored(self, parts: int) -> None:
         """Go on after the first `parts` finished ones; the others are made again."""
         del self._stored[parts:]
+        self._listed = min(self._listed, parts)
 
     @property
     def needs_document(self) -> bool:
@@ -289,7 +292,7 @@ class DatastoreWriter:
             self._kept = {name: frame.write_centre(self._folder) for name, frame in self._frames.items()}
         frame = frame_checksum(self._fingerprint, self._kept, self._context, self._stride)
         self._entries.append(self._part.finish(frame))
-        if isinstance(self._part, PartWriter):
+        if len(self._entries) > self._listed:
             self._list_parts()
         self._part, self._counts = None, dict.fromkeys(self._counts, 0)
 
@@ -341,6 +344,7 @@ class DatastoreWriter:
                     self._stored.append(stored_part(opened, entry, manifest.layers))
                 except DatastoreCorrupt:
                     break
+        self._listed = len(self._stored)
 
     def _take_frame(self, opened: OpenFolder, manifest: Manifest) -> None:
         for name, layer in manifest.layers.items():

@@ -1,0 +1,1 @@
+"""Several machines: parts made by Ray tasks, and searched by Ray actors."""
