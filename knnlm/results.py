@@ -119,7 +119,7 @@ class Choice(Shown):
 
 @dataclass(frozen=True, repr=False)
 class ScoreResult(Shown):
-    """Scores of all layers on a sample of text, and the choice."""
+    """Scores of the layers that were looked at, on a text or a sample of it, and the choice."""
 
     layers: tuple[LayerScore, ...]
     choice: Choice

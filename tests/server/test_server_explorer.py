@@ -103,9 +103,11 @@ def test_time_of_a_continuation_is_limited(store_folder, monkeypatch) -> None:
     change_steps(monkeypatch, before)
     monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with paced(store_folder, seconds=100) as (server, _, _):
-        *told, last = go_on(server, 100)
+        try:
+            *told, last = go_on(server, 100)
+        finally:
+            go.set()  # for the one that runs
         assert last["error"]["code"] == "timeout" and len(told) == 2
-        go.set()  # for the one that runs
 
 
 def test_a_continuation_that_was_let_in_goes_on_although_the_queue_is_full(store_folder, monkeypatch) -> None:
