@@ -48,9 +48,9 @@ def thread_count() -> int:
     return int(faiss.omp_get_max_threads())
 
 
-def use_one_thread() -> None:
-    """Make FAISS use one thread when called from this one."""
-    faiss.omp_set_num_threads(1)
+def use_threads(count: int) -> None:
+    """Make FAISS use so many threads when called from this one."""
+    faiss.omp_set_num_threads(count)
 
 
 def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids, metric: Metric) -> Floats:

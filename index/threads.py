@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from index.faiss_index import use_one_thread
+from index.faiss_index import use_threads
 
 T = TypeVar("T")
 
@@ -20,6 +20,6 @@ def share_out(items: Sequence[T], work: Callable[[Iterator[T]], None], threads: 
     if threads <= 1:
         work(shared)
         return
-    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
+    with ThreadPoolExecutor(threads, initializer=use_threads, initargs=(1,)) as pool:
         for running in [pool.submit(work, shared) for _ in range(threads)]:
             running.result()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -35,18 +37,24 @@ class Cluster:
         self._ray = ray
         self.trust_remote_code = trust_remote_code
         """Whether workers may run Python code that comes with the model."""
+        self._functions: dict[Callable[..., Any], Any] = {}
 
     @property
     def most_cpus(self) -> int:
         """CPUs of the largest machine: a task cannot need more."""
-        sizes = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
-        return max(1, int(max(sizes, default=1)))
+        return max(1, int(max((node.get("CPU", 0) for node in self._machines()), default=1)))
 
     def slots(self, need: Need) -> int:
         """Return how many such tasks can run at once now, at least 1."""
-        total = self._ray.cluster_resources()
-        cpus, gpus = total.get("CPU", 0) // need.cpus, total.get("GPU", 0) // max(1, need.gpus)
-        return max(1, int(min(cpus, gpus) if need.gpus else cpus))
+        found = 0
+        for node in self._machines():
+            cpus, gpus = node.get("CPU", 0) // need.cpus, node.get("GPU", 0) // max(1, need.gpus)
+            found += int(min(cpus, gpus) if need.gpus else cpus)
+        return max(1, found)
+
+    def _machines(self) -> list[Mapping[str, float]]:
+        """What each machine has."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def submit(
         self, function: Callable[Given, Result], need: Need, retries: int, *given: Given.args, **named: Given.kwargs
@@ -56,9 +64,7 @@ class Cluster:
         It may be called more than once: after its process or its machine is lost, `retries` times at most. An error
         that it raises is not tried again.
         """
-        # A worker keeps what it has loaded: by default Ray ends one that uses a GPU after each task.
-        remote = self._ray.remote(max_calls=0)(function)
-        placed = remote.options(
+        placed = self._remote(function).options(
             num_cpus=need.cpus,
             num_gpus=need.gpus,
             max_retries=retries,
@@ -67,14 +73,22 @@ class Cluster:
         )
         return Pending(self._ray, placed.remote(*given, **named))
 
-    def actor(self, kind: type, need: Need, retries: int, *given: object) -> Actor:
+    def _remote(self, function: Callable[..., Any]) -> Any:  # noqa: ANN401  (Ray's own)
+        """The function as Ray knows it, which is sent to the workers once."""
+        if function not in self._functions:
+            # A worker keeps what it has loaded: by default Ray ends one that uses a GPU after each task.
+            self._functions[function] = self._ray.remote(max_calls=0)(function)
+        return self._functions[function]
+
+    def actor(self, kind: type, retries: int, *given: object) -> Actor:
         """Start a process with an object of a module's class.
 
-        If it is lost, it is started anew, `retries` times at most, and what it was asked is asked again.
+        If it is lost, it is started anew, `retries` times at most, and what it was asked is asked again. It keeps no
+        CPU for itself, as it waits most of the time: those of several datastores, or of a generation that is still in
+        use, would wait for one another for ever.
         """
         placed = self._ray.remote(kind).options(
-            num_cpus=need.cpus,
-            num_gpus=need.gpus,
+            num_cpus=0,
             max_restarts=retries,
             max_task_retries=retries,
             scheduling_strategy="SPREAD",
@@ -163,17 +177,17 @@ def _connect(ray: Any, address: str) -> None:  # noqa: ANN401  (a module)
     # Ray's log goes to its own files: what a task has to say is in its result or its error.
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address == LOCAL:
-        # Workers as urgent as one process is; by default they wait for all other work on the machine.
-        ray.init(address=LOCAL, include_dashboard=False, _system_config={"worker_niceness": 0}, **quiet)
-        return
-    if address != RUNNING:
+        quiet["include_dashboard"] = False
+    elif address != RUNNING:
         _check_address(address)
+    ended_by = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"`address` is {address!r}, where no Ray cluster can be used ({_told(error)}); {_ADVICE}"
-        ) from error
+    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise InputError(f"`address` is {address!r}, where Ray cannot be used ({_told(error)}); {_ADVICE}") from error
+    finally:
+        if ended_by is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ended_by)  # Ray's own ends the process without a word
 
 
 _ADVICE = "take local, auto (the one that runs on this machine) or HOST:PORT of its head"

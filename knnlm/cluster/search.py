@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from index.base import WORK_BYTES
 from index.covered import RunsSource
 from index.exact import ExactIndex
-from index.faiss_index import thread_count
+from index.faiss_index import thread_count, use_threads
 from index.neighbors import Neighbors, merge, stack
 from knnlm.cluster.core import Actor, Cluster, Need
 from knnlm.errors import DatastoreError
@@ -45,9 +45,10 @@ class Sought:
 class SearchActor:
     """Searches its share of a datastore, in a process of its own; the files are opened at the first search."""
 
-    def __init__(self, folder: Path, content: str, rows: tuple[int, int]) -> None:
+    def __init__(self, folder: Path, content: str, rows: tuple[int, int], threads: int) -> None:
         """Prepare for a datastore of this content, and this range of its rows."""
         self._folder, self._content, self._rows = folder, content, rows
+        use_threads(threads)
         self._opened: dict[Sought, Searches] = {}
 
     def neighbors(self, sought: Sought, queries_QD: NDArray[np.float32], k: int, work_bytes: int) -> Neighbors:
@@ -68,7 +69,10 @@ class SearchActor:
     def _store(self) -> Datastore:
         store = Datastore.open(self._folder)
         if _content(store) != self._content:
-            raise DatastoreError(f"{self._folder} has changed since it was opened; give the same command again")
+            raise DatastoreError(
+                f"{self._folder} has changed since it was opened; give the same command again, or reload it where it "
+                "is served"
+            )
         return store
 
     def _open(self, sought: Sought) -> Searches:
@@ -125,11 +129,11 @@ class ClusterSearch:
     def _of(self, store: Datastore) -> list[Actor]:
         folder, content = store.folder.resolve(), _content(store)
         if self._actors.get(folder, ("", []))[0] != content:
-            need = Need(cpus=min(thread_count(), self._cluster.most_cpus))
-            count = min(self._cluster.slots(need), store.count)
+            threads = min(thread_count(), self._cluster.most_cpus)
+            count = min(self._cluster.slots(Need(cpus=threads)), store.count)
             cuts = np.linspace(0, store.count, count + 1).astype(int).tolist()
             actors = [
-                self._cluster.actor(SearchActor, need, RETRIES, folder, content, rows)
+                self._cluster.actor(SearchActor, RETRIES, folder, content, rows, threads)
                 for rows in itertools.pairwise(cuts)
             ]
             self._actors[folder] = content, actors

@@ -18,7 +18,7 @@ from index.mapped import OpenFolder
 from knnlm.errors import DatastoreCorrupt, DatastoreError
 from knnlm.store.manifest import LayerKeys, PartEntry, frame_checksum, unlisted_entry
 from knnlm.store.part import part_names, part_number, read_any_part
-from knnlm.store.part_writer import stored_part
+from knnlm.store.part_writer import BadKey, stored_part
 from knnlm.store.writer import DatastoreWriter
 
 
@@ -69,7 +69,10 @@ class PartsElsewhere(DatastoreWriter):
         """
         with self._guard():
             for name, vectors_ND in first.items():
-                self._frames[name].fix(vectors_ND)
+                try:
+                    self._frames[name].fix(vectors_ND)
+                except BadKey as error:
+                    raise error.located(f"key {error.row} of the first batch") from None
             self._kept = {name: frame.write_centre(self._folder) for name, frame in self._frames.items()}
 
     @property

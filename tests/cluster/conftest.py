@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from knnlm.cluster.core import Cluster, open_cluster
+from knnlm.cluster.search import ClusterSearch
 from knnlm.config import KNNConfig, LayerConfig, Settings, TextConfig
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
@@ -27,11 +28,10 @@ SETTINGS = Settings(
 
 
 class Raylets:
-    """A cluster whose machines are processes here, with a CPU each: the head and two others."""
+    """A cluster whose machines are processes here, with a CPU each: the head and another."""
 
     def __init__(self, ray_cluster: Any) -> None:
         self.all, self.nodes = ray_cluster, []
-        self.add()
         self.add()
 
     @property
@@ -78,6 +78,12 @@ def cluster(raylets: Raylets) -> Iterator[Cluster]:
         warnings.simplefilter("ignore", FutureWarning)
         with open_cluster(raylets.address) as opened:
             yield opened
+
+
+@pytest.fixture(scope="session")
+def opening(cluster: Cluster) -> ClusterSearch:
+    """Of one datastore the actors are started once."""
+    return ClusterSearch(cluster)
 
 
 @pytest.fixture(autouse=True)

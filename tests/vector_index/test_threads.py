@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from index.exact import ExactIndex
-from index.faiss_index import thread_count, use_one_thread
+from index.faiss_index import thread_count, use_threads
 from index.int8 import one_thread
 from index.metric import Metric
 from index.rerank import exact_distances
@@ -65,7 +65,7 @@ def test_faiss_and_torch_use_one_thread_within_and_as_many_as_before_after():
     before = thread_count()  # 3 as well, where both have one OpenMP library
     try:
         with one_thread():
-            share = Thread(target=lambda: (use_one_thread(), within.extend([thread_count(), torch.get_num_threads()])))
+            share = Thread(target=lambda: (use_threads(1), within.extend([thread_count(), torch.get_num_threads()])))
             share.start()
             share.join()
             assert torch.get_num_threads() == 1
