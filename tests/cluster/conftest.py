@@ -53,7 +53,7 @@ class Raylets:
         return False
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def raylets() -> Iterator[Raylets]:
     pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -72,7 +72,7 @@ def raylets() -> Iterator[Raylets]:
     started.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(raylets: Raylets) -> Iterator[Cluster]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -80,7 +80,7 @@ def cluster(raylets: Raylets) -> Iterator[Cluster]:
             yield opened
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def opening(cluster: Cluster) -> ClusterSearch:
     """Of one datastore the actors are started once."""
     return ClusterSearch(cluster)
@@ -91,19 +91,19 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_writer, "PART_ROWS", PART_ROWS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lm(gpt2_folder: Path) -> LanguageModel:
     return load_model(gpt2_folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of some 250 tokens; one fills several parts."""
     long = " ".join(texts(500, 30))
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "text.jsonl", [*texts(0, 20), long, *texts(20, 20)])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def one_process(tmp_path_factory: pytest.TempPathFactory, lm: LanguageModel, corpus: Path) -> Path:
     """The datastore as one process makes it."""
     with pytest.MonkeyPatch.context() as patch:
