@@ -11,12 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from index.approximate import ApproximateIndex
 from index.base import VectorIndex
 from index.errors import InvalidKeys, InvalidQuery, TooFewKeys
 from index.exact import ExactIndex
-from index.faiss_index import create_index
+from index.faiss_index import FaissIndex, create_index
+from index.kmeans import cluster_means, nearest_means
 from index.metric import Metric
 from index.recall import make_trial
 from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, rows_in, spread_ids
@@ -32,6 +34,7 @@ TUNE_QUERIES = 200
 # k = 1024 needs many more lists than k = 10 does, so tuning for a small k would not serve a large one.
 TUNE_K = 1024
 
+Ids = NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
 
@@ -142,6 +145,8 @@ def _start(
         ids = spread_ids(len(source), points, np.random.default_rng([seed, 0]))
         sample_SD = _finite(source.take(ids), ids)
         sample_SD -= centre_D  # in place: it may be a quarter of the memory
+        if native.wants_lists:
+            native.give_lists(cluster_means(native.prepared(sample_SD), native.wants_lists, native.metric, seed=seed))
         native.train(sample_SD, seed)
     return ApproximateIndex(source, metric, spec=spec.text, native=native, centre_D=centre_D, overfetch=spec.overfetch)
 
@@ -158,17 +163,23 @@ def add_keys(
     native, tell, in_run = index.native, progress or _tell_nobody, 0
     most, block = native.keys_in(min(RUN_BYTES, index.work_bytes // 4)), min(BLOCK_BYTES, index.work_bytes // 16)
     rows = len(keys) if parse_spec(index.spec).whole_at_once else min(rows_in(block, keys.dim), most or len(keys))
+    means_LD = native.list_means
     for first, keys_ND in blocks(keys, rows):
         if most is not None and in_run + len(keys_ND) > most:
             native.end_run(scratch)
             in_run = 0
-        native.add(_finite(keys_ND, np.arange(first, first + len(keys_ND))) - index.centre_D)
+        centred_ND = _finite(keys_ND, np.arange(first, first + len(keys_ND))) - index.centre_D
+        native.add(centred_ND, None if means_LD is None else _nearest_lists(native, centred_ND, means_LD))
         in_run += len(keys_ND)
         tell(first + len(keys_ND), len(keys))
     native.finish(scratch)
 
 
-def _finite(keys_ND: Floats, ids_N: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Floats:
+def _nearest_lists(native: FaissIndex, centred_ND: Floats, means_LD: Floats) -> Ids:
+    return nearest_means(native.prepared(centred_ND), means_LD, native.metric)
+
+
+def _finite(keys_ND: Floats, ids_N: Ids) -> Floats:
     """The keys, checked: one NaN in training spoils every list, and FAISS does not name the row."""
     finite_N = np.isfinite(keys_ND).all(axis=1)
     if not finite_N.all():

@@ -34,7 +34,6 @@ VERSION: str = faiss.__version__
 _METRICS = {Metric.L2: faiss.METRIC_L2, Metric.IP: faiss.METRIC_INNER_PRODUCT}
 # A longer graph walk costs more than a scan.
 _LONGEST_WALK = 1 << 15
-_KMEANS_ROUNDS = 25
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -63,15 +62,6 @@ def pair_distances(queries_QD: Floats, rows_P: Ids, keys_ND: Floats, keys_P: Ids
     pointers = [faiss.swig_ptr(array) for array in (queries_QD, rows_P, keys_ND, keys_P, distances_P)]
     kernel(queries_QD.shape[1], len(rows_P), *pointers)
     return distances_P if metric is Metric.L2 else np.negative(distances_P, out=distances_P)
-
-
-def kmeans(vectors_ND: Floats, clusters: int, *, seed: int) -> Ids:
-    """The cluster of each unit vector, int64 [N], by spherical k-means: the cluster of the nearest mean direction."""
-    settings = {"spherical": True, "min_points_per_centroid": 1, "max_points_per_centroid": len(vectors_ND)}
-    means = faiss.Kmeans(vectors_ND.shape[1], clusters, niter=_KMEANS_ROUNDS, seed=seed, **settings)
-    with _faiss_errors():
-        means.train(vectors_ND)
-        return np.asarray(means.index.search(vectors_ND, 1)[1][:, 0], np.int64)
 
 
 @dataclass(frozen=True)
@@ -135,21 +125,51 @@ class FaissIndex:
             with _faiss_errors():
                 self._native.train(keys_ND)
 
-    def add(self, keys_ND: Floats) -> None:
+    @property
+    def wants_lists(self) -> int:
+        """Number of inverted lists whose means it may be given before training (`give_lists`); 0: FAISS finds them."""
+        lists = _with_means(self._native)
+        is_ready = all(step.is_trained for step in _projections(self._native))
+        return int(lists.nlist) if lists is not None and is_ready and not lists.quantizer.ntotal else 0
+
+    def give_lists(self, means_LD: Floats) -> None:
+        """Set the means of the inverted lists, of `prepared` keys."""
+        _with_means(self._native).quantizer.add(means_LD)
+
+    @property
+    def list_means(self) -> Floats | None:
+        """Means of the inverted lists, [L, D]; None for an index that has none, or not as plain vectors."""
+        lists = _with_means(self._native)
+        return None if lists is None else lists.quantizer.reconstruct_n(0, lists.nlist)
+
+    def prepared(self, keys_ND: Floats) -> Floats:
+        """Keys as the inverted lists see them: projected or padded."""
+        for step in _projections(self._native):
+            keys_ND = step.apply(np.ascontiguousarray(keys_ND))
+        return keys_ND
+
+    def add(self, keys_ND: Floats, lists_N: Ids | None = None) -> None:
         """Append keys; their ids continue the count. All are found after `finish`.
 
+        :param lists_N: the list of the nearest mean for each `prepared` key; None: FAISS looks for it.
         :raises NotTrained: the index has to be trained first.
         """
         if not self.is_trained:
             raise NotTrained("keys are added to an index that is not trained; train it on a sample first")
         self._size = None
-        if self._lists is not None:
-            self._lists.begin()
         with _faiss_errors():
-            if isinstance(self._native, faiss.IndexIDMap):
+            if self._lists is not None:
+                prepared_ND = self.prepared(keys_ND)
+                self._lists.add(prepared_ND, self._nearest_lists(prepared_ND) if lists_N is None else lists_N)
+                self._native.ntotal = self._lists.count
+            elif isinstance(self._native, faiss.IndexIDMap):
                 self._native.add_with_ids(keys_ND, np.arange(len(self), len(self) + len(keys_ND)))
             else:
                 self._native.add(keys_ND)
+
+    def _nearest_lists(self, prepared_ND: Floats) -> Ids:
+        lists = faiss.extract_index_ivf(self._native)
+        return np.asarray(lists.quantizer.search(np.ascontiguousarray(prepared_ND), 1)[1][:, 0], np.int64)
 
     def keys_in(self, memory_bytes: int) -> int | None:
         """Keys that may be added until `end_run`, for them to take so much memory; None: all stay in memory."""
@@ -316,6 +336,14 @@ def _unwrapped(native: Any, kind: type) -> Any:  # noqa: ANN401
             return native
         native = next(filter(None, (getattr(native, name, None) for name in ("index", "base_index", "storage"))), None)
     return None
+
+
+def _with_means(native: Any) -> Any:  # noqa: ANN401
+    """The inverted file whose lists are those of the nearest mean, a plain vector; None if there is none."""
+    lists = faiss.try_extract_index_ivf(native)
+    if lists is None or not isinstance(faiss.downcast_index(lists.quantizer), faiss.IndexFlat | faiss.IndexHNSWFlat):
+        return None
+    return faiss.downcast_index(lists)
 
 
 def _with_lists_or_codes(native: Any) -> Any:  # noqa: ANN401

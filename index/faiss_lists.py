@@ -1,13 +1,13 @@
 """Inverted lists in a mapped file: an index of any size is built and searched in bounded memory.
 
-Keys are added in runs. FAISS holds the lists of one run in memory, then they are written to a file. At the end all
-runs, and the lists that were there before, are merged list by list into one file, which FAISS searches where it is
-mapped. So one search costs the same however many parts the keys came in, and nothing is encoded twice.
+Keys are added in runs. FAISS encodes them, the codes of one run are held in memory, and then written to a file, list by
+list. At the end all runs, and the lists that were there before, are merged into one file, which FAISS searches where it
+is mapped. So one search costs the same however many parts the keys came in, and nothing is encoded twice.
 
 The file: the size of each list, int64 [L]. Then for each list, from a multiple of `ALIGNED` bytes on, its codes as
 FAISS packs them, in whole blocks, and its ids, int64. Little-endian.
 
-Legend: L lists.
+Legend: L lists, N keys of a run, D dimension, B bytes of a code.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ class ListStore:
         self.mapped: Lists | None = None
         """The lists that are searched; None while keys are added."""
         self._before: list[Lists] = []
+        self._codes = _codes_of(ivf, self.layout)
+        self._run: list[tuple[Ids, Bytes]] = []
         self._attached: _Attached | None = None
 
     @classmethod
@@ -110,31 +112,47 @@ class ListStore:
         return cls(inner) if type(inner) in _KINDS and getattr(inner, "bbs", BLOCK) == BLOCK else None
 
     @property
-    def key_bytes(self) -> int:
-        """Bytes of a key in memory: its code and its id."""
-        return self.layout.code_bytes + 8
+    def count(self) -> int:
+        """Keys so far."""
+        return int(self._ivf.ntotal)
 
-    def begin(self) -> None:
-        """Prepare for adding: new keys go into lists in memory."""
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a key in memory: its code, once more while a run is put together, its list and its place."""
+        return 2 * self.layout.code_bytes + 16
+
+    def add(self, keys_ND: NDArray[np.float32], lists_N: Ids) -> None:
+        """Encode keys for these lists; their ids continue the count."""
         if self.mapped is not None:
             self._before, self.mapped = [self.mapped], None
             self._use_memory()
+        keys_ND, lists_N = np.ascontiguousarray(keys_ND, np.float32), np.ascontiguousarray(lists_N, np.int64)
+        codes_NB = np.empty((len(keys_ND), self.layout.code_bytes), np.uint8)
+        pointers = [faiss.swig_ptr(array) for array in (keys_ND, lists_N, codes_NB)]
+        self._ivf.encode_vectors(len(keys_ND), *pointers)
+        self._run.append((lists_N, codes_NB))
+        self._ivf.ntotal += len(keys_ND)
 
     def clear(self) -> None:
         """Forget all keys."""
-        self._before, self.mapped = [], None
+        self._before, self.mapped, self._run = [], None, []
         self._use_memory()
 
     def end_run(self, folder: Path | None) -> None:
-        """Write the lists in memory to a temporary file without a name in a folder, and empty them.
+        """Write the lists of the run to a temporary file without a name in a folder, and begin another.
 
         :raises OSError: the disk is full.
         """
-        memory = faiss.downcast_InvertedLists(self._ivf.invlists)
-        sizes_L = np.array([memory.list_size(number) for number in range(self.layout.lists)], np.int64)
-        lists = (_in_memory(memory, number, self.layout, size) for number, size in enumerate(sizes_L.tolist()))
-        self._before.append(self._written(sizes_L, lists, folder))
-        self._use_memory()
+        run = self._run or [(np.zeros(0, np.int64), np.zeros((0, self.layout.code_bytes), np.uint8))]
+        lists_N, codes_NB = (np.concatenate(blocks) for blocks in zip(*run, strict=True))
+        self._run, run = [], []
+        sizes_L = np.bincount(lists_N, minlength=self.layout.lists)
+        self._before.append(self._written(sizes_L, self._sorted(lists_N, codes_NB, sizes_L), folder))
+
+    def _sorted(self, lists_N: Ids, codes_NB: Bytes, sizes_L: Ids) -> Iterator[tuple[Bytes, Ids]]:
+        first = self._ivf.ntotal - len(lists_N)
+        for rows in np.split(np.argsort(lists_N, kind="stable"), np.cumsum(sizes_L)[:-1]):
+            yield self._codes.packed(codes_NB[rows]), first + rows
 
     def finish(self, folder: Path | None) -> None:
         """Make one file of all runs, and search it. Raises as `end_run`."""
@@ -165,11 +183,11 @@ class ListStore:
         self._attached = None
 
     def _merged(self, runs: Sequence[Lists]) -> Iterator[tuple[Bytes, Ids]]:
-        join = _joiner(self._ivf, self.layout)
         for number in range(self.layout.lists):
             found = [one for one in runs if one.sizes_L[number]] or runs[:1]
-            codes = [(one.codes(number), int(one.sizes_L[number])) for one in found]
-            yield codes[0][0] if len(found) == 1 else join(codes), np.concatenate([one.ids(number) for one in found])
+            parts = [(one.codes(number), int(one.sizes_L[number])) for one in found]
+            codes = parts[0][0] if len(found) == 1 else self._codes.joined(parts)
+            yield codes, np.concatenate([one.ids(number) for one in found])
 
     def _written(self, sizes_L: Ids, lists: Iterable[tuple[Bytes, Ids]], folder: Path | None) -> Lists:
         with TemporaryFile(dir=folder) as file:
@@ -198,6 +216,10 @@ class _Attached:
         self._view.ptr = None
 
 
+def _codes_of(ivf: Any, layout: Layout) -> _Codes:  # noqa: ANN401
+    return _PackedCodes(ivf.get_CodePacker(), layout) if isinstance(ivf, faiss.IndexIVFPQFastScan) else _Codes(layout)
+
+
 def _memory_lists(ivf: Any) -> Any:  # noqa: ANN401
     """Empty lists of the index's kind."""
     if isinstance(ivf, faiss.IndexIVFPQFastScan):
@@ -205,20 +227,29 @@ def _memory_lists(ivf: Any) -> Any:  # noqa: ANN401
     return faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
 
 
-def _joiner(ivf: Any, layout: Layout) -> Callable[[Sequence[tuple[Bytes, int]]], Bytes]:  # noqa: ANN401
-    """The function that makes the codes of one list of those of several, each with its number of codes."""
-    if isinstance(ivf, faiss.IndexIVFPQFastScan):
-        return _Packing(ivf.get_CodePacker(), layout).joined
-    return lambda codes: np.concatenate([part[: count * layout.code_bytes] for part, count in codes])
+class _Codes:
+    """How the codes of a list are stored: one after the other."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._bytes = layout.code_bytes
+
+    def packed(self, codes_NB: Bytes) -> Bytes:
+        """The bytes of a list of these codes."""
+        return codes_NB.reshape(-1)
+
+    def joined(self, codes: Sequence[tuple[Bytes, int]]) -> Bytes:
+        """The bytes of one list from those of several, each with its number of codes."""
+        return np.concatenate([part[: count * self._bytes] for part, count in codes])
 
 
-class _Packing:
+class _PackedCodes(_Codes):
     """How FAISS packs 4-bit codes into blocks. FAISS joins packed lists itself, but beyond the end of its memory.
 
     (`BlockInvertedLists::add_entries` of 1.15, where a list's size is a multiple of the bytes of a block.)
     """
 
     def __init__(self, packer: Any, layout: Layout) -> None:  # noqa: ANN401
+        super().__init__(layout)
         self._block, self._half_bytes = layout.block, 2 * layout.code_bytes
         # Of each half byte of the codes one after the other, its place in the block: FAISS unpacks places, 4 bits at a
         # time.
@@ -229,8 +260,11 @@ class _Packing:
             unpacked = np.concatenate([packer.unpack_1(block, row) for row in range(self._block)])
             self._places |= _halves_of(unpacked).astype(places.dtype) << shift
 
+    def packed(self, codes_NB: Bytes) -> Bytes:
+        return self._packed(_halves_of(codes_NB.reshape(-1)).reshape(-1, self._half_bytes))
+
     def joined(self, codes: Sequence[tuple[Bytes, int]]) -> Bytes:
-        """The codes of lists one after the other, packed; whole blocks of the first stay as they are."""
+        """As `_Codes.joined`; whole blocks of the first list stay as they are."""
         (first, size), rest = codes[0], codes[1:]
         whole = size // self._block * self._block * self._half_bytes // 2
         loose = [self._unpacked(first[whole:], size % self._block), *(self._unpacked(*one) for one in rest)]
@@ -262,15 +296,6 @@ def _owned(thing: Any) -> Any:  # noqa: ANN401
     """The thing, which is now FAISS's to delete."""
     thing.this.disown()
     return thing
-
-
-def _in_memory(lists: Any, number: int, layout: Layout, size: int) -> tuple[Bytes, Ids]:  # noqa: ANN401
-    """Codes and ids of a list, as views."""
-    if not size:
-        return np.empty(0, np.uint8), np.empty(0, np.int64)
-    filled = size if isinstance(lists, faiss.ArrayInvertedLists) else _rounded(size, layout.block)
-    codes = faiss.rev_swig_ptr(lists.get_codes(number), filled * layout.code_bytes)
-    return codes, faiss.rev_swig_ptr(lists.get_ids(number), size)
 
 
 def _write(file: BinaryIO, sizes_L: Ids, lists: Iterable[tuple[Bytes, Ids]], layout: Layout) -> None:

@@ -74,6 +74,10 @@ def _writable(rows_ND: Floats) -> Floats:
 
 def _least(scores_QN: Floats, k: int) -> tuple[Ids, Floats]:
     """Columns and values of the k least of each row, a few rows at a time."""
+    if k == 1:
+        columns_Q1 = scores_QN.argmin(axis=1, keepdims=True)
+        if np.isfinite(least_Q1 := np.take_along_axis(scores_QN, columns_Q1, axis=1)).all():
+            return columns_Q1, least_Q1  # NumPy takes NaN for the least
     columns_QK = np.empty((len(scores_QN), k), np.int64)
     rows = max(1, RANKED // scores_QN.shape[1])
     for start in range(0, len(scores_QN) if k < scores_QN.shape[1] else 0, rows):

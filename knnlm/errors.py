@@ -43,6 +43,16 @@ class DatastoreCorrupt(DatastoreError):
     """A file of the datastore is missing, short or changed."""
 
 
+def not_installed(what: str, library: str, extra: str) -> str:
+    """Return the message of an error for a library that comes with an extra."""
+    return f"{what} needs {library}, which is not installed; pip install '.[{extra}]'"
+
+
+def missing_library(error: ModuleNotFoundError) -> str:
+    """Return the package that an import looked for."""
+    return (error.name or str(error)).partition(".")[0]
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error message, or the error's type if there is none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

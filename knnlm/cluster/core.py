@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from knnlm.errors import DatastoreError, InputError, KNNLMError, first_line
+from knnlm.errors import DatastoreError, InputError, KNNLMError, first_line, missing_library, not_installed
 
 LOCAL, RUNNING = "local", "auto"
 # Seconds after which an address that does not answer is refused; Ray itself tries for minutes.
 CONNECT_SECONDS = 5.0
+_ADVICE = "take local, auto (the one that runs on this machine) or HOST:PORT of its head"
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -168,8 +169,7 @@ def _imported() -> Any:  # noqa: ANN401  (a module)
     try:
         import ray
     except ModuleNotFoundError as error:
-        missing = (error.name or str(error)).partition(".")[0]
-        raise InputError(f"Ray needs {missing}, which is not installed; pip install '.[ray]'") from error
+        raise InputError(not_installed("Ray", missing_library(error), "ray")) from error
     return ray
 
 
@@ -183,14 +183,11 @@ def _connect(ray: Any, address: str) -> None:  # noqa: ANN401  (a module)
     ended_by = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **quiet)
-    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(f"`address` is {address!r}, where Ray cannot be used ({_told(error)}); {_ADVICE}") from error
     finally:
         if ended_by is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ended_by)  # Ray's own ends the process without a word
-
-
-_ADVICE = "take local, auto (the one that runs on this machine) or HOST:PORT of its head"
 
 
 def _check_address(address: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knnlm.errors import InputError
+from knnlm.errors import InputError, missing_library, not_installed
 from knnlm.inference.model import KNNLM
 from knnlm.inference.own_model import own_model
 from knnlm.knn.retrieval import open_retrieval
@@ -30,8 +30,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
-    missing = (error.name or str(error)).partition(".")[0]
-    raise InputError(f"lm-eval needs {missing}, which is not installed; pip install '.[eval]'") from error
+    raise InputError(not_installed("lm-eval", missing_library(error), "eval")) from error
 
 
 @register_model("knnlm")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from knnlm.errors import ModelError
+from knnlm.errors import ModelError, not_installed
 from knnlm.json_text import loads
 from knnlm.model.hub import hub_adapter
 
@@ -106,4 +106,4 @@ def _adapter(name: str, folder: Path, *, trust_remote_code: bool) -> Source:
 
 def _require(library: str, extra: str, what: str) -> None:
     if find_spec(library) is None:
-        raise ModelError(f"{what} needs {library}, which is not installed; pip install '.[{extra}]'")
+        raise ModelError(not_installed(what, library, extra))

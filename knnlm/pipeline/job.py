@@ -80,8 +80,8 @@ class Job:
         """
         settings = self.settings
         budget = settings.evaluation.eval_tokens if settings.text.protocol == "documents" else None
-        known = budget is not None and text_bytes(text, text_field=settings.text.text_field) is not None
-        most = KEPT_BUDGETS * max(budget, LEAST_READ) if budget and known else None
+        is_sized = text_bytes(text, text_field=settings.text.text_field) is not None
+        most = KEPT_BUDGETS * max(budget, LEAST_READ) if budget and is_sized else None
         config = replace(settings.text, max_tokens=most)
         part = replace(self, settings=replace(settings, text=config))
         total = estimate_tokens(self.lm, text, config)

@@ -2,8 +2,8 @@
 
 from importlib.util import find_spec
 
-from knnlm.errors import InputError
+from knnlm.errors import InputError, not_installed
 
 missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
 if missing:
-    raise InputError(f"serve needs {missing[0]}, which is not installed; pip install '.[serve]'")
+    raise InputError(not_installed("serve", missing[0], "serve"))

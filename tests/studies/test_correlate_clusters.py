@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from index.faiss_index import kmeans
 from knnlm.errors import InputError
 from knnlm.studies.correlate.clusters import ContextSums, kmeans_distances, shared_continuations
 from tests.cosine_oracle import mean_distance, mean_distance_between
@@ -110,24 +109,6 @@ def units(count: int = 60, dim: int = 8, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     vectors = np.eye(dim)[rng.integers(0, 3, count)] + 0.1 * rng.standard_normal((count, dim))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-def test_kmeans_finds_clouds():
-    vectors = units()
-    found, cloud = kmeans(vectors, 3, seed=0), vectors[:, :3].argmax(axis=1)
-    assert len(set(zip(found.tolist(), cloud.tolist(), strict=True))) == 3
-    assert kmeans(vectors, 3, seed=0).tolist() == found.tolist()
-
-
-def test_kmeans_gives_each_vector_the_nearest_direction():
-    """A dense cloud and scattered vectors: by length of their mean, and not by direction, the dense one gets more."""
-    rng = np.random.default_rng(0)
-    vectors = np.concatenate([np.eye(6)[0] + 0.05 * rng.standard_normal((150, 6)), rng.standard_normal((150, 6))])
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    found = kmeans(vectors, 3, seed=0)
-    means = np.stack([vectors[found == cluster].mean(axis=0) for cluster in range(3)])
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    assert ((vectors @ means.T).argmax(axis=1) == found).mean() > 0.99
 
 
 def test_distances_of_nearest_contexts_are_those_over_all_pairs():

@@ -16,12 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from index.faiss_index import kmeans
+from index.kmeans import cluster_means, nearest_means
+from index.metric import Metric
 from knnlm.errors import InputError
 from knnlm.scores.dispersion import from_sum, unit_rows
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+
+# Rounds of k-means, as FAISS takes by default.
+_ROUNDS = 25
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def kmeans_distances(units_SD: NDArray[np.float32], size: int, *, seed: int) -> 
     """
     count = check_kmeans(len(units_SD), size)
     units_SD = np.ascontiguousarray(units_SD)
-    cluster_S = kmeans(units_SD, count, seed=seed)
+    means_CD = cluster_means(units_SD, count, Metric.IP, seed=seed, rounds=_ROUNDS)
+    cluster_S = nearest_means(units_SD, means_CD, Metric.IP)
     sums_CD = np.zeros((count, units_SD.shape[1]))
     np.add.at(sums_CD, cluster_S, units_SD)
     return distances_from_sums(sums_CD, np.bincount(cluster_S, minlength=count))

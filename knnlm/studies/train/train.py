@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from knnlm.config import TextConfig
-from knnlm.errors import InputError
+from knnlm.errors import InputError, not_installed
 from knnlm.files import Allowed, claim_folder, disk_errors, put_in_place, write_json
 from knnlm.locks import LOCK
 from knnlm.model.adapters import add_lora
@@ -118,7 +118,7 @@ def train(
 def _check_libraries(config: TrainConfig) -> None:
     for name in ("accelerate", *(["peft"] if config.lora else [])):
         if find_spec(name) is None:
-            raise InputError(f"training needs {name}, which is not installed; pip install '.[train]'")
+            raise InputError(not_installed("training", name, "train"))
 
 
 def _settle(config: TrainConfig, lm: LanguageModel) -> TrainConfig:
