@@ -1,6 +1,6 @@
 """Results of a search, the nearest keys of each query, and functions that sort, merge and cut them.
 
-Legend: Q queries, K neighbours, C candidates.
+Legend: Q queries, K neighbours, C candidates, N keys.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from index.errors import DimensionMismatch
 
 Distances = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+# Values ranked in one call: they and their order stay in cache.
+RANKED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,22 @@ def nearest(distances_QC: Distances, ids_QC: Ids, k: int) -> tuple[Distances, Id
         return distances_QC, ids_QC
     columns_QK = np.argpartition(distances_QC, k - 1, axis=1)[:, :k]
     return np.take_along_axis(distances_QC, columns_QK, axis=1), np.take_along_axis(ids_QC, columns_QK, axis=1)
+
+
+def least(values_QN: Distances, k: int) -> tuple[Ids, Distances]:
+    """Return columns and values of the k <= N least of each row, unordered; NaN counts as the largest."""
+    if k == 1:
+        columns_Q1 = values_QN.argmin(axis=1, keepdims=True)
+        if np.isfinite(least_Q1 := np.take_along_axis(values_QN, columns_Q1, axis=1)).all():
+            return columns_Q1, least_Q1  # NumPy takes NaN for the least
+    columns_QK = np.empty((len(values_QN), k), np.int64)
+    rows = max(1, RANKED // values_QN.shape[1])
+    for start in range(0, len(values_QN) if k < values_QN.shape[1] else 0, rows):
+        part = slice(start, start + rows)
+        columns_QK[part] = np.argpartition(values_QN[part], k - 1, axis=1)[:, :k]
+    if k == values_QN.shape[1]:
+        columns_QK[:] = np.arange(k)
+    return columns_QK, np.take_along_axis(values_QN, columns_QK, axis=1)
 
 
 def ordered(distances_QC: Distances, ids_QC: Ids, k: int) -> Neighbors:

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from index.faiss_index import thread_count
 from index.int8 import one_thread
 from index.metric import Metric
+from index.neighbors import least
 from index.threads import share_out
 
 # Queries of one product, fewer where their scores would take more bytes than this.
 QUERY_ROWS, SCORE_BYTES = 256, 64 << 20
-# Scores ranked in one call: they and their order stay in cache.
-RANKED = 1 << 16
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -50,7 +49,7 @@ def scan_block(queries_QD: Floats, keys_ND: Floats, k: int, metric: Metric) -> t
             part = slice(start, start + rows)
             scores = buffer[: len(queries_QD[part])]
             torch.addmm(norms, queries[part], keys.T, alpha=-weight, out=scores)
-            ids_QK[part], distances_QK[part] = _least(scores.numpy(), k)
+            ids_QK[part], distances_QK[part] = least(scores.numpy(), k)
             distances_QK[part] += query_Q[part, None]
 
     starts = range(0, count, rows)
@@ -70,19 +69,3 @@ def _norms(rows_ND: Floats, metric: Metric) -> Floats:
 def _writable(rows_ND: Floats) -> Floats:
     """Torch warns of read-only arrays, though it only reads them here."""
     return rows_ND if rows_ND.flags.writeable else rows_ND.copy()
-
-
-def _least(scores_QN: Floats, k: int) -> tuple[Ids, Floats]:
-    """Columns and values of the k least of each row, a few rows at a time."""
-    if k == 1:
-        columns_Q1 = scores_QN.argmin(axis=1, keepdims=True)
-        if np.isfinite(least_Q1 := np.take_along_axis(scores_QN, columns_Q1, axis=1)).all():
-            return columns_Q1, least_Q1  # NumPy takes NaN for the least
-    columns_QK = np.empty((len(scores_QN), k), np.int64)
-    rows = max(1, RANKED // scores_QN.shape[1])
-    for start in range(0, len(scores_QN) if k < scores_QN.shape[1] else 0, rows):
-        part = slice(start, start + rows)
-        columns_QK[part] = np.argpartition(scores_QN[part], k - 1, axis=1)[:, :k]
-    if k == scores_QN.shape[1]:
-        columns_QK[:] = np.arange(k)
-    return columns_QK, np.take_along_axis(scores_QN, columns_QK, axis=1)

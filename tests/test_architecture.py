@@ -38,7 +38,7 @@ ROOT_MODULES = (
 MAY_IMPORT = {
     "text": {"root"},
     "model": {"root"},
-    "scores": {"root"},
+    "scores": {"root", "index"},
     "store": {"root", "index"},
     "knn": {"root", "store", "index"},
     "sharing": {"root", "store", "knn"},

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from index.int8 import one_thread
 from knnlm.progress import Advance, ignore
 from knnlm.results import SCORES, Interval, LayerScore
 from knnlm.scores.choose import NEAR
@@ -27,7 +28,6 @@ from knnlm.scores.sample_scores import (
     Probe,
     effective_rank,
     intrinsic_dimension,
-    one_thread,
     participation_ratio,
     retrieval_probe,
     spectrum,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from index.int8 import one_thread
 from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.scores.dispersion import Float64, dispersion
@@ -195,15 +196,3 @@ def _deviation(vectors_MD: Float64) -> tuple[Float64, NDArray[np.bool_]]:
     """Each dimension's standard deviation, and whether it exceeds float32 rounding."""
     deviation_D: Float64 = vectors_MD.std(axis=0)
     return deviation_D, deviation_D > np.finfo(np.float32).eps * np.abs(vectors_MD).max(axis=0)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: on shared cores, threads wait for one another in small steps, 5 s instead of 0.1."""
-    # index/int8.py has the same: index must not import knnlm, nor scores index.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from index.neighbors import least, ordered
 from knnlm.errors import InputError
 from knnlm.scores.sample import Float32, Int64, Sample
 
@@ -56,19 +57,30 @@ def search_sample(sample: Sample, *, neighbors: int = NEIGHBORS, queries: int = 
     # Random order: layers near the embedding have many identical keys, and ties must not favour early text.
     order_M = np.random.default_rng((seed, 1)).permutation(len(sample.cluster_M))
     keys_MD, query_QD = _centred(sample.vectors_MD, order_M, rows_Q)
-    cluster_M, token_M = torch.from_numpy(sample.cluster_M[order_M]), torch.from_numpy(sample.next_token_M[order_M])
-    cluster_Q, token_Q = torch.from_numpy(sample.cluster_M[rows_Q]), torch.from_numpy(sample.next_token_M[rows_Q])
+    cluster_Q, token_M, token_Q = sample.cluster_M[rows_Q], sample.next_token_M[order_M], sample.next_token_M[rows_Q]
+    own_keys = _by_cluster(sample.cluster_M[order_M])
     half_M, most = torch.linalg.vecdot(keys_MD, keys_MD) / 2, min(neighbors, len(keys_MD) - 1)
     buffer_QM = torch.empty(min(_BLOCK, len(rows_Q)), len(keys_MD))
     distances, hits = [], []
-    for block in torch.split(torch.arange(len(rows_Q)), _BLOCK):
+    for start in range(0, len(rows_Q), _BLOCK):
+        block = slice(start, start + _BLOCK)
         near_QD = query_QD[block]
-        half_QM = torch.addmm(half_M, near_QD, keys_MD.T, alpha=-1, out=buffer_QM[: len(block)])
-        half_QM.masked_fill_(cluster_Q[block, None] == cluster_M, torch.inf)
-        found = half_QM.topk(most, dim=1, largest=False)
-        distances.append((2 * found.values + torch.linalg.vecdot(near_QD, near_QD)[:, None]).clamp_(min=0))
-        hits.append((token_M[found.indices] == token_Q[block, None]) & found.values.isfinite())
-    return SampleSearch(torch.cat(distances).numpy(), torch.cat(hits).numpy(), rows_Q, cluster_Q.numpy())
+        half_QM = torch.addmm(half_M, near_QD, keys_MD.T, alpha=-1, out=buffer_QM[: len(near_QD)]).numpy()
+        for cluster in np.unique(cluster_Q[block]):
+            half_QM[np.ix_(cluster_Q[block] == cluster, own_keys[cluster])] = np.inf
+        columns_QK, half_QK = least(half_QM, most)
+        found = ordered(half_QK, columns_QK, most)
+        norm_Q = torch.linalg.vecdot(near_QD, near_QD).numpy()
+        distances.append(np.maximum(2 * found.distances_QK + norm_Q[:, None], 0))
+        hits.append((token_M[found.ids_QK] == token_Q[block, None]) & (found.ids_QK >= 0))
+    return SampleSearch(np.concatenate(distances), np.concatenate(hits), rows_Q, cluster_Q)
+
+
+def _by_cluster(cluster_M: Int64) -> dict[int, Int64]:
+    """Places of each cluster's vectors."""
+    clusters, starts = np.unique(np.sort(cluster_M), return_index=True)
+    places = np.split(np.argsort(cluster_M, kind="stable"), starts[1:])
+    return dict(zip(clusters.tolist(), places, strict=True))
 
 
 def _centred(vectors_MD: NDArray[np.floating], order_M: Int64, rows_Q: Int64) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from tests.vector_oracle import all_distances, clustered
 def test_nearest_of_a_block(metric, threads, queries, keys, k, monkeypatch):
     monkeypatch.setattr("index.scan.thread_count", lambda: threads)
     monkeypatch.setattr("index.scan.QUERY_ROWS", 32)
-    monkeypatch.setattr("index.scan.RANKED", 1000)
+    monkeypatch.setattr("index.neighbors.RANKED", 1000)
     queries_QD, keys_ND = clustered(queries, 24, seed=1), clustered(keys, 24)
     before = torch.get_num_threads()
     distances_QK, ids_QK = scan_block(queries_QD, keys_ND, k, metric)
