@@ -27,7 +27,7 @@ def forward(
     :raises ModelError: a receiver met a `BadVector`; names the layer, the source and the position.
     """
     take = located(batch, receivers, unit)
-    lm.forward(torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B), layers, take)
+    lm.forward(torch.from_numpy(batch.tokens_BT), layers, take)
 
 
 def located(batch: Batch, receivers: Sequence[Receive], unit: str = "document") -> Receive:

@@ -269,7 +269,7 @@ def read_vectors(lm: LanguageModel, layer: str, tokens: Ids) -> tuple[Tensor, Te
     def take(name: str, vectors_BTD: Tensor) -> None:
         received[name] = vectors_BTD[0].clone()
 
-    lm.forward(torch.from_numpy(tokens)[None], None, [layer, FINAL], take)
+    lm.forward(torch.from_numpy(tokens)[None], [layer, FINAL], take)
     return received[layer], received[FINAL]
 
 

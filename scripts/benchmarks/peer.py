@@ -62,8 +62,7 @@ def _save(
 
 def _vectors(lm: LanguageModel, batch: Batch, layers: Sequence[str]) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
-    tokens_BT, lengths_B = torch.from_numpy(batch.tokens_BT), torch.from_numpy(batch.lengths_B)
-    lm.forward(tokens_BT, lengths_B, layers, lambda name, vectors: seen.update({name: vectors.clone()}))
+    lm.forward(torch.from_numpy(batch.tokens_BT), layers, lambda name, vectors: seen.update({name: vectors.clone()}))
     return seen
 
 

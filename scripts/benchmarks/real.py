@@ -37,7 +37,14 @@ PEAK_MB = 3000
 
 
 def rows(
-    model: str, text: Sequence[Path], held_out: Path, *, sizes: tuple[int, int], rounds: int, verbs: Sequence[str] = ()
+    model: str,
+    text: Sequence[Path],
+    held_out: Path,
+    *,
+    sizes: tuple[int, int],
+    rounds: int,
+    verbs: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> Iterator[Row]:
     """A line for each verb; every round measures the bare pass and then the verb.
 
@@ -46,7 +53,8 @@ def rows(
     tokens, queries = sizes
     for verb in verbs or WANTED:
         pairs = [
-            [_measured(model, text, held_out, tokens, queries, one) for one in ("forward", verb)] for _ in range(rounds)
+            [_measured(model, text, held_out, tokens, queries, dtype, one) for one in ("forward", verb)]
+            for _ in range(rounds)
         ]
         ratios = tuple(bare["processor"] / ours["processor"] for bare, ours in pairs)
         bare, ours = pairs[-1]
@@ -62,10 +70,10 @@ def rows(
 
 
 def _measured(
-    model: str, text: Sequence[Path], held_out: Path, tokens: int, queries: int, verb: str
+    model: str, text: Sequence[Path], held_out: Path, tokens: int, queries: int, dtype: str, verb: str
 ) -> Mapping[str, float]:
     command = [sys.executable, __file__, "--model", model, "--text", *map(str, text), "--held-out", str(held_out)]
-    command += ["--tokens", str(tokens), "--queries", str(queries), "--one", verb]
+    command += ["--tokens", str(tokens), "--queries", str(queries), "--dtype", dtype, "--one", verb]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: Mapping[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -78,7 +86,7 @@ def one(args: argparse.Namespace) -> Mapping[str, float]:
         layers=LayerConfig(layers="all" if "all" in args.one else None),
         evaluation=EvalConfig(eval_tokens=args.queries),
     )
-    lm = load_model(args.model)
+    lm = load_model(args.model, dtype=args.dtype)
     with tempfile.TemporaryDirectory() as folder:
         work = _work(lm, args, settings, Path(folder, "out"))
         before, start = _processor(), time.perf_counter()
@@ -110,6 +118,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--queries", type=int, default=3_000)
+    parser.add_argument("--dtype", default="auto", help="what the model computes in")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--verbs", nargs="+", choices=list(WANTED), default=())
     parser.add_argument("--one", choices=("forward", *WANTED), help=argparse.SUPPRESS)
@@ -118,8 +127,16 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args)))
         return
-    sizes = args.tokens, args.queries
-    for row in rows(args.model, args.text, args.held_out, sizes=sizes, rounds=args.rounds, verbs=args.verbs):
+    found = rows(
+        args.model,
+        args.text,
+        args.held_out,
+        sizes=(args.tokens, args.queries),
+        rounds=args.rounds,
+        verbs=args.verbs,
+        dtype=args.dtype,
+    )
+    for row in found:
         print(row.stage, json.dumps(row.figures), flush=True)
 
 

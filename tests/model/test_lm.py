@@ -31,14 +31,14 @@ def wrap(kind, **overrides):
     return LanguageModel.from_model(tiny_model(kind, **overrides), tiny_tokenizer(), name=kind)
 
 
-def read(lm, tokens, lengths, layers, **options):
+def read(lm, tokens, layers, **options):
     vectors = {}
-    lm.forward(tokens, lengths, layers, lambda name, v: vectors.__setitem__(name, v.clone()), **options)
+    lm.forward(tokens, layers, lambda name, v: vectors.__setitem__(name, v.clone()), **options)
     return vectors
 
 
 def target_log_probs(lm, tokens):
-    final = read(lm, tokens, None, [FINAL])[FINAL][:, :-1]
+    final = read(lm, tokens, [FINAL])[FINAL][:, :-1]
     return lm.target_log_probs(final.flatten(0, 1), tokens[:, 1:].flatten())
 
 
@@ -50,10 +50,10 @@ def test_stopping_early_changes_no_vector_and_runs_no_block_above(kind):
     lm = wrap(kind)
     layers = [name for name in lm.layer_names if name[0] in "01"]
     decoder, ran = find_decoder(lm.model), []
-    full = read(lm, TOKENS, None, layers, stop_early=False)
+    full = read(lm, TOKENS, layers, stop_early=False)
     upper = [name for name in lm.layer_names if name not in layers]
     with decoder.attach(upper, lambda name, vectors: ran.append(name)):
-        early = read(lm, TOKENS, None, layers)
+        early = read(lm, TOKENS, layers)
     assert ran == []
     assert set(early) == set(full) == set(layers)
     assert all(torch.equal(early[name], full[name]) for name in layers)
@@ -66,10 +66,10 @@ def test_padding_and_stopping_leave_the_vectors_of_each_text_alone(kind):
     padded = TOKENS.clone()
     padded[1, 9:] = 7
     padded[2, 15:] = 0
-    vectors = read(lm, padded, lengths, lm.layer_names)
+    vectors = read(lm, padded, lm.layer_names)
     assert set(vectors) == set(lm.layer_names)
     for row, length in enumerate(lengths.tolist()):
-        alone = read(lm, TOKENS[row : row + 1, :length], None, lm.layer_names)
+        alone = read(lm, TOKENS[row : row + 1, :length], lm.layer_names)
         for name in lm.layer_names:
             torch.testing.assert_close(vectors[name][row, :length], alone[name][0], rtol=1e-4, atol=1e-5)
 
@@ -78,22 +78,11 @@ def test_padding_and_stopping_leave_the_vectors_of_each_text_alone(kind):
 def test_head_is_not_run(stop_early):
     lm, calls = wrap("llama"), []
     lm.model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
-    read(lm, TOKENS, None, [FINAL, "0.ffn_input"], stop_early=stop_early)
-    read(lm, TOKENS, None, ["1.ffn_input"], stop_early=stop_early)
+    read(lm, TOKENS, [FINAL, "0.ffn_input"], stop_early=stop_early)
+    read(lm, TOKENS, ["1.ffn_input"], stop_early=stop_early)
     assert calls == []
     lm.model(TOKENS)
     assert calls == ["head"]
-
-
-def test_mask_is_given_only_where_lengths_differ():
-    lm, masks = wrap("llama"), []
-    lm.model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    for lengths in (None, torch.tensor([24, 24, 24]), torch.tensor([24, 1, 3])):
-        read(lm, TOKENS, lengths, ["0.ffn_input"])
-    assert masks[:2] == [None, None]
-    assert masks[2].sum(dim=1).tolist() == [24, 1, 3]
 
 
 def test_no_cache_is_built():
@@ -101,7 +90,7 @@ def test_no_cache_is_built():
     lm.model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: caches.append(kwargs["past_key_values"]), with_kwargs=True
     )
-    read(lm, TOKENS, None, [FINAL])
+    read(lm, TOKENS, [FINAL])
     assert caches == [None]
 
 
@@ -112,7 +101,7 @@ def test_error_of_the_receiver_passes_and_leaves_no_hook():
         raise MemoryError("in the receiver")
 
     with pytest.raises(MemoryError, match="in the receiver"):
-        lm.forward(TOKENS, None, ["1.ffn_input"], fail)
+        lm.forward(TOKENS, ["1.ffn_input"], fail)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
 
 
@@ -130,14 +119,14 @@ def test_error_of_the_receiver_passes_and_leaves_no_hook():
 )
 def test_tokens_that_do_not_fit_are_refused(tokens, message):
     with pytest.raises(InputError, match=message):
-        read(wrap("gpt2"), tokens, None, [FINAL])
+        read(wrap("gpt2"), tokens, [FINAL])
 
 
 def test_unknown_layer_is_refused_before_the_model_runs():
     lm, runs = wrap("gpt2"), []
     lm.model.register_forward_pre_hook(lambda *_: runs.append(1))
     with pytest.raises(LayerError, match=r"no layer '3\.ffn_input'; it has 0-2\.attn_input"):
-        read(lm, TOKENS, None, ["3.ffn_input"])
+        read(lm, TOKENS, ["3.ffn_input"])
     assert runs == []
 
 
@@ -166,7 +155,7 @@ def test_target_log_probs_in_chunks_equal_a_float64_log_softmax(kind, monkeypatc
     torch.testing.assert_close(
         target_log_probs(lm, TOKENS), expected.gather(-1, targets).flatten(), rtol=1e-6, atol=1e-6
     )
-    final = read(lm, TOKENS, None, [FINAL])[FINAL][:, :-1].flatten(0, 1)
+    final = read(lm, TOKENS, [FINAL])[FINAL][:, :-1].flatten(0, 1)
     table = lm.log_probs(final)
     assert table.dtype == torch.float32 and table.shape == (3 * 23, lm.vocabulary)
     torch.testing.assert_close(table.double(), expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
@@ -182,7 +171,7 @@ def test_head_never_sees_more_rows_than_the_chunk(monkeypatch):
 
 def test_vectors_stored_in_half_precision_are_accepted():
     lm = wrap("llama")
-    final = read(lm, TOKENS, None, [FINAL])[FINAL][0]
+    final = read(lm, TOKENS, [FINAL])[FINAL][0]
     half = lm.target_log_probs(final.half(), TOKENS[0])
     torch.testing.assert_close(half, lm.target_log_probs(final, TOKENS[0]), rtol=1e-2, atol=1e-2)
 
@@ -215,7 +204,7 @@ def test_head_that_does_more_is_refused():
 def test_scaling_of_an_unused_configuration_field_is_not_applied():
     # MPT has a field `logit_scale` that its code in transformers does not read.
     lm = wrap("llama", logit_scale=3.0)
-    final = read(lm, TOKENS, None, [FINAL])[FINAL]
+    final = read(lm, TOKENS, [FINAL])[FINAL]
     with torch.inference_mode():
         torch.testing.assert_close(lm.log_probs(final), torch.log_softmax(lm.model(TOKENS).logits, dim=-1))
 
@@ -289,7 +278,7 @@ def test_block_that_is_computed_twice_is_left_out():
     lm = LanguageModel.from_model(model, tiny_tokenizer(), name="looping")
     assert {name[0] for name in lm.layer_names} == {"0", "2", "f"}
     with pytest.raises(LayerError, match=r"no layer '1\.ffn_input'; it has 0\.attn_input, 2\.attn_input"):
-        read(lm, TOKENS, None, ["1.ffn_input"])
+        read(lm, TOKENS, ["1.ffn_input"])
 
 
 def test_vectors_of_several_streams_are_left_out():
