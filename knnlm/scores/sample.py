@@ -149,10 +149,10 @@ class LayerSample:
         largest = float(np.abs(new_UD).max())
         if largest > 0 and not 0 < largest * self._factor <= _HALF_MAX:
             factor = 2.0 ** -math.ceil(math.log2(largest) - _HEADROOM)
-            with np.errstate(all="ignore"):  # rows that are not filled yet hold anything
-                self._vectors_MD *= np.float16(factor / self._factor if self._factor else 0)
+            if self._factor:  # else all vectors here are zero, or there are none
+                torch.from_numpy(self._vectors_MD).mul_(factor / self._factor)
             self._factor = factor
-        # By torch: NumPy takes 10 ns a number.
+        # Both by torch: NumPy takes 10 ns a number.
         halves_UD: NDArray[np.float16] = torch.from_numpy(new_UD * np.float32(self._factor)).half().numpy()
         return halves_UD
 
