@@ -138,8 +138,8 @@ class FaissIndex:
 
     @property
     def list_means(self) -> Floats | None:
-        """Means of the inverted lists, [L, D]; None for an index that has none, or not as plain vectors."""
-        lists = _with_means(self._native)
+        """Means of the inverted lists, [L, D], by which `add` may be told where keys belong; None where it may not."""
+        lists = None if self._lists is None else _with_means(self._native)
         return None if lists is None else lists.quantizer.reconstruct_n(0, lists.nlist)
 
     def prepared(self, keys_ND: Floats) -> Floats:

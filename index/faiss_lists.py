@@ -118,7 +118,7 @@ class ListStore:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of a key in memory: its code, once more while a run is put together, its list and its place."""
+        """Bytes of a key of a run in memory: its code, once more while all are put together, its list and its place."""
         return 2 * self.layout.code_bytes + 16
 
     def add(self, keys_ND: NDArray[np.float32], lists_N: Ids) -> None:

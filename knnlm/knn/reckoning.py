@@ -23,9 +23,9 @@ _DIMENSION_NS, _RANK_NS, _DISTANCE_NS, _NEIGHBOUR_NS = 0.008, 1.8, 0.09, 60.0
 # For each query: k, λ and T of 1,188 settings on two parts, the gate, and the losses.
 _FIT_NS = 90_000.0
 # For each number of a layer's sampled vectors: effective rank, probe and intrinsic dimension.
-_SCORE_NS = 45.0
+_SCORE_NS = 20.0
 # For each number of the keys: clusters and codes of an index, and its tuning.
-_INDEX_NS = 150.0
+_INDEX_NS = 180.0
 SAMPLED = 8192
 # The search that is timed.
 _TRIAL_KEYS, _TRIAL_QUERIES, _TRIAL_DIM, _TRIAL_K = 8192, 256, 256, 512

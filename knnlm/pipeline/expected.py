@@ -93,9 +93,9 @@ def _indexing(lm: LanguageModel, layers: Sequence[str], keys: int | None, here: 
     """The stages of an index."""
     seconds = here.indexing(keys or 0, _dim(lm, layers))
     return [
-        Stage(name="indexing", amount=keys or 1, part="indexing", seconds=seconds / 2 / (keys or 1)),
-        Stage(name="tuning the index", amount=1, part="indexing", seconds=seconds / 4),
-        Stage(name="measuring recall", amount=1, part="indexing", seconds=seconds / 4),
+        Stage(name="indexing", amount=keys or 1, part="indexing", seconds=0.6 * seconds / (keys or 1)),
+        Stage(name="tuning the index", amount=1, part="indexing", seconds=0.3 * seconds),
+        Stage(name="measuring recall", amount=1, part="indexing", seconds=0.1 * seconds),
     ]
 
 

@@ -35,6 +35,7 @@ from ratios import Row, timed
 
 from index.approximate import ApproximateIndex
 from index.build import add_keys, build_index
+from index.exact import ExactIndex
 from index.mapped import release
 from index.metric import Metric
 from index.rerank import rerank
@@ -48,6 +49,8 @@ SPEC, FAISS_SPEC = f"IVF{LISTS},PQ{DIM // 2}x4fs", f"IVF{LISTS},PQ{DIM // 2}"
 WORK = 1 << 30
 # Queries of a batch, and those that are searched one by one.
 BATCH, SINGLE = 1024, 64
+# Queries whose nearest keys are also searched exactly.
+RECALLED = 256
 
 
 def part(folder: Path, number: int) -> Path:
@@ -162,25 +165,32 @@ def search(folder: Path, count: int, way: str) -> dict[str, float]:
         found[f"cold, {name}"] = _milliseconds(look, some_QD, together)
         look(queries_QD)
         found[f"warm, {name}"] = statistics.median(_milliseconds(look, some_QD, together) for _ in range(3))
-    return found | {"MB of its own": watch.stop()}
+    found["MB of its own"] = watch.stop()
+    return found | {"recall": _recall(look, source, queries_QD[:RECALLED])}
 
 
-Look = Callable[[NDArray[np.float32]], object]
+def _recall(look: Look, source: Keys, queries_QD: NDArray[np.float32]) -> float:
+    """Share of the nearest keys that are found."""
+    nearest_QK = ExactIndex(source, Metric.L2).search(queries_QD, K).ids_QK
+    return float(np.mean([np.isin(*pair).mean() for pair in zip(nearest_QK, look(queries_QD), strict=True)]))
+
+
+Look = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 def _opened(folder: Path, count: int, way: str, source: Keys) -> tuple[Look, Sequence[NDArray[Any]]]:
     if way == "ours":
         index = open_index(folder / f"index-{count}", source)
         assert isinstance(index, ApproximateIndex) and index.native.lists is not None
-        return (lambda queries_QD: index.search(queries_QD, K)), [index.native.lists]
+        return (lambda queries_QD: index.search(queries_QD, K).ids_QK), [index.native.lists]
     native = faiss.read_index(str(folder / f"faiss-{count}.index"))
     faiss.extract_index_ivf(native).nprobe = PROBES
 
-    def look(queries_QD: NDArray[np.float32]) -> object:
+    def look(queries_QD: NDArray[np.float32]) -> NDArray[np.int64]:
         if way == "FAISS":
-            return native.search(queries_QD, K)
+            return np.asarray(native.search(queries_QD, K)[1])
         ids_QC = native.search(queries_QD, 2 * K + 16)[1]
-        return rerank(queries_QD, ids_QC, source, Metric.L2, K)
+        return rerank(queries_QD, ids_QC, source, Metric.L2, K).ids_QK
 
     return look, []
 

@@ -25,6 +25,7 @@ from layer_sample import write_scored
 from layer_study import split_text
 from numpy.typing import NDArray
 
+from index.int8 import one_thread
 from knnlm.config import TextConfig
 from knnlm.evaluation.outcomes import cross_fit, cross_fitted_losses
 from knnlm.evaluation.queries import Queries, open_queries
@@ -34,7 +35,6 @@ from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
 from knnlm.scores.layer_scorer import LayerScorer
-from knnlm.scores.sample_scores import one_thread
 from knnlm.store.datastore import Datastore
 from knnlm.store.writer import DatastoreWriter
 from knnlm.text.corpus import read_documents, tokenize_measured
