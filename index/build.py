@@ -25,7 +25,7 @@ from index.source import BLOCK_BYTES, Floats, VectorSource, blocks, centre_of, r
 from index.spec import IndexSpec, parse_spec
 from index.tune import tune
 
-# Bytes of keys that FAISS holds in its inverted lists before they are written to disk.
+# Bytes of encoded keys that are in memory before they are written to disk as lists.
 RUN_BYTES = 1 << 28
 # Memory that building may take by default: a training sample of its full size is a quarter of it.
 BUILD_BYTES = 4 << 30
@@ -169,13 +169,13 @@ def add_keys(
             native.end_run(scratch)
             in_run = 0
         centred_ND = _finite(keys_ND, np.arange(first, first + len(keys_ND))) - index.centre_D
-        native.add(centred_ND, None if means_LD is None else _nearest_lists(native, centred_ND, means_LD))
+        native.add(centred_ND, None if means_LD is None else _lists_for(native, centred_ND, means_LD))
         in_run += len(keys_ND)
         tell(first + len(keys_ND), len(keys))
     native.finish(scratch)
 
 
-def _nearest_lists(native: FaissIndex, centred_ND: Floats, means_LD: Floats) -> Ids:
+def _lists_for(native: FaissIndex, centred_ND: Floats, means_LD: Floats) -> Ids:
     return nearest_means(native.prepared(centred_ND), means_LD, native.metric)
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from index.base import VectorIndex
 from index.faiss_index import pair_distances, thread_count
-from index.int8 import Codes, Matches, is_fast, one_thread
+from index.int8 import Codes, Matches, is_fast
 from index.neighbors import nearest
 from index.pruning import (
     KEY_ROWS,
@@ -33,6 +33,7 @@ from index.rerank import exact_distances as exact_distances
 from index.scan import scan_block
 from index.source import BLOCK_BYTES, centre_of, centred_queries, rows_in, spread_ids
 from index.threads import share_out
+from index.torch_threads import one_thread
 
 # Sampled keys from which the directions of variance come: this many for each dimension.
 ROWS_PER_DIMENSION = 8

@@ -138,9 +138,15 @@ class FaissIndex:
 
     @property
     def list_means(self) -> Floats | None:
-        """Means of the inverted lists, [L, D], by which `add` may be told where keys belong; None where it may not."""
+        """Means of the inverted lists, [L, D], by which `add` may be told where keys belong.
+
+        None where it may not, or where FAISS finds the nearest of many lists by a graph.
+        """
         lists = None if self._lists is None else _with_means(self._native)
-        return None if lists is None else lists.quantizer.reconstruct_n(0, lists.nlist)
+        if lists is None or isinstance(faiss.downcast_index(lists.quantizer), faiss.IndexHNSWFlat):
+            return None
+        means_LD: Floats = lists.quantizer.reconstruct_n(0, lists.nlist)
+        return means_LD
 
     def prepared(self, keys_ND: Floats) -> Floats:
         """Keys as the inverted lists see them: projected or padded."""
@@ -169,7 +175,8 @@ class FaissIndex:
 
     def _nearest_lists(self, prepared_ND: Floats) -> Ids:
         lists = faiss.extract_index_ivf(self._native)
-        return np.asarray(lists.quantizer.search(np.ascontiguousarray(prepared_ND), 1)[1][:, 0], np.int64)
+        found_N = np.asarray(lists.quantizer.search(np.ascontiguousarray(prepared_ND), 1)[1][:, 0], np.int64)
+        return np.maximum(found_N, 0)  # -1 where distances leave float32
 
     def keys_in(self, memory_bytes: int) -> int | None:
         """Keys that may be added until `end_run`, for them to take so much memory; None: all stay in memory."""
@@ -222,7 +229,12 @@ class FaissIndex:
         return self.search(queries_QD, k)[1]
 
     def search(self, queries_QD: Floats, k: int) -> tuple[Floats, Ids]:
-        """As `propose`, with FAISS's own distances: of codes, where the index keeps codes."""
+        """As `propose`, with FAISS's own distances: of codes, where the index keeps codes.
+
+        :raises FaissFailed: keys were added since `finish`.
+        """
+        if self._lists is not None and not self._lists.is_whole:
+            raise FaissFailed("keys were added that cannot be found yet; call finish first")
         with _faiss_errors():
             values_QK, ids_QK = self._native.search(queries_QD, k)
         return values_QK if self.metric is Metric.L2 else np.negative(values_QK), np.asarray(ids_QK, np.int64)

@@ -35,6 +35,11 @@ ALIGNED = 64
 LEAST_BLOCK = 8
 # Codes in a block, where FAISS packs them. Of blocks of 64 (`PQ8x4fs_64`) FAISS unpacks other codes than it packed.
 BLOCK = 32
+# Bytes that FAISS may take while it encodes: of product quantizers it computes a table of 256 floats for each byte of a
+# key's code.
+ENCODING_BYTES = 1 << 26
+# Codes that are packed at a time: as half bytes they take ten times as much memory.
+PACKED_CODES = 128 * BLOCK
 
 Ids = NDArray[np.int64]
 
@@ -118,20 +123,31 @@ class ListStore:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of a key of a run in memory: its code, once more while all are put together, its list and its place."""
-        return 2 * self.layout.code_bytes + 16
+        """Bytes of a key of a run in memory: its code and list, both once more while all are sorted, and its place."""
+        return 2 * self.layout.code_bytes + 32
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all keys are in the lists that are searched."""
+        return self.mapped is not None or not self.count
 
     def add(self, keys_ND: NDArray[np.float32], lists_N: Ids) -> None:
         """Encode keys for these lists; their ids continue the count."""
+        self._reopen()
+        keys_ND, lists_N = np.ascontiguousarray(keys_ND, np.float32), np.ascontiguousarray(lists_N, np.int64)
+        codes_NB = np.empty((len(keys_ND), self.layout.code_bytes), np.uint8)
+        rows = max(256, ENCODING_BYTES // (1024 * self.layout.code_bytes))
+        for start in range(0, len(keys_ND), rows):
+            some = [array[start : start + rows] for array in (keys_ND, lists_N, codes_NB)]
+            self._ivf.encode_vectors(len(some[0]), *map(faiss.swig_ptr, some))
+        self._run.append((lists_N, codes_NB))
+        self._ivf.ntotal += len(keys_ND)
+
+    def _reopen(self) -> None:
+        """Let the lists that are searched be the first run: nothing is found until `finish`."""
         if self.mapped is not None:
             self._before, self.mapped = [self.mapped], None
             self._use_memory()
-        keys_ND, lists_N = np.ascontiguousarray(keys_ND, np.float32), np.ascontiguousarray(lists_N, np.int64)
-        codes_NB = np.empty((len(keys_ND), self.layout.code_bytes), np.uint8)
-        pointers = [faiss.swig_ptr(array) for array in (keys_ND, lists_N, codes_NB)]
-        self._ivf.encode_vectors(len(keys_ND), *pointers)
-        self._run.append((lists_N, codes_NB))
-        self._ivf.ntotal += len(keys_ND)
 
     def clear(self) -> None:
         """Forget all keys."""
@@ -141,13 +157,14 @@ class ListStore:
     def end_run(self, folder: Path | None) -> None:
         """Write the lists of the run to a temporary file without a name in a folder, and begin another.
 
-        :raises OSError: the disk is full.
+        :raises OSError: the disk is full; the run is kept.
         """
+        self._reopen()
         run = self._run or [(np.zeros(0, np.int64), np.zeros((0, self.layout.code_bytes), np.uint8))]
         lists_N, codes_NB = (np.concatenate(blocks) for blocks in zip(*run, strict=True))
-        self._run, run = [], []
         sizes_L = np.bincount(lists_N, minlength=self.layout.lists)
         self._before.append(self._written(sizes_L, self._sorted(lists_N, codes_NB, sizes_L), folder))
+        self._run = []
 
     def _sorted(self, lists_N: Ids, codes_NB: Bytes, sizes_L: Ids) -> Iterator[tuple[Bytes, Ids]]:
         first = self._ivf.ntotal - len(lists_N)
@@ -261,7 +278,9 @@ class _PackedCodes(_Codes):
             self._places |= _halves_of(unpacked).astype(places.dtype) << shift
 
     def packed(self, codes_NB: Bytes) -> Bytes:
-        return self._packed(_halves_of(codes_NB.reshape(-1)).reshape(-1, self._half_bytes))
+        pieces = [codes_NB[start : start + PACKED_CODES] for start in range(0, max(1, len(codes_NB)), PACKED_CODES)]
+        halves = (_halves_of(piece.reshape(-1)).reshape(-1, self._half_bytes) for piece in pieces)
+        return np.concatenate([self._packed(piece) for piece in halves])
 
     def joined(self, codes: Sequence[tuple[Bytes, int]]) -> Bytes:
         """As `_Codes.joined`; whole blocks of the first list stay as they are."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,22 +123,6 @@ def _reached(
     scores_PG = scores_QN.reshape(-1)[rows_P[:, None] * scores_QN.shape[1] + keys_PG]
     found = np.flatnonzero(scores_PG >= least_Q[rows_P, None])
     return rows_P[found // GROUP], keys_PG.reshape(-1)[found]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Make torch use one thread, in this thread and in those it starts during the block.
-
-    On shared cores, threads wait for one another in small steps: 5 s instead of 0.1 for an eigenvalue problem.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @cache

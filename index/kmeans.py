@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from index.metric import Metric
 from index.scan import scan_block
+from index.source import rows_in
 
 # Rounds that FAISS gives the lists of an inverted file.
 ROUNDS = 10
 # Of two halves of a cluster, how far the means are apart, as in FAISS: enough for the next round to tell them apart.
 _APART = 1 / 1024
-# Vectors summed at a time: the copy of them, sorted by cluster, stays small.
-_BLOCK_ROWS = 1 << 14
+# Bytes of vectors summed at a time: of these there is a copy, sorted by cluster.
+_SUMMED_BYTES = 1 << 25
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -37,8 +38,8 @@ def cluster_means(
     means_CD = _directed(vectors_ND[drawn_C], metric)
     for _ in range(rounds):
         sums_CD, counts_C = _sums(vectors_ND, nearest_means(vectors_ND, means_CD, metric), clusters)
-        sums_CD /= np.maximum(counts_C, 1, dtype=np.float32)[:, None]
-        means_CD = _directed(_split_empty(sums_CD, counts_C), metric)
+        means_CD = sums_CD / np.maximum(counts_C, 1).astype(np.float32)[:, None]
+        means_CD = _directed(_split_empty(means_CD, counts_C), metric)
     return means_CD
 
 
@@ -50,11 +51,12 @@ def nearest_means(vectors_ND: Floats, means_CD: Floats, metric: Metric = Metric.
 def _sums(vectors_ND: Floats, cluster_N: Ids, clusters: int) -> tuple[Floats, Ids]:
     """Sums [C, D] and number [C] of each cluster's vectors, always in the same order."""
     sums_CD = np.zeros((clusters, vectors_ND.shape[1]), np.float32)
-    for start in range(0, len(vectors_ND), _BLOCK_ROWS):
-        block_N = cluster_N[start : start + _BLOCK_ROWS]
+    rows = rows_in(_SUMMED_BYTES, vectors_ND.shape[1])
+    for start in range(0, len(vectors_ND), rows):
+        block_N = cluster_N[start : start + rows]
         order_N = np.argsort(block_N, kind="stable")
         found_F, starts_F = np.unique(block_N[order_N], return_index=True)
-        sums_CD[found_F] += np.add.reduceat(vectors_ND[start : start + _BLOCK_ROWS][order_N], starts_F, axis=0)
+        sums_CD[found_F] += np.add.reduceat(vectors_ND[start : start + rows][order_N], starts_F, axis=0)
     return sums_CD, np.bincount(cluster_N, minlength=clusters)
 
 

@@ -63,8 +63,8 @@ def nearest(distances_QC: Distances, ids_QC: Ids, k: int) -> tuple[Distances, Id
     """Return the k nearest candidates, unordered; all of them if there are at most k."""
     if ids_QC.shape[1] <= k:
         return distances_QC, ids_QC
-    columns_QK = np.argpartition(distances_QC, k - 1, axis=1)[:, :k]
-    return np.take_along_axis(distances_QC, columns_QK, axis=1), np.take_along_axis(ids_QC, columns_QK, axis=1)
+    columns_QK, near_QK = least(distances_QC, k)
+    return near_QK, np.take_along_axis(ids_QC, columns_QK, axis=1)
 
 
 def least(values_QN: Distances, k: int) -> tuple[Ids, Distances]:

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.faiss_index import thread_count
-from index.int8 import one_thread
 from index.metric import Metric
 from index.neighbors import least
 from index.threads import share_out
+from index.torch_threads import one_thread
 
-# Queries of one product, fewer where their scores would take more bytes than this.
-QUERY_ROWS, SCORE_BYTES = 256, 64 << 20
+# Queries of one product, fewer where the scores of all threads would take more bytes than this.
+QUERY_ROWS, SCORE_BYTES = 256, 128 << 20
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -37,7 +37,7 @@ def scan_block(queries_QD: Floats, keys_ND: Floats, k: int, metric: Metric) -> t
 
     # Asked for before torch's number, which can be FAISS's, becomes one.
     threads, count = thread_count(), len(queries_QD)
-    rows = max(1, min(QUERY_ROWS, SCORE_BYTES // (4 * len(keys_ND)), -(-count // threads)))
+    rows = max(1, min(QUERY_ROWS, SCORE_BYTES // (4 * len(keys_ND) * threads), -(-count // threads)))
     distances_QK, ids_QK = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
     weight = 2 if metric is Metric.L2 else 1
     query_Q, key_N = (_norms(part_ND, metric) for part_ND in (queries_QD, keys_ND))

@@ -171,7 +171,7 @@ def test_report_needs_nothing_heavy(name):
 def test_index_knows_vectors_only(name):
     seen = {top(other) for other in imports(INDEX[name])}
     assert not seen & {"knnlm", "transformers", "datasets", "tests"}
-    assert "torch" not in seen or name in ("index.int8", "index.scan")
+    assert "torch" not in seen or name in ("index.int8", "index.scan", "index.torch_threads")
 
 
 @pytest.mark.parametrize("name", OURS)

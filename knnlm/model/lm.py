@@ -155,8 +155,9 @@ class LanguageModel:
         """Run the model on tokens (int64) and call `receive(layer, vectors_BTD)` once for each layer.
 
         Shorter rows are padded on the right with any tokens; vectors there are undefined. No mask is needed, as earlier
-        positions do not see them, and with one a pass took a fifth longer. The head is not run, nor, with `stop_early`,
-        anything above the deepest wanted layer. See `Decoder.attach` for how long the vectors are valid.
+        positions do not see them (only Reformer's do, with one too), and with one a pass took a fifth longer. The head
+        is not run, nor, with `stop_early`, anything above the deepest wanted layer. See `Decoder.attach` for how long
+        the vectors are valid.
 
         Raises LayerError for an unknown layer, InputError for tokens outside the vocabulary or more than
         `context_limit`.

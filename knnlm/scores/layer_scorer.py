@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from index.int8 import one_thread
+from index.torch_threads import one_thread
 from knnlm.progress import Advance, ignore
 from knnlm.results import SCORES, Interval, LayerScore
 from knnlm.scores.choose import NEAR

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from index.int8 import one_thread
+from index.torch_threads import one_thread
 from knnlm.errors import InputError
 from knnlm.results import Interval
 from knnlm.scores.dispersion import Float64, dispersion

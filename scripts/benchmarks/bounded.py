@@ -96,13 +96,15 @@ def _own_kilobytes(process: int) -> int:
 
 def ask(port: int) -> None:
     """Wait for the server, and ask it for a few completions."""
-    body = {"prompt": "Ownership is", "max_tokens": 64, "model": "x"}
     for _ in range(600):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5).read()
             break
         except OSError:
             time.sleep(0.5)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60) as answer:
+        (model,) = json.load(answer)["data"][:1]
+    body = {"prompt": "Ownership is", "max_tokens": 64, "model": model["id"]}
     for _ in range(4):
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -25,7 +25,7 @@ from layer_sample import write_scored
 from layer_study import split_text
 from numpy.typing import NDArray
 
-from index.int8 import one_thread
+from index.torch_threads import one_thread
 from knnlm.config import TextConfig
 from knnlm.evaluation.outcomes import cross_fit, cross_fitted_losses
 from knnlm.evaluation.queries import Queries, open_queries

@@ -149,6 +149,7 @@ def test_code_words_are_not_ordered_for_a_search_that_is_not_made(spec):
     for one in (ours, theirs):
         one.train(keys_ND, 3)
         one.add(keys_ND)
+        one.finish(None)
     codes = [faiss.vector_to_array(one.pq.centroids) for one in coded]
     assert (codes[0] != codes[1]).any()  # it was done in the other
     np.testing.assert_array_equal(np.sort(codes[0]), np.sort(codes[1]))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from index.build import add_keys, build_index
+from index.errors import FaissFailed
 from index.faiss_index import FaissIndex
 from index.faiss_lists import ListStore
 from index.metric import Metric
@@ -120,13 +121,37 @@ def test_other_kinds_stay_in_the_memory_of_faiss(spec, keys_ND, small_runs, tmp_
     check_same(built, in_memory(built, keys_ND), clustered(20, DIM, seed=5))
 
 
-def test_a_full_disk_is_an_error_of_the_disk(keys_ND, monkeypatch):
+def test_a_full_disk_is_an_error_of_the_disk_and_loses_no_key(keys_ND, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("index.faiss_lists._write", full)
-    with pytest.raises(OSError, match="No space left"):
-        build_index(ArraySource(keys_ND), "IVF16,Flat", recall_target=None)
+    built = build_index(ArraySource(keys_ND), "IVF16,Flat", recall_target=None)
+    with monkeypatch.context() as patched:
+        patched.setattr("index.faiss_lists._write", full)
+        with pytest.raises(OSError, match="No space left"):
+            add_keys(built, ArraySource(keys_ND[:50]))
+    with pytest.raises(FaissFailed, match="cannot be found yet"):
+        built.native.search(keys_ND[:1], 1)
+    built.native.finish(None)
+    assert sum(built.native._lists.mapped.sizes_L) == COUNT + 50
+
+
+@pytest.mark.parametrize("spec", ["IVF16,Flat", "IVF16,PQ8x4fs"])
+def test_no_keys_more_change_nothing(spec, keys_ND):
+    built = build_index(ArraySource(keys_ND), spec, recall_target=None)
+    before = built.native.lists
+    add_keys(built, ArraySource(keys_ND[:0]))
+    built.native.finish(None)
+    assert built.native.lists is before
+    check_same(built, in_memory(built, keys_ND), clustered(20, DIM, seed=5))
+
+
+def test_encoding_and_packing_in_pieces_change_no_byte(keys_ND, monkeypatch):
+    at_once = build_index(ArraySource(keys_ND), "IVF2,PQ8x4fs", recall_target=None)
+    monkeypatch.setattr("index.faiss_lists.ENCODING_BYTES", 1)
+    monkeypatch.setattr("index.faiss_lists.PACKED_CODES", 64)
+    pieces = build_index(ArraySource(keys_ND), "IVF2,PQ8x4fs", recall_target=None)
+    np.testing.assert_array_equal(at_once.native.lists, pieces.native.lists)
 
 
 def test_an_emptied_index_is_filled_again(keys_ND):

@@ -32,7 +32,8 @@ def test_scores_of_many_keys_are_bounded_in_bytes(monkeypatch):
     made = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **more: made.append(shape) or empty(*shape, **more))
-    monkeypatch.setattr("index.scan.SCORE_BYTES", 4 * 500 * 8)
+    monkeypatch.setattr("index.scan.SCORE_BYTES", 4 * 500 * 8 * 3)
+    monkeypatch.setattr("index.scan.thread_count", lambda: 3)
     scan_block(clustered(100, 8, seed=1), clustered(500, 8), 3, Metric.L2)
     assert set(made) == {(8, 500)}
 

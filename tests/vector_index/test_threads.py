@@ -11,11 +11,11 @@ import torch
 
 from index.exact import ExactIndex
 from index.faiss_index import thread_count, use_threads
-from index.int8 import one_thread
 from index.metric import Metric
 from index.rerank import exact_distances
 from index.source import ArraySource
 from index.threads import share_out
+from index.torch_threads import one_thread
 from tests.vector_index.test_pruning import falling
 
 

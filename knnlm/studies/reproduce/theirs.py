@@ -86,7 +86,9 @@ def build_their_index(keys: VectorSource, settings: TheirSettings, advance: Adva
     native.train(keys.take(rows_T), KMEANS_SEED)
     for start in range(0, count, settings.rows_at_a_time):
         native.add(keys.read(start, min(start + settings.rows_at_a_time, count)))
+        native.end_run(None)
         advance(len(native), count)
+    native.finish(None)
     native.set_effort("nprobe", settings.probes)
     return TheirIndex(native, keys)
 
