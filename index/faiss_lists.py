@@ -128,8 +128,8 @@ class ListStore:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all keys are in the lists that are searched."""
-        return self.mapped is not None or not self.count
+        """Whether no keys were added since `finish`."""
+        return not (self._run or self._before)
 
     def add(self, keys_ND: NDArray[np.float32], lists_N: Ids) -> None:
         """Encode keys for these lists; their ids continue the count."""
@@ -295,7 +295,8 @@ class _PackedCodes(_Codes):
         return halves.reshape(-1, self._half_bytes)[:count]
 
     def _packed(self, halves: Bytes) -> Bytes:
-        padded = np.pad(halves, ((0, -len(halves) % self._block), (0, 0))).reshape(-1, len(self._places))
+        padded = np.zeros((-(-len(halves) // self._block), len(self._places)), np.uint8)
+        padded.reshape(-1)[: halves.size] = halves.reshape(-1)
         packed = np.empty_like(padded)
         packed[:, self._places] = padded
         return _bytes_of(packed.reshape(-1))
@@ -303,7 +304,9 @@ class _PackedCodes(_Codes):
 
 def _halves_of(data: Bytes) -> Bytes:
     """Half bytes, the lower ones first."""
-    return np.stack([data & 15, data >> 4], axis=1).reshape(-1)
+    halves = np.empty((len(data), 2), np.uint8)
+    halves[:, 0], halves[:, 1] = data & 15, data >> 4
+    return halves.reshape(-1)
 
 
 def _bytes_of(halves: NDArray[Any]) -> Bytes:

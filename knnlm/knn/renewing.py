@@ -10,7 +10,7 @@ from index.covered import Cover, CoveredIndex
 from index.recall import measure_recall
 from index.storage import save_index
 from knnlm.config import KNNConfig, Settings
-from knnlm.knn.indexing import RECALL_QUERIES, try_index
+from knnlm.knn.indexing import try_index
 from knnlm.knn.searcher import open_layer_index
 from knnlm.progress import Advance, Progress, Silent
 from knnlm.results import IndexReport
@@ -20,6 +20,9 @@ from knnlm.store.manifest import IndexedPart, IndexEntry
 
 # With a larger share of removed keys, all others are encoded again: each search asks for as many more.
 MOST_REMOVED = 0.25
+# Stored keys searched exactly to tell recall: most of what a change takes. A build, which searches for twice as many,
+# has set the search effort.
+RENEWED_QUERIES = 128
 
 
 def renew_indexes(store: Datastore, progress: Progress | None = None) -> tuple[IndexReport, ...]:
@@ -54,7 +57,7 @@ def _renew(store: Datastore, layer: str, entry: IndexEntry, progress: Progress) 
         with progress.stage(f"adding to the index of {layer}", "keys") as advance:
             index, parts, is_new = _updated(store, index, parts, advance)
         with progress.stage("measuring recall", "queries"):
-            recall = measure_recall(index, index.source, k=k, queries=min(RECALL_QUERIES, store.count))
+            recall = measure_recall(index, index.source, k=k, queries=min(RENEWED_QUERIES, store.count))
     else:  # exact search has nothing to bring up to date
         parts = ()
     share = 1.0 if recall is None else recall.recall

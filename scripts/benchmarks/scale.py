@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from ratios import Row, timed
 
 from index.approximate import ApproximateIndex
-from index.build import add_keys, build_index
+from index.build import add_keys, build_index, tune_index
 from index.exact import ExactIndex
 from index.kmeans import nearest_means
 from index.mapped import release
@@ -189,9 +189,11 @@ Look = Callable[[NDArray[np.float32]], NDArray[np.int64]]
 
 
 def _opened(folder: Path, count: int, way: str, source: Keys) -> tuple[Look, Sequence[NDArray[Any]]]:
-    if way == "ours":
+    if way.startswith("ours"):
         index = open_index(folder / f"index-{count}", source)
         assert isinstance(index, ApproximateIndex) and index.native.lists is not None
+        if way == "ours, tuned":
+            tune_index(index, k=K)
         return (lambda queries_QD: index.search(queries_QD, K).ids_QK), [index.native.lists]
     native = faiss.read_index(str(folder / f"faiss-{count}.index"))
     faiss.extract_index_ivf(native).nprobe = PROBES
@@ -221,7 +223,7 @@ def _drop(files: Sequence[Path]) -> None:
         os.close(handle)
 
 
-WAYS = ("ours", "FAISS", "FAISS, re-ranked")
+WAYS = ("ours", "ours, tuned", "FAISS", "FAISS, re-ranked")
 
 
 def in_process(folder: Path, count: int, step: str) -> dict[str, float]:
