@@ -2,8 +2,8 @@
 
     scripts/bench                      all of it, tens of minutes
     scripts/bench --quick              small sizes, under three minutes, without the layer table
-    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, changing, parts, scale
-                                       or real
+    scripts/bench --only extraction    one group: extraction, evaluation, table, exact, building, changing, parts,
+                                       scale, real or overhead
     scripts/bench --only real --model SMOLLM2 --text TEXT --held-out TEXT     the verbs on a real pretrained model
 
 Figures are ratios of speeds, measured in turn in one process; docs/performance.md explains each line. Without --model
@@ -86,7 +86,14 @@ def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Ma
             [evaluation.layer_table(args.model, args.text, args.held_out, keys=size.table_keys, queries=size.queries)]
         ),
         "real": lambda: real.rows(args.model, args.text, args.held_out, sizes=size.real, rounds=size.rounds),
+        "overhead": lambda: _overhead(args, size),
     }
+
+
+def _overhead(args: argparse.Namespace, size: Size) -> Iterator[Row]:
+    import overhead  # needs the extra `ray`
+
+    yield from overhead.rows(args.model, str(args.text[0]), tokens=size.real[0] // 2, parts=4, rounds=size.rounds)
 
 
 def show(rows: list[Row], about: Mapping[str, Any], console: Console) -> None:
@@ -132,8 +139,10 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(every)}")
     rows, begun = [], time.perf_counter()
-    # A real model is not in the repository. The table waits for a peer's k-means of 4,096 lists, over a minute.
-    for name in args.only or [group for group in every if group != "real" and not (args.quick and group == "table")]:
+    # A real model is not in the repository, and Ray is an extra. The table waits for a peer's k-means of 4,096 lists,
+    # over a minute.
+    left_out = {"real", "overhead", *(["table"] if args.quick else [])}
+    for name in args.only or [group for group in every if group not in left_out]:
         for row in every[name]():
             rows.append(row)
             print(f"{time.perf_counter() - begun:.0f} s: {row.stage}: {row.median:.2f}", file=sys.stderr, flush=True)
