@@ -1,6 +1,6 @@
 """What a build on Ray costs beside one process on the same machine, where nothing fails.
 
-    scripts/bench --only overhead --model SMOLLM2 --text rust-book.jsonl          needs the extra `ray`
+    scripts/bench --only overhead --model SMOLLM2 --text rust-book.jsonl          needs the extras `ray` and `train` (for psutil)
     .venv/bin/python scripts/benchmarks/overhead.py FOLDER --model MODEL --text TEXT --tokens 20000 --parts 5 --rounds 3
 
 Both make the same parts of one layer's keys, with the same threads; the stage "extracting keys" is timed, in
