@@ -1,11 +1,12 @@
 """What a build on Ray costs beside one process on the same machine, where nothing fails.
 
-    scripts/bench --only overhead --model SMOLLM2 --text rust-book.jsonl          needs the extras `ray` and `train` (for psutil)
+    scripts/bench --only overhead --model SMOLLM2 --text rust-book.jsonl
     .venv/bin/python scripts/benchmarks/overhead.py FOLDER --model MODEL --text TEXT --tokens 20000 --parts 5 --rounds 3
 
 Both make the same parts of one layer's keys, with the same threads; the stage "extracting keys" is timed, in
 turns. Ray's session is up before; the start of its worker and the loading of the model there are within the first round
-of the stage, which is told apart. Processor time is that of all processes, Ray's own among them.
+of the stage, which is told apart. Processor time is that of all processes, Ray's own among them. It needs the extras `ray`
+and `train` (for psutil).
 """
 
 from __future__ import annotations
