@@ -5,8 +5,8 @@
 
 Both make the same parts of one layer's keys, with the same threads; the stage "extracting keys" is timed, in
 turns. Ray's session is up before; the start of its worker and the loading of the model there are within the first round
-of the stage, which is told apart. Processor time is that of all processes, Ray's own among them. It needs the extras `ray`
-and `train` (for psutil).
+of the stage, which is told apart. Processor time is that of all processes, Ray's own among them. It needs the extras
+`ray` and `train` (for psutil).
 """
 
 from __future__ import annotations
