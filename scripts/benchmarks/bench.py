@@ -93,7 +93,7 @@ def groups(args: argparse.Namespace, size: Size, about: Mapping[str, Any]) -> Ma
 def _overhead(args: argparse.Namespace, size: Size) -> Iterator[Row]:
     import overhead  # needs the extras `ray` and `train`
 
-    yield from overhead.rows(args.model, str(args.text[0]), tokens=size.real[0] // 2, parts=4, rounds=size.rounds)
+    yield from overhead.rows(args.model, str(args.text[0]), tokens=2 * size.real[0], parts=4, rounds=size.rounds)
 
 
 def show(rows: list[Row], about: Mapping[str, Any], console: Console) -> None:
