@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from index.approximate import ApproximateIndex
 from index.base import VectorIndex
 from index.errors import InvalidKeys, InvalidQuery, TooFewKeys
 from index.exact import ExactIndex
-from index.faiss_index import FaissIndex, create_index
+from index.faiss_index import create_index
 from index.kmeans import cluster_means, nearest_means
 from index.metric import Metric
 from index.recall import make_trial
@@ -164,19 +165,16 @@ def add_keys(
     most, block = native.keys_in(min(RUN_BYTES, index.work_bytes // 4)), min(BLOCK_BYTES, index.work_bytes // 16)
     rows = len(keys) if parse_spec(index.spec).whole_at_once else min(rows_in(block, keys.dim), most or len(keys))
     means_LD = native.list_means
+    find_lists = None if means_LD is None else partial(nearest_means, means_CD=means_LD, metric=native.metric)
     for first, keys_ND in blocks(keys, rows):
         if most is not None and in_run + len(keys_ND) > most:
             native.end_run(scratch)
             in_run = 0
         centred_ND = _finite(keys_ND, np.arange(first, first + len(keys_ND))) - index.centre_D
-        native.add(centred_ND, None if means_LD is None else _lists_for(native, centred_ND, means_LD))
+        native.add(centred_ND, find_lists)
         in_run += len(keys_ND)
         tell(first + len(keys_ND), len(keys))
     native.finish(scratch)
-
-
-def _lists_for(native: FaissIndex, centred_ND: Floats, means_LD: Floats) -> Ids:
-    return nearest_means(native.prepared(centred_ND), means_LD, native.metric)
 
 
 def _finite(keys_ND: Floats, ids_N: Ids) -> Floats:

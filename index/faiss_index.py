@@ -154,10 +154,10 @@ class FaissIndex:
             keys_ND = step.apply(np.ascontiguousarray(keys_ND))
         return keys_ND
 
-    def add(self, keys_ND: Floats, lists_N: Ids | None = None) -> None:
+    def add(self, keys_ND: Floats, find_lists: Callable[[Floats], Ids] | None = None) -> None:
         """Append keys; their ids continue the count. All are found after `finish`.
 
-        :param lists_N: the list of the nearest mean for each `prepared` key; None: FAISS looks for it.
+        :param find_lists: returns the list of the nearest mean for each `prepared` key; None: FAISS looks for it.
         :raises NotTrained: the index has to be trained first.
         """
         if not self.is_trained:
@@ -166,7 +166,7 @@ class FaissIndex:
         with _faiss_errors():
             if self._lists is not None:
                 prepared_ND = self.prepared(keys_ND)
-                self._lists.add(prepared_ND, self._nearest_lists(prepared_ND) if lists_N is None else lists_N)
+                self._lists.add(prepared_ND, (find_lists or self._nearest_lists)(prepared_ND))
                 self._native.ntotal = self._lists.count
             elif isinstance(self._native, faiss.IndexIDMap):
                 self._native.add_with_ids(keys_ND, np.arange(len(self), len(self) + len(keys_ND)))
