@@ -7,7 +7,8 @@ One pass over the training text gives all layers a dispersion and a sample, as i
 layers to evaluate. Those are searched exactly; k, lambda and temperature are fitted on each half of the held-out text.
 With `--sizes`, `ffn_input` of all blocks is also evaluated in smaller stores, each a part of the next larger one:
 folders `keys-SIZE` in the case's.
-The same command goes on after a kill: with the store, and then with each layer.
+The same command goes on after a kill: with the store, and then with each layer. With more `--layers` it adds those to a
+finished case.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from knnlm.knn.mixing import Search
 from knnlm.layer_names import select_layers
 from knnlm.model.lm import LanguageModel
 from knnlm.model.loading import load_model
+from knnlm.places import DATASTORE
 from knnlm.scores.layer_scorer import LayerScorer
 from knnlm.store.datastore import Datastore
 from knnlm.store.writer import DatastoreWriter
@@ -64,15 +66,17 @@ class SomeLayers(DatastoreWriter):
 def make_store(
     lm: LanguageModel, documents: Sequence[TokenDocument], window: WindowConfig, layers: Sequence[str], out: Path
 ) -> None:
-    """One pass: store the layers' keys, and write scores and pilots of all layers to `scores.json` and `pilots.npz`."""
+    """One pass: store the layers' keys, and write scores and pilots of all layers, unless the case has them."""
     dims, made = {name: lm.dims[name] for name in layers}, lm.fingerprint
     shutil.rmtree(out / "store", ignore_errors=True)
-    scorer = LayerScorer(dict(lm.dims), head=lm.dims["final_norm"])
+    scored = (out / "scores.json").exists()
+    scorer = None if scored else LayerScorer(dict(lm.dims), head=lm.dims["final_norm"])
     with SomeLayers(out / "store", dims, fingerprint=made, context=window.context, stride=window.stride) as writer:
         writer.own = frozenset(layers)
-        collect(lm, documents, window, lm.layer_names, scorer=scorer, writer=writer)
+        collect(lm, documents, window, lm.layer_names if scorer else layers, scorer=scorer, writer=writer)
         writer.finish()
-    write_scored(scorer, lm, out)
+    if scorer:
+        write_scored(scorer, lm, out)
 
 
 def nested_rows(store: Datastore, size: int) -> NDArray[np.int64]:
@@ -162,10 +166,10 @@ def main() -> None:
     lm = load_model(args.model, dtype=args.dtype)
     layers, window = select_layers(args.layers, lm.layer_names), window_config(TextConfig(), lm.name, lm.context_limit)
     training, held_out = split_text([args.text], args.out)
-    if not (args.out / "scores.json").exists():
-        make_store(lm, slices(lm, training, args.keys), window, layers, args.out)
-    store = Datastore.open(args.out / "store")
     missing = [layer for layer in layers if not (args.out / f"layer-{layer}.npz").exists()]
+    if not ((args.out / "scores.json").exists() and (args.out / "store" / DATASTORE).exists()):
+        make_store(lm, slices(lm, training, args.keys), window, missing, args.out)
+    store = Datastore.open(args.out / "store")
     with open_queries(lm, slices(lm, held_out, args.eval_tokens), window, missing) as queries:
         evaluate(store, queries, missing, args)
     shutil.rmtree(args.out / "store")
