@@ -91,9 +91,9 @@ class LayerConfig:
     candidates: str = "candidates"
     """Patterns of layers that may be chosen; by default `ffn_input` of the upper half of the blocks."""
     select: str = "auto"
-    """`auto` (the best pilot of `ffn_input` in all blocks; without pilots, by dispersion), or among the candidates
-    `dispersion`, `probe` (how often nearest keys have the same next token), `pilot` (perplexity of a small kNN-LM
-    inside a sample), or the name of a layer."""
+    """`auto` (the deepest `ffn_input` whose pilot cannot be told from the best; by dispersion without pilots), or among
+    the candidates `dispersion`, `probe` (how often nearest keys have the same next token), `pilot` (the best perplexity
+    of a small kNN-LM inside a sample), or the name of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

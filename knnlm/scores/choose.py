@@ -41,19 +41,20 @@ def _of_kind(candidates: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: loosely_split(name)[1] in kinds
 
 
-# Of one layer's pilot relative to another's: the interval of the change of perplexity.
-PilotChange = Callable[[str, str], Interval]
+# Of one layer's pilot relative to another's: the interval of the change of perplexity, among so many comparisons.
+PilotChange = Callable[[str, str, int], Interval]
 
 
 def choose(
     scores: Sequence[LayerScore], config: LayerConfig, all_layers: Sequence[str], pilot_change: PilotChange
 ) -> Choice:
-    """Choose a layer: the named one, the best pilot, the candidate with the best probe, or by dispersion.
+    """Choose a layer: the named one, by pilots, the candidate with the best probe, or by dispersion.
 
     The retrieval probe is the share of a key's nearest keys from other documents that have the same next token, the
-    pilot the perplexity of a small kNN-LM inside the sample. `auto` takes the best pilot among layers of the
-    candidates' kind, in all blocks, and what dispersion proposes (`by_dispersion`) where pilots are unknown;
-    docs/layers.md has the cases on which this was settled. Where `candidates` is not the default, only those compete.
+    pilot the perplexity of a small kNN-LM inside the sample. `auto` takes the deepest layer whose pilot cannot be told
+    from the best one (`as_good_as_best`) among layers of the candidates' kind, in all blocks, and what dispersion
+    proposes (`by_dispersion`) where pilots are unknown; docs/layers.md has the cases on which this was settled. Where
+    `candidates` is not the default, only those compete.
 
     :param all_layers: all layers of the model; `scores` may cover only some.
     :param pilot_change: paired interval of one layer's pilot relative to another's (`LayerScorer.pilot_change`).
@@ -70,11 +71,11 @@ def choose(
     compared = scores if config.candidates == LayerConfig.candidates else allowed
     kind = _of_kind(candidates)
     alike = [score for score in compared if kind(score.layer)]
-    if config.select == "auto" and (best := by_pilot(alike)) is not None:
-        return Choice(best.layer, "auto", candidates, _pilot_reason(best, alike, by_dispersion(allowed)))
+    if config.select == "auto" and (equals := as_good_as_best(alike, pilot_change)):
+        reason = _pilot_reason(equals[-1], alike, by_dispersion(allowed))
+        return Choice(equals[-1].layer, "auto", candidates, reason)
     chosen = _by_score(allowed, config.select)
-    better = preferred(chosen, compared, pilot_change) if config.select == "dispersion" else None
-    disagreement = None if better is None else _told(better, chosen, pilot_change(better.layer, chosen.layer))
+    disagreement = _disagreement(chosen, compared, pilot_change) if config.select == "dispersion" else None
     return Choice(chosen.layer, config.select, candidates, _reason(chosen, allowed, config.select), disagreement)
 
 
@@ -106,10 +107,17 @@ def by_pilot(candidates: Sequence[LayerScore]) -> LayerScore | None:
     return min(known, key=lambda score: score.pilot, default=None)
 
 
-def preferred(chosen: LayerScore, examined: Sequence[LayerScore], pilot_change: PilotChange) -> LayerScore | None:
-    """Return the best pilot among layers whose pilot is better than the chosen one's beyond their paired interval."""
-    rivals = [score for score in examined if score.pilot < chosen.pilot]
-    return by_pilot([score for score in rivals if pilot_change(score.layer, chosen.layer).high < 0])
+def as_good_as_best(examined: Sequence[LayerScore], pilot_change: PilotChange) -> list[LayerScore]:
+    """Return the layers whose pilot is not worse than the best one's beyond their paired interval; none if all are NaN.
+
+    Pilots of 8,192 tokens differ by chance as much as trained layers do, and depth is the better guide among equals.
+    """
+    best = by_pilot(examined)
+    if best is None:
+        return []
+    known = [score for score in examined if not math.isnan(score.pilot)]
+    others = max(1, len(known) - 1)
+    return [one for one in known if one is best or not pilot_change(one.layer, best.layer, others).low > 0]
 
 
 def layers_that_matter(scored: ScoreResult, most: int) -> tuple[str, ...]:
@@ -166,13 +174,26 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
 
 
 def _pilot_reason(chosen: LayerScore, compared: Sequence[LayerScore], proposed: LayerScore) -> str:
-    if len(compared) == 1:
+    best = by_pilot(compared)
+    assert best is not None
+    count, found = len(compared), f"perplexity {chosen.pilot:.2f}"
+    if count == 1:
         return f"{chosen.layer} is the only candidate"
-    reason = f"{chosen.layer} has the best pilot (perplexity {chosen.pilot:.2f}) of {len(compared)} layers"
+    reason = f"{chosen.layer} has the best pilot ({found}) of {count} layers"
+    if chosen is not best:
+        reason = f"{chosen.layer} is the deepest of {count} layers whose pilot ({found}) cannot be told from the best, "
+        reason += f"{best.layer} ({best.pilot:.2f})"
     return reason if proposed is chosen else f"{reason}; dispersion proposes {proposed.layer} ({proposed.pilot:.2f})"
 
 
-def _told(better: LayerScore, chosen: LayerScore, change: Interval) -> str:
+def _disagreement(chosen: LayerScore, examined: Sequence[LayerScore], pilot_change: PilotChange) -> str | None:
+    """What is told where layers have a better pilot than the chosen one, beyond their paired interval."""
+    others = max(1, len(examined) - 1)
+    rivals = [score for score in examined if score.pilot < chosen.pilot]
+    better = by_pilot([score for score in rivals if pilot_change(score.layer, chosen.layer, others).high < 0])
+    if better is None:
+        return None
+    change = pilot_change(better.layer, chosen.layer, others)
     return (
         f"the scores disagree: {better.layer} has a pilot (perplexity {better.pilot:.2f}) that is better by "
         f"{-change.high:.1%} to {-change.low:.1%} than that of {chosen.layer} ({chosen.pilot:.2f}); "

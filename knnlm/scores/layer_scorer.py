@@ -250,12 +250,11 @@ class LayerScorer:
         """Return a layer's pilot. Call after `scores`."""
         return self._pilots[name]
 
-    def pilot_change(self, one: str, other: str) -> Interval:
-        """Return the interval of one layer's pilot relative to another's, widened for the comparisons of all layers.
+    def pilot_change(self, one: str, other: str, comparisons: int) -> Interval:
+        """Return the interval of one layer's pilot relative to another's, as `scores.pilot.pilot_change`.
 
         Call after `scores`.
         """
-        comparisons = max(1, len(self._pilots) - 1)
         return pilot_change(self._pilots[one], self._pilots[other], comparisons=comparisons)
 
     def _seen(self, name: str, measure_pilot: MeasurePilot) -> Seen:

@@ -2,16 +2,17 @@
 
     .venv/bin/python scripts/studies/layer_rules.py study/smol.* study/llama8m.*
 
+Rules see the sample that `run` takes (`layer_sample.py`) or, with `--all-keys`, one drawn from all stored tokens.
 Regret is cross-fitted: the best evaluated layer is picked on one half of the held-out text and compared on the other.
 Rules choose among all layers that were scored; where one takes a layer that was not evaluated in full, its row says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from knnlm.results import Interval
 from knnlm.scores.choose import NEAR
 from knnlm.statistics import relative_change
 
-DEFAULT, LAST = "pilot, `ffn_input`", "the last `ffn_input`"
+DEFAULT, LAST = "deepest as good as the best pilot", "the last `ffn_input`"
 Losses = NDArray[np.float64]
 
 
@@ -64,22 +65,29 @@ class Case:
         found: NDArray[np.bool_] = self.common["tuning"] | self.common["fitting"]
         return found
 
-    def judged(self, proposal: str) -> str:
+    def pilot(self, name: str) -> float:
+        """Mean loss of a layer's pilot."""
+        return float(self.pilots[name].mean())
+
+    def pilot_change(self, one: str, other: str, compared: Sequence[str]) -> Interval:
+        """Interval of one layer's pilot relative to another's, widened for all that are compared with the latter."""
+        pair = self.pilots[one], self.pilots[other]
+        return relative_change(*pair, self.cluster, comparisons=max(1, len(compared) - 1))[1]
+
+    def judged(self, proposal: str, names: Sequence[str]) -> str:
         """The best pilot among those better than the proposal's beyond the interval, else the proposal."""
-        means = {name: float(losses.mean()) for name, losses in self.pilots.items()}
-        count = max(1, len(means) - 1)
+        rivals = [name for name in names if self.pilot(name) < self.pilot(proposal)]
+        better = [name for name in rivals if self.pilot_change(name, proposal, names).high < 0]
+        return min(better, key=self.pilot, default=proposal)
 
-        def beyond(name: str) -> bool:
-            pair = self.pilots[name], self.pilots[proposal]
-            return relative_change(*pair, self.cluster, comparisons=count)[1].high < 0
-
-        better = [name for name in means if means[name] < means[proposal] and beyond(name)]
-        return min(better, key=means.__getitem__, default=proposal)
+    def deepest(self, names: Sequence[str]) -> str:
+        """The deepest layer whose pilot is not worse than the best one's beyond the interval."""
+        best = min(names, key=self.pilot)
+        return [name for name in names if name == best or not self.pilot_change(name, best, names).low > 0][-1]
 
     def choices(self) -> dict[str, str]:
         """What each rule takes, among all layers that were scored."""
         names = sorted(self.scores, key=network_order)
-        means = {name: float(self.pilots[name].mean()) for name in names}
         dispersion = {name: float(self.scores[name]["dispersion"]) for name in names}
         upper, parts = select_layers("candidates", names), select_layers("*.ffn_input", names)
         leader = max(upper, key=dispersion.__getitem__)
@@ -88,19 +96,28 @@ class Case:
             "dispersion, upper half": leader,
             "deepest within 5 % of it": near,
             "probe, all layers": max(names, key=lambda name: float(self.scores[name]["probe"])),
-            "pilot, all layers": min(names, key=means.__getitem__),
-            DEFAULT: min(parts, key=means.__getitem__),
-            "judge of dispersion": self.judged(leader),
-            "judge of the deepest within 5 %": self.judged(near),
-            "judge of the last `ffn_input`": self.judged(parts[-1]),
+            "pilot, all layers": min(names, key=self.pilot),
+            "pilot, `ffn_input`": min(parts, key=self.pilot),
+            "judge of dispersion": self.judged(leader, names),
+            "judge of the deepest within 5 %": self.judged(near, names),
+            "judge of the last `ffn_input`": self.judged(parts[-1], parts),
+            DEFAULT: self.deepest(parts),
             LAST: parts[-1],
         }
 
 
-def read_case(folder: Path) -> Case:
-    """Read one folder of the study."""
+def read_case(folder: Path, *, all_keys: bool) -> Case:
+    """Read one folder of the study.
+
+    :param all_keys: take the sample that was drawn from all stored tokens.
+    """
     layers = {path.stem.removeprefix("layer-"): dict(np.load(path)) for path in sorted(folder.glob("layer-*.npz"))}
-    return Case(folder.name, dict(np.load(folder / "common.npz")), layers, *read_scored(folder))
+    return Case(
+        folder.name,
+        dict(np.load(folder / "common.npz")),
+        layers,
+        *read_scored(folder if all_keys else folder / "sample"),
+    )
 
 
 def read_scored(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Losses], NDArray[np.int64]]:
@@ -154,7 +171,11 @@ def told(value: float, interval: Interval) -> str:
 
 def main() -> None:
     """Print the tables."""
-    cases = [read_case(Path(folder)) for folder in sys.argv[1:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--all-keys", action="store_true", help="pilots of a sample of all stored tokens")
+    args = parser.parse_args()
+    cases = [read_case(folder, all_keys=args.all_keys) for folder in args.folders]
     print_overview(cases)
     costs = print_rules(cases)
     print("\n| rule | median regret | worst | worse than the last `ffn_input` beyond the interval |")

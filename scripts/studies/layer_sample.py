@@ -1,9 +1,10 @@
-"""What `knnlm run` would choose: pilots of its own sample of 8,192 tokens, judged by a case that is evaluated already.
+"""Scores and pilots of the sample that `knnlm run` would take, for cases that are evaluated already.
 
     .venv/bin/python scripts/studies/layer_sample.py --model MODEL study/smol.*
+    .venv/bin/python scripts/studies/layer_rules.py study/smol.*
 
 `layer_pilots.py` draws its sample from all tokens that it stores; `run` scores slices of text that are 8,192 tokens in
-all. Writes a folder `sample` into each case's, and prints a row for each case.
+all. Writes a folder `sample` into each case's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from layer_rules import DEFAULT, LAST, Case, perplexity, read_case, read_scored, told
 
 from knnlm.config import TextConfig
 from knnlm.evaluation.piloting import pilots_of
@@ -44,29 +44,20 @@ def score_sample(lm: LanguageModel, folder: Path) -> None:
     sample = take_sample(documents, SAMPLE_TOKENS, run=CLUSTER_TOKENS, seed=0)
     scorer = LayerScorer(dict(lm.dims), head=lm.dims["final_norm"])
     collect(lm, sample, window_config(TextConfig(), lm.name, lm.context_limit), lm.layer_names, scorer=scorer)
-    (folder / "sample").mkdir()
+    (folder / "sample").mkdir(exist_ok=True)
     write_scored(scorer, lm, folder / "sample")
 
 
 def main() -> None:
-    """Read the options, and print the table."""
+    """Read the options, and score the samples that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("folders", nargs="+", type=Path)
     args = parser.parse_args()
-    lm = None
-    print("| case | rule | takes, by the sample of `run` | perplexity | regret (95 % interval) |")
-    print("| --- | --- | --- | --- | --- |")
+    lm = load_model(args.model)
     for folder in args.folders:
         if not (folder / "sample" / "scores.json").exists():
-            lm = lm or load_model(args.model)
             score_sample(lm, folder)
-        case, scored = read_case(folder), read_scored(folder / "sample")
-        chosen = Case(case.name, case.common, case.layers, *scored).choices()
-        for rule in (DEFAULT, "deepest within 5 % of it", LAST):
-            layer = chosen[rule]
-            cost = told(*case.regret(layer)) if layer in case.layers else ""
-            print(f"| {case.name} | {rule} | {layer} | {perplexity(case, layer)} | {cost} |")
 
 
 if __name__ == "__main__":
