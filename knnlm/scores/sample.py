@@ -9,6 +9,7 @@ Legend: B batch rows, T positions of a row, D dimension, M sampled tokens, N new
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,7 @@ class LayerSample:
 
     def __init__(self, plan: SamplePlan, dim: int, *, half: bool = False) -> None:
         self._plan = plan
-        self._vectors_MD = np.empty((plan.capacity, dim), np.float16 if half else np.float32)
+        self._vectors_MD = _own_pages((plan.capacity, dim), np.float16 if half else np.float32)
         self._factor = 0.0 if half else 1.0
 
     def write(self, vectors_BTD: Tensor, update: SampleUpdate) -> None:
@@ -155,6 +156,16 @@ class LayerSample:
         # Both by torch: NumPy takes 10 ns a number.
         halves_UD: NDArray[np.float16] = torch.from_numpy(new_UD * np.float32(self._factor)).half().numpy()
         return halves_UD
+
+
+def _own_pages(shape: tuple[int, int], kind: type[np.floating]) -> NDArray[np.floating]:
+    """An array of zeros whose memory the system gets back with the last view of it.
+
+    The command line tells malloc to keep what is freed (`knnlm.cli.memory`). The samples of all layers are by far the
+    largest such block, and what comes after them takes other sizes.
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * np.dtype(kind).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, kind).reshape(shape)
 
 
 def _positions(spans: Sequence[Span]) -> tuple[Int64, Int64, Int64]:
