@@ -91,9 +91,9 @@ class LayerConfig:
     candidates: str = "candidates"
     """Patterns of layers that may be chosen; by default `ffn_input` of the upper half of the blocks."""
     select: str = "auto"
-    """`auto` (the deepest `ffn_input` whose pilot cannot be told from the best; by dispersion without pilots), or among
-    the candidates `dispersion`, `probe` (how often nearest keys have the same next token), `pilot` (the best perplexity
-    of a small kNN-LM inside a sample), or the name of a layer."""
+    """`auto` (the last `ffn_input`, unless another layer's pilot is better beyond the interval; by dispersion without
+    pilots), or among the candidates `dispersion`, `probe` (how often nearest keys have the same next token), `pilot`
+    (the best perplexity of a small kNN-LM inside a sample), or the name of a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

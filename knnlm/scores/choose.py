@@ -25,20 +25,26 @@ def candidate_layers(config: LayerConfig, looked_at: Sequence[str], all_layers: 
 
 
 def layers_to_score(config: LayerConfig, all_layers: Sequence[str]) -> tuple[str, ...]:
-    """Return the layers that `choose` looks at: the candidates and those of their kind in all blocks.
+    """Return the layers that `choose` looks at.
 
     If dispersion is to choose, these are all layers, as any of them may have a better pilot.
     """
     candidates = candidate_layers(config, all_layers, all_layers)
+    if config.candidates == LayerConfig.candidates and config.select == "dispersion":
+        return tuple(all_layers)
+    return tuple(filter(_compared(config, candidates, all_layers), all_layers))
+
+
+def _compared(config: LayerConfig, candidates: Sequence[str], all_layers: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a layer is one of those whose pilots are compared by default.
+
+    They are the layers of the candidates' kind in all blocks, and the first layer: the normed embedding has the best
+    keys where a network has hardly learnt (docs/layers.md). Whoever names candidates wants one of them.
+    """
     if config.candidates != LayerConfig.candidates:
-        return candidates
-    return tuple(all_layers if config.select == "dispersion" else filter(_of_kind(candidates), all_layers))
-
-
-def _of_kind(candidates: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a layer is the same part of its block as one of the candidates."""
+        return set(candidates).__contains__
     kinds = {loosely_split(name)[1] for name in candidates}
-    return lambda name: loosely_split(name)[1] in kinds
+    return lambda name: name == all_layers[0] or loosely_split(name)[1] in kinds
 
 
 # Of one layer's pilot relative to another's: the interval of the change of perplexity, among so many comparisons.
@@ -51,10 +57,10 @@ def choose(
     """Choose a layer: the named one, by pilots, the candidate with the best probe, or by dispersion.
 
     The retrieval probe is the share of a key's nearest keys from other documents that have the same next token, the
-    pilot the perplexity of a small kNN-LM inside the sample. `auto` takes the deepest layer whose pilot cannot be told
-    from the best one (`as_good_as_best`) among layers of the candidates' kind, in all blocks, and what dispersion
-    proposes (`by_dispersion`) where pilots are unknown; docs/layers.md has the cases on which this was settled. Where
-    `candidates` is not the default, only those compete.
+    pilot the perplexity of a small kNN-LM inside the sample. `auto` takes the last layer of the candidates' kind unless
+    another one's pilot is better beyond their interval (`better_pilot`), and what dispersion proposes (`by_dispersion`) where
+    pilots are unknown; docs/layers.md has the cases on which this was settled. Where `candidates` is not the default,
+    only those are compared.
 
     :param all_layers: all layers of the model; `scores` may cover only some.
     :param pilot_change: paired interval of one layer's pilot relative to another's (`LayerScorer.pilot_change`).
@@ -67,15 +73,15 @@ def choose(
         layer = one_layer(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
     allowed = [score for score in scores if score.layer in candidates]
-    # Whoever names candidates wants one of them.
-    compared = scores if config.candidates == LayerConfig.candidates else allowed
-    kind = _of_kind(candidates)
-    alike = [score for score in compared if kind(score.layer)]
-    if config.select == "auto" and (equals := as_good_as_best(alike, pilot_change)):
-        reason = _pilot_reason(equals[-1], alike, by_dispersion(allowed))
-        return Choice(equals[-1].layer, "auto", candidates, reason)
+    compared = [score for score in scores if _compared(config, candidates, all_layers)(score.layer)]
+    if config.select == "auto" and compared and not math.isnan(compared[-1].pilot):
+        last = compared[-1]
+        chosen = better_pilot(last, compared, pilot_change) or last
+        reason = _pilot_reason(chosen, last, compared, by_dispersion(allowed))
+        return Choice(chosen.layer, "auto", candidates, reason)
     chosen = _by_score(allowed, config.select)
-    disagreement = _disagreement(chosen, compared, pilot_change) if config.select == "dispersion" else None
+    rivals = scores if config.candidates == LayerConfig.candidates else allowed
+    disagreement = _disagreement(chosen, rivals, pilot_change) if config.select == "dispersion" else None
     return Choice(chosen.layer, config.select, candidates, _reason(chosen, allowed, config.select), disagreement)
 
 
@@ -107,17 +113,17 @@ def by_pilot(candidates: Sequence[LayerScore]) -> LayerScore | None:
     return min(known, key=lambda score: score.pilot, default=None)
 
 
-def as_good_as_best(examined: Sequence[LayerScore], pilot_change: PilotChange) -> list[LayerScore]:
-    """Return the layers whose pilot is not worse than the best one's beyond their paired interval; none if all are NaN.
+def better_pilot(
+    chosen: LayerScore, compared: Sequence[LayerScore], pilot_change: PilotChange, *, comparisons: int = 1
+) -> LayerScore | None:
+    """Return the best pilot among layers whose pilot is better than the chosen one's beyond their paired interval.
 
-    Pilots of 8,192 tokens differ by chance as much as trained layers do, and depth is the better guide among equals.
+    The best pilot alone would be taken by chance: on trained models those of 8,192 tokens differ by less than noise.
+
+    :param comparisons: number of intervals that hold simultaneously.
     """
-    best = by_pilot(examined)
-    if best is None:
-        return []
-    known = [score for score in examined if not math.isnan(score.pilot)]
-    others = max(1, len(known) - 1)
-    return [one for one in known if one is best or not pilot_change(one.layer, best.layer, others).low > 0]
+    rivals = [score for score in compared if score.pilot < chosen.pilot]
+    return by_pilot([score for score in rivals if pilot_change(score.layer, chosen.layer, comparisons).high < 0])
 
 
 def layers_that_matter(scored: ScoreResult, most: int) -> tuple[str, ...]:
@@ -162,7 +168,7 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
     if select == "probe":
         return f"{chosen.layer} has the highest retrieval probe ({chosen.probe:.4f}) of {count} candidates"
     if select == "pilot":
-        return _pilot_reason(chosen, candidates, chosen)
+        return f"{chosen.layer} has the best pilot (perplexity {chosen.pilot:.2f}) of {count} candidates"
     leader = max(candidates, key=lambda score: score.dispersion)
     found = f"{chosen.dispersion:.4f}, 95 % interval {chosen.interval.low:.4f} to {chosen.interval.high:.4f}"
     if leader is chosen:
@@ -173,27 +179,29 @@ def _reason(chosen: LayerScore, candidates: Sequence[LayerScore], select: str) -
     )
 
 
-def _pilot_reason(chosen: LayerScore, compared: Sequence[LayerScore], proposed: LayerScore) -> str:
-    best = by_pilot(compared)
-    assert best is not None
-    count, found = len(compared), f"perplexity {chosen.pilot:.2f}"
-    if count == 1:
+def _pilot_reason(chosen: LayerScore, last: LayerScore, compared: Sequence[LayerScore], proposed: LayerScore) -> str:
+    best, found = by_pilot(compared) or last, f"perplexity {chosen.pilot:.2f}"
+    if len(compared) == 1:
         return f"{chosen.layer} is the only candidate"
-    reason = f"{chosen.layer} has the best pilot ({found}) of {count} layers"
-    if chosen is not best:
-        reason = f"{chosen.layer} is the deepest of {count} layers whose pilot ({found}) cannot be told from the best, "
-        reason += f"{best.layer} ({best.pilot:.2f})"
+    if chosen is not last:
+        reason = (
+            f"{chosen.layer} has a better pilot ({found}) than {last.layer} ({last.pilot:.2f}), beyond the interval"
+        )
+    elif best is last:
+        reason = f"{chosen.layer} has the best pilot ({found}) of {len(compared)} layers"
+    else:
+        reason = f"{chosen.layer} is the last of {len(compared)} layers, and no pilot is better than its own ({found}) "
+        reason += f"beyond the interval; the best is that of {best.layer} ({best.pilot:.2f})"
     return reason if proposed is chosen else f"{reason}; dispersion proposes {proposed.layer} ({proposed.pilot:.2f})"
 
 
 def _disagreement(chosen: LayerScore, examined: Sequence[LayerScore], pilot_change: PilotChange) -> str | None:
-    """What is told where layers have a better pilot than the chosen one, beyond their paired interval."""
-    others = max(1, len(examined) - 1)
-    rivals = [score for score in examined if score.pilot < chosen.pilot]
-    better = by_pilot([score for score in rivals if pilot_change(score.layer, chosen.layer, others).high < 0])
+    """What is told where a layer has a better pilot than the chosen one, beyond an interval for all comparisons."""
+    comparisons = max(1, len(examined) - 1)
+    better = better_pilot(chosen, examined, pilot_change, comparisons=comparisons)
     if better is None:
         return None
-    change = pilot_change(better.layer, chosen.layer, others)
+    change = pilot_change(better.layer, chosen.layer, comparisons)
     return (
         f"the scores disagree: {better.layer} has a pilot (perplexity {better.pilot:.2f}) that is better by "
         f"{-change.high:.1%} to {-change.low:.1%} than that of {chosen.layer} ({chosen.pilot:.2f}); "

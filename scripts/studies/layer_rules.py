@@ -26,7 +26,7 @@ from knnlm.results import Interval
 from knnlm.scores.choose import NEAR
 from knnlm.statistics import relative_change
 
-DEFAULT, LAST = "deepest as good as the best pilot", "the last `ffn_input`"
+DEFAULT, LAST = "the last `ffn_input`, unless a pilot is better", "the last `ffn_input`"
 Losses = NDArray[np.float64]
 
 
@@ -69,26 +69,26 @@ class Case:
         """Mean loss of a layer's pilot."""
         return float(self.pilots[name].mean())
 
-    def pilot_change(self, one: str, other: str, compared: Sequence[str]) -> Interval:
-        """Interval of one layer's pilot relative to another's, widened for all that are compared with the latter."""
-        pair = self.pilots[one], self.pilots[other]
-        return relative_change(*pair, self.cluster, comparisons=max(1, len(compared) - 1))[1]
+    def pilot_change(self, one: str, other: str, comparisons: int) -> Interval:
+        """Interval of one layer's pilot relative to another's, among so many comparisons."""
+        return relative_change(self.pilots[one], self.pilots[other], self.cluster, comparisons=comparisons)[1]
 
-    def judged(self, proposal: str, names: Sequence[str]) -> str:
+    def judged(self, proposal: str, names: Sequence[str], *, comparisons: int = 1) -> str:
         """The best pilot among those better than the proposal's beyond the interval, else the proposal."""
         rivals = [name for name in names if self.pilot(name) < self.pilot(proposal)]
-        better = [name for name in rivals if self.pilot_change(name, proposal, names).high < 0]
+        better = [name for name in rivals if self.pilot_change(name, proposal, comparisons).high < 0]
         return min(better, key=self.pilot, default=proposal)
 
     def deepest(self, names: Sequence[str]) -> str:
         """The deepest layer whose pilot is not worse than the best one's beyond the interval."""
         best = min(names, key=self.pilot)
-        return [name for name in names if name == best or not self.pilot_change(name, best, names).low > 0][-1]
+        return [name for name in names if name == best or not self.pilot_change(name, best, len(names)).low > 0][-1]
 
     def choices(self) -> dict[str, str]:
         """What each rule takes, among all layers that were scored."""
         names = sorted(self.scores, key=network_order)
         dispersion = {name: float(self.scores[name]["dispersion"]) for name in names}
+        many = len(names) - 1
         upper, parts = select_layers("candidates", names), select_layers("*.ffn_input", names)
         leader = max(upper, key=dispersion.__getitem__)
         near = [name for name in upper if dispersion[name] >= NEAR * dispersion[leader]][-1]
@@ -98,10 +98,11 @@ class Case:
             "probe, all layers": max(names, key=lambda name: float(self.scores[name]["probe"])),
             "pilot, all layers": min(names, key=self.pilot),
             "pilot, `ffn_input`": min(parts, key=self.pilot),
-            "judge of dispersion": self.judged(leader, names),
-            "judge of the deepest within 5 %": self.judged(near, names),
-            "judge of the last `ffn_input`": self.judged(parts[-1], parts),
-            DEFAULT: self.deepest(parts),
+            "judge of dispersion": self.judged(leader, names, comparisons=many),
+            "judge of the deepest within 5 %": self.judged(near, names, comparisons=many),
+            "deepest as good as the best pilot": self.deepest(parts),
+            "judge of the last `ffn_input`": self.judged(parts[-1], names, comparisons=many),
+            DEFAULT: self.judged(parts[-1], (names[0], *parts)),
             LAST: parts[-1],
         }
 
