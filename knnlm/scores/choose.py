@@ -58,9 +58,9 @@ def choose(
 
     The retrieval probe is the share of a key's nearest keys from other documents that have the same next token, the
     pilot the perplexity of a small kNN-LM inside the sample. `auto` takes the last layer of the candidates' kind unless
-    another one's pilot is better beyond their interval (`better_pilot`), and what dispersion proposes (`by_dispersion`) where
-    pilots are unknown; docs/layers.md has the cases on which this was settled. Where `candidates` is not the default,
-    only those are compared.
+    another one's pilot is better beyond their interval (`better_pilot`), and what dispersion proposes (`by_dispersion`)
+    where pilots are unknown; docs/layers.md has the cases on which this was settled. Where `candidates` is not the
+    default, only those are compared.
 
     :param all_layers: all layers of the model; `scores` may cover only some.
     :param pilot_change: paired interval of one layer's pilot relative to another's (`LayerScorer.pilot_change`).
@@ -184,9 +184,8 @@ def _pilot_reason(chosen: LayerScore, last: LayerScore, compared: Sequence[Layer
     if len(compared) == 1:
         return f"{chosen.layer} is the only candidate"
     if chosen is not last:
-        reason = (
-            f"{chosen.layer} has a better pilot ({found}) than {last.layer} ({last.pilot:.2f}), beyond the interval"
-        )
+        usual = f"{last.layer} ({last.pilot:.2f})"
+        reason = f"{chosen.layer} has a better pilot ({found}) than {usual}, beyond the interval"
     elif best is last:
         reason = f"{chosen.layer} has the best pilot ({found}) of {len(compared)} layers"
     else:

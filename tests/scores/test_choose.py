@@ -123,8 +123,8 @@ def test_the_last_layer_stands_against_pilots_that_are_better_by_chance() -> Non
     assert set(asked) == {("3.ffn_input", 1)}
     assert (choice.layer, choice.reason) == (
         "3.ffn_input",
-        "3.ffn_input is the last of 4 layers, and no pilot is better than its own (perplexity 100.00) beyond the interval; "
-        "the best is that of 1.ffn_input (70.00)",
+        "3.ffn_input is the last of 4 layers, and no pilot is better than its own (perplexity 100.00) beyond the "
+        "interval; the best is that of 1.ffn_input (70.00)",
     )
 
 
