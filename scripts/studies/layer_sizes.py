@@ -90,7 +90,7 @@ def panel(case: Sizes, place: int) -> Iterator[str]:
     for number, (colour, (size, row)) in enumerate(zip(COLOURS, rows.items(), strict=False)):
         points = " ".join(f"{x(block):.1f},{y(value):.1f}" for block, value in enumerate(row))
         yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" clip-path="url(#c{place})"/>'
-        beside, best = left + 100 * number, int(np.argmin(row))
+        beside, best = left + 112 * number, int(np.argmin(row))
         yield f'<circle cx="{x(best):.1f}" cy="{y(row[best]):.1f}" r="4" fill="{colour}"/>'
         yield f'<path d="M{beside} {base + 32}h18" stroke="{colour}" stroke-width="3"/>'
         yield f'<text x="{beside + 22}" y="{base + 36}">{size:,} keys</text>'
