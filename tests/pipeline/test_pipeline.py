@@ -138,7 +138,7 @@ def test_build_stores_the_chosen_layer_and_keeps_the_scores_of_all_that_compete(
     store = build(lm, [corpus], tmp_path / "out", eval_text=[corpus], settings=SETTINGS)
     assert store.layers == (store.manifest.scores["choice"]["layer"],)
     scored = [one["layer"] for one in store.manifest.scores["layers"]]
-    assert scored == [name for name in lm.layer_names if name.endswith("ffn_input")]
+    assert scored == ["0.attn_input", *(name for name in lm.layer_names if name.endswith("ffn_input"))]
     assert store.count == sum(len(lm.encode(text)) - 1 for text in texts(0, 30))
 
 
