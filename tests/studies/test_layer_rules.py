@@ -58,7 +58,7 @@ def test_regret_compares_with_the_layer_that_is_best_on_the_other_half(tmp_path:
         of_token = 3 + np.where(tuning, -0.2, 0.2) * sign
         found |= {"losses": of_token, "tuning_loss": of_token[0], "swapped_loss": of_token[-1]}
         np.savez(folder / f"layer-{name}.npz", **found)
-    case = study("layer_rules").read_case(folder)
+    case = study("layer_rules").read_case(folder, all_keys=True)
     # On the first half 0.ffn_input serves as the best (3.2), on the second 0.attn_input (3.2).
     assert case.regret("3.ffn_input")[0] == pytest.approx(math.expm1((3 + 4) / 2 - 3.2), abs=1e-3)
     assert case.regret("0.attn_input")[0] == pytest.approx(math.expm1(3.0 - 3.2), abs=1e-3)
@@ -68,7 +68,7 @@ def test_each_rule_takes_what_it_says(tmp_path: Path, study, capsys: pytest.Capt
     losses, pilots = numbers(3.5, 3.4, 3.3, 3.2, 3.1), numbers(3.9, 3.05, 3.4, 3.3, 3.2)
     folder = write_case(tmp_path / "case", losses, pilots, numbers(0.9, 0.8, 0.6, 0.7, 0.69))
     rules = study("layer_rules")
-    assert rules.read_case(folder).choices() == {
+    assert rules.read_case(folder, all_keys=True).choices() == {
         "dispersion, upper half": "2.ffn_input",
         "deepest within 5 % of it": "3.ffn_input",
         "probe, all layers": "0.attn_input",
@@ -76,10 +76,12 @@ def test_each_rule_takes_what_it_says(tmp_path: Path, study, capsys: pytest.Capt
         "pilot, `ffn_input`": "0.ffn_input",
         "judge of dispersion": "0.ffn_input",
         "judge of the deepest within 5 %": "0.ffn_input",
+        "deepest as good as the best pilot": "0.ffn_input",
         "judge of the last `ffn_input`": "0.ffn_input",
+        "the last `ffn_input`, unless a pilot is better": "0.ffn_input",
         "the last `ffn_input`": "3.ffn_input",
     }
-    rules_printed = printed(rules, folder, capsys)
+    rules_printed = printed(rules, folder, capsys, "--all-keys")
     assert "| the last `ffn_input` | +0.00% | +0.00% | 0 of 1 |" in rules_printed
     assert "| pilot, all layers | +34.99% | +34.99% | 1 of 1 |" in rules_printed
 
@@ -88,11 +90,12 @@ def test_the_judge_keeps_what_is_proposed_unless_another_is_better_beyond_the_in
     folder = write_case(
         tmp_path / "case", numbers(3, 3, 3, 3, 3), numbers(3.9, 3.05, 3.4, 3.3, 3.2), numbers(0.9, 0.8, 0.6, 0.7, 0.5)
     )
-    case = study("layer_rules").read_case(folder)
+    case = study("layer_rules").read_case(folder, all_keys=True)
     case.pilots["0.ffn_input"] = 3.05 + np.random.default_rng(0).normal(0, 8, CLUSTERS)[case.cluster]
     case.pilots["0.ffn_input"] += 3.05 - case.pilots["0.ffn_input"].mean()
-    assert case.judged("2.ffn_input") == "3.ffn_input"  # the noisy one has the lowest mean, and is left
-    assert case.judged("3.ffn_input") == "3.ffn_input"
+    assert case.judged("2.ffn_input", LAYERS) == "3.ffn_input"  # the noisy one has the lowest mean, and is left
+    assert case.judged("3.ffn_input", LAYERS) == "3.ffn_input"
+    assert case.deepest(LAYERS[1:]) == "3.ffn_input"
 
 
 def test_a_layer_that_was_not_evaluated_is_said_and_not_counted(
@@ -101,14 +104,14 @@ def test_a_layer_that_was_not_evaluated_is_said_and_not_counted(
     pilots, dispersion = numbers(3.9, 3.05, 3.4, 3.3, 3.2), numbers(0.9, 0.8, 0.6, 0.7, 0.69)
     folder = write_case(tmp_path / "case", numbers(3.5, 3.4, 3.3, 3.2, 3.1), pilots, dispersion)
     (folder / "layer-0.ffn_input.npz").unlink()
-    told = printed(study("layer_rules"), folder, capsys)
+    told = printed(study("layer_rules"), folder, capsys, "--all-keys")
     assert "| case | pilot, all layers | 0.ffn_input | (not evaluated) | | |" in told
     assert "\n| pilot, all layers |" not in told
     assert "\n| dispersion, upper half |" in told
 
 
-def printed(rules: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    sys.argv = ["layer_rules.py", str(folder)]
+def printed(rules: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    sys.argv = ["layer_rules.py", str(folder), *options]
     rules.main()
     return capsys.readouterr().out
 
@@ -163,9 +166,13 @@ def test_a_case_has_all_layers_scored_and_goes_on_where_it_was_stopped(
     sample = study("layer_sample")
     monkeypatch.setattr(sys, "argv", ["layer_sample.py", "--model", str(model), str(out)])
     sample.main()
-    rows_of_rules = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| case | ")]
-    assert len(rows_of_rules) == 4  # with the head, as the folder's name is case
+    assert "| case | the last `ffn_input`, unless a pilot is better |" in printed(study("layer_rules"), out, capsys)
     assert len(json.loads((out / "sample" / "scores.json").read_text())) == 5 * BLOCKS + 1
     monkeypatch.setattr(sys, "argv", ["layer_sizes.py", str(out), "--out", str(svg)])
     sizes.main()
     assert svg.read_text().count("<polyline") == 3
+    scored = (out / "scores.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["layer_pilots.py", *words, "--layers", "*.ffn_input,0.attn_input,final_norm"])
+    pilots.main()
+    assert (out / "layer-0.attn_input.npz").exists()
+    assert (out / "scores.json").read_bytes() == scored
