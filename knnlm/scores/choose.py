@@ -73,8 +73,9 @@ def choose(
         layer = one_layer(config.select, names)
         return Choice(layer, "named", candidates, f"{layer} was named by the user")
     allowed = [score for score in scores if score.layer in candidates]
-    compared = [score for score in scores if _compared(config, candidates, all_layers)(score.layer)]
-    if config.select == "auto" and compared and not math.isnan(compared[-1].pilot):
+    competes = _compared(config, candidates, all_layers)
+    compared = [score for score in scores if competes(score.layer)]
+    if config.select == "auto" and not math.isnan(compared[-1].pilot):
         last = compared[-1]
         chosen = better_pilot(last, compared, pilot_change) or last
         reason = _pilot_reason(chosen, last, compared, by_dispersion(allowed))
